@@ -1,0 +1,298 @@
+"""Configuration: a YAML recipe of differences plus key=value overrides in, frozen dataclasses out.
+
+Imports no torch: a login node rejects a typo in a fraction of a second, before the queue does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clipdist.errors import UserError
+
+DEFAULT_RECIPE = "configs/flickr8k_rn50.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = "run"  # the run folder is root/name
+    root: str = "runs"
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.root) / self.name
+
+
+@dataclass(frozen=True)
+class Data:
+    train: list[str] = field(default_factory=list)  # shard folders or brace patterns
+    val: list[str] = field(default_factory=list)  # the same, for retrieval during training; empty: no validation
+    seed: int = 0  # of the order, the crops, and the choice of captions
+    caption: Literal["random", "first"] = "random"  # which of a picture's captions a training step takes
+    crop_scale_min: float = 0.9  # share of the picture's area that a training crop keeps at least
+    streams: int = 0  # V of the order; 0: chosen at the first start and kept in the checkpoint
+    window: int = 0  # samples that are permuted together; 0: a whole stream (local shards)
+    threads: int = 0  # decoding threads per rank; 0: from the cores at hand
+    prefetch: int = 3  # batches that are prepared ahead
+    max_pixels: int = 100_000_000  # a larger picture is not decoded (a decompression bomb)
+    max_bad_share: float = 0.01  # of the samples seen so far; the run ends when more cannot be decoded
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = "RN50"  # an open_clip model name, or a model JSON
+    weights: str = ""  # "": random; an open_clip tag; or a file
+    trust_weights: bool = False  # load a TorchScript file whose SHA-256 is not OpenAI's
+    word_vectors: str = ""  # word vectors in text format (word2vec, GloVe) for a CBOW tower
+    lock_image: bool = False  # LiT: the image tower stays as it is
+    lock_text: bool = False
+    image_unlocked_groups: int = 0  # of a locked image tower, the last groups that train nevertheless
+    text_unlocked_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Loss:
+    name: Literal["infonce"] = "infonce"
+    logit_scale_init: float = math.log(1 / 0.07)  # the log scale t; logits = exp(t) * cosine
+    logit_scale_max: float = math.log(100)
+    group_positives: bool = True  # equal captions in a batch are positives of one another, not negatives
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 5e-4  # at the peak
+    min_lr: float = 0.0  # at the end of the cosine
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2  # not on biases, norms, embeddings' positions, nor the temperature
+    grad_clip: float = 1.0  # norm over all parameters; 0: no clipping
+
+
+@dataclass(frozen=True)
+class Engine:
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's configuration (offload, ...)
+
+
+@dataclass(frozen=True)
+class Train:
+    global_batch: int = 256  # pairs over all ranks: the batch of the contrastive loss
+    epochs: int = 30
+    steps: int = 0  # instead of epochs
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    seed: int = 0  # of the initial weights and of dropout
+    resume: str = "auto"  # auto: the newest good checkpoint of the run folder, if any; never; or a checkpoint folder
+    save_every: int = 0  # steps between checkpoints; 0: once an epoch. The last step always saves
+    keep: int = 2  # newest checkpoints that stay
+    log_every: int = 10  # steps between lines and metrics
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = 0  # steps between validations; 0: once an epoch. The last step always validates
+    batch: int = 64  # pictures per rank and forward pass
+    sheet: int = 8  # sentences on the retrieval picture sheet; 0: none
+
+
+@dataclass(frozen=True)
+class Launch:
+    nodes: int = 1
+    gpus: int = 1  # per node; with device=cpu it counts CPU ranks
+    cluster: Literal["slurm", "local"] = "slurm"
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    time_min: int = 24 * 60
+    mem_gb: int = 0  # per node; 0: the site's default
+    cpus_per_gpu: int = 8
+    setup: list[str] = field(default_factory=list)  # shell lines before the job (modules, virtual environment)
+    slurm: dict[str, Any] = field(default_factory=dict)  # further sbatch options, by their long names
+
+
+@dataclass(frozen=True)
+class Config:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optim: Optim = field(default_factory=Optim)
+    engine: Engine = field(default_factory=Engine)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    launch: Launch = field(default_factory=Launch)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Reads a recipe and the overrides on top of the defaults, and checks what can be checked without data.
+
+    Args:
+        path: YAML with differences from the defaults; None: the defaults alone.
+        overrides: "section.key=value" words, as on a command line; values are YAML.
+
+    Raises:
+        UserError: a misspelt key, a wrong type, or values that do not go together.
+    """
+    where = str(path) if path else "the defaults"
+    try:
+        merged = OmegaConf.structured(Config)
+        if path is not None:
+            merged = OmegaConf.merge(merged, _scalars_to_lists(_read_yaml(Path(path))))
+        where = "the command line"
+        for word in overrides or []:
+            merged = OmegaConf.merge(merged, _scalars_to_lists(_parse_override(word)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        text = str(error).splitlines()[0]
+        raise UserError(f"{where}: {key + ': ' if key else ''}{text}") from None
+    assert isinstance(config, Config)
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, all keys, in the order of the dataclasses."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """Flat {"section.key": value} of what differs from the defaults."""
+    here, there = _flatten(to_dict(config)), _flatten(to_dict(Config()))
+    return {key: value for key, value in here.items() if key not in there or there[key] != value}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Flat {"section.key": value}, the form that hyper-parameter tables take."""
+    return _flatten(to_dict(config))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= _flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise UserError(f"--config {path}: no such file{hint}")
+    try:
+        return OmegaConf.load(path)
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:  # the YAML parser's own errors: they carry line and column
+        raise UserError(f"--config {path}: not YAML: {error}") from None
+
+
+def _parse_override(word: str) -> Any:
+    key, equals, _ = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"{word!r} on the command line: expected section.key=value, such as optim.lr=1e-3")
+    try:
+        return OmegaConf.from_dotlist([word])
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:
+        raise UserError(f"{word!r} on the command line: the value is not YAML: {error}") from None
+
+
+def _scalars_to_lists(tree: Any) -> Any:
+    """Lets `data.train=PATH` stand for `data.train=[PATH]`, and `data.val=` for `[]`, in all lists of strings."""
+    for section in dataclasses.fields(Config):
+        if not dataclasses.is_dataclass(section.default_factory):
+            continue
+        for leaf in dataclasses.fields(section.default_factory):
+            if str(leaf.type) == "list[str]":
+                value = OmegaConf.select(tree, f"{section.name}.{leaf.name}", default=[])
+                if value is None or isinstance(value, str):
+                    OmegaConf.update(tree, f"{section.name}.{leaf.name}", [value] if value else [])
+    return tree
+
+
+def _check(config: Config) -> None:
+    def need(ok: bool, key: str, value: object, must: str) -> None:
+        if not ok:
+            raise UserError(f"{key}={value}: must {must}")
+
+    train, data, optim, loss, launch = config.train, config.data, config.optim, config.loss, config.launch
+    need(bool(config.run.name) and "/" not in config.run.name, "run.name", repr(config.run.name), "be a plain name")
+    need(train.global_batch >= 1, "train.global_batch", train.global_batch, "be at least 1")
+    need(train.epochs >= 1, "train.epochs", train.epochs, "be at least 1")
+    need(train.keep >= 1, "train.keep", train.keep, "be at least 1")
+    need(train.log_every >= 1, "train.log_every", train.log_every, "be at least 1")
+    need(optim.lr > 0, "optim.lr", optim.lr, "be above 0")
+    need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
+    need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
+    need(data.prefetch >= 1, "data.prefetch", data.prefetch, "be at least 1")
+    need(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "lie in [0, 1]")
+    need(config.eval.batch >= 1, "eval.batch", config.eval.batch, "be at least 1")
+    need(launch.nodes >= 1, "launch.nodes", launch.nodes, "be at least 1")
+    need(launch.gpus >= 1, "launch.gpus", launch.gpus, "be at least 1")
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr"):
+        need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")
+    for key, value in (
+        ("train.steps", train.steps),
+        ("train.save_every", train.save_every),
+        ("eval.every", config.eval.every),
+        ("eval.sheet", config.eval.sheet),
+        ("data.threads", data.threads),
+        ("data.streams", data.streams),
+        ("data.window", data.window),
+    ):
+        need(value >= 0, key, value, "not be negative")
+    need(
+        loss.logit_scale_max <= math.log(100) + 1e-9,
+        "loss.logit_scale_max",
+        loss.logit_scale_max,
+        "not exceed ln 100 (the bound of the CLIP paper)",
+    )
+    need(
+        loss.logit_scale_init <= loss.logit_scale_max,
+        "loss.logit_scale_init",
+        loss.logit_scale_init,
+        f"not exceed loss.logit_scale_max={loss.logit_scale_max}",
+    )
+    if data.streams:
+        need(train.global_batch % data.streams == 0, "data.streams", data.streams, "divide train.global_batch")
+    clashes = sorted(_OWNED_BY_TRAINER & set(config.engine.deepspeed))
+    if clashes:
+        raise UserError(f"engine.deepspeed.{clashes[0]}: the trainer owns this key; {_OWNED_HINT[clashes[0]]}")
+
+
+_OWNED_HINT = {
+    "train_batch_size": "set train.global_batch",
+    "train_micro_batch_size_per_gpu": "set train.global_batch",
+    "gradient_accumulation_steps": "accumulation would shrink the negatives in silence",
+    "gradient_clipping": "set optim.grad_clip",
+    "bf16": "set train.precision",
+    "fp16": "set train.precision",
+    "amp": "set train.precision",
+    "torch_autocast": "set train.precision",
+    "data_types": "set train.precision",
+    "optimizer": "set the optim section",
+    "scheduler": "set the optim section",
+    "gradient_allreduce_op": "the loss is exact under the mean over ranks",
+    "prescale_gradients": "the loss is exact under the mean over ranks",
+    "gradient_predivide_factor": "the loss is exact under the mean over ranks",
+}
+_OWNED_BY_TRAINER = set(_OWNED_HINT)

@@ -1,0 +1,36 @@
+"""How a program of clipdist ends: exit codes, and errors that are written for people.
+
+Exit codes: 0 done; 1 fault; 2 bad input, one line on stderr and no traceback; 75 interrupted with a good checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, where, and what to do about it."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs `main` and leaves the process with its exit code.
+
+    A UserError becomes one line on stderr and exit code 2 (under a launcher only rank 0 speaks, so that the line
+    stands once). Every other exception keeps its traceback: that is a fault, exit code 1.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader of our output went away (`| head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.stdout.flush()
+    sys.exit(code)
