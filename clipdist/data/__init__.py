@@ -1,0 +1,1 @@
+"""From shards to batches: catalog, order, reader, decode, augment, tokens, loader."""
