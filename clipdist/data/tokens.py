@@ -1,0 +1,156 @@
+"""Captions in, token ids out: CLIP's byte-pair encoding, or the tokenizer that belongs to a Hugging Face text tower."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import threading
+from typing import Any, Protocol
+
+import open_clip
+import open_clip.tokenizer
+import torch
+
+from clipdist.errors import UserError
+from clipdist.model.spec import BPE_VOCABULARY, ModelSpec
+
+_MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
+_PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]
+
+
+class Tokenizer(Protocol):
+    """Texts to ids; safe to call from several threads.
+
+    Attributes:
+        context_length: L, ids per text.
+        vocab_size: ids lie in [0, vocab_size).
+    """
+
+    context_length: int
+    vocab_size: int
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """int64 [len(texts), L]; longer texts are cut, shorter ones padded."""
+
+    def fingerprint(self) -> str:
+        """Hex digest that changes whenever the same text might get other ids."""
+
+
+def make_tokenizer(spec: ModelSpec) -> Tokenizer:
+    """The tokenizer that goes with a model.
+
+    Raises:
+        UserError: the Hugging Face tokenizer is neither a local folder nor to be had from the hub, or the vocabulary
+            is too small for the byte-pair encoding's alphabet.
+    """
+    described = spec.tokenizer
+    if described["kind"] == "hf":
+        return HFTokenizer(described["name"], spec.context_length, described["mode"], described["options"])
+    return BPETokenizer(described["vocab_size"], spec.context_length, described["options"])
+
+
+class BPETokenizer:
+    """open_clip's SimpleTokenizer, id for id, with a memo of words (about seven times as fast).
+
+    A vocabulary below CLIP's 49408 keeps the first merges only: byte-pair merges are ordered by frequency, so a
+    prefix of them is the encoding that a smaller vocabulary would have learned. The last two ids are always the
+    start and the end of text, so the highest id marks the end, as CLIP's text tower wants.
+    """
+
+    def __init__(self, vocab_size: int, context_length: int, options: dict[str, Any] | None = None) -> None:
+        options = dict(options or {})
+        if vocab_size < BPE_VOCABULARY:
+            options["bpe_path"] = io.BytesIO(truncated_merges(vocab_size))
+        self._bpe = open_clip.SimpleTokenizer(context_length=context_length, **options)
+        self._fast = options.keys() <= {"bpe_path"}  # other options change the cleaning: leave it all to open_clip
+        self._memo: dict[str, tuple[int, ...]] = {}
+        self.context_length = context_length
+        self.vocab_size = self._bpe.vocab_size
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        if not self._fast:
+            return self._bpe(texts)
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids = self._encode(text)[: self.context_length - 2]
+            tokens[row, : len(ids) + 2] = torch.tensor([self._bpe.sot_token_id, *ids, self._bpe.eot_token_id])
+        return tokens
+
+    def fingerprint(self) -> str:
+        return _digest("bpe", self.vocab_size, self.context_length, self(_PROBE).tolist())
+
+    def word_id(self, word: str) -> int | None:
+        """The id of the token that is this whole (lower-case) word, if the vocabulary has one."""
+        letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
+        return self._bpe.encoder.get(letters + "</w>")
+
+    def _encode(self, text: str) -> list[int]:
+        plain = text.isascii() and text.isprintable() and "&" not in text
+        if plain:  # neither ftfy nor HTML entities have anything to mend here, and ftfy is most of the time
+            text = " ".join(text.split()).lower()
+        else:
+            text = self._bpe.clean_fn(text)
+        memo = self._memo
+        ids: list[int] = []
+        for word in self._bpe.pat.findall(text):
+            known = memo.get(word)
+            if known is None:
+                known = memo[word] = self._encode_word(word)
+            ids.extend(known)
+        if len(memo) > _MEMO_WORDS:
+            self._memo = {}
+            self._bpe.cache = {mark: mark for mark in ("<start_of_text>", "<end_of_text>")}
+        return ids
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
+        return tuple(self._bpe.encoder[piece] for piece in self._bpe.bpe(letters).split(" "))
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face model, from a local folder or the hub."""
+
+    def __init__(self, name: str, context_length: int, mode: str | None, options: dict[str, Any]) -> None:
+        try:
+            self._hf = open_clip.tokenizer.HFTokenizer(
+                name, context_length=context_length, tokenizer_mode=mode, **options
+            )
+        except Exception as error:  # transformers and the hub raise many kinds for "not there"
+            raise UserError(
+                f"tokenizer {name}: neither a folder with tokenizer files nor to be had from the Hugging Face hub"
+                f" ({type(error).__name__}); offline, name a folder in the model JSON, or set HF_HUB_OFFLINE=1 and"
+                " HF_HOME to a filled cache"
+            ) from None
+        self._lock = threading.Lock()  # the fast tokenizers set padding on a shared object and refuse to be re-entered
+        self.context_length = context_length
+        self.vocab_size = len(self._hf.tokenizer)
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        if not texts:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        with self._lock:
+            return self._hf(texts)
+
+    def fingerprint(self) -> str:
+        vocabulary = sorted(self._hf.tokenizer.get_vocab().items())
+        return _digest("hf", vocabulary, self.context_length, self(_PROBE).tolist())
+
+
+def truncated_merges(vocab_size: int) -> bytes:
+    """The first merges of CLIP's byte-pair encoding as a gzip file, as many as a vocabulary of this size has.
+
+    Raises:
+        UserError: the size leaves no room for the 512 byte symbols and the two marks.
+    """
+    merges = vocab_size - 512 - 2
+    if merges < 1:
+        raise UserError(f"vocab_size {vocab_size}: CLIP's byte-pair encoding needs at least 515")
+    with gzip.open(open_clip.tokenizer.default_bpe()) as file:
+        lines = file.read().decode("utf-8").split("\n")
+    return gzip.compress("\n".join(lines[: merges + 1]).encode("utf-8"), mtime=0)  # the first line is a heading
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:16]

@@ -1,0 +1,399 @@
+"""The dual encoder: shapes, pixel normalisation, CBOW, locks, recomputed activations, precision, bad descriptions."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from clipdist.config import Loss, Model
+from clipdist.data.tokens import make_tokenizer
+from clipdist.errors import UserError
+from clipdist.model.cbow import CBOW
+from clipdist.model.dual_encoder import DualEncoder, build_model
+from clipdist.model.spec import ModelSpec, resolve_spec
+from clipdist.model.towers import BatchNormFp32Statistics
+
+TINY_VIT, TINY_RN, TINY_CBOW = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow"))
+TIMM = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
+VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 16}
+TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
+
+
+def build(name: str, **settings: object) -> DualEncoder:
+    torch.manual_seed(0)
+    return build_model(Model(name=name, **settings))  # type: ignore[arg-type]
+
+
+def model_json(folder: Path, vision: dict | None = None, text: dict | None = None, **more: object) -> str:
+    path = folder / "model.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision or VIT, "text_cfg": text or TEXT, **more}))
+    return str(path)
+
+
+def hf_tower(folder: Path) -> dict:
+    from transformers import BertConfig
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    BertConfig(vocab_size=50, pad_token_id=0, **sizes).save_pretrained(folder / "bert")
+    pooler = {"hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
+    return {"hf_model_name": "bert", "hf_tokenizer_name": "bert", "context_length": 8, **pooler}
+
+
+def batch(model: DualEncoder, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    side = model.spec.image_size
+    image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+    if model.spec.hf_text:
+        return image, torch.randint(1, 50, (size, model.spec.context_length), generator=generator)
+    return image, make_tokenizer(model.spec)(["a dog", "two cats!", "", "the sun over the sea"][:size])
+
+
+def gradients(model: DualEncoder, image: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    a, b, scale = model(image, tokens)
+    (a.sin().sum() + b.sin().sum() + scale.sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, "timm", "hf"])
+def test_forward_gives_features_and_every_parameter_a_gradient(name: str, tmp_path: Path) -> None:
+    if name == "timm":
+        name = model_json(tmp_path, vision=TIMM)
+    elif name == "hf":
+        name = model_json(tmp_path, text=hf_tower(tmp_path))
+    model = build(name)
+    image, tokens = batch(model)
+    image_features, text_features, scale = model(image, tokens)
+    assert image_features.shape == text_features.shape == (4, model.spec.embed_dim)
+    assert image_features.dtype == text_features.dtype == torch.float32
+    assert scale.shape == (1,)
+    grads = gradients(model, image, tokens)
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    assert {name.split(".")[0] for name in grads} == {"visual", "text", "logit_scale"}
+    alone, nothing, _ = model.eval()(image, None)
+    assert nothing is None
+    assert torch.equal(alone, model(image, tokens)[0])
+    assert model(None, tokens)[0] is None
+
+
+def test_projections_of_timm_and_hugging_face_towers_are_linear_without_bias(tmp_path: Path) -> None:
+    model = build(model_json(tmp_path, vision=TIMM, text=hf_tower(tmp_path)))
+    for projection in (model.visual.head.proj, model.text.proj):  # type: ignore[union-attr]
+        assert isinstance(projection, torch.nn.Linear)
+        assert projection.bias is None
+
+
+def test_pixels_are_normalised_as_open_clip_does() -> None:
+    model = build(TINY_VIT).eval()
+    image, _ = batch(model)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    expected = model.visual((image / 255 - mean) / std)
+    torch.testing.assert_close(model(image, None)[0], expected)
+
+
+def test_pixel_statistics_of_the_json_are_used(tmp_path: Path) -> None:
+    model = build(model_json(tmp_path, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.5, 1.0])).eval()
+    image, _ = batch(model)
+    std = torch.tensor([0.25, 0.5, 1.0]).view(3, 1, 1)
+    torch.testing.assert_close(model(image, None)[0], model.visual((image / 255 - 0.5) / std))
+
+
+def test_temperature_starts_where_the_loss_says() -> None:
+    assert build(TINY_CBOW).logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    model = build_model(Model(name=TINY_CBOW), Loss(logit_scale_init=1.5))
+    assert model.logit_scale.tolist() == [1.5]
+
+
+def test_the_same_seed_draws_the_same_weights() -> None:
+    one, two = build(TINY_RN).state_dict(), build(TINY_RN).state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_low_precision_keeps_pixels_and_batchnorm_statistics_in_fp32() -> None:
+    model = build(TINY_RN)
+    image, tokens = batch(model)
+    reference = model(image, tokens)[0]
+    statistics = {name: value for name, value in model.state_dict().items() if "running" in name}
+    model = build(TINY_RN).bfloat16()
+    assert model.image_mean.dtype == model.image_std.dtype == torch.float32
+    assert torch.equal(model.image_mean.flatten(), torch.tensor(open_clip.OPENAI_DATASET_MEAN))
+    features = model(image, tokens)[0]
+    assert features.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(features.float(), reference).min() > 0.99
+    for name, value in statistics.items():
+        assert model.state_dict()[name].dtype == torch.float32
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0.05, atol=0.01)
+
+
+def test_batchnorm_with_fp32_statistics_is_batchnorm() -> None:
+    plain, kept = torch.nn.BatchNorm2d(5), BatchNormFp32Statistics(5)
+    x = torch.randn(4, 5, 3, 3)
+    for train in (True, True, False):
+        assert torch.equal(plain.train(train)(x), kept.train(train)(x))
+    assert torch.equal(plain.running_var, kept.running_var)  # type: ignore[arg-type]
+    assert torch.equal(plain.num_batches_tracked, kept.num_batches_tracked)  # type: ignore[arg-type]
+
+
+# CBOW
+
+
+def test_cbow_is_the_mean_of_the_words_between_the_marks() -> None:
+    torch.manual_seed(0)
+    tower = CBOW(width=4, vocab_size=100, context_length=6, embed_dim=3)
+    table, start, end = tower.token_embedding.weight, 98, 99
+    tokens = torch.tensor([[start, 5, 7, end, 0, 0], [start, 0, 9, 0, 1, end], [start, end, 0, 0, 0, 0]])
+    bags = [table[[5, 7]].mean(0), table[[0, 9, 0, 1]].mean(0), table[end]]  # id 0 is padding only behind the end
+    torch.testing.assert_close(tower(tokens), torch.stack(bags) @ tower.proj.weight.T)
+
+
+def vectors_file(path: Path, words: dict[str, list[float]], heading: str = "") -> str:
+    lines = [" ".join([word, *map(str, numbers)]) for word, numbers in words.items()]
+    path.write_text("\n".join(([heading] if heading else []) + lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("heading", ["", "3 32"])
+def test_word_vectors_start_whole_word_tokens(heading: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"the": [0.5] * 32, "dog": [-0.5] * 32, "antidisestablishment": [9.0] * 32}
+    model = build(TINY_CBOW, word_vectors=vectors_file(tmp_path / "v.txt", words, heading))
+    ids = make_tokenizer(model.spec)(["the dog"])[0, 1:3]
+    table = model.text.token_embedding.weight  # type: ignore[union-attr]
+    assert table[ids].tolist() == [[0.5] * 32, [-0.5] * 32]  # type: ignore[index]
+    assert float(table.detach().abs().max()) < 9  # type: ignore[operator]
+    assert "2 of 2048 tokens (0.1 %)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"the 1 2 3\n", r"line 1 has 3 numbers, the CBOW tower is 32 wide"),
+        (b"\xff\xfe\x00binary", r"not a text file"),
+        (("the" + " x" * 32).encode(), r"could not convert"),
+        (("qqqqqqqqqqqq" + " 1" * 32).encode(), r"not one of its words"),
+    ],
+)
+def test_bad_word_vectors(content: bytes, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        build(TINY_CBOW, word_vectors=str(tmp_path / "v.txt"))
+
+
+def test_word_vectors_need_a_cbow_tower_and_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only a CBOW text tower"):
+        build(TINY_VIT, word_vectors="v.txt")
+    with pytest.raises(UserError, match="No such file"):
+        build(TINY_CBOW, word_vectors=str(tmp_path / "v.txt"))
+
+
+# Locked towers
+
+
+def test_locked_image_tower_does_not_move_at_all() -> None:
+    model = build(TINY_RN, lock_image=True)
+    image, tokens = batch(model)
+    before = copy.deepcopy(model.visual.state_dict())
+    model.train()
+    grads = gradients(model, image, tokens)
+    assert not any(name.startswith("visual.") for name in grads)
+    assert any(name.startswith("text.") for name in grads)
+    assert all(torch.equal(before[name], value) for name, value in model.visual.state_dict().items())
+    assert not model.visual.training
+    assert model.text.training
+
+
+def test_a_locked_timm_tower_trains_its_projection_only(tmp_path: Path) -> None:
+    model = build(model_json(tmp_path, vision=TIMM), lock_image=True).train()
+    image, tokens = batch(model)
+    statistics = copy.deepcopy(model.visual.state_dict())
+    grads = gradients(model, image, tokens)
+    assert [name for name in grads if name.startswith("visual.")] == ["visual.head.proj.weight"]
+    assert all(torch.equal(statistics[name], value) for name, value in model.visual.state_dict().items())
+
+
+def test_locked_hugging_face_tower_has_no_dropout(tmp_path: Path) -> None:
+    model = build(model_json(tmp_path, text=hf_tower(tmp_path)), lock_text=True).train()
+    _, tokens = batch(model)
+    assert torch.equal(model(None, tokens)[1], model(None, tokens)[1])
+    assert [name for name, p in model.text.named_parameters() if p.requires_grad] == ["proj.weight"]
+    free = build(model_json(tmp_path, text=hf_tower(tmp_path))).train()
+    assert not torch.equal(free(None, tokens)[1], free(None, tokens)[1])
+
+
+def test_last_groups_can_stay_unlocked() -> None:
+    settings = {"lock_image": True, "image_unlocked_groups": 2, "lock_text": True, "text_unlocked_layers": 1}
+    model = build(TINY_VIT, **settings).train()
+    image, tokens = batch(model)
+    trained = {".".join(name.split(".")[:4]) for name in gradients(model, image, tokens)}
+    assert trained == {
+        "logit_scale",
+        "text.text_projection",
+        "visual.proj",
+        "visual.ln_post.weight",
+        "visual.ln_post.bias",
+        "visual.transformer.resblocks.1",
+    }
+    assert not model.visual.transformer.resblocks[0].training  # type: ignore[union-attr,index]
+    assert model.visual.transformer.resblocks[1].training  # type: ignore[union-attr,index]
+
+
+def test_a_resnet_cannot_be_unlocked_in_part() -> None:
+    with pytest.raises(UserError, match="image_unlocked_groups=1: ModifiedResNet cannot be unlocked in part"):
+        build(TINY_RN, lock_image=True, image_unlocked_groups=1)
+    with pytest.raises(UserError, match="must not be negative"):
+        build(TINY_VIT, lock_text=True, text_unlocked_layers=-1)
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, "timm"])
+def test_recomputed_activations_change_nothing(name: str, tmp_path: Path) -> None:
+    name = model_json(tmp_path, vision=TIMM) if name == "timm" else name
+    plain, recomputing = build(name), build(name)
+    recomputing.set_activation_checkpointing()
+    recomputing = copy.deepcopy(recomputing)
+    layers = [m for m in recomputing.visual.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.LayerNorm))]
+    calls = [0]
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    image, tokens = batch(plain)
+    expected, got = gradients(plain, image, tokens), gradients(recomputing, image, tokens)
+    assert calls[0] > len(layers)  # something was computed twice
+    assert expected.keys() == got.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-5, atol=1e-7)
+    before, after = plain.state_dict(), recomputing.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_activation_checkpointing_of_hugging_face_towers(tmp_path: Path) -> None:
+    name = model_json(tmp_path, text=hf_tower(tmp_path))
+    plain, recomputing = build(name), build(name)
+    recomputing.set_activation_checkpointing()
+    image, tokens = batch(plain)
+    calls = [0]
+    for layer in recomputing.text.transformer.encoder.layer:  # type: ignore[union-attr]
+        layer.attention.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    results = []
+    for model in (plain, recomputing):
+        torch.manual_seed(5)  # dropout
+        results.append(gradients(model, image, tokens))
+    assert calls[0] == 4
+    for key, gradient in results[0].items():
+        torch.testing.assert_close(results[1][key], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_activation_checkpointing_of_unknown_batchnorm_towers_is_refused(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "timm_model_name": "lcnet_035", "timm_pool": "avg", "timm_proj": "linear"}
+    model = build(model_json(tmp_path, vision=vision))
+    with pytest.raises(UserError, match="activation_checkpointing=true: not known how"):
+        model.set_activation_checkpointing()
+
+
+# Descriptions
+
+
+def test_spec_of_a_named_model() -> None:
+    spec = resolve_spec(Model(name="RN50"))
+    assert (spec.embed_dim, spec.image_size, spec.context_length, spec.quick_gelu) == (1024, 224, 77, False)
+    assert spec.clip_class
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_openai_tags_force_quick_gelu_and_tags_bring_their_pixel_statistics() -> None:
+    assert resolve_spec(Model(name="RN50", weights="openai")).quick_gelu
+    assert resolve_spec(Model(name="ViT-B-16-SigLIP", weights="webli")).image_mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/models/*.json")), ids=lambda p: p.stem)
+def test_shipped_descriptions_resolve(path: Path) -> None:
+    spec = resolve_spec(Model(name=f"configs/models/{path.name}"))
+    assert spec.image_size >= 32
+    assert spec.embed_dim == json.loads(path.read_text())["embed_dim"]
+
+
+def test_descriptions_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_spec(Model(name=TINY_VIT)).embed_dim == 32
+
+
+def test_hub_form_of_the_json_is_read(tmp_path: Path) -> None:
+    inner = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT}
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": inner, "preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}))
+    spec = resolve_spec(Model(name=str(path)))
+    assert (spec.embed_dim, spec.image_mean, spec.image_std) == (16, (0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("RN5O", "did you mean RN50"),
+        ("rn50", "did you mean RN50"),
+        ("configs/models/tiny_vti.json", r"no such file; did you mean configs/models/tiny_vit\.json"),
+        ("coca_ViT-B-32", "CoCa has a caption decoder"),
+        ("hf-hub:laion/x", "open_clip_config.json"),
+    ],
+)
+def test_unknown_names(name: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        resolve_spec(Model(name=name))
+
+
+@pytest.mark.parametrize(
+    ("description", "complaint"),
+    [
+        ("[1]", "expected a JSON object"),
+        ("{", "not a JSON file"),
+        ('{"embed_dim": 8, "vision_cfg": {}}', "'text_cfg' is missing"),
+        ('{"embed_dim": "8", "vision_cfg": {}, "text_cfg": {}}', "'embed_dim' is missing or of the wrong type"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {"widht": 8}, "text_cfg": {}}',
+            "widht; did you mean vision_cfg.width",
+        ),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "img_mean": 1}', "unknown key img_mean"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "image_mean": [1, 2]}', "image_mean takes three numbers"),
+        ('{"embed_dim": 8, "vision_cfg": {"image_size": [32, 64]}, "text_cfg": {}}', "only square pictures"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"cbow": {"width": 8}}}', "text_cfg.cbow takes exactly"),
+    ],
+)
+def test_bad_descriptions(description: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(description)
+    with pytest.raises(UserError, match=complaint):
+        resolve_spec(Model(name=str(tmp_path / "m.json")))
+
+
+def test_towers_that_cannot_be_built_are_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the towers cannot be built: .*resnet9999"):
+        build(model_json(tmp_path, vision={**TIMM, "timm_model_name": "resnet9999"}))
+
+
+def test_weights_of_a_hugging_face_folder_are_loaded(tmp_path: Path) -> None:
+    from transformers import AutoConfig, BertModel
+
+    text = {**hf_tower(tmp_path), "hf_model_pretrained": True}
+    torch.manual_seed(9)
+    source = BertModel(AutoConfig.from_pretrained(tmp_path / "bert"), add_pooling_layer=False)
+    source.save_pretrained(tmp_path / "bert")
+    own = build(model_json(tmp_path, text=text)).text.transformer.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(own[name], value) for name, value in source.state_dict().items())
+
+
+def test_weights_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
+    text = {**hf_tower(tmp_path), "hf_model_pretrained": True}
+    with pytest.raises(
+        UserError, match=r"needs configuration and weights of .*bert from a local folder or the Hugging"
+    ):
+        build(model_json(tmp_path, text=text))
