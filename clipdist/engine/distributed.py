@@ -1,0 +1,94 @@
+"""Which device and which rank this process is: environment variables in, an initialised process group out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from clipdist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def world_size() -> int:
+    """The number of ranks that the launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def resolve_device(wanted: str) -> str:
+    """auto, cpu or cuda to cpu or cuda.
+
+    Raises:
+        UserError: cuda is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device; set device=cpu, or look at nvidia-smi")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def resolve_precision(wanted: str, device: str) -> str:
+    """auto is bf16 on a GPU that has it, else fp16; on a CPU it is fp32.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if wanted == "fp16" and device == "cpu":
+        raise UserError("train.precision=fp16: not on a CPU; set train.precision=fp32 or bf16")
+    if wanted != "auto":
+        return wanted
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def start(device: str) -> Place:
+    """Joins the process group through DeepSpeed (gloo on CPU, NCCL on GPUs). A single process needs no launcher."""
+    os.environ["DS_ACCELERATOR"] = device  # before the first import of deepspeed
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed's all-reduce through shared memory serves tensor-parallel inference alone; training never calls it. Every
+    # start on a CPU would compile it (a minute, a compiler, and a lock that a killed compiler leaves behind for ever).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "nccl" if device == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Place(rank, world, local_rank, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

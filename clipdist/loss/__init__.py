@@ -1,0 +1,1 @@
+"""Losses over the exact global batch, and the collectives that they use."""

@@ -1,0 +1,138 @@
+"""What a run tells about itself: numbers in; metrics.jsonl, TensorBoard events and a progress line out."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+KEPT_ON_RESUME = "event"  # other records past the resumed step are written again by the steps that are run again
+
+
+class Metrics:
+    """Writes the records of one run. Only rank 0 holds an open one; elsewhere all calls do nothing.
+
+    Args:
+        start_step: the step that training goes on from; later records of an earlier, interrupted attempt are dropped.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, start_step: int = 0) -> None:
+        self._file = None
+        if rank != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            _drop_after(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._board = SummaryWriter(str(run_dir), purge_step=start_step or None)
+
+    def write(self, kind: str, step: int, samples: int, **values: Any) -> None:
+        """One record: kind is train, val or event. Numbers go to TensorBoard as kind/name, too."""
+        if self._file is None:
+            return
+        record = {"type": kind, "step": step, "samples": samples, "time": time.time(), **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if kind == "event":
+            self._board.add_text("events", json.dumps(values), step)
+            return
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, picture: Any, step: int) -> None:
+        """A Pillow picture on TensorBoard's image page."""
+        if self._file is not None:
+            import numpy as np
+
+            self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def settings(self, settings: dict[str, Any], text: str) -> None:
+        """The configuration, to read."""
+        if self._file is not None:
+            self._board.add_text("config", "    " + text.replace("\n", "\n    "))
+            self._settings = {k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in settings.items()}
+
+    def outcome(self, results: dict[str, float]) -> None:
+        """Hyper-parameters beside final results, on TensorBoard's HParams page."""
+        if self._file is not None and results:
+            named = {f"final/{name}": value for name, value in results.items()}
+            self._board.add_hparams(self._settings, named, run_name=".")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+
+
+class Progress:
+    """A bar with ETA on a terminal, plain lines elsewhere; silent on other ranks than 0."""
+
+    def __init__(self, total: int, start: int, rank: int) -> None:
+        self._rank, self._total, self._start = rank, total, start
+        self._began = time.monotonic()
+        self._bar = None
+        if rank == 0 and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def step(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def show(self, done: int, values: dict[str, float]) -> None:
+        """The numbers of a logged step."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            elapsed = time.monotonic() - self._began
+            left = elapsed / max(1, done - self._start) * (self._total - done)
+            self.say(f"step {done}/{self._total}  {text}  eta {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        if self._rank == 0:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far, GB: the device's on a GPU, the process' resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _drop_after(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _keep(line, step)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _keep(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return record["type"] == KEPT_ON_RESUME or record["step"] <= step
+    except (ValueError, KeyError):
+        return False  # the line that a kill cut short
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

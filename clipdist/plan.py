@@ -1,0 +1,187 @@
+"""What is known of a run before a model is built: a configuration in, a Plan out, or the error that a user can mend.
+
+The launcher calls check_launch before it queues a job; every rank calls make_plan when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipdist.config import Config
+from clipdist.data.catalog import Catalog
+from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams
+from clipdist.errors import UserError
+
+if TYPE_CHECKING:
+    from clipdist.checkpoint import CheckpointReader
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Data, order, length and starting point of a run."""
+
+    catalog: Catalog
+    val: Catalog | None
+    order: OrderKey
+    steps: int
+    steps_per_epoch: int
+    resume: CheckpointReader | None
+    notes: list[str]  # what the user should hear, such as a damaged checkpoint that was passed over
+
+    @property
+    def start_step(self) -> int:
+        return self.resume.manifest.step if self.resume else 0
+
+    def order_record(self) -> dict[str, Any]:
+        """What the checkpoint keeps, to go on with the same order or refuse."""
+        return {"version": ORDER_VERSION, "fingerprint": self.catalog.fingerprint(), **asdict(self.order)}
+
+
+def check_launch(config: Config, world: int) -> Catalog:
+    """Checks data, rank count and run folder; imports no torch.
+
+    Returns:
+        The catalog of the training data.
+
+    Raises:
+        UserError: what would make every rank stop at its start.
+    """
+    batch = config.train.global_batch
+    if batch % world:
+        below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
+        raise UserError(
+            f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
+        )
+    if not config.data.train:
+        raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
+    catalog = Catalog.open(config.data.train, "data.train")
+    if len(catalog) < batch:
+        raise UserError(
+            f"data.train holds {len(catalog)} samples, fewer than train.global_batch={batch}; lower train.global_batch"
+        )
+    if config.data.val:
+        Catalog.open(config.data.val, "data.val")
+    check_run_folder(config.run.dir)
+    return catalog
+
+
+def check_run_folder(folder: Path) -> None:
+    """Makes the run folder.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"run folder {folder}: cannot be written ({reason}); set run.root or run.name") from None
+
+
+def make_plan(config: Config, world: int) -> Plan:
+    """Everything before the model.
+
+    Raises:
+        UserError: see check_launch; or a checkpoint that does not fit this configuration.
+    """
+    catalog = check_launch(config, world)
+    val = Catalog.open(config.data.val, "data.val") if config.data.val else None
+    notes: list[str] = []
+    resume = find_start(config, notes)
+    batch = config.train.global_batch
+    if resume:
+        streams = _check_resume(config, catalog, resume)
+    else:
+        from clipdist.model.spec import resolve_spec
+
+        resolve_spec(config.model)
+        streams = config.data.streams or choose_streams(batch, world)
+    key = OrderKey(config.data.seed, batch, streams, config.data.window)
+    steps_per_epoch = len(catalog) // batch
+    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    return Plan(catalog, val, key, steps, steps_per_epoch, resume, notes)
+
+
+def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
+    """The checkpoint to go on from. The rule, whatever ended the last run:
+
+    train.resume=FOLDER: that checkpoint.  auto: the newest checkpoint of the run folder whose files are whole, else
+    none.  never: none, and a run folder that holds checkpoints is refused rather than overwritten.
+
+    Raises:
+        UserError: the named checkpoint is unfit, or "never" would overwrite one.
+    """
+    from clipdist.checkpoint import CheckpointReader, list_checkpoints
+
+    wanted, run_dir = config.train.resume, config.run.dir
+    if wanted not in ("auto", "never"):
+        reader = CheckpointReader(wanted)
+        reader.verify()
+        return reader
+    folders = list_checkpoints(run_dir)
+    if wanted == "never":
+        if folders:
+            raise UserError(
+                f"train.resume=never: {run_dir} holds checkpoints already; choose another run.name or remove them"
+            )
+        return None
+    for folder in reversed(folders):
+        try:
+            reader = CheckpointReader(folder)
+            reader.verify()
+            return reader
+        except UserError as error:
+            notes.append(f"passed over a damaged checkpoint: {error}")
+    if folders:
+        raise UserError(f"{run_dir}/checkpoints: none of {len(folders)} checkpoints is whole; choose another run.name")
+    return None
+
+
+def _check_resume(config: Config, catalog: Catalog, reader: CheckpointReader) -> int:
+    """Compares a checkpoint with the configuration. Returns V, which the first start chose.
+
+    Raises:
+        UserError: another model, other data, or another order.
+    """
+    manifest, where = reader.manifest, reader.folder
+    _check_model(config, reader)
+    order = manifest.order
+    if order["version"] != ORDER_VERSION:
+        raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
+    if order["fingerprint"] != catalog.fingerprint():
+        raise UserError(f"{where}: made with other training data than data.train; choose another run.name")
+    wanted = {
+        "train.global_batch": (order["global_batch"], config.train.global_batch),
+        "data.seed": (order["seed"], config.data.seed),
+        "data.window": (order["window"], config.data.window),
+        "data.streams": (order["streams"], config.data.streams or order["streams"]),
+    }
+    for name, (theirs, ours) in wanted.items():
+        if theirs != ours:
+            raise UserError(
+                f"{where}: made with {name}={theirs}, here {ours}: the data order would change; set it back or choose"
+                " another run.name"
+            )
+    return order["streams"]
+
+
+def _check_model(config: Config, reader: CheckpointReader) -> None:
+    from clipdist.model.spec import resolve_spec
+
+    theirs, ours = reader.manifest.config["model"]["name"], config.model.name
+    if theirs != ours:
+        raise UserError(
+            f"{reader.folder}: a checkpoint of another model (model.name={theirs}, here {ours});"
+            " choose another run.name"
+        )
+    try:
+        described = resolve_spec(config.model).model
+    except UserError:
+        return  # the JSON or the weights of the first start are gone: the checkpoint has all that is needed
+    if described != reader.manifest.state["model"]["model"]:
+        raise UserError(f"{reader.folder}: a checkpoint of another model ({ours} has changed); choose another run.name")

@@ -1,0 +1,63 @@
+"""One rank of the proof that the temperature's bound holds on ZeRO's fp32 master, and that it is needed there."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from clipdist.config import load_config
+from clipdist.engine import distributed
+from clipdist.engine.engine import Engine
+from clipdist.model.dual_encoder import build_model
+
+
+
+def upward(image_features, text_features, logit_scale, **_):
+    """A loss that only wants a higher temperature."""
+    idle = 0 * (image_features.sum() + text_features.sum())
+    return -logit_scale.float().sum() + idle, {}
+
+
+def run(stage: int, precision: str, place: distributed.Place, bounded: bool) -> tuple[float, float]:
+    """exp(t) of the fp32 master and of the module after ten steps."""
+    overrides = [
+        "model.name=configs/models/tiny_vit.json",
+        f"engine.zero_stage={stage}",
+        f"train.precision={precision}",
+        "train.global_batch=8",
+        "loss.logit_scale_init=4.5",
+    ]
+    config = load_config(None, overrides)
+    torch.manual_seed(0)
+    engine = Engine(build_model(config.model, config.loss), upward, config, place)
+    if not bounded:
+        engine._bound_temperature = lambda: None  # type: ignore[method-assign]
+    share = 8 // place.world
+    image = torch.zeros(share, 3, 32, 32, dtype=torch.uint8)
+    tokens = torch.full((share, 16), 2047)
+    valid = torch.ones(share, dtype=torch.bool)
+    for step in range(10):
+        engine.train_step(image, tokens, valid, None, step=step, lr=0.1)
+    master = math.exp(engine.logit_scale())
+    module = math.exp(float(engine.engine(image, tokens)[2]))
+    engine.engine.destroy()
+    return master, module
+
+
+def main() -> None:
+    place = distributed.start("cpu")
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            master, module = run(stage, precision, place, bounded=True)
+            where = (stage, precision, master, module)
+            assert 95 < master <= 100 * (1 + 1e-6), where
+            assert 95 < module <= 100 * (1 + 1e-6), where
+    master, _ = run(2, "bf16", place, bounded=False)
+    assert master > 110, master  # without the bound it does run away
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
