@@ -55,7 +55,7 @@ def info_nce(
         valid = torch.ones(b, dtype=torch.bool, device=images.device)
     all_valid = all_gather(valid.to(torch.uint8), process_group).bool()
     positives = _positives(b, rank, all_valid, group_id, process_group)
-    scale = logit_scale.float().clamp(max=logit_scale_max).exp()
+    scale = _bounded(logit_scale.float(), logit_scale_max).exp()
     count = all_valid.sum().clamp(min=1)
     value = torch.zeros((), device=images.device)
     correct = []
@@ -67,6 +67,12 @@ def info_nce(
         best = positives.gather(1, logits.detach().argmax(dim=1, keepdim=True))[:, 0] > 0
         correct.append((best & valid).sum().float())
     return value, {"correct_i2t": correct[0], "correct_t2i": correct[1], "valid": valid.sum().float()}
+
+
+def _bounded(t: torch.Tensor, most: float) -> torch.Tensor:
+    """At most `most`, with the gradient of the identity: torch's clamp gives none at a bound that fp32 rounds up."""
+    bound = torch.full_like(t, most)
+    return torch.where(t > bound, bound + (t - t.detach()), t)
 
 
 def _positives(

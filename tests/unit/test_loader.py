@@ -1,0 +1,107 @@
+"""The loader: batches that depend on the position alone, bad samples that keep their row, errors that arrive."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from pairs import write_pairs
+
+from clipdist.config import Data
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample
+from clipdist.data.loader import Loader, group_id
+from clipdist.data.order import Order, OrderKey
+from clipdist.data.reader import Reader
+
+
+def tokenizer(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text), sum(map(ord, text))] for text in texts], dtype=torch.int64).view(-1, 2)
+
+
+def loader(folder, rank=0, world=1, start=0, threads=2, **settings) -> Loader:
+    catalog = Catalog.open([str(folder)])
+    order = Order(catalog.starts, OrderKey(0, 16, 4, 0))
+    cfg = dataclasses.replace(Data(threads=threads), **settings)
+    return Loader(Reader(catalog), tokenizer, order, cfg, image_size=24, rank=rank, world=world, start=start)
+
+
+def take(count: int, *args, **settings):
+    source = loader(*args, **settings)
+    batches = [source.next() for _ in range(count)]
+    source.close()
+    return batches
+
+
+def test_shapes_and_types(shards):
+    (batch,) = take(1, shards / "train")
+    assert batch.image.shape == (16, 3, 24, 24)
+    assert batch.image.dtype == torch.uint8
+    assert batch.image.float().std() > 10
+    assert batch.tokens.shape == (16, 2)
+    assert batch.valid.all()
+    assert batch.sample_id.dtype == batch.group_id.dtype == torch.int64
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_global_batch_depends_on_its_position_alone(shards, threads, world):
+    reference = take(7, shards / "train")
+    for rank in range(world):
+        rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        mine = take(3, shards / "train", rank, world, 4, threads)
+        for ours, whole in zip(mine, reference[4:]):
+            assert ours.position == whole.position
+            for name in ("image", "tokens", "valid", "sample_id", "group_id"):
+                assert torch.equal(getattr(ours, name), getattr(whole, name)[rows]), name
+
+
+def test_captions_and_crops_change_with_the_epoch(shards):
+    seen: dict[int, set] = {}
+    for batch in take(40, shards / "train"):
+        for sample, tokens in zip(batch.sample_id.tolist(), batch.tokens.tolist()):
+            seen.setdefault(sample, set()).add(tuple(tokens))
+    assert sum(len(captions) == 2 for captions in seen.values()) > 60  # of 70, each with two captions
+    firsts = {tuple(row) for batch in take(40, shards / "train", caption="first") for row in batch.tokens.tolist()}
+    assert len(firsts) < sum(map(len, seen.values()))
+
+
+def test_a_bad_sample_keeps_its_row(tmp_path):
+    write_pairs(tmp_path, 16, bad={3: b"", 7: b"no picture"})
+    (batch,) = take(1, tmp_path)
+    assert batch.valid.sum() == 14
+    assert sorted(batch.bad) == [(3, "missing image"), (7, "not an image")]
+    for row in (~batch.valid).nonzero().flatten().tolist():
+        assert batch.sample_id[row] in (3, 7)
+        assert batch.image[row].max() == 0
+
+
+def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):
+    source = loader(shards / "train")
+    monkeypatch.setattr(source.reader, "captions", lambda sample_id: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        source.next()
+    source.close()
+
+
+def test_group_ids_ignore_case_space_and_the_full_stop():
+    assert group_id("A dog  runs .") == group_id("a dog runs")
+    assert group_id("a dog runs") != group_id("a dog ran")
+    assert -(2**63) <= group_id("x") < 2**63
+
+
+def test_reader_names_what_is_missing(shards, tmp_path):
+    reader = Reader(Catalog.open([str(shards / "train")]))
+    assert reader.read(0, "nothing") is None
+    assert len(reader.captions(0)) == 2
+    assert reader.key(21) == "000010003"
+    assert reader.shard_name(21) == "00001.tar"
+    tar = write_pairs(tmp_path, 3) / "00000.tar"
+    cut = Reader(Catalog.open([str(tmp_path)]))
+    with open(tar, "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(BadSample):
+        cut.image(2)
+    reader.close()
+    cut.close()
