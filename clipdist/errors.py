@@ -6,11 +6,14 @@ Exit codes: 0 done; 1 fault; 2 bad input, one line on stderr and no traceback; 7
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
+RANK_0_FIRST_S = 3  # longer than a launcher takes to notice that rank 0 has ended
 
 
 class UserError(Exception):
@@ -20,15 +23,21 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs `main` and leaves the process with its exit code.
 
-    A UserError becomes one line on stderr and exit code 2 (under a launcher only rank 0 speaks, so that the line
-    stands once). Every other exception keeps its traceback: that is a fault, exit code 1.
+    A UserError becomes one line on stderr and exit code 2. Under a launcher rank 0 speaks first and the others wait:
+    where all ranks met the same error the launcher ends them before they repeat it. Every other exception keeps its
+    traceback: that is a fault, exit code 1.
     """
     try:
         code = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_FIRST_S)
+        print(f"error{f' (rank {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output went away (`| head`): nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

@@ -1,0 +1,111 @@
+"""The commands that users type: python, torchrun and deepspeed, with good and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pairs import write_pairs
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "python": [str(BIN / "python"), "clipdist/train.py"],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "clipdist/train.py"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "0", "clipdist/train.py"],
+}
+
+
+def run(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [word if word != "0" else free_port() for word in LAUNCHERS[launcher]]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "--config", "configs/tiny.yaml", *words], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["type"] == kind]
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory) -> dict[str, Path]:
+    """The same short run by every launcher."""
+    root = tmp_path_factory.mktemp("launchers")
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={root}", "train.steps=4"]
+    for launcher in LAUNCHERS:
+        ended = run(launcher, *data, f"run.name={launcher}")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "finished 4 steps" in ended.stdout
+    return {launcher: root / launcher for launcher in LAUNCHERS}
+
+
+def test_all_launchers_train_the_same_run(runs):
+    curves = {launcher: [record["loss"] for record in records(runs[launcher], "train")] for launcher in LAUNCHERS}
+    assert len(curves["python"]) == 4
+    assert curves["torchrun"] == curves["deepspeed"]  # both with two ranks
+    assert curves["python"] == pytest.approx(curves["torchrun"], rel=1e-5)
+
+
+def test_a_run_folder_holds_what_it_promises(runs):
+    folder = runs["deepspeed"]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "environment.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert json.loads((folder / "environment.json").read_text())["packages"]["torch"]
+    wanted = {"loss", "logit_scale", "lr", "grad_norm/image", "grad_norm/text", "grad_norm/temperature"}
+    wanted |= {"samples_per_s", "wait_share", "memory_gb", "step", "samples", "time"}
+    assert wanted <= records(folder, "train")[-1].keys()
+    (validation,) = [record for record in records(folder, "val") if record["step"] == 4]
+    assert {"t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10", "chance"} <= validation.keys()
+    assert validation["candidates"] == 20
+    assert validation["chance"] == 5  # percent
+
+
+def test_tensorboard_has_the_numbers_the_settings_and_a_picture(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(runs["deepspeed"]), size_guidance={"scalars": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/logit_scale", "train/lr", "train/wait_share", "val/t2i_r1"} <= set(tags["scalars"])
+    assert len(board.Scalars("train/loss")) == 4
+    assert "val/retrieval" in tags["images"]
+    assert "config/text_summary" in tags["tensors"]
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_a_misspelt_key_is_one_line_and_exit_2(launcher, shards, tmp_path):
+    ended = run(launcher, f"data.train={shards / 'train'}", f"run.root={tmp_path}", "optim.lrr=1e-3")
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error")]
+    assert lines == ["error: the command line: optim.lrr: Key 'lrr' not in 'Optim'. Did you mean: 'lr'?"]
+    assert "Traceback" not in ended.stderr
+
+
+def test_bad_samples_are_masked_counted_and_named(tmp_path):
+    write_pairs(tmp_path / "train", 70, bad={5: b"", 30: b"junk"})
+    words = [f"data.train={tmp_path / 'train'}", f"run.root={tmp_path}", "data.val=", "train.steps=4"]
+    ended = run("python", *words, "data.max_bad_share=0.2", "run.name=tolerant")
+    assert ended.returncode == 0, ended.stderr
+    events = [record for record in records(tmp_path / "tolerant", "event") if record["event"] == "bad_sample"]
+    named = {(event["reason"], event["shard"], event["key"]) for event in events}
+    train = records(tmp_path / "tolerant", "train")
+    assert named <= {("missing image", "00000.tar", "000000005"), ("not an image", "00001.tar", "000010012")}
+    assert len(events) == 4 * 16 - sum(record["valid"] for record in train) > 0
+    ended = run("python", *words, "data.max_bad_share=0.001", "run.name=strict")
+    assert ended.returncode == 2
+    assert "data.max_bad_share=0.001" in ended.stderr

@@ -1,0 +1,73 @@
+"""How programs end: exit codes, and what stands on stderr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from clipdist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, RANK_0_FIRST_S
+
+
+def run(body: str, **env: str) -> subprocess.CompletedProcess[str]:
+    program = f"""
+from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+def main():
+    {body}
+run_main(main)
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=clean | env)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [("pass", 0), ("return 0", 0), ("return 3", 3), ("return EXIT_INTERRUPTED", EXIT_INTERRUPTED)],
+)
+def test_the_exit_code_is_what_main_returns(body, code):
+    ended = run(body)
+    assert (ended.returncode, ended.stderr) == (code, "")
+
+
+def test_bad_input_is_one_line_and_no_traceback():
+    ended = run("raise UserError('data.train: no shards\\n   match X')")
+    assert ended.returncode == EXIT_BAD_INPUT
+    assert ended.stderr == "error: data.train: no shards match X\n"
+    assert ended.stdout == ""
+
+
+def test_under_a_launcher_rank_0_speaks_first():
+    assert run("raise UserError('wrong')", RANK="0").stderr == "error: wrong\n"
+    began = time.monotonic()
+    other = run("raise UserError('wrong')", RANK="1")
+    assert (other.returncode, other.stderr) == (EXIT_BAD_INPUT, "error (rank 1): wrong\n")
+    assert time.monotonic() - began > RANK_0_FIRST_S  # a launcher has ended it by then
+
+
+def test_ctrl_c_has_no_traceback():
+    ended = run("raise KeyboardInterrupt")
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_a_fault_keeps_its_traceback():
+    ended = run("raise KeyError('lost')")
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "KeyError: 'lost'" in ended.stderr
+
+
+def test_a_reader_that_goes_away_is_no_fault(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from clipdist.errors import run_main\n"
+        "def main():\n"
+        "    for number in range(200000):\n"
+        "        print(number)\n"
+        "run_main(main)\n"
+    )
+    line = f"'{sys.executable}' '{program}' | head -n 1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")

@@ -1,0 +1,134 @@
+"""Bad input of the trainer: one clear line, before any model is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from clipdist.checkpoint import Manifest, checkpoint_dir, write_manifest, write_part
+from clipdist.config import load_config, to_dict
+from clipdist.errors import UserError
+from clipdist.model.spec import resolve_spec
+from clipdist.plan import make_plan
+from clipdist.train import train
+
+
+def configured(shards, root, *words):
+    return load_config("configs/tiny.yaml", [f"run.root={root}", f"data.train={shards / 'train'}", *words])
+
+
+def fake_checkpoint(config, step=4, world=1):
+    """A checkpoint that holds nothing but says all about itself."""
+    plan = make_plan(dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto")), world)
+    state = {"model": resolve_spec(config.model).to_dict()}
+    folder = checkpoint_dir(config.run.dir, step)
+    write_part(folder, 0, [], "t")
+    manifest = Manifest(step, step, step * 16, 1, to_dict(config), plan.order_record(), state)
+    write_manifest(folder, manifest, "t")
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Building a model is an error here."""
+    monkeypatch.setattr("clipdist.model.dual_encoder.assemble", lambda *_, **__: pytest.fail("a model was built"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train=/nowhere/{0..3}.tar"], r"data.train: .*/nowhere"),
+        (["data.train="], r"data.train is empty"),
+        (["data.val=/nowhere"], r"data.val: .*/nowhere"),
+        (["train.global_batch=96"], r"70 samples, fewer than train.global_batch=96"),
+        (["model.name=ViT-B-23"], r"ViT-B-23.*ViT-B-32"),
+        (["model.name=configs/models/none.json"], r"none.json"),
+        (["device=cuda"], r"device=cuda"),
+        (["train.precision=fp16"], r"train.precision=fp16"),
+        (["train.resume=/nowhere"], r"/nowhere: not a checkpoint"),
+    ],
+)
+def test_what_is_wrong_and_where(shards, tmp_path, no_model, words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(configured(shards, tmp_path, *words))
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_that_do_not_divide_the_batch(shards, tmp_path, no_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"train.global_batch=16 cannot be divided among 3 ranks.* 15"):
+        train(configured(shards, tmp_path))
+
+
+def test_a_run_folder_that_cannot_be_written(shards, tmp_path, no_model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run folder .*file/tiny: cannot be written"):
+        train(configured(shards, tmp_path / "file"))
+
+
+def test_the_first_start_chooses_the_streams_and_the_checkpoint_keeps_them(shards, tmp_path):
+    config = configured(shards, tmp_path)
+    first = make_plan(config, world=2)
+    assert first.resume is None
+    assert first.start_step == 0
+    assert first.steps == 2 * (70 // 16)
+    fake_checkpoint(config, world=2)
+    again = make_plan(config, world=16)
+    assert again.start_step == 4
+    assert again.order == first.order
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.name=configs/models/tiny_rn.json"], r"another model"),
+        (["train.global_batch=8"], r"train.global_batch=16, here 8"),
+        (["data.seed=5"], r"data.seed=0, here 5"),
+        (["data.window=7"], r"data.window=0, here 7"),
+        (["data.streams=2"], r"data.streams=16, here 2"),
+        (["data.train={shards}/val", "train.global_batch=16"], r"other training data"),
+        (["train.resume=never"], r"holds checkpoints already"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(shards, tmp_path, no_model, words, message):
+    fake_checkpoint(configured(shards, tmp_path))
+    words = [word.format(shards=shards) for word in words]
+    with pytest.raises(UserError, match=message):
+        train(configured(shards, tmp_path, *words))
+
+
+def test_a_model_json_that_was_edited_after_the_first_start(shards, tmp_path, no_model):
+    described = json.loads(Path("configs/models/tiny_vit.json").read_text())
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps(described))
+    config = configured(shards, tmp_path, f"model.name={file}")
+    fake_checkpoint(config)
+    make_plan(config, 1)
+    described["vision_cfg"]["layers"] = 3
+    file.write_text(json.dumps(described))
+    with pytest.raises(UserError, match="another model"):
+        train(config)
+    file.unlink()
+    assert make_plan(config, 1).start_step == 4  # the checkpoint describes its model itself
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(shards, tmp_path):
+    config = configured(shards, tmp_path)
+    fake_checkpoint(config, 4)
+    (fake_checkpoint(config, 6) / "rank-00000.safetensors").unlink()
+    plan = make_plan(config, 1)
+    assert plan.start_step == 4
+    assert "step-00000006" in plan.notes[0]
+    (checkpoint_dir(config.run.dir, 4) / "rank-00000.safetensors").unlink()
+    with pytest.raises(UserError, match="none of 2 checkpoints"):
+        make_plan(config, 1)
+
+
+def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
+    config = configured(shards, tmp_path)
+    fake_checkpoint(config, 8)
+    assert train(config) == 0
+    assert "finished at step 8" in capsys.readouterr().out
