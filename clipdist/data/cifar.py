@@ -1,0 +1,265 @@
+"""CIFAR-10's python layout (a folder or its tar archive) in, uint8 pictures with labels out; and the way back.
+
+Layout: A. Krizhevsky, 2009: data_batch_1 ... and test_batch, each a pickled dictionary with `data` [n, 3072] uint8 and
+`labels` [n], and batches.meta with `label_names`. The official files are protocol 2 from Python 2 (strings are bytes);
+later copies are protocol 3. Pickles can run code, so these pass an unpickler that knows arrays and plain containers.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdist.errors import UserError
+
+SIDE = 32
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+_WANTED = re.compile(r"(data_batch_\d+|test_batch|batches\.meta)")
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    images: np.ndarray  # uint8 [n, 3, 32, 32]
+    labels: np.ndarray  # int64 [n]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Cifar10:
+    train: LabelledImages
+    test: LabelledImages
+    classes: tuple[str, ...]
+
+
+def read_cifar10(path: str | Path) -> Cifar10:
+    """Reads any number of training batches (at least one), the test batch and the class names.
+
+    Args:
+        path: the folder with the batches, the folder above it, or the tar archive (compressed or not), which is read
+            in place.
+
+    Raises:
+        UserError: no such data, a damaged or truncated file, or a pickle that holds anything but arrays and containers.
+    """
+    files = _read_files(Path(path))
+    batches = sorted((name for name in files if name.startswith("data_batch_")), key=lambda name: int(name[11:]))
+    for needed, found in (("data_batch_1", batches), ("test_batch", "test_batch" in files)):
+        if not found:
+            raise UserError(f"{path}: holds no {needed}; expected CIFAR-10's python version ({FOLDER} or {ARCHIVE})")
+    parts = [_labelled(files[name], f"{path}: {name}") for name in batches]
+    train = LabelledImages(
+        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
+    )
+    test = _labelled(files["test_batch"], f"{path}: test_batch")
+    labels = np.concatenate([train.labels, test.labels])
+    classes = _class_names(files.get("batches.meta"), f"{path}: batches.meta", count=int(labels.max()) + 1)
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"{path}: labels {labels.min()} to {labels.max()}, but {len(classes)} class names")
+    return Cifar10(train, test, classes)
+
+
+def write_cifar10(
+    folder: str | Path, train: LabelledImages, test: LabelledImages, classes: Sequence[str], batches: int = 5
+) -> Path:
+    """Writes the layout of the official archive: protocol 2 with Python 2's strings, so that every reader of it fits.
+
+    Returns:
+        The folder with the batches, FOLDER/cifar-10-batches-py.
+    """
+    out = Path(folder) / FOLDER
+    out.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(np.array_split(np.arange(len(train)), batches), start=1):
+        title = f"training batch {number} of {batches}"
+        _write(out / f"data_batch_{number}", _batch(train.images[rows], train.labels[rows], title))
+    _write(out / "test_batch", _batch(test.images, test.labels, "testing batch 1 of 1"))
+    meta = {"num_cases_per_batch": len(test), "label_names": list(classes), "num_vis": 3 * SIDE * SIDE}
+    _write(out / "batches.meta", meta)
+    return out
+
+
+def _read_files(path: Path) -> dict[str, bytes]:
+    """Name -> content of the layout's files, wherever under `path` they are."""
+    if path.is_file():
+        return _read_archive(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; expected {FOLDER} or {ARCHIVE}")
+    for folder in (path, path / FOLDER):
+        found = {entry.name: entry for entry in sorted(folder.glob("*")) if _WANTED.fullmatch(entry.name)}
+        if found:
+            return {name: entry.read_bytes() for name, entry in found.items()}
+    if (path / ARCHIVE).is_file():
+        return _read_archive(path / ARCHIVE)
+    raise UserError(f"{path}: holds neither CIFAR-10's batches, nor {FOLDER}, nor {ARCHIVE}")
+
+
+def _read_archive(path: Path) -> dict[str, bytes]:
+    files = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if member.isfile() and _WANTED.fullmatch(name):
+                    stream = archive.extractfile(member)
+                    assert stream is not None  # a plain file always has content
+                    files[name] = stream.read()
+                    if len(files[name]) < member.size:  # an uncompressed archive ends without an error
+                        raise EOFError(f"{name} is cut off")
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}); download it again") from None
+    return files
+
+
+def _labelled(data: bytes, where: str) -> LabelledImages:
+    batch = _unpickle(data, where)
+    try:
+        images, labels = _as_array(batch["data"]), _as_array(batch["labels"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a CIFAR-10 batch ({type(error).__name__}: {error})") from None
+    if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * SIDE * SIDE:
+        raise UserError(f"{where}: `data` is {images.dtype} {list(images.shape)}, not uint8 [n, {3 * SIDE * SIDE}]")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(labels):
+        raise UserError(f"{where}: {labels.size} integer labels expected to match {len(images)} pictures, at least one")
+    return LabelledImages(images.reshape(-1, 3, SIDE, SIDE).copy(), labels.astype(np.int64))
+
+
+def _class_names(data: bytes | None, where: str, count: int) -> tuple[str, ...]:
+    """The names, or numbers as names where batches.meta was lost."""
+    if data is None:
+        return tuple(str(label) for label in range(max(count, 10)))
+    names = _unpickle(data, where).get("label_names")
+    if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
+        raise UserError(f"{where}: holds no list `label_names`")
+    return tuple(_text(name) for name in names)
+
+
+class _DType:
+    """Stands in for numpy.dtype while a pickle is read."""
+
+    def __init__(self, code: Any, *_flags: Any) -> None:
+        self.code = _text(code)
+        self.order = "|"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = _text(state[1])
+
+
+class _Array:
+    """Stands in for numpy.ndarray: keeps the pickled state and lets no code of numpy read it."""
+
+    state: tuple = ()
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+
+def _reconstruct(*_arguments: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, _codec: str) -> bytes:
+    """How Python 3 writes bytes at protocol 2; only ever with latin1."""
+    return text.encode("latin1")
+
+
+_ADMITTED = {
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"refused {module}.{name}: only arrays and containers are read") from None
+
+
+def _unpickle(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        tree = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise UserError(f"{where}: damaged, truncated or not a CIFAR-10 file ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: holds {type(tree).__name__}, expected a dictionary")
+    return {_text(key): value for key, value in tree.items() if isinstance(key, bytes | str)}
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """A list of numbers, or an array's pickled state (version, shape, dtype, column-major, bytes)."""
+    if not isinstance(value, _Array):
+        return np.asarray(value)
+    _version, shape, dtype, column_major, raw = value.state
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    kind = np.dtype((dtype.order if dtype.order in "<>" else "") + dtype.code)
+    if kind.kind not in "iu":
+        raise ValueError(f"an array of {kind}")
+    return np.frombuffer(raw, kind).reshape(shape, order="F" if column_major else "C")
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _batch(images: np.ndarray, labels: np.ndarray, title: str) -> dict[str, Any]:
+    if images.dtype != np.uint8 or images.shape[1:] != (3, SIDE, SIDE) or len(images) != len(labels):
+        raise ValueError(f"expected uint8 [n, 3, {SIDE}, {SIDE}] and n labels, got {images.shape} and {len(labels)}")
+    names = [f"{title.split()[0]}_{row:05d}.png" for row in range(len(images))]
+    rows = np.ascontiguousarray(images.reshape(len(images), -1))
+    return {"batch_label": title, "labels": [int(label) for label in labels], "data": rows, "filenames": names}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_bytes(pickle.PROTO + b"\x02" + _opcodes(content) + pickle.STOP)
+
+
+def _opcodes(value: Any) -> bytes:
+    """A value as protocol 2 of Python 2 writes it; the pickle module of Python 3 cannot write its strings."""
+    match value:
+        case dict():
+            items = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
+            return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+        case list():
+            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_opcodes, value)) + pickle.APPENDS
+        case tuple():
+            return pickle.MARK + b"".join(map(_opcodes, value)) + pickle.TUPLE
+        case bool():  # before int, which it is too
+            return pickle.NEWTRUE if value else pickle.NEWFALSE
+        case int():
+            return pickle.BININT + struct.pack("<i", value)
+        case None:
+            return pickle.NONE
+        case str() | bytes():
+            raw = value.encode("latin1") if isinstance(value, str) else value
+            if len(raw) < 256:
+                return pickle.SHORT_BINSTRING + struct.pack("<B", len(raw)) + raw
+            return pickle.BINSTRING + struct.pack("<i", len(raw)) + raw
+        case np.ndarray():
+            return _uint8_opcodes(value)
+    raise TypeError(f"nothing of the CIFAR-10 layout: {type(value).__name__}")
+
+
+def _uint8_opcodes(array: np.ndarray) -> bytes:
+    """What numpy's __reduce__ gives: an empty array, then its state with the data type's own state inside."""
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n" + pickle.MARK + b"cnumpy\nndarray\n"
+    empty += _opcodes((0,)) + _opcodes("b") + pickle.TUPLE + pickle.REDUCE
+    dtype = b"cnumpy\ndtype\n" + _opcodes(("u1", 0, 1)) + pickle.REDUCE
+    dtype += _opcodes((3, "|", None, None, None, -1, -1, 0)) + pickle.BUILD
+    state = _opcodes(1) + _opcodes(array.shape) + dtype + _opcodes(False) + _opcodes(array.tobytes())
+    return empty + pickle.MARK + state + pickle.TUPLE + pickle.BUILD

@@ -1,0 +1,1 @@
+"""Evaluation: model and data in, numbers out."""

@@ -1,0 +1,246 @@
+"""Pictures and captions of a catalog in, features of both in catalog order out; alone, or one slice per rank."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample, eval_image
+from clipdist.data.reader import Reader
+from clipdist.errors import UserError
+
+# encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
+Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
+AHEAD = 3  # batches that are decoded while the model is busy
+
+
+@dataclass
+class Embeddings:
+    """Features as the projections give them (not normalised), on the CPU, n pictures and m captions."""
+
+    image: Tensor  # fp32 [n, D]
+    text: Tensor  # fp32 [m, D]
+    text_image: Tensor  # int64 [m]: the row of the caption's picture
+    captions: list[str]  # m
+    keys: list[str]  # n
+    sample_ids: Tensor  # int64 [n], of the catalog
+    bad: dict[str, list[str]]  # reason -> keys of the samples that are left out
+
+
+def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
+    """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
+    model = model.to(device).eval()
+
+    def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        image = None if image is None else image.to(device, non_blocking=True)
+        tokens = None if tokens is None else tokens.to(device, non_blocking=True)
+        image_features, text_features, _ = model(image, tokens)
+        return image_features, text_features
+
+    return encode
+
+
+def embed_catalog(
+    encode: Encode,
+    catalog: Catalog,
+    tokenizer: Callable[[list[str]], Tensor],
+    image_size: int,
+    batch: int = 64,
+    threads: int = 2,
+    progress: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    texts: bool = True,
+) -> Embeddings:
+    """Embeds this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
+
+    `encode` always gets `batch` rows (the last ones padded with zeros), first pictures, then captions, and is called
+    the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose picture
+    cannot be decoded, or that lacks captions where they are asked for, is left out and named in `bad`.
+
+    Args:
+        tokenizer: captions -> int64 [b, L].
+        image_size: side of the square that the model takes, pixels.
+        threads: decoding threads.
+        progress: a progress bar on rank 0, where stderr is a terminal.
+        texts: False embeds pictures alone; `text` and `captions` are then empty.
+    """
+    begins = [len(catalog) * r // world for r in range(world + 1)]
+    mine = range(begins[rank], begins[rank + 1])
+    hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
+    reader = Reader(catalog)
+    try:
+        captions, text_calls = _plan_captions(reader, begins, rank, batch) if texts else ({}, 0)
+        image_calls = _ceil(max(end - begin for begin, end in itertools.pairwise(begins)), batch)
+        bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
+        pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad)
+        image = encode_images(encode, tqdm(pictures, "pictures", image_calls, disable=hide))
+        flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
+        tokens = _tokenised([caption for _, caption in flat], tokenizer, batch, text_calls)
+        text = _forward_all(encode, tqdm(tokens, "captions", text_calls, disable=hide), image=False)
+        keys = {sample_id: reader.key(sample_id) for sample_id in mine}
+    finally:
+        reader.close()
+    return _without_bad(image, text, flat, keys, bad)
+
+
+def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:
+    """uint8 [b, 3, S, S] batches of any sizes -> fp32 [sum of b, D] on the CPU."""
+    return _forward_all(encode, batches, image=True)
+
+
+def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup | None = None) -> Embeddings:
+    """All ranks' slices as one, in rank order, on every rank. Collective; strings travel as JSON, never pickled."""
+    if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
+        return embeddings
+    image, text, text_image, sample_ids = (
+        _gather_rows(tensor, process_group)
+        for tensor in (embeddings.image, embeddings.text, embeddings.text_image, embeddings.sample_ids)
+    )
+    strings = json.dumps([embeddings.captions, embeddings.keys, embeddings.bad]).encode()
+    payload = torch.frombuffer(bytearray(strings), dtype=torch.uint8)
+    captions: list[str] = []
+    keys: list[str] = []
+    bad: dict[str, list[str]] = {}
+    for part in _gather_rows(payload, process_group):
+        part_captions, part_keys, part_bad = json.loads(part.numpy().tobytes())
+        captions += part_captions
+        keys += part_keys
+        for reason, names in part_bad.items():
+            bad[reason] = bad.get(reason, []) + names
+    firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its pictures from 0
+    return Embeddings(
+        image=torch.cat(image),
+        text=torch.cat(text),
+        text_image=torch.cat([part + first for part, first in zip(text_image, firsts)]),
+        captions=captions,
+        keys=keys,
+        sample_ids=torch.cat(sample_ids),
+        bad=bad,
+    )
+
+
+def _without_bad(
+    image: Tensor, text: Tensor, flat: list[tuple[int, str]], keys: dict[int, str], bad: dict[int, str]
+) -> Embeddings:
+    """Drops bad samples from `image` (a row per sample of `keys`) and `text` (a row per caption of `flat`)."""
+    kept = [row for row, sample_id in enumerate(keys) if sample_id not in bad]
+    ids = [sample_id for sample_id in keys if sample_id not in bad]
+    row_of = {sample_id: row for row, sample_id in enumerate(ids)}
+    rows = [row for row, (sample_id, _) in enumerate(flat) if sample_id in row_of]
+    by_reason: dict[str, list[str]] = {}
+    for sample_id in sorted(bad):
+        by_reason.setdefault(bad[sample_id], []).append(keys[sample_id])
+    return Embeddings(
+        image=image[kept],
+        text=text[rows],
+        text_image=torch.tensor([row_of[flat[row][0]] for row in rows], dtype=torch.int64),
+        captions=[flat[row][1] for row in rows],
+        keys=[keys[sample_id] for sample_id in ids],
+        sample_ids=torch.tensor(ids, dtype=torch.int64),
+        bad=by_reason,
+    )
+
+
+def _plan_captions(reader: Reader, begins: Sequence[int], rank: int, batch: int) -> tuple[dict[int, list[str]], int]:
+    """This rank's captions by sample, and the number of text batches of the rank that has most.
+
+    Every rank reads all captions: it costs microseconds a sample, and no communication.
+    """
+    mine: dict[int, list[str]] = {}
+    counts = []
+    for r, (begin, end) in enumerate(itertools.pairwise(begins)):
+        counts.append(0)
+        for sample_id in range(begin, end):
+            try:
+                captions = reader.captions(sample_id)
+            except BadSample:
+                captions = []
+            counts[r] += len(captions)
+            if r == rank:
+                mine[sample_id] = captions
+    return mine, _ceil(max(counts), batch)
+
+
+def _decoded(
+    reader: Reader, sample_ids: range, size: int, batch: int, calls: int, threads: int, bad: dict[int, str]
+) -> Iterator[Tensor]:
+    """Exactly `calls` batches uint8 [batch, 3, size, size], decoded by threads ahead of their use.
+
+    A sample that cannot be decoded keeps its row as zeros, so that the number of batches never depends on damage; its
+    reason goes into `bad`.
+    """
+
+    def load(sample_id: int) -> Tensor | str:
+        try:
+            return eval_image(reader.image(sample_id), size)
+        except BadSample as error:
+            return error.reason
+
+    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[Tensor | str]] = deque()
+        upcoming = iter(sample_ids)
+        for call in range(calls):
+            while len(waiting) < AHEAD * batch and (following := next(upcoming, None)) is not None:
+                waiting.append(pool.submit(load, following))
+            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+            for row, sample_id in enumerate(sample_ids[call * batch : (call + 1) * batch]):
+                loaded = waiting.popleft().result()
+                if isinstance(loaded, str):
+                    bad[sample_id] = loaded
+                else:
+                    pixels[row] = loaded
+            yield pixels
+
+
+def _tokenised(
+    captions: list[str], tokenizer: Callable[[list[str]], Tensor], batch: int, calls: int
+) -> Iterator[Tensor]:
+    """Exactly `calls` batches int64 [batch, L]; rows that pad a batch repeat the tokens of an empty sentence."""
+    for call in range(calls):
+        part = captions[call * batch : (call + 1) * batch]
+        yield tokenizer(part + [""] * (batch - len(part)))
+
+
+@torch.no_grad()
+def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tensor:
+    parts = []
+    for inputs in batches:
+        image_features, text_features = encode(inputs, None) if image else encode(None, inputs)
+        features = image_features if image else text_features
+        assert features is not None  # what was given is encoded
+        parts.append(features.float().cpu())
+    if not parts and image:
+        raise UserError("nothing to embed: no pictures")
+    return torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
+
+
+def _gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Every rank's tensor [n_r, ...], with n_r free to differ. Tensors travel padded to the longest."""
+    device = torch.device("cpu")
+    if "gloo" not in dist.get_backend(process_group):  # NCCL carries device tensors only
+        device = torch.device("cuda", torch.cuda.current_device())
+    world = dist.get_world_size(process_group)
+    count = torch.tensor([len(tensor)], device=device)
+    counts = [torch.zeros_like(count) for _ in range(world)]
+    dist.all_gather(counts, count, group=process_group)
+    lengths = [int(c) for c in counts]
+    padded = torch.zeros(max(lengths), *tensor.shape[1:], dtype=tensor.dtype, device=device)
+    padded[: len(tensor)] = tensor.to(device)
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded, group=process_group)
+    return [part[:length].cpu() for part, length in zip(parts, lengths)]
+
+
+def _ceil(count: int, batch: int) -> int:
+    return -(-count // batch)

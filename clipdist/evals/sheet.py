@@ -1,0 +1,182 @@
+"""Queries with their pictures and labels in, one contact sheet (a Pillow image) out: a row of pictures per query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.reader import Reader
+from clipdist.evals.embed import Embeddings
+
+TILE = 176  # side of a picture's square, pixels
+COLUMNS = 8  # pictures beside one another, at most
+GAP = 12
+MARGIN = 24
+QUERY_SIZE, LABEL_SIZE = 20, 14  # of the fonts, pixels
+QUERY_LINES, LABEL_LINES = 4, 5  # longer text ends in an ellipsis
+PAPER, INK, QUIET, MAT = (255, 255, 255), (24, 28, 36), (96, 104, 118), (240, 242, 245)
+RIGHT = (22, 163, 74)  # frame of a right answer
+FRAME = 4  # its width, pixels
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Picture = Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query; `images` are Pillow images, or uint8 [h, w, 3] arrays, or uint8 [3, h, w] tensors; a label each."""
+
+    query: str
+    images: Sequence[Picture]
+    labels: Sequence[str]  # "" for none; a line break in a label is kept
+    right: int | None = None  # which of the pictures is the right answer, where that is known: it gets a green frame
+
+
+def contact_sheet(rows: Sequence[Row], tile: int = TILE) -> Image.Image:
+    """Draws the rows under one another. Pictures keep their aspect inside a square of `tile` pixels.
+
+    The width follows the longest row, up to COLUMNS pictures; what is more goes on below. The height follows the text.
+    """
+    if not rows or any(len(row.images) != len(row.labels) for row in rows):
+        raise ValueError("a contact sheet needs rows, and as many labels as pictures in each")
+    columns = min(COLUMNS, max(2, *(len(row.images) for row in rows)))
+    width = 2 * MARGIN + columns * tile + (columns - 1) * GAP
+    strips = []
+    for row in rows:
+        strips.append(_text_strip(row.query, width))
+        for begin in range(0, len(row.images), columns):
+            part = slice(begin, begin + columns)
+            right = None if row.right is None else row.right - begin
+            strips.append(_picture_strip(row.images[part], row.labels[part], right, width, tile))
+    sheet = Image.new("RGB", (width, MARGIN + sum(strip.height for strip in strips)), PAPER)
+    y = MARGIN
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height
+    return sheet
+
+
+def hits_row(query: str, reader: Reader, sample_ids: Sequence[int], scores: Sequence[float]) -> Row:
+    """The row of a query's hits, best first: whole pictures, labelled with rank, score and first caption."""
+    labels = []
+    for rank, (sample_id, score) in enumerate(zip(sample_ids, scores), start=1):
+        labels.append(f"{rank}.  {score:.3f}\n{first_caption(reader, sample_id)}")
+    return Row(query, [decode_pixels(reader.image(sample_id)) for sample_id in sample_ids], labels)
+
+
+def first_caption(reader: Reader, sample_id: int) -> str:
+    """A sample's first caption, "" where it has none."""
+    try:
+        return reader.captions(sample_id)[0]
+    except BadSample:
+        return ""
+
+
+def retrieval_sheet(embeddings: Embeddings, catalog: Catalog, queries: int, hits: int = 6) -> Image.Image:
+    """The sheet that validation shows: captions spread evenly over the set, each with the pictures it finds.
+
+    The caption's own picture has a green frame where it is among the hits. The same queries come back every time.
+    """
+    count = min(queries, len(embeddings.captions))
+    chosen = [(2 * row + 1) * len(embeddings.captions) // (2 * count) for row in range(count)]
+    scores = F.normalize(embeddings.text[chosen], dim=1) @ F.normalize(embeddings.image, dim=1).T
+    top = scores.topk(min(hits, len(embeddings.keys)))
+    reader = Reader(catalog)
+    try:
+        rows = []
+        for caption, values, pictures in zip(chosen, top.values, top.indices):
+            row = hits_row(
+                embeddings.captions[caption], reader, embeddings.sample_ids[pictures].tolist(), values.tolist()
+            )
+            right = (pictures == embeddings.text_image[caption]).nonzero().flatten().tolist()
+            rows.append(replace(row, right=right[0] if right else None))
+    finally:
+        reader.close()
+    return contact_sheet(rows)
+
+
+def _text_strip(query: str, width: int) -> Image.Image:
+    font = ImageFont.load_default(size=QUERY_SIZE)
+    lines = _wrap(query, font, width - 2 * MARGIN, QUERY_LINES)
+    strip = Image.new("RGB", (width, len(lines) * _line(QUERY_SIZE) + GAP // 2), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, number * _line(QUERY_SIZE)), line, INK, font)
+    return strip
+
+
+def _picture_strip(
+    images: Sequence[Picture], labels: Sequence[str], right: int | None, width: int, tile: int
+) -> Image.Image:
+    font = ImageFont.load_default(size=LABEL_SIZE)
+    wrapped = [_wrap(label, font, tile, LABEL_LINES) for label in labels]
+    labels_y = tile + GAP // 2
+    height = labels_y + max(len(lines) for lines in wrapped) * _line(LABEL_SIZE) + MARGIN
+    strip = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(strip)
+    for column, (picture, lines) in enumerate(zip(images, wrapped)):
+        x = MARGIN + column * (tile + GAP)
+        draw.rectangle((x, 0, x + tile - 1, tile - 1), MAT)
+        fitted = _fit(picture, tile)
+        strip.paste(fitted, (x + (tile - fitted.width) // 2, (tile - fitted.height) // 2))
+        if column == right:
+            draw.rectangle((x, 0, x + tile - 1, tile - 1), outline=RIGHT, width=FRAME)
+        for number, line in enumerate(lines):
+            # The first line carries the rank and the score.
+            draw.text((x, labels_y + number * _line(LABEL_SIZE)), line, INK if number == 0 else QUIET, font)
+    return strip
+
+
+def _fit(picture: Picture, tile: int) -> Image.Image:
+    """The picture scaled, up or down, so that its longer side is `tile`."""
+    if isinstance(picture, Tensor):
+        picture = picture.permute(1, 2, 0).cpu().numpy()
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(np.ascontiguousarray(picture))
+    picture = picture.convert("RGB")
+    scale = tile / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
+    """Breaks text into at most `most` lines of at most `width` pixels; a word wider than a line is broken too."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}" if line else word
+            while font.getlength(line) > width and len(line) > 1:
+                head = _longest_head(line, font, width)
+                lines.append(line[:head])
+                line = line[head:]
+        if line:
+            lines.append(line)
+    if len(lines) > most:
+        last = lines[most - 1] + "..."
+        while font.getlength(last) > width and len(last) > 4:
+            last = last[:-4] + "..."
+        lines = [*lines[: most - 1], last]
+    return lines
+
+
+def _longest_head(word: str, font: Font, width: int) -> int:
+    """How many characters of a word fit on a line, at least one."""
+    head = 1
+    while head < len(word) and font.getlength(word[: head + 1]) <= width:
+        head += 1
+    return head
+
+
+def _line(size: int) -> int:
+    return round(size * 1.35)
