@@ -30,14 +30,11 @@ class Plan:
     steps_per_epoch: int
     resume: CheckpointReader | None
     notes: list[str]  # what the user should hear, such as a damaged checkpoint that was passed over
+    order_record: dict[str, Any]  # what the checkpoint keeps, to go on with the same order or refuse
 
     @property
     def start_step(self) -> int:
         return self.resume.manifest.step if self.resume else 0
-
-    def order_record(self) -> dict[str, Any]:
-        """What the checkpoint keeps, to go on with the same order or refuse."""
-        return {"version": ORDER_VERSION, "fingerprint": self.catalog.fingerprint(), **asdict(self.order)}
 
 
 def check_launch(config: Config, world: int) -> Catalog:
@@ -94,8 +91,9 @@ def make_plan(config: Config, world: int) -> Plan:
     notes: list[str] = []
     resume = find_start(config, notes)
     batch = config.train.global_batch
+    fingerprint = catalog.fingerprint()
     if resume:
-        streams = _check_resume(config, catalog, resume)
+        streams = _check_resume(config, fingerprint, resume)
     else:
         from clipdist.model.spec import resolve_spec
 
@@ -104,7 +102,8 @@ def make_plan(config: Config, world: int) -> Plan:
     key = OrderKey(config.data.seed, batch, streams, config.data.window)
     steps_per_epoch = len(catalog) // batch
     steps = config.train.steps or config.train.epochs * steps_per_epoch
-    return Plan(catalog, val, key, steps, steps_per_epoch, resume, notes)
+    record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
+    return Plan(catalog, val, key, steps, steps_per_epoch, resume, notes, record)
 
 
 def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
@@ -142,7 +141,7 @@ def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
     return None
 
 
-def _check_resume(config: Config, catalog: Catalog, reader: CheckpointReader) -> int:
+def _check_resume(config: Config, fingerprint: str, reader: CheckpointReader) -> int:
     """Compares a checkpoint with the configuration. Returns V, which the first start chose.
 
     Raises:
@@ -153,7 +152,7 @@ def _check_resume(config: Config, catalog: Catalog, reader: CheckpointReader) ->
     order = manifest.order
     if order["version"] != ORDER_VERSION:
         raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
-    if order["fingerprint"] != catalog.fingerprint():
+    if order["fingerprint"] != fingerprint:
         raise UserError(f"{where}: made with other training data than data.train; choose another run.name")
     wanted = {
         "train.global_batch": (order["global_batch"], config.train.global_batch),

@@ -330,7 +330,7 @@ class Trainer:
             samples=self._samples(),
             world=self.place.world,
             config=to_dict(self.config),
-            order=self.plan.order_record(),
+            order=self.plan.order_record,
             state={
                 "scaler": scaler_state(self.engine.engine),
                 "finished": finished,

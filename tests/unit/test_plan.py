@@ -26,7 +26,7 @@ def fake_checkpoint(config, step=4, world=1):
     state = {"model": resolve_spec(config.model).to_dict()}
     folder = checkpoint_dir(config.run.dir, step)
     write_part(folder, 0, [], "t")
-    manifest = Manifest(step, step, step * 16, 1, to_dict(config), plan.order_record(), state)
+    manifest = Manifest(step, step, step * 16, 1, to_dict(config), plan.order_record, state)
     write_manifest(folder, manifest, "t")
     return folder
 
