@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clipdist.errors import UserError
 
 DEFAULT_RECIPE = "configs/flickr8k_rn50.yaml"
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> Any:
+    given, path = path, path if path.is_file() else REPOSITORY / path  # recipes are found from any folder
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        raise UserError(f"--config {path}: no such file{hint}")
+        raise UserError(f"--config {given}: no such file{hint}")
     try:
         return OmegaConf.load(path)
     except OmegaConfBaseException:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from clipdist import config
+from clipdist.config import REPOSITORY
 from clipdist.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 DEFAULT_CONTEXT = 77
 
