@@ -409,10 +409,14 @@ def environment() -> dict[str, Any]:
     """Versions, commit and command line of this process."""
     packages = ("clipdist", "torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    try:
+        words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "command": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),

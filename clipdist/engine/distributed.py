@@ -74,8 +74,8 @@ def start(device: str) -> Place:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed's all-reduce through shared memory serves tensor-parallel inference alone; training never calls it. Every
-    # start on a CPU would compile it (a minute, a compiler, and a lock that a killed compiler leaves behind for ever).
+    # DeepSpeed's all-reduce through shared memory serves tensor-parallel inference alone; training never calls it, but
+    # on a CPU the first start would compile it for a minute or two, and end in a traceback where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"

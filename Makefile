@@ -1,0 +1,45 @@
+# make demo: the main job on data that it makes itself.   make test: lint and the tests.   make clean: remove .venv.
+# The first two install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: demo test lint install clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The launcher `deepspeed`, and the ninja with which DeepSpeed compiles, are those of .venv.
+export PATH := $(BIN):$(PATH)
+
+demo: install
+	@$(BIN)/python tools/demo.py
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy clipdist launch tools
+
+install: $(VENV)/.installed
+
+# pip's own words go to install.log; shown are the large packages, so that something is seen to happen, and errors.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) on PATH; name one: make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $$($(PYTHON) -V 2>&1) is too old, 3.10 or newer is needed: make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV): some minutes, several GB (PyTorch brings its CUDA libraries)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' 2>&1 | \
+	  tee $(VENV)/install.log | \
+	  awk '/^ *(Downloading|Using cached) .*[0-9][0-9][0-9]\.[0-9] MB\)/ \
+	         { sub(/.*\//, "", $$2); split($$2, name, "-"); print "  " name[1] " " $$(NF-1) " " $$NF; fflush() } \
+	       /^Installing collected/ { print "  unpacking " NF - 3 " packages"; fflush() } \
+	       /^ *(ERROR|error)/ { print; fflush() }' || \
+	  { echo "error: the installation failed; $(VENV)/install.log says more" >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

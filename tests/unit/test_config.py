@@ -1,0 +1,168 @@
+"""Recipes and overrides: what is read, what is refused in which words, and that every recipe of the project holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipdist.config import DEFAULT_RECIPE, Config, differences, flat, load_config, to_dict, to_yaml
+from clipdist.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refused(overrides: list[str], path: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_without_recipe_and_overrides_the_defaults_stand():
+    assert load_config() == Config()
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+    path = recipe(tmp_path, "optim: {lr: 1e-3, warmup_steps: 7}\ntrain: {epochs: 3}\n")
+    config = load_config(path, ["optim.lr=2e-3", "train.epochs=4", "train.epochs=5"])
+    assert config.optim.lr == 2e-3
+    assert config.optim.warmup_steps == 7
+    assert config.train.epochs == 5
+    assert config.optim.beta2 == Config().optim.beta2
+    assert differences(config) == {"optim.lr": 2e-3, "optim.warmup_steps": 7, "train.epochs": 5}
+
+
+def test_values_have_the_types_of_their_fields(tmp_path):
+    config = load_config(recipe(tmp_path, "optim: {lr: 1e-3}\n"), ["engine.activation_checkpointing=true"])
+    assert isinstance(config.optim.lr, float)  # a plain YAML parser reads 1e-3 as a string
+    assert config.engine.activation_checkpointing is True
+    assert isinstance(config.train, type(Config().train))
+
+
+@pytest.mark.parametrize("word", ["data.train=DIR/a", "data.train=[DIR/a]"])
+def test_one_shard_folder_may_stand_for_a_list(word):
+    assert load_config(None, [word]).data.train == ["DIR/a"]
+
+
+def test_an_empty_value_empties_a_list(tmp_path):
+    assert load_config(recipe(tmp_path, "data: {val: [a, b]}\n"), ["data.val=[]"]).data.val == []
+
+
+def test_a_scalar_in_a_recipe_may_stand_for_a_list(tmp_path):
+    assert load_config(recipe(tmp_path, "data:\n  train: DIR/{00000..00002}.tar\n")).data.train == [
+        "DIR/{00000..00002}.tar"
+    ]
+
+
+def test_deepspeed_settings_pass_through():
+    config = load_config(None, ["engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"])
+    assert config.engine.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("optim.lrr=1", ["the command line", "lrr", "Did you mean", "lr"]),
+        ("optimm.lr=1", ["optimm", "Did you mean", "optim"]),
+        ("train.epochs=many", ["train.epochs", "many"]),
+        ("train.epochs=1.5", ["train.epochs", "1.5"]),
+        ("train.precision=fp8", ["train.precision", "fp8"]),
+        ("train=3", ["the command line", "Train", "3"]),
+        ("optim.lr", ["optim.lr", "section.key=value"]),
+        ("=3", ["section.key=value"]),
+        ("data.train=[a", ["data.train=[a"]),
+        ("run.name=", ["run.name"]),
+        ("run.name=a/b", ["run.name", "plain name"]),
+        ("optim.lr=0", ["optim.lr=0", "above 0"]),
+        ("optim.min_lr=1", ["optim.min_lr=1", "not exceed"]),
+        ("train.global_batch=0", ["train.global_batch=0"]),
+        ("train.steps=-1", ["train.steps=-1", "negative"]),
+        ("data.crop_scale_min=0", ["data.crop_scale_min=0"]),
+        ("data.max_bad_share=2", ["data.max_bad_share=2"]),
+        ("data.streams=3", ["data.streams=3", "divide train.global_batch"]),
+        ("loss.logit_scale_max=5", ["loss.logit_scale_max=5", "ln 100"]),
+        ("launch.gpus=0", ["launch.gpus=0"]),
+        ("engine.deepspeed.gradient_accumulation_steps=2", ["gradient_accumulation_steps", "negatives"]),
+        ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed.bf16", "train.precision"]),
+        ("engine.deepspeed.gradient_clipping=1", ["gradient_clipping", "optim.grad_clip"]),
+    ],
+)
+def test_bad_overrides_are_refused_by_name(word, parts):
+    message = refused([word])
+    assert all(part in message for part in parts), message
+
+
+def test_a_bad_recipe_is_named(tmp_path):
+    path = recipe(tmp_path, "train:\n  epoch: 3\n")
+    message = refused([], path)
+    assert str(path) in message
+    assert "epochs" in message
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    path = recipe(tmp_path, "train: [1, 2\noptim: }\n")
+    assert str(path) in refused([], path)
+
+
+def test_a_missing_recipe_names_its_neighbours(tmp_path):
+    recipe(tmp_path, "")
+    message = refused([], tmp_path / "absent.yaml")
+    assert "absent.yaml" in message
+    assert "recipe.yaml" in message
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path):
+    assert load_config(recipe(tmp_path, "# nothing\n")) == Config()
+
+
+def test_the_resolved_yaml_reads_back_as_the_same_configuration(tmp_path):
+    config = load_config(None, ["optim.lr=3e-5", "data.train=[a,b]", "engine.deepspeed.wall_clock_breakdown=true"])
+    assert load_config(recipe(tmp_path, to_yaml(config))) == config
+    assert flat(config)["optim.lr"] == to_dict(config)["optim"]["lr"] == 3e-5
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config().train.epochs = 2  # type: ignore[misc]
+
+
+def test_the_temperature_starts_and_ends_as_in_the_clip_paper():
+    loss = Config().loss
+    assert math.exp(loss.logit_scale_init) == pytest.approx(1 / 0.07)
+    assert math.exp(loss.logit_scale_max) == pytest.approx(100)
+
+
+def test_configuration_needs_no_torch():
+    program = "import sys, clipdist.config, clipdist.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_project_has_its_recipes():
+    names = {"tiny", "flickr8k_rn50", "flickr8k_vit_tiny", "flickr8k_pretrained", "flickr8k_finetune_openai"}
+    assert names | {"cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
+    assert ROOT / DEFAULT_RECIPE in RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_holds(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    from clipdist.model.spec import resolve_spec
+
+    config = load_config(path)
+    assert config.run.name == path.stem
+    ranks = config.launch.nodes * config.launch.gpus
+    assert config.train.global_batch % ranks == 0
+    assert resolve_spec(config.model).embed_dim > 0
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert "R@K" in " ".join(header)

@@ -1,0 +1,249 @@
+"""launch/submit.py: the script that Slurm gets, what is refused before the queue, and real runs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+import clipdist.train
+from clipdist.config import load_config
+from clipdist.errors import UserError
+from launch import submit
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = str(ROOT / "configs/tiny.yaml")
+
+
+@pytest.fixture
+def words(shards, tmp_path, monkeypatch):
+    """The command line of a run that could be submitted; no Slurm is on PATH."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    return ["--config", TINY, f"data.train={shards}/train", f"run.root={tmp_path}/runs"]
+
+
+def slurm_stub(folder: Path, sbatch: str) -> str:
+    """A PATH on which srun exists and sbatch is the given shell script."""
+    for name, body in (("srun", "exit 1"), ("sbatch", sbatch)):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin"
+
+
+def dry_run(capsys, words: list[str]) -> tuple[str, str]:
+    """The configuration and the script that a dry run prints."""
+    assert submit.main([*words, "--dry-run"]) == 0
+    configuration, mark, script = capsys.readouterr().out.partition("# sbatch script, as it would be submitted\n")
+    assert mark
+    return configuration, script
+
+
+def options(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_dry_run_shows_the_resolved_configuration_and_a_script_for_every_gpu(capsys, words):
+    configuration, script = dry_run(capsys, [*words, "--nodes", "2", "--gpus", "8", "device=auto", "optim.lr=3e-4"])
+    shown = OmegaConf.create(configuration)
+    assert (shown.launch.nodes, shown.launch.gpus, shown.optim.lr) == (2, 8, 3e-4)
+    asked = options(script)
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("2", "8", "8")
+    assert asked["job-name"] == "tiny"
+    assert script.startswith("#!/bin/bash\n")
+    assert "-m submitit.core._submit" in script
+    assert "--kill-on-bad-exit=1" in script
+
+
+def test_a_cpu_job_requests_no_gpu(capsys, words):
+    _, script = dry_run(capsys, [*words, "--gpus", "4", "device=cpu"])
+    assert options(script)["ntasks-per-node"] == "4"
+    assert "gpu" not in "".join(options(script))
+
+
+def test_flags_win_over_words_and_the_recipe(capsys, words):
+    flags = [
+        "--partition",
+        "[long]",
+        "--time",
+        "90",
+        "--account",
+        "vision",
+        "--qos",
+        "high",
+        "--constraint",
+        "a100|h100",
+    ]
+    _, script = dry_run(capsys, [*words, "launch.partition=short", "launch.time_min=5", *flags])
+    asked = options(script)
+    assert (asked["partition"], asked["time"], asked["account"]) == ("'[long]'", "90", "vision")
+    assert (asked["qos"], asked["constraint"]) == ("high", "'a100|h100'")
+
+
+def test_what_the_recipe_leaves_open_is_left_to_the_site(capsys, words):
+    _, script = dry_run(capsys, words)
+    assert not {"partition", "account", "qos", "constraint", "mem"} & set(options(script))
+
+
+def test_memory_setup_lines_and_further_options_reach_the_script(capsys, words):
+    more = ["launch.mem_gb=64", "launch.setup=[module load cuda]", "launch.slurm={exclusive: true, reservation: clip}"]
+    _, script = dry_run(capsys, [*words, *more])
+    asked = options(script)
+    assert (asked["mem"], asked["reservation"], asked["exclusive"]) == ("64GB", "clip", "")
+    assert script.index("module load cuda") < script.index("srun ")
+
+
+def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, monkeypatch):
+    words = [*words, "--nodes", "2", "--gpus", "4", "--partition", "long"]
+    _, script = dry_run(capsys, words)
+    monkeypatch.setenv("PATH", slurm_stub(tmp_path, f'cp "$1" {tmp_path}/got; echo Submitted batch job 4711'))
+    assert submit.main(words) == 0
+    assert (tmp_path / "got").read_text() == script.removesuffix("\n")
+    said = capsys.readouterr().out
+    assert "job 4711" in said
+    assert f"{tmp_path}/runs/tiny/submitit/4711_0_log.out" in said
+    assert (tmp_path / "runs/tiny/submitit/4711_submitted.pkl").is_file()
+
+
+def test_the_refusal_of_sbatch_is_passed_on(words, tmp_path, monkeypatch):
+    refuse = 'echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1'
+    monkeypatch.setenv("PATH", slurm_stub(tmp_path, refuse))
+    with pytest.raises(UserError, match=r"^sbatch refused the job: .*invalid partition specified: nowhere$"):
+        submit.main([*words, "--partition", "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--nodes", "3", "--gpus", "8"], "train.global_batch=16 .* 24 ranks"),
+        (["optim.lrr=1"], "Did you mean"),
+        (["data.train=nowhere"], "data.train: no shards match nowhere"),
+        (["data.val=nowhere"], "data.val: no shards match nowhere"),
+        (["train.global_batch=128"], "70 samples, fewer than train.global_batch=128"),
+        (["model.name=RN51"], "model.name=RN51: .*RN50"),
+        (["run.root=/dev/null"], "run folder /dev/null/tiny"),
+        (["--cluster", "local", "--nodes", "2"], "launch.nodes=2: --cluster local"),
+        ([], "no srun on PATH"),
+    ],
+)
+def test_refused_before_submission(words, more, message):
+    with pytest.raises(UserError, match=message):
+        submit.main([*words, *more])
+
+
+def test_without_config_and_shards_the_command_that_makes_them_is_named(tmp_path):
+    """As typed at the repository's root; a copy of the recipe, because shards may lie in the checkout."""
+    (tmp_path / "configs").mkdir()
+    shutil.copy(ROOT / "configs/flickr8k_rn50.yaml", tmp_path / "configs")
+    command = [sys.executable, str(ROOT / "launch/submit.py"), "--nodes", "2", "--gpus", "8"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: data.train: no shards match data/flickr8k/train")
+    assert "python tools/shard_flickr8k.py" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch, code):
+    given = {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "31234567",
+        "SLURM_NTASKS": "16",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_NODEID": "1",
+        "SLURM_PROCID": "11",
+        "SLURM_LOCALID": "3",
+    }
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "PATH")
+    for name in (*names, "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the rank sets is undone
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    seen = {}
+
+    def train(config, resume_command):
+        seen.update({name: os.environ[name] for name in (*names, "OMP_NUM_THREADS")}, resume=resume_command)
+        return code
+
+    monkeypatch.setattr(clipdist.train, "train", train)
+    config = load_config(TINY, ["launch.cpus_per_gpu=6"])
+    if code:
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            submit.train_rank(config, ["launch/submit.py", "--nodes", "2"])
+    else:
+        submit.train_rank(config, ["launch/submit.py", "--nodes", "2"])
+    assert [seen[name] for name in names[:6]] == ["11", "16", "3", "8", "8", "gpu07"]
+    assert seen["MASTER_PORT"] == "24567"
+    assert seen["PATH"].startswith(str(Path(sys.executable).parent))
+    assert seen["OMP_NUM_THREADS"] == "6"
+    assert seen["resume"] == "python launch/submit.py --nodes 2"
+
+
+def test_the_port_is_free_for_users_whatever_the_job_is_called():
+    assert all(10000 <= submit.rendezvous_port(job) < 30000 for job in ("1", "29999", "99999999", "123_45"))
+
+
+def local(words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/submit.py", *words, "--cluster", "local", "train.steps=1", *more]
+    env = os.environ | {"PATH": os.defpath}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def test_local_trains_with_one_process_per_rank(words, tmp_path):
+    ended = local(words, "--gpus", "2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run = tmp_path / "runs/tiny"
+    assert ended.stdout.endswith(f"done: {run}\n")
+    assert "step 1/1" in ended.stdout
+    checkpoint = run / "checkpoints/step-00000001"
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    assert json.loads((run / "environment.json").read_text())["command"][0] == "launch/submit.py"
+
+
+def test_local_ends_with_the_error_of_its_ranks(words, tmp_path):
+    ended = local(words, "--gpus", "2", f"train.resume={tmp_path}/lost")
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stdout.startswith("2 processes on this machine")
+    assert ended.stderr.startswith(f"error: {tmp_path}/lost")
+    assert ended.stderr.count("\n") == 1
+    assert "done:" not in ended.stdout
+
+
+def test_the_template_gives_every_rank_the_same_environment(tmp_path):
+    """slurm/train.sbatch under stand-ins for srun and scontrol, with a stand-in for the trainer."""
+    shown = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $OMP_NUM_THREADS"
+    stubs = {
+        "scontrol": 'echo gpu07; echo gpu08; test "$3" = "gpu[07-08]"',
+        "srun": 'shift 2; for n in 0 11; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 8)) "$@"; done',
+        "python": f'echo {shown} "$@"',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.defpath}",
+        "PYTHON": str(tmp_path / "python"),
+        "SLURM_JOB_ID": "31234567",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "6",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+    }
+    command = ["bash", str(ROOT / "slurm/train.sbatch"), "--config", "a b.yaml", "optim.lr=1"]
+    ended = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    words = "clipdist/train.py --config a b.yaml optim.lr=1"
+    assert ended.stdout.splitlines() == [
+        f"0 0 16 8 gpu07:{submit.rendezvous_port('31234567')} 6 {words}",
+        f"11 3 16 8 gpu07:{submit.rendezvous_port('31234567')} 6 {words}",
+    ]
