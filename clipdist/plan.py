@@ -38,7 +38,7 @@ class Plan:
 
 
 def check_launch(config: Config, world: int) -> Catalog:
-    """Checks data, rank count and run folder; imports no torch.
+    """Checks rank count, data and run folder; imports no torch.
 
     Returns:
         The catalog of the training data.
@@ -46,12 +46,29 @@ def check_launch(config: Config, world: int) -> Catalog:
     Raises:
         UserError: what would make every rank stop at its start.
     """
+    check_ranks(config, world)
+    catalog = check_data(config)
+    check_run_folder(config.run.dir)
+    return catalog
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raises UserError where the ranks do not divide the global batch."""
     batch = config.train.global_batch
     if batch % world:
         below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
         raise UserError(
             f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
         )
+
+
+def check_data(config: Config) -> Catalog:
+    """Opens the training shards, and looks for the validation shards.
+
+    Raises:
+        UserError: there are none, or fewer samples than a global batch.
+    """
+    batch = config.train.global_batch
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
     catalog = Catalog.open(config.data.train, "data.train")
@@ -61,7 +78,6 @@ def check_launch(config: Config, world: int) -> Catalog:
         )
     if config.data.val:
         Catalog.open(config.data.val, "data.val")
-    check_run_folder(config.run.dir)
     return catalog
 
 

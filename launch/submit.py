@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config, to_yaml
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
-from clipdist.plan import check_launch
+from clipdist.plan import check_data, check_launch, check_ranks
 
 if TYPE_CHECKING:
     from submitit import Job, LocalExecutor, SlurmExecutor
@@ -40,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     words = [f"launch.{flag}={json.dumps(getattr(args, flag))}" for flag in FLAGS if getattr(args, flag) is not None]
     config = load_config(args.config, [*args.overrides, *words])
     if args.dry_run:
-        show(config, args.config)
         check(config)
+        show(config, args.config)
         return 0
+    check_launch(config, config.launch.nodes * config.launch.gpus)
     check(config)
     command = [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]
     match config.launch.cluster:
@@ -73,10 +74,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(config: Config) -> None:
-    """Raises UserError for what would stop every rank at its start."""
+    """Raises UserError for what is wrong with the configuration itself, wherever the data lies."""
     if config.launch.cluster == "local" and config.launch.nodes != 1:
         raise UserError(f"launch.nodes={config.launch.nodes}: --cluster local has one node, this machine")
-    check_launch(config, config.launch.nodes * config.launch.gpus)
+    check_ranks(config, config.launch.nodes * config.launch.gpus)
     from clipdist.model.spec import resolve_spec  # slow to import: last
 
     resolve_spec(config.model)
@@ -89,6 +90,10 @@ def show(config: Config, recipe: str) -> None:
             print(f"# sbatch script, as it would be submitted\n{sbatch_script(config)}")
         case "local":
             print(f"# no sbatch script: {config.launch.gpus} processes on this machine")
+    try:
+        check_data(config)
+    except UserError as error:  # it may lie on the cluster alone
+        print(f"note: submitted from here it would be refused: {error}", file=sys.stderr)
 
 
 # Slurm

@@ -100,6 +100,14 @@ def test_memory_setup_lines_and_further_options_reach_the_script(capsys, words):
     assert script.index("module load cuda") < script.index("srun ")
 
 
+def test_a_dry_run_does_without_the_data_and_leaves_nothing_behind(capsys, words, tmp_path):
+    assert submit.main([*words, "data.train=/nowhere", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "#SBATCH" in printed.out
+    assert printed.err.startswith("note: submitted from here it would be refused: data.train: no shards match /nowhere")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, monkeypatch):
     words = [*words, "--nodes", "2", "--gpus", "4", "--partition", "long"]
     _, script = dry_run(capsys, words)
