@@ -276,12 +276,25 @@ def _check(config: Config) -> None:
     )
     if data.streams:
         need(train.global_batch % data.streams == 0, "data.streams", data.streams, "divide train.global_batch")
-    clashes = sorted(_OWNED_BY_TRAINER & set(config.engine.deepspeed))
-    if clashes:
-        raise UserError(f"engine.deepspeed.{clashes[0]}: the trainer owns this key; {_OWNED_HINT[clashes[0]]}")
+    _check_deepspeed(config.engine)
 
 
-_OWNED_HINT = {
+def _check_deepspeed(engine: Engine) -> None:
+    """Refuses what the trainer owns, and what it could not save."""
+    for key, hint in _OWNED_BY_TRAINER.items():
+        if key in engine.deepspeed:
+            raise UserError(f"engine.deepspeed.{key}: the trainer owns this key; {hint}")
+    zero = engine.deepspeed.get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        raise UserError(f"engine.deepspeed.zero_optimization={zero}: must be a table of DeepSpeed's settings")
+    if "stage" in zero:
+        raise UserError("engine.deepspeed.zero_optimization.stage: the trainer owns this key; set engine.zero_stage")
+    for part in ("offload_optimizer", "offload_param"):
+        if (zero.get(part) or {}).get("device") == "nvme":
+            raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")
+
+
+_OWNED_BY_TRAINER = {  # key -> what to do instead
     "train_batch_size": "set train.global_batch",
     "train_micro_batch_size_per_gpu": "set train.global_batch",
     "gradient_accumulation_steps": "accumulation would shrink the negatives in silence",
@@ -297,4 +310,3 @@ _OWNED_HINT = {
     "prescale_gradients": "the loss is exact under the mean over ranks",
     "gradient_predivide_factor": "the loss is exact under the mean over ranks",
 }
-_OWNED_BY_TRAINER = set(_OWNED_HINT)

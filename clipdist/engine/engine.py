@@ -17,7 +17,6 @@ from clipdist.config import Config
 from clipdist.engine.distributed import Place, resolve_precision
 from clipdist.engine.fragments import base_optimizer, fragments, gradient, loss_scale, part_of
 from clipdist.engine.optim import make_optimizer
-from clipdist.errors import UserError
 from clipdist.loss.collectives import all_reduce_sum
 
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -144,11 +143,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the trainer owns, merged with engine.deepspeed.
-
-    Raises:
-        UserError: settings that this trainer cannot save or that change the loss.
-    """
+    """DeepSpeed's configuration: what the trainer owns, on top of engine.deepspeed."""
     batch = config.train.global_batch
     precision = resolve_precision(config.train.precision, device)
     owned: dict[str, Any] = {
@@ -162,14 +157,7 @@ def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
     }
-    extra = config.engine.deepspeed
-    zero = extra.get("zero_optimization", {})
-    if zero.get("stage", config.engine.zero_stage) != config.engine.zero_stage:
-        raise UserError("engine.deepspeed.zero_optimization.stage: set engine.zero_stage")
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")
-    return _merge(extra, owned)
+    return _merge(config.engine.deepspeed, owned)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def test_deepspeed_settings_pass_through():
         ("engine.deepspeed.gradient_accumulation_steps=2", ["gradient_accumulation_steps", "negatives"]),
         ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed.bf16", "train.precision"]),
         ("engine.deepspeed.gradient_clipping=1", ["gradient_clipping", "optim.grad_clip"]),
+        ("engine.deepspeed.zero_optimization.stage=2", ["zero_optimization.stage", "engine.zero_stage"]),
+        ("engine.deepspeed.zero_optimization.offload_optimizer.device=nvme", ["nvme", "cpu"]),
     ],
 )
 def test_bad_overrides_are_refused_by_name(word, parts):
