@@ -1,0 +1,238 @@
+"""Nothing in; the main job on data that it makes itself: pictures, shards, a trained model, results, summary.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+# Relative to ROOT, where every step runs; configs/demo.yaml names the same folders.
+DATA, RUN = "runs/demo-data", "runs/demo"
+SHARDS = f"{DATA}/shards"
+SENTENCE = "four pink circles to the right of a big red heart"
+RANKS = 2
+EXAMPLE = """examples:
+  python tools/demo.py
+  python tools/demo.py --fresh
+
+A second run reuses the pictures, the shards and the trained model of the first."""
+
+
+class StepFailed(Exception):
+    """A step ended with an exit code that is not 0."""
+
+    def __init__(self, command: str, code: int) -> None:
+        super().__init__(command)
+        self.command, self.code = command, code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--fresh", action="store_true", help=f"start over: remove {DATA} and {RUN} first")
+    parser.add_argument("--json", action="store_true", help="end with the summary as one JSON object")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    if arguments.fresh:
+        for folder in (DATA, RUN):
+            shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    try:
+        results = run_steps()
+    except StepFailed as failure:
+        return explain(failure)
+    summary = summarise(results, seconds=time.monotonic() - began)
+    Path(RUN, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(table(summary, results["search"]["sheet"]))
+    if arguments.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def run_steps() -> dict[str, dict[str, Any]]:
+    """Runs every step. Returns what those that answer in JSON said, by name."""
+    steps = Steps(total=6)
+    with steps.next("draw captioned pictures, and labelled ones"):
+        made = steps.ask("tools/make_scenes.py", "--out", DATA)
+    with steps.next("shard them"):
+        # Its statistics are written last: without them an earlier run did not get to its end.
+        anew = made["written"] or not Path(SHARDS, "stats.json").exists()
+        steps.ask("tools/shard_flickr8k.py", f"{DATA}/scenes", "--out", SHARDS, *(["--overwrite"] if anew else []))
+    with steps.next(f"train on {RANKS} CPU processes"):
+        steps.launch("clipdist/train.py", "--config", "configs/demo.yaml")
+    with steps.next("retrieval among held-out pictures"):
+        retrieval = steps.ask("tools/eval_retrieval.py", RUN, f"{SHARDS}/test")
+    with steps.next("answer a sentence with held-out pictures"):
+        search = steps.ask("tools/search_images.py", RUN, f"{SHARDS}/test", SENTENCE)
+    with steps.next("one linear layer on the frozen image tower"):
+        probe = steps.ask("tools/probe_cifar10.py", RUN, "--data", f"{DATA}/labelled")
+    return {"retrieval": retrieval, "search": search, "probe": probe}
+
+
+class Steps:
+    """Runs commands one after another and tells what it runs and how long a step took."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._number = total, 0
+        self._bin = Path(sys.executable).parent  # not resolved: a virtual environment's python is a link out of it
+        # No accelerator and one thread per process: the same on every machine. More threads would compete with those
+        # that decode, and with the other rank.
+        self._env = os.environ | {
+            "PATH": f"{self._bin}{os.pathsep}{os.environ.get('PATH', '')}",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    @contextmanager
+    def next(self, title: str) -> Iterator[None]:
+        self._number += 1
+        print(f"\n[{self._number}/{self._total}] {title}", flush=True)
+        began = time.monotonic()
+        yield
+        print(f"      {time.monotonic() - began:.1f} s", flush=True)
+
+    def ask(self, *words: str) -> dict[str, Any]:
+        """Runs one of the tools with --json, shows what it prints but for that last line, and returns it."""
+        shown = shlex.join(["python", *words, "--json"])
+        last = ""
+        with self._started(shown, [sys.executable, *words, "--json"], self._env, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(last, end="", flush=True)
+                last = line
+        if process.returncode == 0:
+            try:
+                return json.loads(last)
+            except ValueError:
+                pass
+        print(last, end="", flush=True)
+        raise StepFailed(shown, process.returncode or 1)
+
+    def launch(self, *words: str) -> None:
+        """Runs a program on RANKS processes through DeepSpeed's launcher."""
+        launcher = self._bin / "deepspeed"
+        if not launcher.exists():
+            raise UserError(f"{launcher}: no such file; install the project into this environment (make install)")
+        options = ["--num_accelerators", str(RANKS), "--master_port", str(free_port()), "--log_level", "error"]
+        shown = shlex.join(["deepspeed", *options, *words])
+        with self._started(shown, [str(launcher), *options, *words], self._env) as process:
+            process.wait()
+        if process.returncode != 0:
+            raise StepFailed(shown, process.returncode)
+
+    @contextmanager
+    def _started(
+        self, shown: str, command: list[str], env: dict[str, str], stdout: int | None = None
+    ) -> Iterator[subprocess.Popen]:
+        """Starts a command. Ctrl-C reaches it directly, and it decides what is left to do; SIGTERM is handed on."""
+        print(f"$ {shown}", flush=True)
+        process = subprocess.Popen(command, env=env, stdout=stdout, text=True)
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        try:
+            with process:
+                yield process
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def explain(failure: StepFailed) -> int:
+    """Says which command failed. Returns its exit code; 128 + the signal's number where one ended it, as shells do."""
+    code = failure.code if failure.code > 0 else 128 - failure.code
+    if code in (EXIT_INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        hint = "interrupted; the same command goes on from here"
+    else:
+        hint = "to start over: python tools/demo.py --fresh"
+    print(f"error: exit code {code} from: {failure.command} ({hint})", file=sys.stderr)
+    return code
+
+
+def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The content of summary.json, flat; rates and accuracies are percentages."""
+    from clipdist.checkpoint import newest_checkpoint
+
+    retrieval = results["retrieval"]
+    recalls = {
+        name: round(retrieval[name], 2) for way in ("t2i", "i2t") for name in (f"{way}_r1", f"{way}_r5", f"{way}_r10")
+    }
+    samples, train_seconds = training_time(Path(RUN, "metrics.jsonl"))
+    return recalls | {
+        "candidates": int(retrieval["candidates"]),
+        "chance": round(retrieval["chance"], 4),
+        "probe_accuracy": round(results["probe"]["accuracy"], 2),
+        "samples_per_s": round(samples / train_seconds, 1),
+        "train_seconds": round(train_seconds, 1),
+        "seconds": round(seconds, 1),
+        "checkpoint": str(newest_checkpoint(RUN)),
+    }
+
+
+def training_time(metrics: Path) -> tuple[int, float]:
+    """(samples, seconds) of all training steps in metrics.jsonl, validation and checkpoints not included."""
+    samples, seconds = 0, 0.0
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["type"] == "train":
+            seconds += (record["samples"] - samples) / record["samples_per_s"]
+            samples = record["samples"]
+    return samples, seconds
+
+
+def table(summary: dict[str, Any], sheet: str) -> str:
+    chance = summary["chance"]
+    programs = os.path.relpath(Path(sys.executable).parent)  # of a virtual environment that may not be activated
+    rows = [
+        ("", "R@1", "R@5", "R@10"),
+        *(
+            (title, *(f"{summary[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)))
+            for title, way in (("text to image", "t2i"), ("image to text", "i2t"))
+        ),
+        ("chance", *(f"{chance * k:.1f}" for k in (1, 5, 10))),
+    ]
+    lines = [f"\nRetrieval among {summary['candidates']} held-out pictures, percent"]
+    lines += [f"  {title:<16}{one:>7}{five:>7}{ten:>7}" for title, one, five, ten in rows]
+    lines += [
+        f"Linear probe on colours  {summary['probe_accuracy']:.1f} % (chance 10.0)",
+        f"Training                 {summary['samples_per_s']:.0f} samples/s, {summary['train_seconds']:.0f} s",
+        f"This demo                {summary['seconds']:.0f} s",
+        "Where to look",
+        f"  the sentence's pictures:  {sheet}",
+        f"  curves, picture sheets:   {programs}/tensorboard --logdir runs",
+        f"  the run folder:           {RUN}, checkpoint {summary['checkpoint']}",
+        f"  these numbers:            {RUN}/summary.json",
+        "Ask yourself",
+        f'  {programs}/python tools/search_images.py {RUN} {SHARDS}/test "two red hearts to the left of a green ring"',
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

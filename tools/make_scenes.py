@@ -1,0 +1,126 @@
+"""A seed in; captioned pictures in Flickr8k's layout and labelled ones in CIFAR-10's layout out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clipdist.data.scenes import SCENES_VERSION, write_labelled, write_scenes
+from clipdist.errors import UserError, run_main
+
+SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
+EXAMPLE = """examples:
+  python tools/make_scenes.py --out runs/demo-data
+  python tools/make_scenes.py --out data/scenes --seed 1 --train 20000
+
+Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) and OUT/labelled in CIFAR-10's python
+layout (for tools/probe_cifar10.py). The same options give the same bytes."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Draws captioned scenes, and pictures with a colour as label: data to try everything on.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for scenes/ and labelled/")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other pictures (0)")
+    for name, default, what in (
+        ("train", 6000, "captioned pictures to train on"),
+        ("dev", 300, "captioned pictures to validate on"),
+        ("test", 1000, "captioned pictures to evaluate on"),
+        ("labelled-train", 1000, "labelled pictures to fit a probe on"),
+        ("labelled-test", 500, "labelled pictures to measure it on"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    arguments = parser.parse_args()
+    for name in ("seed", "workers"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name} {getattr(arguments, name)}: must not be negative")
+    for name in ("train", "dev", "test", "labelled_train", "labelled_test"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    wanted = {"maker": "tools/make_scenes.py", "version": SCENES_VERSION, "seed": arguments.seed}
+    wanted |= {name: getattr(arguments, name) for name in ("train", "dev", "test", "labelled_train", "labelled_test")}
+    there = read_stamp(arguments.out) == {**wanted, "complete": True}
+    if there:
+        print(f"{arguments.out} holds this set already: nothing to do")
+    else:
+        clear(arguments.out)
+        stamp(arguments.out, {**wanted, "complete": False})
+        draw(arguments)
+        stamp(arguments.out, {**wanted, "complete": True})
+        pictures = arguments.train + arguments.dev + arguments.test
+        print(f"{arguments.out / SCENES}: {pictures} pictures with five captions each, Flickr8k's layout")
+        labelled = arguments.labelled_train + arguments.labelled_test
+        print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, CIFAR-10's layout")
+    if arguments.json:
+        print(json.dumps({**wanted, "out": str(arguments.out), "written": not there}))
+    return 0
+
+
+def read_stamp(out: Path) -> dict | None:
+    """What was written here and whether to the end; None where nothing was.
+
+    Raises:
+        UserError: the folders hold something that this tool did not write.
+    """
+    try:
+        made = json.loads((out / STAMP).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        made = None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / STAMP}: cannot be read ({error}); remove it or choose another --out") from None
+    ours = isinstance(made, dict) and made.get("maker") == "tools/make_scenes.py"
+    foreign = [name for name in (STAMP, SCENES, LABELLED) if (out / name).exists()]
+    if not ours and foreign:
+        raise UserError(f"{out / foreign[0]} was not written by this tool; choose another --out")
+    return made
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier or interrupted run wrote: pictures of two sets must not mix."""
+    for name in (SCENES, LABELLED):
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+
+
+def stamp(out: Path, content: dict) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    counts = {name: getattr(arguments, name) for name in ("train", "dev", "test")}
+    total = sum(counts.values()) + arguments.labelled_train + arguments.labelled_test
+    with tqdm(total=total, unit="picture", disable=not sys.stderr.isatty()) as bar:
+        write_scenes(arguments.out / SCENES, arguments.seed, counts, workers, bar.update)
+        write_labelled(
+            arguments.out / LABELLED,
+            arguments.seed,
+            arguments.labelled_train,
+            arguments.labelled_test,
+            workers,
+            bar.update,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
