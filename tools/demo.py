@@ -100,6 +100,7 @@ class Steps:
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for work halve the speed of a machine that has other work
         }
 
     @contextmanager

@@ -35,8 +35,8 @@ def parse_arguments() -> argparse.Namespace:
         ("train", 6000, "captioned pictures to train on"),
         ("dev", 300, "captioned pictures to validate on"),
         ("test", 1000, "captioned pictures to evaluate on"),
-        ("labelled-train", 1000, "labelled pictures to fit a probe on"),
-        ("labelled-test", 500, "labelled pictures to measure it on"),
+        ("labelled-train", 600, "labelled pictures to fit a probe on"),
+        ("labelled-test", 400, "labelled pictures to measure it on"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")

@@ -62,9 +62,9 @@ _SCENE_STREAM, _LABELLED_STREAM = 0, 1
 _Made = TypeVar("_Made")
 # Radii are shares of the picture's side.
 RADIUS = {
-    "small": (0.105, 0.12),
+    "small": (0.1, 0.115),
     "medium": (0.14, 0.155),
-    "large": (0.195, 0.225),
+    "large": (0.19, 0.215),
     "free": (0.22, 0.32),
     "any": (0.12, 0.3),
 }
@@ -151,10 +151,10 @@ def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tup
         return
     along = 0 if scene.relation in ("left", "right", "row") else 1
     order = scene.things[::-1] if scene.relation in ("right", "below") else scene.things
-    slots = (0.27, 0.73) if len(order) == 2 else (0.19, 0.5, 0.81)
+    slots = (0.25, 0.75) if len(order) == 2 else (0.19, 0.5, 0.81)
     for slot, thing in zip(slots, order, strict=True):
         middle = [0.5 + _spread(rng, 0.12), 0.5 + _spread(rng, 0.12)]
-        middle[along] = slot + _spread(rng, 0.02)
+        middle[along] = slot + _spread(rng, 0.015)
         if thing.count > 1:
             middle[1 - along] = 0.5 + _spread(rng, 0.03)
         for x, y in _group_offsets(thing.count, along):
@@ -163,7 +163,7 @@ def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tup
 
 def _group_offsets(count: int, along: int) -> list[tuple[float, float]]:
     """Offsets of equal shapes around their common middle: a line across the relation, or two by two."""
-    step = 0.27
+    step = 0.26
     if count == 4:
         return [(x * step / 2, y * step / 2) for y in (-1, 1) for x in (-1, 1)]
     line = [(i - (count - 1) / 2) * step for i in range(count)]
@@ -426,7 +426,8 @@ def write_labelled(
 ) -> Path:
     """Writes pictures of one shape each, labelled with its colour, in CIFAR-10's python layout.
 
-    All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background only which colour it is not.
+    All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background
+    tells only which colour it is not.
 
     Returns:
         The folder with the batches, FOLDER/cifar-10-batches-py.
