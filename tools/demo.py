@@ -230,7 +230,7 @@ def table(summary: dict[str, Any], sheet: str) -> str:
         f"  the run folder:           {RUN}, checkpoint {summary['checkpoint']}",
         f"  these numbers:            {RUN}/summary.json",
         "Ask yourself",
-        f'  {programs}/python tools/search_images.py {RUN} {SHARDS}/test "two red hearts to the left of a green ring"',
+        f'  {programs}/python tools/search_images.py {RUN} {SHARDS}/test "three black rings over a big blue heart"',
     ]
     return "\n".join(lines)
 

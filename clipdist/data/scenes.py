@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from clipdist.data.cifar import SIDE, LabelledImages, write_cifar10
+from clipdist.data.pictures import open_pool
 
 SCENES_VERSION = 1  # of the drawing and the sentences: the same seed and version give the same bytes
 SCENE_SIDE = 96  # pixels
@@ -467,8 +467,9 @@ def _in_parallel(
 ) -> Iterator[_Made]:
     """make(0), make(1), ... in order, in several processes."""
     chunk = 50
-    with ProcessPoolExecutor(processes) as pool:
-        for done, made in enumerate(pool.map(make, range(total), chunksize=chunk), start=1):
+    with open_pool(processes) as pool:
+        results = pool.map(make, range(total), chunksize=chunk) if pool else map(make, range(total))
+        for done, made in enumerate(results, start=1):
             yield made
             if done % chunk == 0 or done == total:
                 progress((done - 1) % chunk + 1)
