@@ -60,8 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the recipe")
     args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
-    resume_command = shlex.join([Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if argv is None else argv)])
-    return train(config, resume_command)
+    return train(config, command_line(sys.argv[1:] if argv is None else argv))
+
+
+def command_line(words: list[str]) -> str:
+    """The command that goes on with this run, with the launcher that started it."""
+    by_deepspeed = any(word.startswith("--local_rank") for word in words)
+    words = [word for word in words if not word.startswith("--local_rank")]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    elif by_deepspeed:
+        launcher = ["deepspeed", "--num_accelerators", os.environ["WORLD_SIZE"]]
+    else:
+        launcher = ["python"]
+    return shlex.join([*launcher, "clipdist/train.py", *words])
 
 
 def train(config: Config, resume_command: str = "") -> int:

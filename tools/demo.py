@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Steps:
         process = subprocess.Popen(command, env=env, stdout=stdout, text=True)
         before = {
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: terminate_tree(process.pid)),
         }
         try:
             with process:
@@ -157,6 +157,16 @@ class Steps:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def terminate_tree(pid: int) -> None:
+    """SIGTERM to a process and all below it: DeepSpeed's launcher would end without telling the ranks."""
+    import psutil
+
+    top = psutil.Process(pid)
+    for process in [*top.children(recursive=True), top]:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
 
 
 def free_port() -> int:

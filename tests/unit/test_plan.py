@@ -13,7 +13,7 @@ from clipdist.config import load_config, to_dict
 from clipdist.errors import UserError
 from clipdist.model.spec import resolve_spec
 from clipdist.plan import make_plan
-from clipdist.train import train
+from clipdist.train import command_line, train
 
 
 def configured(shards, root, *words):
@@ -132,3 +132,15 @@ def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
     fake_checkpoint(config, 8)
     assert train(config) == 0
     assert "finished at step 8" in capsys.readouterr().out
+
+
+def test_the_command_that_goes_on_names_its_launcher(monkeypatch):
+    words = ["--config", "a.yaml", "optim.lr=1e-3"]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command_line(words) == "python clipdist/train.py --config a.yaml optim.lr=1e-3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    deepspeed = "deepspeed --num_accelerators 2 clipdist/train.py --config a.yaml optim.lr=1e-3"
+    assert command_line(["--local_rank=0", *words]) == deepspeed
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command_line(words).startswith("torchrun --nproc-per-node 4 clipdist/train.py")
