@@ -146,7 +146,10 @@ def write_manifest(folder: Path, manifest: Manifest, attempt: str, timeout_s: fl
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Leaves the newest `keep` checkpoints; removes older ones and what interrupted writers left beside them."""
+    """Leaves the newest `keep` checkpoints; removes older ones and what interrupted writers left beside them.
+
+    A run never writes a checkpoint that is older than one in its folder (clipdist.plan sees to it).
+    """
     complete = list_checkpoints(run_dir)
     if not complete:
         return

@@ -59,7 +59,6 @@ class Model:
 
 @dataclass(frozen=True)
 class Loss:
-    name: Literal["infonce"] = "infonce"
     logit_scale_init: float = math.log(1 / 0.07)  # the log scale t; logits = exp(t) * cosine
     logit_scale_max: float = math.log(100)
     group_positives: bool = True  # equal captions in a batch are positives of one another, not negatives
@@ -171,12 +170,6 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def differences(config: Config) -> dict[str, Any]:
-    """Flat {"section.key": value} of what differs from the defaults."""
-    here, there = _flatten(to_dict(config)), _flatten(to_dict(Config()))
-    return {key: value for key, value in here.items() if key not in there or there[key] != value}
-
-
 def flat(config: Config) -> dict[str, Any]:
     """Flat {"section.key": value}, the form that hyper-parameter tables take."""
     return _flatten(to_dict(config))
@@ -237,7 +230,13 @@ def _check(config: Config) -> None:
             raise UserError(f"{key}={value}: must {must}")
 
     train, data, optim, loss, launch = config.train, config.data, config.optim, config.loss, config.launch
-    need(bool(config.run.name) and "/" not in config.run.name, "run.name", repr(config.run.name), "be a plain name")
+    plain = config.run.name not in ("", ".", "..") and "/" not in config.run.name
+    need(plain, "run.name", repr(config.run.name), "be a plain name")
+    need(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "lie in [0, 1)")
+    need(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "lie in [0, 1)")
+    need(optim.eps > 0, "optim.eps", optim.eps, "be above 0")
+    need(0 <= train.seed < 1 << 32, "train.seed", train.seed, "lie in [0, 2^32)")
+    need(0 <= data.seed < 1 << 32, "data.seed", data.seed, "lie in [0, 2^32)")
     need(train.global_batch >= 1, "train.global_batch", train.global_batch, "be at least 1")
     need(train.epochs >= 1, "train.epochs", train.epochs, "be at least 1")
     need(train.keep >= 1, "train.keep", train.keep, "be at least 1")
@@ -290,7 +289,15 @@ def _check_deepspeed(engine: Engine) -> None:
     if "stage" in zero:
         raise UserError("engine.deepspeed.zero_optimization.stage: the trainer owns this key; set engine.zero_stage")
     for part in ("offload_optimizer", "offload_param"):
-        if (zero.get(part) or {}).get("device") == "nvme":
+        table = zero.get(part) or {}
+        if not isinstance(table, dict):
+            raise UserError(
+                f"engine.deepspeed.zero_optimization.{part}={table}: must be a table, such as {{device: cpu}}"
+            )
+        if table.get("device") == "cpu" and engine.zero_stage < (3 if part == "offload_param" else 1):
+            least = 3 if part == "offload_param" else 1
+            raise UserError(f"engine.zero_stage={engine.zero_stage}: {part} needs at least {least}")
+        if table.get("device") == "nvme":
             raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")
 
 

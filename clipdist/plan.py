@@ -88,9 +88,10 @@ def check_run_folder(folder: Path) -> None:
         UserError: it cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError("no permission to write")
+        for path in (folder, folder / "checkpoints"):
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(f"no permission to write in {path.name}")
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"run folder {folder}: cannot be written ({reason}); set run.root or run.name") from None
@@ -125,20 +126,30 @@ def make_plan(config: Config, world: int) -> Plan:
 def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
     """The checkpoint to go on from. The rule, whatever ended the last run:
 
-    train.resume=FOLDER: that checkpoint.  auto: the newest checkpoint of the run folder whose files are whole, else
-    none.  never: none, and a run folder that holds checkpoints is refused rather than overwritten.
+    auto: the newest checkpoint of the run folder whose files are whole, else none.
+    FOLDER: that checkpoint to begin with; once the run folder has checkpoints of its own they count as with auto, so
+        that the same command goes on. A checkpoint of the run folder itself must be its newest: going back would lose
+        or hide what came after.
+    never: none, and a run folder that holds checkpoints is refused rather than overwritten.
 
     Raises:
-        UserError: the named checkpoint is unfit, or "never" would overwrite one.
+        UserError: the named checkpoint is unfit, or the wish would overwrite others.
     """
     from clipdist.checkpoint import CheckpointReader, list_checkpoints
 
     wanted, run_dir = config.train.resume, config.run.dir
-    if wanted not in ("auto", "never"):
-        reader = CheckpointReader(wanted)
-        reader.verify()
-        return reader
     folders = list_checkpoints(run_dir)
+    if wanted not in ("auto", "never"):
+        own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
+        if own and folders and Path(wanted).name < folders[-1].name:
+            raise UserError(
+                f"train.resume={wanted}: {run_dir} holds newer checkpoints, up to {folders[-1].name}; move those"
+                " elsewhere first, or choose another run.name"
+            )
+        if own or not folders:
+            reader = CheckpointReader(wanted)
+            reader.verify()
+            return reader
     if wanted == "never":
         if folders:
             raise UserError(

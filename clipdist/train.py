@@ -16,6 +16,7 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, flat, load_config, to_dict, to_yaml
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
@@ -112,6 +113,7 @@ class StopFlag:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.set = True
+        signal.signal(number, self._before[signal.Signals(number)])  # the same signal again ends the process at once
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -132,6 +134,7 @@ class Trainer:
         from clipdist.monitor.metrics import Metrics, Progress
 
         self.config, self.plan, self.place = config, plan, place
+        self.lock = lock_run_folder(config.run.dir) if place.rank == 0 else None
         self.step = plan.start_step  # steps done: the position of the next batch
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         self.results: dict[str, float] = {}
@@ -198,11 +201,11 @@ class Trainer:
                 self._event("skip", reason="overflow of the fp16 loss scale")
             last = done == self.plan.steps
             with clock.paused():
-                if last or self._due(self.config.eval.every):
-                    self._validate()
                 interrupted = self._any_rank(stop.set)
+                if last or (self._due(self.config.eval.every) and not interrupted):
+                    self._validate()
                 if last or interrupted or self._due(self.config.train.save_every):
-                    self._save(finished=last)
+                    self._save()
             if interrupted and not last:
                 return self._leave_interrupted(resume_command)
         self._finish()
@@ -265,6 +268,7 @@ class Trainer:
             "epoch": self.step / self.plan.steps_per_epoch,
         }
         self.metrics.write("train", self.step, self._samples(), **values)
+        self.results |= {"loss": values["loss"]}
         shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
         self.progress.show(self.step, {name: values[name] for name in shown})
         self._report_bad()
@@ -288,7 +292,8 @@ class Trainer:
                 self._event("bad_sample", reason=REASONS[code], **where)
             self.progress.say(f"note: {int(count[0])} samples could not be used, named in metrics.jsonl")
             self._pending_bad.clear()
-        share = int(count[1]) / ((self.step - self.plan.start_step) * self.plan.order.global_batch)
+        seen = (self.step - self.plan.start_step) * self.plan.order.global_batch
+        share = int(count[1]) / max(seen, min(len(self.plan.catalog), 1000))  # a few samples say nothing of the rest
         if share > self.config.data.max_bad_share:
             raise UserError(
                 f"{100 * share:.2g} % of the samples cannot be used, more than data.max_bad_share="
@@ -321,10 +326,11 @@ class Trainer:
         )
         embeddings = gather_embeddings(own)
         if self.place.rank == 0:
-            self.results = retrieval_metrics(embeddings.image, embeddings.text, embeddings.text_image)
-            self.metrics.write("val", self.step, self._samples(), **self.results)
+            measured = retrieval_metrics(embeddings.image, embeddings.text, embeddings.text_image)
+            self.metrics.write("val", self.step, self._samples(), **measured)
+            self.results |= measured
             names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance")
-            shown = "  ".join(f"{name} {self.results[name]:.2f}" for name in names)
+            shown = "  ".join(f"{name} {measured[name]:.2f}" for name in names)
             self.progress.say(f"validation at step {self.step} on {len(embeddings.keys)} pictures: {shown}")
             if self.config.eval.sheet:
                 from clipdist.evals.sheet import retrieval_sheet
@@ -332,7 +338,7 @@ class Trainer:
                 sheet = retrieval_sheet(embeddings, self.plan.val, self.config.eval.sheet)
                 self.metrics.picture("val/retrieval", sheet, self.step)
 
-    def _save(self, finished: bool) -> None:
+    def _save(self) -> None:
         from clipdist.checkpoint import Manifest
         from clipdist.engine.saver import scaler_state
 
@@ -345,7 +351,6 @@ class Trainer:
             order=self.plan.order_record,
             state={
                 "scaler": scaler_state(self.engine.engine),
-                "finished": finished,
                 "model": self.spec.to_dict(),
             },
         )
@@ -385,6 +390,22 @@ class Trainer:
         self.metrics.outcome(self.results)
         self._close()
         self.progress.say(f"finished {self.plan.steps} steps; see {self.config.run.dir}, tensorboard --logdir runs")
+
+
+def lock_run_folder(folder: Path) -> IO[str]:
+    """Holds the run folder until the returned file is closed or the process ends.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 class Clock:

@@ -43,3 +43,11 @@ def cuda_there() -> bool:
 
 def slurm_there() -> bool:
     return shutil.which("srun") is not None and shutil.which("sbatch") is not None
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Says by which rule the golden losses were compared."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "rule" and report.when == "call":
+                terminalreporter.write_line(f"{report.nodeid}: compared {value}")

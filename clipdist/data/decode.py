@@ -76,7 +76,10 @@ def eval_image(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> torch.Te
     pixels = decode_pixels(data, max_pixels)
     height, width = pixels.shape[:2]
     short = min(height, width)
-    resized = _resize(pixels, int(size * height / short), int(size * width / short))
+    tall, wide = int(size * height / short), int(size * width / short)
+    if tall * wide > max_pixels:  # a strip: small as a file, gigabytes when its short side is enlarged
+        raise BadSample("too many pixels")
+    resized = _resize(pixels, tall, wide)
     top, left = round((resized.shape[1] - size) / 2), round((resized.shape[2] - size) / 2)
     return resized[:, top : top + size, left : left + size]
 

@@ -53,7 +53,7 @@ def resolve_precision(wanted: str, device: str) -> str:
         return wanted
     if device == "cpu":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def start(device: str) -> Place:

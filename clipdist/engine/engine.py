@@ -17,6 +17,7 @@ from clipdist.config import Config
 from clipdist.engine.distributed import Place, resolve_precision
 from clipdist.engine.fragments import base_optimizer, fragments, gradient, loss_scale, part_of
 from clipdist.engine.optim import make_optimizer
+from clipdist.errors import UserError
 from clipdist.loss.collectives import all_reduce_sum
 
 LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -41,15 +42,20 @@ class Engine:
 
     def __init__(self, model: nn.Module, loss: LossFunction, config: Config, place: Place) -> None:
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from pydantic import ValidationError
 
         self.place = place
         self.loss = loss
         self.seed = config.train.seed
         self.logit_scale_max = config.loss.logit_scale_max
         settings = deepspeed_config(config, place.device.type, place.world)
-        offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+        offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
         optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         base_optimizer(self.engine).state.clear()  # see make_optimizer: nothing of a step at construction stays
         self._averaged = _running_statistics(self.engine.module)
 
@@ -122,7 +128,9 @@ class Engine:
             if fragment.name == "logit_scale":
                 fragment.of(fragment.flat).clamp_(max=self.logit_scale_max)
         parameter = self.engine.module.logit_scale
-        getattr(parameter, "ds_tensor", parameter).data.clamp_(max=self.logit_scale_max)
+        # Stage 3 keeps a small parameter gathered beside its partition: both are read.
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data.clamp_(max=self.logit_scale_max)
 
     @torch.no_grad()
     def _average_buffers(self) -> None:

@@ -10,6 +10,16 @@ from torch import nn
 
 from clipdist import config
 
+# Positions and marks that are matrices: open_clip's, timm's and Hugging Face's names.
+NO_DECAY = (
+    "positional_embedding",
+    "pos_embed",
+    "position_embeddings",
+    "token_type_embeddings",
+    "cls_token",
+    "reg_token",
+)
+
 
 def learning_rate(cfg: config.Optim, step: int, steps: int) -> float:
     """Linear warm-up over cfg.warmup_steps, then half a cosine down to cfg.min_lr at `steps` (arXiv:1608.03983)."""
@@ -25,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     keep: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            no_decay = parameter.ndim < 2 or name.endswith("positional_embedding")
+            no_decay = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
             (keep if no_decay else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

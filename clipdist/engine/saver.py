@@ -26,6 +26,7 @@ from clipdist.checkpoint import (
 from clipdist.engine.fragments import MOMENTS, base_optimizer, fragments, loss_scaler
 from clipdist.errors import UserError
 
+WRITER = "checkpoint writer"  # the thread's name
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -54,7 +55,8 @@ class Saver:
         folder = checkpoint_dir(self.run_dir, manifest.step)
         pieces = list(pieces_of(engine))
         attempt = f"{self.attempt}-{manifest.step}"
-        self._thread = threading.Thread(target=self._write, args=(folder, pieces, manifest, attempt), daemon=True)
+        work = (folder, pieces, manifest, attempt)
+        self._thread = threading.Thread(target=self._write, args=work, name=WRITER, daemon=True)
         self._thread.start()
         return folder
 
@@ -126,8 +128,9 @@ def restore(engine: Any, reader: CheckpointReader) -> None:
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
-            data = reader.read(f"{moment}/{fragment.name}", fragment.start, fragment.numel)
-            fragment.of(state[moment]).copy_(data)
+            saved = f"{moment}/{fragment.name}"
+            if saved in reader.manifest.tensors:  # not where the parameter was locked until now: it begins with zeros
+                fragment.of(state[moment]).copy_(reader.read(saved, fragment.start, fragment.numel))
         # torch counts steps in a tensor, DeepSpeed's CPU Adam in an int
         state["step"] = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
     scaler = loss_scaler(engine)

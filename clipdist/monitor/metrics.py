@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-KEPT_ON_RESUME = "event"  # other records past the resumed step are written again by the steps that are run again
+# Records past the resumed step come again with the steps that are run again, except how attempts began and ended.
+KEPT_ON_RESUME = ("restart", "interrupted")
 
 
 class Metrics:
@@ -33,12 +35,14 @@ class Metrics:
         if path.exists():
             _drop_after(path, start_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self._board = SummaryWriter(str(run_dir), purge_step=start_step or None)
+        self._board = SummaryWriter(str(run_dir), purge_step=start_step + 1)
 
     def write(self, kind: str, step: int, samples: int, **values: Any) -> None:
         """One record: kind is train, val or event. Numbers go to TensorBoard as kind/name, too."""
         if self._file is None:
             return
+        # JSON has no nan and no infinity (fp16 overflows in its first steps).
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"type": kind, "step": step, "samples": samples, "time": time.time(), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -127,7 +131,7 @@ def _drop_after(path: Path, step: int) -> None:
 def _keep(line: str, step: int) -> bool:
     try:
         record = json.loads(line)
-        return record["type"] == KEPT_ON_RESUME or record["step"] <= step
+        return record["step"] <= step or record.get("event") in KEPT_ON_RESUME
     except (ValueError, KeyError):
         return False  # the line that a kill cut short
 

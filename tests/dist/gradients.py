@@ -126,6 +126,8 @@ def main() -> None:
                 f"train.precision={precision}",
                 f"train.global_batch={BATCH}",
                 "optim.grad_clip=0",
+                # tiny parameters are partitioned, too, as large ones are
+                "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
             ],
         )
         torch.manual_seed(config.train.seed)

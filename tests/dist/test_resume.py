@@ -80,8 +80,14 @@ def test_another_number_of_ranks_and_another_stage_go_on(shards, tmp_path):
     model = "configs/models/tiny_vit.json"
     run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "whole", model__name=model))
     run_ranks("training.py", 2, "kill", "4", *words(shards, tmp_path, "run", model__name=model), expect=9)
-    run_ranks("training.py", 1, "kill", "7", *words(shards, tmp_path, "run", model__name=model, engine__zero_stage=0), expect=9)
-    run_ranks("training.py", 4, "none", "0", *words(shards, tmp_path, "run", model__name=model, engine__zero_stage=3))
+    settings = words(shards, tmp_path, "run", model__name=model, engine__zero_stage=0)
+    run_ranks("training.py", 1, "kill", "7", *settings, expect=9)
+    settings = words(shards, tmp_path, "run", model__name=model, engine__zero_stage=3)
+    out = run_ranks("training.py", 4, "none", "0", *settings)
+    assert "step-00000006" in out
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    restarts = [record["world"] for record in map(json.loads, lines) if record.get("event") == "restart"]
+    assert restarts == [1, 4]
     ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, rel=1e-5)

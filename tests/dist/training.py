@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 
 from clipdist.data.loader import Loader
+from clipdist.engine.saver import WRITER
 from clipdist.errors import run_main
 from clipdist.train import main
 
@@ -22,6 +25,8 @@ if __name__ == "__main__":
         batch = load(loader)
         if batch.position == int(step):
             if accident == "kill":
+                while any(thread.name == WRITER for thread in threading.enumerate()):
+                    time.sleep(0.01)  # which checkpoint is the newest must not hang on the disk's speed
                 os._exit(9)
             if accident == "sigterm" and loader.rank == 0:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.config import DEFAULT_RECIPE, Config, differences, flat, load_config, to_dict, to_yaml
+from clipdist.config import DEFAULT_RECIPE, Config, flat, load_config, to_dict, to_yaml
 from clipdist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,6 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path
     assert config.optim.warmup_steps == 7
     assert config.train.epochs == 5
     assert config.optim.beta2 == Config().optim.beta2
-    assert differences(config) == {"optim.lr": 2e-3, "optim.warmup_steps": 7, "train.epochs": 5}
 
 
 def test_values_have_the_types_of_their_fields(tmp_path):
@@ -98,6 +97,12 @@ def test_deepspeed_settings_pass_through():
         ("engine.deepspeed.gradient_clipping=1", ["gradient_clipping", "optim.grad_clip"]),
         ("engine.deepspeed.zero_optimization.stage=2", ["zero_optimization.stage", "engine.zero_stage"]),
         ("engine.deepspeed.zero_optimization.offload_optimizer.device=nvme", ["nvme", "cpu"]),
+        ("engine.deepspeed.zero_optimization.offload_optimizer=cpu", ["offload_optimizer=cpu", "table"]),
+        ("engine.deepspeed.zero_optimization.offload_param.device=cpu", ["engine.zero_stage=1", "offload_param"]),
+        ("optim.beta1=1.5", ["optim.beta1=1.5"]),
+        ("optim.eps=-1", ["optim.eps=-1"]),
+        ("train.seed=-1", ["train.seed=-1"]),
+        ("run.name=..", ["run.name"]),
     ],
 )
 def test_bad_overrides_are_refused_by_name(word, parts):

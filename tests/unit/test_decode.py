@@ -79,6 +79,14 @@ def test_the_pixel_limit_comes_before_decoding(kind):
         decode_pixels(encoded(picture(64, 64), kind), max_pixels=64 * 63)
 
 
+def test_a_strip_that_would_fill_the_memory_is_refused():
+    strip = encoded(Image.new("RGB", (20_000, 2)), "PNG")
+    assert len(strip) < 1000
+    with pytest.raises(BadSample, match="too many pixels"):
+        eval_image(strip, 224)
+    assert eval_image(encoded(Image.new("RGB", (400, 4)), "PNG"), 32).shape == (3, 32, 32)
+
+
 def test_train_crops_follow_their_random_numbers():
     data = encoded(picture(90, 70), "JPEG")
     one, again, other = (train_image(data, 24, np.random.default_rng(s), 0.5) for s in (1, 1, 2))

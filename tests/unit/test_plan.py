@@ -13,7 +13,7 @@ from clipdist.config import load_config, to_dict
 from clipdist.errors import UserError
 from clipdist.model.spec import resolve_spec
 from clipdist.plan import make_plan
-from clipdist.train import command_line, train
+from clipdist.train import command_line, lock_run_folder, train
 
 
 def configured(shards, root, *words):
@@ -125,6 +125,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over(shards, tmp_path):
     (checkpoint_dir(config.run.dir, 4) / "rank-00000.safetensors").unlink()
     with pytest.raises(UserError, match="none of 2 checkpoints"):
         make_plan(config, 1)
+
+
+def test_a_named_checkpoint_begins_a_run_and_its_own_ones_go_on(shards, tmp_path):
+    other = configured(shards, tmp_path, "run.name=other")
+    first = fake_checkpoint(other, 2)
+    config = configured(shards, tmp_path, f"train.resume={first}")
+    assert make_plan(config, 1).start_step == 2
+    fake_checkpoint(config, 6)
+    assert make_plan(config, 1).start_step == 6
+    fake_checkpoint(other, 4)
+    with pytest.raises(UserError, match=r"holds newer checkpoints, up to step-00000004"):
+        make_plan(configured(shards, tmp_path, "run.name=other", f"train.resume={first}"), 1)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    held = lock_run_folder(tmp_path)
+    with pytest.raises(UserError, match="another run is writing"):
+        lock_run_folder(tmp_path)
+    held.close()
+    lock_run_folder(tmp_path).close()
 
 
 def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
