@@ -118,7 +118,7 @@ def write_part(folder: Path, rank: int, pieces: Iterable[Piece], attempt: str) -
 
 
 def write_manifest(folder: Path, manifest: Manifest, attempt: str, timeout_s: float = 600) -> Path:
-    """Waits for all parts of this attempt, checks that they cover every tensor, and renames the manifest into place.
+    """Waits for all parts of this attempt, checks their sizes, and renames the manifest into place.
 
     Raises:
         TimeoutError: a rank's part did not come.

@@ -198,7 +198,7 @@ class Trainer:
             if log:
                 self._log(result, clock)
             if not result.applied:
-                self._event("skip", reason="overflow of the fp16 loss scale")
+                self._event("skip", reason="non-finite gradients")
             last = done == self.plan.steps
             with clock.paused():
                 interrupted = self._any_rank(stop.set)
