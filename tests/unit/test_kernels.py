@@ -1,0 +1,194 @@
+"""The fused kernels against the tiles of plain torch: under Triton's interpreter, and on a GPU where there is one.
+
+Triton decides at import whether it interprets, so that one child process, this very file, computes all cases.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipdist.loss import tiles
+from clipdist.loss.tiles import Logits, Tile
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By so much, relatively, may rounding to the features' dtype move a weight before it is multiplied.
+ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11}
+# Logits up to 100 carry an error of some units of 2^-24 * 100 = 6e-6, which exp turns into a relative one.
+FP32 = 5e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    b: int
+    n: int
+    width: int
+    tile: Tile
+    first: int = 0  # the own pair of row 0
+    scale: float = 100.0
+    bias: float = 0.0
+    shift: float = 0.0
+
+
+CASES = {
+    "uneven, one part": Case(37, 53, 130, Tile(4096, 4096), first=8, shift=30.0),
+    "many parts": Case(37, 53, 130, Tile(16, 24), first=16, shift=30.0),
+    "strips of sums": Case(6, 18, 128, Tile(5, 1), scale=14.0, shift=2.0),
+    "bias": Case(33, 70, 192, Tile(64, 32), first=33, scale=10.0, bias=-10.0),
+    "shift and bias": Case(5, 34, 33, Tile(3, 34), first=29, scale=50.0, bias=1.5, shift=20.0),
+}
+
+
+def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Logits, torch.Tensor, torch.Tensor]:
+    """Features of very different norms, one of none, rows that are not valid, and one candidate nearly equal."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(rows, case.width, generator=generator) for rows in (case.b, case.n))
+    y[4] = 2 * x[2] + 0.1 * y[4]
+    for features in (x, y):
+        features *= 10 ** (4 * torch.rand(len(features), 1, generator=generator) - 2)
+        features[3] = 0
+    row_valid, column_valid = torch.ones(case.b), torch.ones(case.n)
+    row_valid[1::9] = 0
+    column_valid[6::7] = 0
+    x, y = x.to(dtype).to(device), y.to(dtype).to(device)
+    row_valid, column_valid = row_valid.to(device), column_valid.to(device)
+    inverse = [1 / f.float().norm(dim=1).clamp(min=1e-12) for f in (x, y)]
+    factors = case.scale * inverse[0] * row_valid, inverse[1] * column_valid
+    return Logits(x, y, *factors, case.bias, case.first, case.tile), row_valid, column_valid
+
+
+def masses(logits: Logits, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rounding errors of a sum of vectors are proportional to: [b] and [N], the sums of the vectors' lengths."""
+    lengths = [
+        f.double().norm(dim=1) * factor
+        for f, factor in ((logits.x, logits.row_factor), (logits.y, logits.column_factor))
+    ]
+    return weights @ lengths[1], weights.T @ lengths[0]
+
+
+def dense(logits: Logits) -> torch.Tensor:
+    """float64 [b, N]: -inf for own pairs."""
+    s = (logits.x.double() @ logits.y.double().T) * logits.row_factor[:, None] * logits.column_factor + logits.bias
+    own = torch.arange(len(logits.x), device=s.device)[:, None] + logits.first
+    return s.masked_fill(own == torch.arange(len(logits.y), device=s.device), -torch.inf)
+
+
+def worst(found: torch.Tensor, expected: torch.Tensor, mass: torch.Tensor, factor: torch.Tensor) -> float:
+    """The largest error of a row's gradient relative to its mass; a row that is not valid must have none at all."""
+    valid = factor > 0
+    if found[~valid].any() or found.dtype != torch.float32:
+        return float("inf")
+    return ((found - expected).norm(dim=1) / mass)[valid].max().item()
+
+
+def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
+    from clipdist.loss import kernels
+
+    logits, row_valid, column_valid = draw(case, dtype, device)
+    found: dict[str, float] = {}
+    expected = tiles.exponential_sums(logits, case.shift, row_valid, column_valid)
+    for name, a, b in zip(
+        ("row sums", "column sums"), kernels.exponential_sums(logits, case.shift, row_valid, column_valid), expected
+    ):
+        found[name] = (a / b - 1).abs().max().item() if a.dtype == torch.float32 else float("inf")
+    factors = logits.row_factor, logits.column_factor
+    s = dense(logits)
+    inverse = row_valid / expected[0], column_valid / expected[1]
+    p = (s - case.shift).exp() * (inverse[0][:, None] + inverse[1])
+    ours = kernels.softmax_gradients(logits, case.shift, *inverse)
+    theirs = tiles.softmax_gradients(logits, case.shift, *inverse)
+    for name, *row in zip(("softmax x", "softmax y"), ours, theirs, masses(logits, p), factors):
+        found[name] = worst(*row)
+    *totals, x_grad, y_grad = kernels.sigmoid_sweep(logits, row_valid, column_valid)
+    *expected_totals, x_expected, y_expected = tiles.sigmoid_sweep(logits, row_valid, column_valid)
+    for name, a, b in zip(("softplus", "sigmoid"), totals, expected_totals):
+        found[name] = abs(a / b - 1).item() if a.dtype == torch.float64 else float("inf")
+    for name, *row in zip(
+        ("sigmoid x", "sigmoid y"),
+        (x_grad, y_grad),
+        (x_expected, y_expected),
+        masses(logits, s.sigmoid()),
+        factors,
+    ):
+        found[name] = worst(*row)
+    return found
+
+
+def check(found: dict[str, float], rounding: float) -> None:
+    for name, error in found.items():
+        weighted = name.endswith((" x", " y"))
+        assert error < FP32 + weighted * rounding, name
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted_kernels_compute_what_the_tiles_do(interpreted, case, dtype):
+    # The interpreter cuts digits off where bf16 is to be rounded.
+    check(interpreted[f"{case} {dtype}"], ROUNDING[dtype] * (2 if dtype == "bf16" else 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case", [*CASES.values(), Case(700, 1500, 512, Tile(512, 1024), first=300, shift=30.0)], ids=lambda case: str(case)
+)
+def test_kernels_on_a_gpu_compute_what_the_tiles_do(case, dtype):
+    check(errors(case, DTYPES[dtype], "cuda"), ROUNDING[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_on_a_gpu_pass_their_trial_and_repeat_their_bits(dtype):
+    from clipdist.loss import kernels
+
+    assert kernels.available(torch.device("cuda"), DTYPES[dtype])
+    logits, row_valid, column_valid = draw(Case(700, 1500, 512, Tile(512, 1024)), DTYPES[dtype], "cuda")
+    once, again = (kernels.exponential_sums(logits, 30.0, row_valid, column_valid) for _ in range(2))
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(once[1], again[1])
+
+
+def test_kernels_are_not_for_the_cpu_nor_for_float64():
+    from clipdist.loss import kernels
+
+    assert not kernels.available(torch.device("cpu"), torch.float32)
+    assert not kernels.available(torch.device("cuda"), torch.float64)
+
+
+def test_without_triton_the_module_imports_and_says_that_it_cannot_run():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from clipdist.loss import kernels;"
+        "assert not kernels.available(torch.device('cuda'), torch.float32)"
+    )
+    root = str(Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}, check=True, timeout=120)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(
+        json.dumps(
+            {f"{name} {dtype}": errors(case, DTYPES[dtype], "cpu") for name, case in CASES.items() for dtype in DTYPES}
+        )
+    )
