@@ -59,9 +59,22 @@ class Model:
 
 @dataclass(frozen=True)
 class Loss:
-    logit_scale_init: float = math.log(1 / 0.07)  # the log scale t; logits = exp(t) * cosine
+    name: Literal["infonce", "sigmoid"] = "infonce"  # both over all pairs of the global batch, exactly
+    logit_scale_init: float | None = None  # the log scale t; null: the papers' ln(1/0.07) and ln 10
     logit_scale_max: float = math.log(100)
+    logit_bias_init: float = -10.0  # of the sigmoid loss
     group_positives: bool = True  # equal captions in a batch are positives of one another, not negatives
+    label_smoothing: float = 0.0  # share of the target that is spread over all candidates
+    implementation: Literal["auto", "tiles", "compiled", "kernel"] = "auto"  # the same numbers; kernel needs a GPU
+    tile_rows: int = 0  # rows and columns of logits that exist at one time; 0: from the device's cache or memory
+    tile_columns: int = 0
+
+    @property
+    def first_log_scale(self) -> float:
+        """t at the start (arXiv:2103.00020, section 2.5; arXiv:2303.15343, section 3.2)."""
+        if self.logit_scale_init is not None:
+            return self.logit_scale_init
+        return math.log(10) if self.name == "sigmoid" else math.log(1 / 0.07)
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,10 @@ class Engine:
 @dataclass(frozen=True)
 class Train:
     global_batch: int = 256  # pairs over all ranks: the batch of the contrastive loss
+    micro_batch: int = 0  # pairs per rank and forward pass; 0: all of a rank's. The loss stays that of the global batch
     epochs: int = 30
     steps: int = 0  # instead of epochs
+    nonfinite: Literal["stop", "skip"] = "stop"  # where a tower gives inf or nan: end the run, or leave the step out
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     seed: int = 0  # of the initial weights and of dropout
     resume: str = "auto"  # auto: the newest good checkpoint of the run folder, if any; never; or a checkpoint folder
@@ -253,6 +268,9 @@ def _check(config: Config) -> None:
         need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")
     for key, value in (
         ("train.steps", train.steps),
+        ("train.micro_batch", train.micro_batch),
+        ("loss.tile_rows", loss.tile_rows),
+        ("loss.tile_columns", loss.tile_columns),
         ("train.save_every", train.save_every),
         ("eval.every", config.eval.every),
         ("eval.sheet", config.eval.sheet),
@@ -267,10 +285,17 @@ def _check(config: Config) -> None:
         loss.logit_scale_max,
         "not exceed ln 100 (the bound of the CLIP paper)",
     )
+    need(0 <= loss.label_smoothing < 1, "loss.label_smoothing", loss.label_smoothing, "lie in [0, 1)")
     need(
-        loss.logit_scale_init <= loss.logit_scale_max,
+        (loss.tile_rows > 0) == (loss.tile_columns > 0),
+        "loss.tile_rows",
+        loss.tile_rows,
+        f"be given together with loss.tile_columns={loss.tile_columns}",
+    )
+    need(
+        loss.first_log_scale <= loss.logit_scale_max,
         "loss.logit_scale_init",
-        loss.logit_scale_init,
+        loss.first_log_scale,
         f"not exceed loss.logit_scale_max={loss.logit_scale_max}",
     )
     if data.streams:
@@ -303,8 +328,8 @@ def _check_deepspeed(engine: Engine) -> None:
 
 _OWNED_BY_TRAINER = {  # key -> what to do instead
     "train_batch_size": "set train.global_batch",
-    "train_micro_batch_size_per_gpu": "set train.global_batch",
-    "gradient_accumulation_steps": "accumulation would shrink the negatives in silence",
+    "train_micro_batch_size_per_gpu": "set train.micro_batch",
+    "gradient_accumulation_steps": "set train.micro_batch, which keeps the loss that of the global batch",
     "gradient_clipping": "set optim.grad_clip",
     "bf16": "set train.precision",
     "fp16": "set train.precision",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
+EXIT_FAULT = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 75
 RANK_0_FIRST_S = 3  # longer than a launcher takes to notice that rank 0 has ended
@@ -18,6 +19,10 @@ RANK_0_FIRST_S = 3  # longer than a launcher takes to notice that rank 0 has end
 
 class UserError(Exception):
     """Bad input: one line that says what is wrong, where, and what to do about it."""
+
+
+class Fault(UserError):
+    """What ended a run although its input was good, and is understood: one line as well, but exit code 1."""
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -34,7 +39,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         if rank:
             time.sleep(RANK_0_FIRST_S)
         print(f"error{f' (rank {rank})' if rank else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = EXIT_BAD_INPUT
+        code = EXIT_FAULT if isinstance(error, Fault) else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT

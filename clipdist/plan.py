@@ -53,12 +53,18 @@ def check_launch(config: Config, world: int) -> Catalog:
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """Raises UserError where the ranks do not divide the global batch."""
+    """Raises UserError where the ranks do not divide the global batch, or micro-batches a rank's share of it."""
     batch = config.train.global_batch
     if batch % world:
         below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
         raise UserError(
             f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
+        )
+    share, micro = batch // world, config.train.micro_batch
+    if micro and share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
+            f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
         )
 
 

@@ -27,7 +27,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import IO, TYPE_CHECKING, Any
 
@@ -163,7 +162,7 @@ class Trainer:
         from clipdist.checkpoint import load_full_weights
         from clipdist.engine.engine import Engine
         from clipdist.engine.saver import restore
-        from clipdist.loss.contrastive import info_nce
+        from clipdist.loss.make import make_loss
         from clipdist.model.dual_encoder import build_model
         from clipdist.model.spec import ModelSpec
 
@@ -174,10 +173,10 @@ class Trainer:
             _load(model, load_full_weights(resume.folder), str(resume.folder))
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        loss = partial(info_nce, logit_scale_max=config.loss.logit_scale_max)
-        engine = Engine(model.to(self.place.device), loss, config, self.place)
+        engine = Engine(model.to(self.place.device), make_loss(config.loss), config, self.place)
         if resume:
             restore(engine.engine, resume)
+            engine.refresh_scalars()
         return engine, model.spec
 
     def run(self, stop: StopFlag, resume_command: str) -> int:
@@ -195,10 +194,10 @@ class Trainer:
             self.step = done
             self.applied += result.applied
             self.progress.step(done)
-            if log:
-                self._log(result, clock)
+            if log and not result.skipped:
+                self._log(result, batch, clock)
             if not result.applied:
-                self._event("skip", reason="non-finite gradients")
+                self._event("skip", reason=result.skipped or "non-finite gradients")
             last = done == self.plan.steps
             with clock.paused():
                 interrupted = self._any_rank(stop.set)
@@ -214,16 +213,18 @@ class Trainer:
     def _train_step(self, batch: Batch, want_norms: bool) -> StepResult:
         from clipdist.engine.optim import learning_rate
 
-        group_id = batch.group_id if self.config.loss.group_positives else None
         return self.engine.train_step(
             batch.image,
             batch.tokens,
             batch.valid,
-            group_id,
+            self._group_id(batch),
             step=self.step,
             lr=learning_rate(self.config.optim, self.step, self.plan.steps),
             want_norms=want_norms,
         )
+
+    def _group_id(self, batch: Batch) -> torch.Tensor | None:
+        return batch.group_id if self.config.loss.group_positives else None
 
     def _due(self, every: int) -> bool:
         return self.step % (every or self.plan.steps_per_epoch) == 0
@@ -251,15 +252,18 @@ class Trainer:
             self.progress.say(f"goes on from {plan.resume.folder}")
             self._event("restart", checkpoint=str(plan.resume.folder), world=place.world)
 
-    def _log(self, result: StepResult, clock: Clock) -> None:
+    def _log(self, result: StepResult, batch: Batch, clock: Clock) -> None:
         from clipdist.engine.optim import learning_rate
-        from clipdist.loss.contrastive import global_statistics
+        from clipdist.loss.contrastive import batch_accuracy
+        from clipdist.loss.exact import global_statistics
         from clipdist.monitor.metrics import memory_gb
 
-        values = global_statistics(result.value, result.statistics)
+        accuracy = batch_accuracy(*result.features, valid=batch.valid, group_id=self._group_id(batch))
+        values = global_statistics(result.value, result.statistics | accuracy)
         steps, seconds, waited = clock.lap(self.step)
         values |= {
             "logit_scale": self.engine.logit_scale(),
+            **({} if (bias := self.engine.logit_bias()) is None else {"logit_bias": bias}),
             "lr": learning_rate(self.config.optim, self.step - 1, self.plan.steps),
             **{f"grad_norm/{part}": norm for part, norm in result.grad_norms.items()},
             "samples_per_s": steps * self.plan.order.global_batch / seconds,

@@ -77,6 +77,8 @@ def start(device: str) -> Place:
     # DeepSpeed's all-reduce through shared memory serves tensor-parallel inference alone; training never calls it, but
     # on a CPU the first start would compile it for a minute or two, and end in a traceback where there is no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Stage 1 in bf16 with accumulation prints a dozen lines of memory figures when it is built, whatever the log level.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

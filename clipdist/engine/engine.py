@@ -5,7 +5,6 @@ This room alone imports deepspeed. Gradients are averaged over ranks, and the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,28 +14,43 @@ from torch import nn
 
 from clipdist.config import Config
 from clipdist.engine.distributed import Place, resolve_precision
-from clipdist.engine.fragments import base_optimizer, fragments, gradient, loss_scale, part_of
+from clipdist.engine.fragments import PART_OF, base_optimizer, fragments, gradient, loss_scale, part_of
 from clipdist.engine.optim import make_optimizer
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 from clipdist.loss.collectives import all_reduce_sum
+from clipdist.loss.exact import NonFiniteFeatures
+from clipdist.loss.make import LossFunction
+from clipdist.model.norms import running_norms, statistics_once, statistics_still
 
-LossFunction = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
-PARTS = ("image", "text", "temperature")
+SCALARS = ("logit_scale", "logit_bias")  # the parameters that the loss reads
 
 
 @dataclass(frozen=True)
 class StepResult:
-    value: torch.Tensor  # this rank's loss; its mean over ranks is the global loss
+    """What one step tells.
+
+    Attributes:
+        value: this rank's loss; its mean over ranks is the global loss. nan where the step was skipped for `skipped`.
+        statistics: of the loss, fp32 scalars, this rank's.
+        features: image and text features [b, D] of this rank, detached: in-batch accuracies come from them.
+        grad_norms: by part of the model, before clipping; empty unless asked for.
+        applied: False where the optimiser took no step.
+        skipped: why the step was left out before any gradient existed, or empty.
+    """
+
+    value: torch.Tensor
     statistics: dict[str, torch.Tensor]
-    grad_norms: dict[str, float]  # by part of the model, before clipping; empty unless asked for
-    applied: bool  # False where fp16 overflowed and the step was skipped
+    features: tuple[torch.Tensor, torch.Tensor]
+    grad_norms: dict[str, float]
+    applied: bool
+    skipped: str = ""
 
 
 class Engine:
     """Trains one dual encoder on all ranks.
 
     Args:
-        model: called as model(image, tokens) -> (image_features, text_features, logit_scale); holds `logit_scale`, [1].
+        model: called as model(image, tokens) -> (image_features, text_features, logit_scale, logit_bias or None).
         loss: as clipdist.loss.contrastive.info_nce.
     """
 
@@ -48,23 +62,34 @@ class Engine:
         self.place = place
         self.loss = loss
         self.seed = config.train.seed
+        self.skip_nonfinite = config.train.nonfinite == "skip"
         self.logit_scale_max = config.loss.logit_scale_max
+        self.micro_batch = config.train.micro_batch or config.train.global_batch // place.world
         settings = deepspeed_config(config, place.device.type, place.world)
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
         optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
+        has = {name.partition(".")[0] for name, _ in model.named_parameters()}
+        self.parts = tuple(part for prefix, part in PART_OF.items() if prefix in has)
+        half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+        originals = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if half else {}
         try:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
             raise UserError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         base_optimizer(self.engine).state.clear()  # see make_optimizer: nothing of a step at construction stays
-        self._averaged = _running_statistics(self.engine.module)
+        self._set_masters(originals)
+        # Stage 0 in half precision cannot accumulate in fp32: see _accumulate.
+        self._accumulates_here = bool(half) and config.engine.zero_stage == 0
+        self._norms = running_norms(self.engine.module)
+        self._scalars: dict[str, torch.Tensor] = {}
+        self.refresh_scalars()
 
     def train_step(
         self,
         image: torch.Tensor,
         tokens: torch.Tensor,
         valid: torch.Tensor,
-        group_id: torch.Tensor,
+        group_id: torch.Tensor | None,
         *,
         step: int,
         lr: float,
@@ -73,22 +98,119 @@ class Engine:
         """One optimiser step on this rank's rows of global batch `step`.
 
         Args:
-            image: uint8 [b, 3, H, W].  tokens: int64 [b, L].  valid: bool [b].  group_id: int64 [b].
+            image: uint8 [b, 3, H, W].  tokens: int64 [b, L].  valid: bool [b].
+            group_id: int64 [b], or None where equal captions are negatives like all others.
             lr: the learning rate of this step.
             want_norms: also measure the gradients' norms (one pass over them and a small collective).
+
+        Raises:
+            Fault: features that are not finite, unless the configuration wants such steps skipped.
         """
-        seed_step(self.seed, step, self.place.rank)
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        image_features, text_features, logit_scale = self.engine(image, tokens)
-        value, statistics = self.loss(image_features, text_features, logit_scale, valid=valid, group_id=group_id)
-        self.engine.backward(value)
+        forward_backward = self._whole if self.micro_batch >= len(image) else self._cached
+        try:
+            value, statistics, features = forward_backward(image, tokens, step, valid, group_id)
+        except NonFiniteFeatures as error:
+            if not self.skip_nonfinite:
+                raise Fault(
+                    f"step {step}: {error}; nothing was changed. Lower optim.lr, look at the data of this step, or set"
+                    " train.nonfinite=skip"
+                ) from None
+            empty = image.new_zeros((0, 0), dtype=torch.float32)
+            nan = torch.full((), torch.nan, device=self.place.device)
+            return StepResult(nan, {}, (empty, empty), {}, applied=False, skipped=str(error))
         norms = self.grad_norms() if want_norms else {}
         self.engine.step()
         self._bound_temperature()
-        self._average_buffers()
-        return StepResult(value.detach(), statistics, norms, applied=self.engine.was_step_applied())
+        self.refresh_scalars()
+        self._average_statistics()
+        return StepResult(value.detach(), statistics, features, norms, applied=self.engine.was_step_applied())
+
+    def _whole(
+        self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """Forward and backward over all rows of this rank at once."""
+        seed_step(self.seed, step, self.place.rank)
+        images, texts, *scalars = self._forward(image, tokens)
+        value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
+        self.engine.backward(value, scale_wrt_gas=False)
+        return value, statistics, (images.detach(), texts.detach())
+
+    def _cached(
+        self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The same in micro-batches, exactly: features of all without gradients, the loss' gradient towards them, then
+        each micro-batch once more, its random state replayed, against its share (Gao et al., arXiv:2101.06983, 3).
+
+        Memory grows with the features, b x D, and one micro-batch's activations.
+        """
+        pieces = list(zip(image.split(self.micro_batch), tokens.split(self.micro_batch)))
+        cached = []
+        with torch.no_grad(), statistics_still(self._norms):
+            for micro, (some_images, some_tokens) in enumerate(pieces):
+                seed_step(self.seed, step, self.place.rank, micro)
+                cached.append(self._forward(some_images, some_tokens))
+        images = torch.cat([features[0] for features in cached]).requires_grad_()
+        texts = torch.cat([features[1] for features in cached]).requires_grad_()
+        scalars = [None if s is None else s.detach().requires_grad_() for s in cached[0][2:]]
+        del cached
+        value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
+        wanted = [images, texts, *(s for s in scalars if s is not None)]
+        enlarged = loss_scale(self.engine)  # fp16 features have fp16 gradients, which vanish without it
+        slopes = [slope.float() / enlarged for slope in torch.autograd.grad(value * enlarged, wanted)]
+        image_slopes, text_slopes = (slope.split(self.micro_batch) for slope in slopes[:2])
+        with statistics_once(self._norms):
+            for micro, (some_images, some_tokens) in enumerate(pieces):
+                seed_step(self.seed, step, self.place.rank, micro)
+                some_image_features, some_text_features, *again = self._forward(some_images, some_tokens)
+                surrogate = (some_image_features.float() * image_slopes[micro]).sum()
+                surrogate = surrogate + (some_text_features.float() * text_slopes[micro]).sum()
+                # Every micro-batch carries an equal part, because a reduction may wait for all parameters.
+                for scalar, slope in zip((s for s in again if s is not None), slopes[2:]):
+                    surrogate = surrogate + (scalar * slope / len(pieces)).sum()
+                self._accumulate(surrogate, last=micro == len(pieces) - 1)
+        return value, statistics, (images.detach(), texts.detach())
+
+    def _accumulate(self, surrogate: torch.Tensor, last: bool) -> None:
+        """Adds one micro-batch's gradients, in fp32; the last one also reduces them over ranks.
+
+        DeepSpeed's own accumulation does it, but for stage 0 in half precision, where it would add in half precision:
+        there the sum is kept here and handed over before the reduction.
+        """
+        engine = self.engine
+        if not self._accumulates_here:
+            engine.backward(surrogate, scale_wrt_gas=False)
+            if not last:
+                engine.step()  # counts the micro-batch; the optimiser steps at the boundary alone
+            return
+        engine.set_gradient_accumulation_boundary(False)
+        engine.backward(surrogate, scale_wrt_gas=False)
+        for parameter in engine.module.parameters():
+            if parameter.grad is not None:
+                total = getattr(parameter, "_fp32_sum", None)
+                parameter._fp32_sum = parameter.grad.float() if total is None else total.add_(parameter.grad)
+                parameter.grad = None
+        if last:
+            for parameter in engine.module.parameters():
+                total = parameter.__dict__.pop("_fp32_sum", None)
+                if total is not None:
+                    parameter.grad = total.to(parameter.dtype)
+            engine.set_gradient_accumulation_boundary(True)
+            engine.allreduce_gradients()
+
+    def _forward(
+        self, image: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Features, t and bias; the scalars have the values of the fp32 masters, and the module's gradients."""
+        images, texts, scale, bias = self.engine(image, tokens)
+        exact = [
+            None if s is None else s.float() + (self._scalars[name] - s.detach().float())
+            for name, s in zip(SCALARS, (scale, bias))
+        ]
+        assert exact[0] is not None
+        return images, texts, exact[0], exact[1]
 
     @torch.no_grad()
     def encode(
@@ -98,28 +220,47 @@ class Engine:
         self.engine.eval()
         image = None if image is None else image.to(self.place.device)
         tokens = None if tokens is None else tokens.to(self.place.device)
-        image_features, text_features, _ = self.engine(image, tokens)
+        image_features, text_features, *_ = self.engine(image, tokens)
         return image_features, text_features
 
     def grad_norms(self) -> dict[str, float]:
         """L2 norms of the reduced gradients by part of the model; between backward and step only."""
-        squares = torch.zeros(len(PARTS), dtype=torch.float64, device=self.place.device)
+        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.place.device)
         for fragment in fragments(self.engine):
             if fragment.trained:
-                part = PARTS.index(part_of(fragment.name))
+                part = self.parts.index(part_of(fragment.name))
                 squares[part] += gradient(self.engine, fragment).double().square().sum().to(squares.device)
         if self.engine.zero_optimization_stage() > 0:
             squares = all_reduce_sum(squares)
         norms = squares.sqrt() / loss_scale(self.engine)
-        return dict(zip(PARTS, norms.tolist()))
+        return dict(zip(self.parts, norms.tolist()))
 
     def logit_scale(self) -> float:
         """The log scale t of the fp32 master weights, on every rank."""
-        total = torch.zeros(1, device=self.place.device)
+        return float(self._scalars["logit_scale"])
+
+    def logit_bias(self) -> float | None:
+        """The sigmoid loss' bias of the fp32 master weights, on every rank; None where there is none."""
+        return float(self._scalars["logit_bias"]) if "logit_bias" in self._scalars else None
+
+    @torch.no_grad()
+    def refresh_scalars(self) -> None:
+        """Reads t and the bias from the master weights: to be called when those were changed from outside."""
+        found = {name: torch.zeros(1, device=self.place.device) for name in SCALARS}
         for fragment in fragments(self.engine):
-            if fragment.name == "logit_scale" and fragment.own[0] < fragment.own[1]:
-                total += fragment.of(fragment.flat).to(total.device)
-        return float(all_reduce_sum(total))
+            if fragment.name in found and fragment.own[0] < fragment.own[1]:
+                found[fragment.name] += fragment.of(fragment.flat).to(self.place.device)
+        values = all_reduce_sum(torch.stack(list(found.values())))
+        kept = SCALARS if "bias" in self.parts else SCALARS[:1]
+        self._scalars = {name: value for name, value in zip(SCALARS, values) if name in kept}
+
+    @torch.no_grad()
+    def _set_masters(self, originals: dict[str, torch.Tensor]) -> None:
+        """The fp32 masters begin with the weights as given: DeepSpeed takes them after rounding to half precision."""
+        for fragment in fragments(self.engine):
+            if fragment.trained and fragment.name in originals:
+                whole = originals[fragment.name].view(-1)
+                fragment.of(fragment.flat).copy_(whole.narrow(0, fragment.start, fragment.numel))
 
     @torch.no_grad()
     def _bound_temperature(self) -> None:
@@ -133,31 +274,33 @@ class Engine:
             tensor.data.clamp_(max=self.logit_scale_max)
 
     @torch.no_grad()
-    def _average_buffers(self) -> None:
-        """BatchNorm normalises over a rank's own rows; its running statistics become the mean over ranks."""
-        if not self._averaged or self.place.world == 1:
+    def _average_statistics(self) -> None:
+        """BatchNorm normalises over a micro-batch; its running statistics become the mean over ranks."""
+        if not self._norms or self.place.world == 1:
             return
-        flat = torch.cat([buffer.float().view(-1) for buffer in self._averaged])
+        buffers = [b for norm in self._norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        flat = torch.cat([buffer.float().view(-1) for buffer in buffers])
         dist.all_reduce(flat)
         flat /= self.place.world
-        for buffer, mean in zip(self._averaged, flat.split([buffer.numel() for buffer in self._averaged])):
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
             buffer.copy_(mean.view_as(buffer))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout's random numbers are a function of (seed, step, rank): nothing to store, nothing to replay."""
-    mixed = (seed * 1_000_003 + step) * 65_537 + rank
+def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:
+    """Dropout's random numbers are a function of (seed, step, rank, micro-batch): nothing to store, all to replay."""
+    mixed = ((seed * 1_000_003 + step) * 65_537 + rank) * 8_191 + micro
     torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
 
 
 def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration: what the trainer owns, on top of engine.deepspeed."""
     batch = config.train.global_batch
+    micro = config.train.micro_batch or batch // world
     precision = resolve_precision(config.train.precision, device)
     owned: dict[str, Any] = {
         "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": batch // world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batch // world // micro,
         "gradient_clipping": config.optim.grad_clip,  # always explicit: DeepSpeed's default is 1.0
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": precision == "fp16"},
@@ -165,6 +308,8 @@ def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
     }
+    if batch // world > micro and precision != "fp32" and config.engine.zero_stage > 0:
+        owned["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config.engine.deepspeed, owned)
 
 
@@ -174,12 +319,3 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
-
-
-def _running_statistics(module: nn.Module) -> list[torch.Tensor]:
-    """The floating-point buffers of normalisation layers that training updates."""
-    found = []
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats:
-            found += [buffer for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
-    return found

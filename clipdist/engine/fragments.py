@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PART_OF = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,18 @@ def gradient(engine: Any, fragment: Fragment) -> torch.Tensor:
 
         return safe_get_local_grad(parameter).view(-1)[: fragment.numel]
     if hasattr(parameter, "_hp_mapping"):
-        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        piece = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps the whole sum on every rank
+            piece = piece.narrow(0, fragment.start, fragment.numel)
+        return piece
     if parameter.grad is None:
         return torch.zeros(fragment.numel, device=parameter.device)
     return parameter.grad.view(-1)
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: image, text or temperature."""
-    return {"visual": "image", "text": "text"}.get(name.partition(".")[0], "temperature")
+    """The part of the model that a parameter belongs to: image, text, temperature or bias."""
+    return PART_OF[name.partition(".")[0]]
 
 
 def loss_scaler(engine: Any) -> Any:

@@ -44,7 +44,7 @@ def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         image = None if image is None else image.to(device, non_blocking=True)
         tokens = None if tokens is None else tokens.to(device, non_blocking=True)
-        image_features, text_features, _ = model(image, tokens)
+        image_features, text_features, *_ = model(image, tokens)
         return image_features, text_features
 
     return encode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,18 +23,21 @@ class DualEncoder(nn.Module):
     Attributes:
         visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model.
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
-        logit_scale: Parameter [1] (DeepSpeed cannot hold a 0-D one), t itself; logits are exp(t) * cosine.
+        logit_scale: Parameter [1] (DeepSpeed cannot hold a 0-D one), t itself; logits are exp(t) * cosine + bias.
+        logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmaxes would cancel it.
     """
 
     image_mean: torch.Tensor
     image_std: torch.Tensor
 
-    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, logit_scale_init: float) -> None:
+    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, loss_cfg: config.Loss) -> None:
         super().__init__()
         self.spec = spec
         self.visual = visual
         self.text = text
-        self.logit_scale = nn.Parameter(torch.full([1], logit_scale_init))
+        self.logit_scale = nn.Parameter(torch.full([1], loss_cfg.first_log_scale))
+        bias = torch.full([1], loss_cfg.logit_bias_init)
+        self.logit_bias = nn.Parameter(bias) if loss_cfg.name == "sigmoid" else None
         self._locked: list[nn.Module] = []
         self.register_buffer("image_mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.empty(1, 3, 1, 1), persistent=False)
@@ -43,7 +45,7 @@ class DualEncoder(nn.Module):
 
     def forward(
         self, image: torch.Tensor | None, tokens: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Features as the projections give them, not normalised.
 
         Args:
@@ -51,12 +53,14 @@ class DualEncoder(nn.Module):
             tokens: int64 [b, L], or None to leave the text tower out.
 
         Returns:
-            image features [b, D] | None, text features [b, D] | None, the log scale t [1] (its bound is the loss').
+            image features [b, D] | None, text features [b, D] | None, the log scale t [1] (its bound is the loss'),
+            the logit bias [1] | None.
         """
         image_features = None if image is None else self.visual(self._normalise(image))
         text_features = None if tokens is None else self.text(tokens)
-        # A copy: ZeRO stage 3 takes the parameter itself away when the forward pass ends.
-        return image_features, text_features, self.logit_scale.clone()
+        # Copies: ZeRO stage 3 takes the parameters themselves away when the forward pass ends.
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        return image_features, text_features, self.logit_scale.clone(), bias
 
     def train(self, mode: bool = True) -> DualEncoder:
         """As nn.Module's; what is locked stays in evaluation mode (no dropout, BatchNorm's statistics untouched)."""
@@ -172,8 +176,7 @@ def assemble(spec: ModelSpec, loss_cfg: config.Loss | None = None, tower_weights
         raise UserError(_cannot_build(described, spec, error)) from error
     keep_statistics_fp32(towers.visual)
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
-    scale = loss_cfg.logit_scale_init if loss_cfg else math.log(1 / 0.07)
-    return DualEncoder(spec, towers.visual, text, scale)
+    return DualEncoder(spec, towers.visual, text, loss_cfg or config.Loss())
 
 
 def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) -> str:

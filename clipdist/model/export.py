@@ -72,14 +72,15 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
         raise UserError(f"{spec.name}: open_clip has no CBOW text tower, so there is nothing to export this model to")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
-    name = _name_in_open_clip(spec)
+    biased = model.logit_bias is not None
+    name = _name_in_open_clip(spec, biased)
     config = None if name else out.with_suffix(".json")
     merges = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_weights(model, out, facts or {})
         if config:
-            config.write_text(json.dumps(_open_clip_description(spec), indent=4) + "\n", encoding="utf-8")
+            config.write_text(json.dumps(_open_clip_description(spec, biased), indent=4) + "\n", encoding="utf-8")
         if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
             merges = out.with_suffix(".bpe.txt.gz")
             merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
@@ -91,20 +92,22 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     return Export(out, name, config, merges, spec, _difference(model, name, out))
 
 
-def _name_in_open_clip(spec: ModelSpec) -> str | None:
+def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
     """The name under which open_clip builds exactly this model: the same, or the one of its QuickGELU variant."""
     for name in (spec.name, f"{spec.name}-quickgelu"):
         known = open_clip.get_model_config(name)
         if known is None:
             continue
-        known.pop("init_logit_bias", None)
+        if (known.pop("init_logit_bias", None) is not None) != biased:
+            continue
         if bool(known.pop("quick_gelu", False)) == spec.quick_gelu and known == spec.model:
             return name
     return None
 
 
-def _open_clip_description(spec: ModelSpec) -> dict:
-    return {**spec.model, "quick_gelu": spec.quick_gelu}
+def _open_clip_description(spec: ModelSpec, biased: bool) -> dict:
+    bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
+    return {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
 
 
 def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
@@ -114,7 +117,9 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
         if model.spec.clip_class:
             name = name.removeprefix("text.")
         tensors[name] = value.detach().cpu().clone()
-    tensors["logit_scale"] = tensors["logit_scale"].reshape([])
+    for name in ("logit_scale", "logit_bias"):
+        if name in tensors:
+            tensors[name] = tensors[name].reshape([])
     metadata = {"format": "pt", "clipdist": json.dumps({**model.spec.to_dict(), **facts})}
     temporary = out.with_name(out.name + ".tmp")
     save_file(tensors, temporary, metadata=metadata)

@@ -92,8 +92,9 @@ def checkpoint_of(folder: Path, step: int | None = None) -> Path:
 def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
-    model = assemble(spec, tower_weights=False)
     weights = load_full_weights(folder)
+    loss = config.Loss(name="sigmoid" if "logit_bias" in weights else "infonce")
+    model = assemble(spec, loss, tower_weights=False)
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")

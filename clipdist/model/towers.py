@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clipdist.errors import UserError
+from clipdist.model.norms import running_norms, statistics_still
 
 
 def lock(tower: nn.Module, key: str, unlocked: int) -> None:
@@ -117,21 +118,7 @@ class _Recomputed(nn.Module):
         return checkpoint(super().forward, x, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(self)
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """BatchNorm works as in the first pass, but its running statistics and its count of batches do not move again."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        return nullcontext(), statistics_still(running_norms(self))
 
 
 def _no_checkpointing(trunk: nn.Module) -> UserError:

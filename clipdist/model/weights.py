@@ -115,7 +115,10 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: DualEncoder) -> di
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 
     tensors = convert_to_custom_text_state_dict(dict(tensors))
-    tensors.pop("logit_bias", None)  # a constant bias cancels in both softmaxes of InfoNCE
+    if model.logit_bias is None:
+        tensors.pop("logit_bias", None)  # a constant bias cancels in both softmaxes of InfoNCE
+    else:  # weights trained with InfoNCE have none: it starts as configured
+        tensors["logit_bias"] = tensors.get("logit_bias", model.logit_bias.detach()).reshape(1)
     tensors.pop("text.transformer.embeddings.position_ids", None)  # written by transformers before 4.31
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     if "logit_scale" in tensors:

@@ -109,3 +109,34 @@ def test_bad_samples_are_masked_counted_and_named(tmp_path):
     ended = run("python", *words, "data.max_bad_share=0.001", "run.name=strict")
     assert ended.returncode == 2
     assert "data.max_bad_share=0.001" in ended.stderr
+
+
+def test_the_sigmoid_loss_in_micro_batches_trains_as_on_whole_ones(shards, tmp_path):
+    words = [
+        f"data.train={shards / 'train'}",
+        "data.val=",
+        f"run.root={tmp_path}",
+        "loss.name=sigmoid",
+        "train.steps=4",
+    ]
+    for name, more in (("whole", []), ("micro", ["train.micro_batch=2"])):
+        ended = run("deepspeed", *words, f"run.name={name}", *more)
+        assert ended.returncode == 0, ended.stderr
+    whole, micro = (records(tmp_path / name, "train") for name in ("whole", "micro"))
+    assert [r["loss"] for r in micro] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+    assert whole[0]["logit_bias"] == pytest.approx(-10, abs=0.01)
+    assert {"grad_norm/bias", "batch_t2i_r1"} <= whole[0].keys()
+
+
+def test_features_that_are_not_finite_end_the_run_or_are_skipped_and_counted(shards, tmp_path):
+    words = [f"data.train={shards / 'train'}", "data.val=", f"run.root={tmp_path}", "optim.lr=1e30", "train.steps=4"]
+    ended = run("deepspeed", *words, "run.name=stop")
+    assert ended.returncode == 1
+    assert "error: step 1: features are not finite: rank 0: 8 rows of the image tower" in ended.stderr
+    assert "train.nonfinite=skip" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    ended = run("deepspeed", *words, "run.name=skip", "train.nonfinite=skip", "engine.zero_stage=3")
+    assert ended.returncode == 0, ended.stderr
+    events = [event for event in records(tmp_path / "skip", "event") if event["event"] == "skip"]
+    assert [event["step"] for event in events] == [2, 3, 4]
+    assert all("rank 1: 8 rows of the text tower" in event["reason"] for event in events)

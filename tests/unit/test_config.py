@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.config import DEFAULT_RECIPE, Config, flat, load_config, to_dict, to_yaml
+from clipdist.config import DEFAULT_RECIPE, Config, Loss, flat, load_config, to_dict, to_yaml
 from clipdist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def test_deepspeed_settings_pass_through():
         ("data.streams=3", ["data.streams=3", "divide train.global_batch"]),
         ("loss.logit_scale_max=5", ["loss.logit_scale_max=5", "ln 100"]),
         ("launch.gpus=0", ["launch.gpus=0"]),
-        ("engine.deepspeed.gradient_accumulation_steps=2", ["gradient_accumulation_steps", "negatives"]),
+        ("engine.deepspeed.gradient_accumulation_steps=2", ["gradient_accumulation_steps", "train.micro_batch"]),
         ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed.bf16", "train.precision"]),
         ("engine.deepspeed.gradient_clipping=1", ["gradient_clipping", "optim.grad_clip"]),
         ("engine.deepspeed.zero_optimization.stage=2", ["zero_optimization.stage", "engine.zero_stage"]),
@@ -146,7 +146,8 @@ def test_a_configuration_cannot_be_changed():
 
 def test_the_temperature_starts_and_ends_as_in_the_clip_paper():
     loss = Config().loss
-    assert math.exp(loss.logit_scale_init) == pytest.approx(1 / 0.07)
+    assert math.exp(loss.first_log_scale) == pytest.approx(1 / 0.07)
+    assert math.exp(Loss(name="sigmoid").first_log_scale) == pytest.approx(10)
     assert math.exp(loss.logit_scale_max) == pytest.approx(100)
 
 

@@ -61,7 +61,7 @@ def batch(model: DualEncoder, size: int = 4) -> tuple[torch.Tensor, torch.Tensor
 
 
 def gradients(model: DualEncoder, image: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    a, b, scale = model(image, tokens)
+    a, b, scale, _ = model(image, tokens)
     (a.sin().sum() + b.sin().sum() + scale.sum()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -74,14 +74,14 @@ def test_forward_gives_features_and_every_parameter_a_gradient(name: str, tmp_pa
         name = model_json(tmp_path, text=hf_tower(tmp_path))
     model = build(name)
     image, tokens = batch(model)
-    image_features, text_features, scale = model(image, tokens)
+    image_features, text_features, scale, _ = model(image, tokens)
     assert image_features.shape == text_features.shape == (4, model.spec.embed_dim)
     assert image_features.dtype == text_features.dtype == torch.float32
     assert scale.shape == (1,)
     grads = gradients(model, image, tokens)
     assert grads.keys() == dict(model.named_parameters()).keys()
     assert {name.split(".")[0] for name in grads} == {"visual", "text", "logit_scale"}
-    alone, nothing, _ = model.eval()(image, None)
+    alone, nothing, *_ = model.eval()(image, None)
     assert nothing is None
     assert torch.equal(alone, model(image, tokens)[0])
     assert model(None, tokens)[0] is None

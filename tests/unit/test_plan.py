@@ -63,6 +63,12 @@ def test_ranks_that_do_not_divide_the_batch(shards, tmp_path, no_model, monkeypa
         train(configured(shards, tmp_path))
 
 
+def test_micro_batches_that_do_not_divide_a_ranks_share(shards, tmp_path, no_model, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"train.micro_batch=3 does not divide the 8 pairs .* one of 1, 2, 4, 8$"):
+        train(configured(shards, tmp_path, "train.micro_batch=3"))
+
+
 def test_a_run_folder_that_cannot_be_written(shards, tmp_path, no_model):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run folder .*file/tiny: cannot be written"):

@@ -1,0 +1,99 @@
+"""One rank of the losses alone: features split over ranks against one process, and what happens to bad input."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from clipdist.errors import UserError
+from clipdist.loss.contrastive import batch_accuracy, info_nce
+from clipdist.loss.exact import NonFiniteFeatures
+from clipdist.loss.sigmoid import sigmoid_loss
+from clipdist.loss.tiles import Tile
+
+LOSSES = (info_nce, sigmoid_loss)
+
+
+class Alone:
+    """Makes the losses see a world of one rank: the reference runs in the same processes."""
+
+    def __enter__(self):
+        self.initialised = dist.is_initialized
+        dist.is_initialized = lambda: False
+
+    def __exit__(self, *_):
+        dist.is_initialized = self.initialised
+
+
+def run(function, inputs, rows, **options):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value, _ = function(leaves[0][rows], leaves[1][rows], *leaves[2:], **options)
+    value.backward()
+    return [value.detach(), *(torch.zeros(1) if x.grad is None else x.grad for x in leaves)]
+
+
+def splitting_changes_nothing(rank: int, world: int) -> None:
+    """Random sizes, masks, groups, scales and dtypes, the same on every rank."""
+    draw = random.Random(3)
+    for case in range(24):
+        share, width = draw.randint(1, 20), draw.randint(2, 40)
+        n, function = share * world, LOSSES[case % 2]
+        generator = torch.Generator().manual_seed(case)
+        dtype = torch.float32 if case % 5 else torch.bfloat16
+        images = torch.randn(n, width, generator=generator).to(dtype)
+        texts = (images + draw.choice([0.1, 1, 10]) * torch.randn(n, width, generator=generator)).to(dtype)
+        inputs = (images, texts, torch.tensor([draw.uniform(0, 4.6)]), torch.tensor([draw.uniform(-10, 0)]))
+        valid = torch.rand(n, generator=generator) > draw.choice([0.0, 0.3])
+        group = torch.randint(0, draw.choice([3, 10 * n]), (n,), generator=generator)
+        options = {"label_smoothing": draw.choice([0.0, 0.1]), "tile": Tile(draw.randint(1, 30), draw.randint(1, 30))}
+        rows = slice(rank * share, (rank + 1) * share)
+        own = {"valid": valid[rows], "group_id": group[rows]} if case % 3 else {}
+        whole = {"valid": valid, "group_id": group} if case % 3 else {}
+        found = run(function, inputs, rows, **own, **options)
+        with Alone():
+            exact = run(function, inputs, slice(None), **whole, **options)
+            hits = batch_accuracy(images, texts, **whole)
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        for place, (ours, theirs) in enumerate(zip(found, exact)):
+            dist.all_reduce(ours := ours.float())
+            error = float((ours / world - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-6))
+            assert error < limit, (case, function.__name__, place, error)
+        split = batch_accuracy(images[rows], texts[rows], **own)
+        for name, count in split.items():
+            dist.all_reduce(count)
+            assert abs(float(count) - float(hits[name])) <= (0 if dtype == torch.float32 else 1), (case, name)
+
+
+def bad_input_is_named_on_every_rank(rank: int, world: int) -> None:
+    t, bias = torch.zeros(1), torch.zeros(1)
+    for function in LOSSES:
+        features = torch.ones(4 + rank, 8)
+        try:
+            function(features, features, t, bias)
+            raise AssertionError("ranks with different batch sizes went through")
+        except UserError as error:
+            assert "rank 0: 4 x 8, rank 1: 5 x 8" in str(error), error
+        features = torch.ones(4, 8)
+        texts = features.clone()
+        if rank == world - 1:
+            texts[1] = torch.nan
+        try:
+            function(features, texts, t, bias)
+            raise AssertionError("nan went through")
+        except NonFiniteFeatures as error:
+            assert error.where == [(world - 1, "text", 1)], error
+
+
+def main() -> None:
+    world = int(sys.argv[1])
+    dist.init_process_group("gloo")
+    splitting_changes_nothing(dist.get_rank(), world)
+    bad_input_is_named_on_every_rank(dist.get_rank(), world)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
