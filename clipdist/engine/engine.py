@@ -174,7 +174,7 @@ class Engine:
         return value, statistics, (images.detach(), texts.detach())
 
     def _accumulate(self, surrogate: torch.Tensor, last: bool) -> None:
-        """Adds one micro-batch's gradients, in fp32; the last one also reduces them over ranks.
+        """Adds one micro-batch's gradients, in fp32; after the last one they are reduced over ranks.
 
         DeepSpeed's own accumulation does it, but for stage 0 in half precision, where it would add in half precision:
         there the sum is kept here and handed over before the reduction.
@@ -229,7 +229,8 @@ class Engine:
         for fragment in fragments(self.engine):
             if fragment.trained:
                 part = self.parts.index(part_of(fragment.name))
-                squares[part] += gradient(self.engine, fragment).double().square().sum().to(squares.device)
+                norm = torch.linalg.vector_norm(gradient(self.engine, fragment), dtype=torch.float32)
+                squares[part] += norm.to(squares.device).double().square()
         if self.engine.zero_optimization_stage() > 0:
             squares = all_reduce_sum(squares)
         norms = squares.sqrt() / loss_scale(self.engine)

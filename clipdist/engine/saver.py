@@ -131,8 +131,9 @@ def restore(engine: Any, reader: CheckpointReader) -> None:
             saved = f"{moment}/{fragment.name}"
             if saved in reader.manifest.tensors:  # not where the parameter was locked until now: it begins with zeros
                 fragment.of(state[moment]).copy_(reader.read(saved, fragment.start, fragment.numel))
-        # torch counts steps in a tensor, DeepSpeed's CPU Adam in an int
-        state["step"] = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+        # torch's fused AdamW counts steps in a tensor beside the weights, DeepSpeed's CPU Adam in an int
+        counted = isinstance(optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(float(step), device=fragment.flat.device) if counted else step
     scaler = loss_scaler(engine)
     for name, value in reader.manifest.state.get("scaler", {}).items():
         if hasattr(scaler, name):

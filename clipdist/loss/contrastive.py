@@ -126,7 +126,7 @@ def _negative_sums(
 
     One shift for all suffices for any logits within +-70, and in practice up to scale 100: |s| is at most exp(t). Then
     the columns' sums of the ranks simply add up. Only where a whole row or column lies below what fp32 can hold under
-    it (cosines below -0.5 throughout, at scale 100) every row and column gets its own largest logit as its shift.
+    it (at scale 100: no cosine above -0.28, its own included) each row and column gets its own largest logit as shift.
     """
     shift = max(0.0, batch.scale - SAFE_EXPONENT)
     row_sums, column_sums = sweep.exponential_sums(logits, shift, batch.valid, batch.all_valid)
@@ -134,7 +134,7 @@ def _negative_sums(
     packed = all_reduce_sum(torch.cat([column_sums, lost[None]]), batch.process_group)
     column_sums = packed[:-1]
     if shift and float(packed[-1] + _lost(column_sums, all_own - shift, batch.all_valid)) > 0:
-        return _own_shifts(batch, logits)
+        return _own_shifts(batch, logits, own, all_own)
     return shift, row_sums, column_sums, sweep
 
 
@@ -143,10 +143,13 @@ def _lost(sums: torch.Tensor, own: torch.Tensor, valid: torch.Tensor) -> torch.T
     return ((sums + own.exp() < _LOST) & (valid > 0)).sum().float()
 
 
-def _own_shifts(batch: Batch, logits: Logits) -> tuple[Shift, torch.Tensor, torch.Tensor, ModuleType]:
+def _own_shifts(
+    batch: Batch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor
+) -> tuple[Shift, torch.Tensor, torch.Tensor, ModuleType]:
     row_best, _, column_best, _ = tiles.best(logits, batch.valid, batch.all_valid)
     column_best = all_reduce_max(column_best, batch.process_group)
-    shift = row_best.nan_to_num(neginf=0.0), column_best.nan_to_num(neginf=0.0)
+    # Where there is no negative at all, the pair's own logit: its exponential must stay within fp32, too.
+    shift = torch.where(row_best.isfinite(), row_best, own), torch.where(column_best.isfinite(), column_best, all_own)
     row_sums, column_sums = tiles.exponential_sums(logits, shift, batch.valid, batch.all_valid)
     return shift, row_sums, all_reduce_sum(column_sums, batch.process_group), tiles
 

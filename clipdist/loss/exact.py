@@ -144,8 +144,8 @@ class Batch:
         """
         weight = self.world * self.scale / self.count
         own_text_sums = text_sums[self.own]
-        text_total = torch.mv(self.all_texts.float().T, self.all_text_inverse) if all_weight else None
-        image_total = torch.mv(self.images.float().T, self.image_inverse) if all_weight else None
+        text_total = _weighted_sum(self.all_texts, self.all_text_inverse) if all_weight else None
+        image_total = _weighted_sum(self.images, self.image_inverse) if all_weight else None
         image_sums *= pair_weight
         text_sums *= pair_weight
         for rows in self._chunks():
@@ -167,9 +167,8 @@ class Batch:
             _project(text_own, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
         return grouped, pairs, Gradients(image_sums, text_own, scale_gradient, torch.zeros_like(scale_gradient))
 
-    def _chunks(self, rows: int = 1024) -> list[slice]:
-        b = self.images.shape[0]
-        return [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
+    def _chunks(self) -> list[slice]:
+        return _chunks(len(self.images))
 
     def _group_terms(
         self, dup: _Duplicates, image_sums: torch.Tensor, text_sums: torch.Tensor, weight: float, uniform: bool
@@ -250,6 +249,17 @@ def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGro
 def _inverse_norms(features: torch.Tensor) -> torch.Tensor:
     """fp32 [rows]; as torch.nn.functional.normalize for features of no length."""
     return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
+
+
+def _chunks(b: int, rows: int = 1024) -> list[slice]:
+    """Slices of 0 .. b: what is done chunk by chunk needs no second copy of the features."""
+    return [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
+
+
+def _weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """fp32 [D]: the sum over rows of weight * features."""
+    parts = [torch.mv(features[rows].float().T, weights[rows]) for rows in _chunks(len(features))]
+    return torch.stack(parts).sum(0)
 
 
 def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows: slice, weight: float) -> torch.Tensor:

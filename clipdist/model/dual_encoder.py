@@ -39,6 +39,8 @@ class DualEncoder(nn.Module):
         bias = torch.full([1], loss_cfg.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if loss_cfg.name == "sigmoid" else None
         self._locked: list[nn.Module] = []
+        # A ResNet is faster on pixels whose channels lie together; a ViT has but one convolution, and is not.
+        self._convolutional = sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 1
         self.register_buffer("image_mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.empty(1, 3, 1, 1), persistent=False)
         self._restore_pixel_statistics()
@@ -103,7 +105,8 @@ class DualEncoder(nn.Module):
 
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
         pixels = (image.to(torch.float32) / 255 - self.image_mean) / self.image_std
-        return pixels.to(next(self.visual.parameters()).dtype)
+        layout = torch.channels_last if self._convolutional else torch.contiguous_format
+        return pixels.to(next(self.visual.parameters()).dtype, memory_format=layout)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
         """Behind .to(), .half(), .bfloat16(): the pixel statistics follow the device but stay fp32."""

@@ -1,153 +1,96 @@
-"""One rank of the gradient proof: engine gradients on W ranks against one process on the whole batch.
+"""One rank of the gradient proof: every cell of the test, one after another in the same processes.
 
-Writes, on rank 0, JSON rows {"model", "world", "stage", "precision", "part", "norm_ratio", "error", ...}.
-
-The reference: one process runs every rank's rows with that rank's random state (dropout) and BatchNorm grouping,
-concatenates the features, applies the dense formula in float64 and averages over the valid rows.
+Reads cells {"label", "config", "steps", "loss", "only_valid"} as JSON from the file named first. Rank 0 writes the
+audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import math
 import sys
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed import comm as deepspeed_comm
 
-from clipdist.config import Config, load_config
+from clipdist import config
+from clipdist.audit import Audit, Pairs
+from clipdist.config import load_config
 from clipdist.engine import distributed
-from clipdist.engine.engine import Engine, seed_step
-from clipdist.engine.fragments import fragments, gradient, loss_scale, part_of
-from clipdist.loss.contrastive import info_nce
-from clipdist.model.dual_encoder import DualEncoder, build_model
+from clipdist.loss.make import LossFunction, make_loss
+from clipdist.model.spec import ModelSpec
 
 BATCH = 16
-PARTS = ("image", "text", "temperature")
+FIRST_STEP = 7
 
 
-def make_batch(model: DualEncoder) -> dict[str, torch.Tensor]:
+def make_pairs(spec: ModelSpec) -> Pairs:
     """A global batch with two bad rows and two pairs of equal captions, the same on every rank."""
     draw = torch.Generator().manual_seed(5)
-    side, context = model.spec.image_size, model.spec.context_length
+    side, context = spec.image_size, spec.context_length
     tokens = torch.randint(1, 500, (BATCH, context), generator=draw)
-    tokens[:, -1] = model.spec.tokenizer["vocab_size"] - 1  # the end of text: the position that the tower reads
+    tokens[:, -1] = spec.tokenizer["vocab_size"] - 1  # the end of text: the position that the tower reads
     valid = torch.ones(BATCH, dtype=torch.bool)
     valid[[3, 12]] = False
     group_id = torch.arange(BATCH)
     group_id[9], group_id[14] = group_id[1], group_id[2]
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
-    return {"image": image, "tokens": tokens, "valid": valid, "group_id": group_id}
+    image[~valid] = 0
+    return Pairs(image, tokens, valid, group_id)
 
 
-def dense_loss(
-    images: torch.Tensor, texts: torch.Tensor, t: torch.Tensor, valid: torch.Tensor, group_id: torch.Tensor
-) -> torch.Tensor:
-    """The formula, on the whole batch, in the dtype of the features."""
-    images = images / images.norm(dim=1, keepdim=True)
-    texts = texts / texts.norm(dim=1, keepdim=True)
-    logits = (t.exp() * images @ texts.T)[valid][:, valid]
-    positive = (group_id[valid][:, None] == group_id[valid][None, :]).to(logits.dtype)
-    target = positive / positive.sum(1, keepdim=True)
-    rows = -(target * logits.log_softmax(1)).sum(1)
-    columns = -(target * logits.T.log_softmax(1)).sum(1)
-    return (rows.mean() + columns.mean()) / 2
+def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
+    """Losses with a mistake that others have made: the audit must notice."""
+    right = make_loss(cfg)
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def without_w(*features, **rows):  # the global loss itself: the mean of gradients then loses the factor W
+        value, statistics = right(*features, **rows)
+        return value / world, statistics
+
+    def bad_rows_count(*features, valid, **rows):
+        return right(*features, valid=None, **rows)
+
+    def local_rows(images, texts, t, bias=None, *, valid, group_id, process_group=None):
+        """Own rows against gathered features that carry no gradient."""
+        value = torch.zeros(())
+        for rows, others in ((images, texts), (texts, images)):
+            rows, others = F.normalize(rows.float(), dim=1), F.normalize(others.float(), dim=1)
+            parts = [torch.empty_like(others) for _ in range(world)]
+            dist.all_gather(parts, others.detach().contiguous())
+            labels = torch.arange(len(rows)) + rank * len(rows)
+            value = value + F.cross_entropy(t.exp() * rows @ torch.cat(parts).T, labels) / 2
+        return value, right(images, texts, t, bias, valid=valid, group_id=group_id)[1]
+
+    return {"": None, "without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}[name]
 
 
-def reference(config: Config, batch: dict[str, torch.Tensor], world: int, step: int) -> dict[str, torch.Tensor]:
-    """Gradients by part, flattened, float64; and the loss under "loss"."""
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, config.loss).train()
-    share = BATCH // world
-    images, texts = [], []
-    for rank in range(world):
-        seed_step(config.train.seed, step, rank)
-        rows = slice(rank * share, (rank + 1) * share)
-        image_features, text_features, t = model(batch["image"][rows], batch["tokens"][rows])
-        images.append(image_features.double())
-        texts.append(text_features.double())
-    loss = dense_loss(torch.cat(images), torch.cat(texts), t.double(), batch["valid"], batch["group_id"])
-    loss.backward()
-    return collect({name: p.grad for name, p in model.named_parameters()}) | {"loss": loss.detach()}
-
-
-def collect(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        part: torch.cat([g.double().view(-1) for name, g in gradients.items() if part_of(name) == part])
-        for part in PARTS
-    }
-
-
-def engine_gradients(config: Config, place: distributed.Place, batch: dict[str, torch.Tensor], step: int) -> dict:
-    """The reduced gradients of the engine, made whole, by part; and the mean loss over ranks."""
-    torch.manual_seed(config.train.seed)
-    engine = Engine(build_model(config.model, config.loss), info_nce, config, place)
-    share = BATCH // place.world
-    rows = slice(place.rank * share, (place.rank + 1) * share)
-    seen: dict[str, torch.Tensor] = {}
-
-    def look() -> dict[str, float]:  # train_step asks for norms between backward and step: the place to look
-        stage = engine.engine.zero_optimization_stage()
-        for name, parameter in engine.engine.module.named_parameters():
-            seen[name] = torch.zeros(parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel())
-        for fragment in fragments(engine.engine):
-            piece = gradient(engine.engine, fragment).float() / loss_scale(engine.engine)
-            seen[fragment.name][fragment.start : fragment.start + fragment.numel] = piece
-        if stage > 0:
-            for tensor in seen.values():
-                dist.all_reduce(tensor)
-        return norms()
-
-    norms = engine.grad_norms
-    engine.grad_norms = look  # type: ignore[method-assign]
-    mine = {name: tensor[rows] for name, tensor in batch.items()}
-    result = engine.train_step(**mine, step=step, lr=0.0, want_norms=True)
-    value = result.value.clone()
-    dist.all_reduce(value)
-    whole = collect(seen)
-    for part in PARTS:  # the engine's own report of the norms, which goes to the metrics
-        assert math.isclose(result.grad_norms[part], float(whole[part].norm()), rel_tol=1e-3), (part, result.grad_norms)
-    engine.engine.destroy()
-    return whole | {"loss": value / place.world}
+def run_cell(cell: dict[str, Any], place: distributed.Place) -> list[dict[str, Any]]:
+    cfg = load_config(cell["config"])
+    audit = Audit(cfg, place, make_wrong(cell.get("loss", ""), cfg.loss))
+    pairs = make_pairs(audit.spec)
+    if few := cell.get("only_valid"):
+        pairs = replace(pairs, valid=torch.tensor([row in few for row in range(BATCH)]))
+    rows = []
+    for step in range(FIRST_STEP, FIRST_STEP + cell.get("steps", 1)):
+        for row in audit.step(pairs, step):
+            rows.append(asdict(row) | {"label": cell["label"], "reported": audit.reported.get(row.part, 1.0)})
+    audit.close()
+    return rows
 
 
 def main() -> None:
-    out, *cases = sys.argv[1:]
+    cells, out = sys.argv[1:]
     place = distributed.start("cpu")
     rows = []
-    for case in cases:
-        model, stage, precision = case.split(":")
-        config = load_config(
-            None,
-            [
-                f"model.name={model}",
-                f"engine.zero_stage={stage}",
-                f"train.precision={precision}",
-                f"train.global_batch={BATCH}",
-                "optim.grad_clip=0",
-                # tiny parameters are partitioned, too, as large ones are
-                "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
-            ],
-        )
-        torch.manual_seed(config.train.seed)
-        batch = make_batch(build_model(config.model))
-        ours = engine_gradients(config, place, batch, step=7)
-        theirs = reference(config, batch, place.world, step=7)
-        for part in (*PARTS, "loss"):
-            a, b = ours[part].double(), theirs[part].double()
-            rows.append(
-                {
-                    "model": model,
-                    "world": place.world,
-                    "stage": int(stage),
-                    "precision": precision,
-                    "part": part,
-                    "norm_ratio": float(a.norm() / b.norm()),
-                    "error": float((a - b).norm() / b.norm()),
-                    "reference": float(b.norm()),
-                }
-            )
+    with open(cells) as file:
+        for cell in json.load(file):
+            rows += run_cell(cell, place)
+            gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
     if place.rank == 0:
         with open(out, "w") as file:
             json.dump(rows, file)
