@@ -242,7 +242,7 @@ class Reference:
         grads = torch.autograd.grad(outputs, list(towers.values()), weights, allow_unused=True, retain_graph=True)
         for name, grad in zip(towers, grads):
             if grad is not None:
-                head.gradients[name] += grad.double().view(-1) / scale
+                head.gradients[name] += grad.double().reshape(-1) / scale  # convolutions may have theirs channels last
 
 
 @dataclass(frozen=True)

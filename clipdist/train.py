@@ -23,7 +23,6 @@ import platform
 import secrets
 import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, flat, load_config, to_dict, to_yaml
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+from clipdist.monitor.provenance import commit
 from clipdist.plan import Plan, make_plan
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ class Trainer:
             self.progress.step(done)
             if log and not result.skipped:
                 self._log(result, batch, clock)
+            if log:
+                self._report_bad()
             if not result.applied:
                 self._event("skip", reason=result.skipped or "non-finite gradients")
             last = done == self.plan.steps
@@ -275,7 +277,6 @@ class Trainer:
         self.results |= {"loss": values["loss"]}
         shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
         self.progress.show(self.step, {name: values[name] for name in shown})
-        self._report_bad()
 
     def _report_bad(self) -> None:
         """Counts and names, on rank 0, the samples that no rank could use since the last logged step."""
@@ -445,15 +446,9 @@ def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) 
 def environment() -> dict[str, Any]:
     """Versions, commit and command line of this process."""
     packages = ("clipdist", "torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
-    root = Path(__file__).resolve().parents[1]
-    try:
-        words = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-        commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git on this machine
-        commit = None
     return {
         "command": sys.argv,
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),

@@ -19,7 +19,6 @@ import shlex
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from clipdist.errors import UserError, run_main
 from clipdist.loss.wire import BYTES, clipdist_bytes, open_clip_bytes, written_bytes
+from clipdist.monitor.provenance import commit, hardware
 
 if TYPE_CHECKING:
     import torch
@@ -607,27 +607,10 @@ def shown(x: float | None, form: str) -> str:
 def environment(device: str) -> list[str]:
     import torch
 
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    hardware = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {threads(1)} threads, {memory} GiB"
-    if device == "cuda":
-        hardware = f"{torch.cuda.get_device_name()}; {hardware}"
-    return [f"- commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}", f"- {hardware}"]
-
-
-def commit() -> str:
-    """Of the code that runs here; "+" where it was changed since."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except OSError:
-        return "unknown"
+    return [
+        f"- commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"- {hardware(device, threads(1))}",
+    ]
 
 
 def plot(args: argparse.Namespace, rows: list[Row], path: Path) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from clipdist.config import Config, load_config
 from clipdist.errors import UserError, run_main
+from clipdist.monitor.provenance import commit, hardware
 
 EXAMPLES = """examples:
   python tools/bench_memory.py
@@ -294,31 +295,11 @@ def shown(numbers: list[int]) -> str:
 def environment(device: str) -> list[str]:
     import torch
 
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    hardware = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, {memory} GiB"
-    if device == "cuda":
-        hardware = f"{torch.cuda.get_device_name()}; {hardware}"
     return [
         f"- commit: {commit()}",
-        f"- hardware: {hardware}",
+        f"- hardware: {hardware(device, torch.get_num_threads())}",
         f"- torch {torch.__version__}, Python {platform.python_version()}",
     ]
-
-
-def commit() -> str:
-    """Of the code that runs here; "+" where it was changed since."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(git("status", "--porcelain", "-uno"))
-    except OSError:
-        return "unknown"
 
 
 def parse_args() -> argparse.Namespace:

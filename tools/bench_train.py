@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.config import Config, load_config, to_yaml
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError, run_main
+from clipdist.monitor.provenance import commit, hardware
 from clipdist.plan import check_ranks
 
 if TYPE_CHECKING:
@@ -546,13 +547,11 @@ def report(job: Job, results: Results, arguments: argparse.Namespace, catalog: C
         lines += rate_table(results, summary(results))
     if results.losses:
         lines += loss_lines(results)
-    cores = len(os.sched_getaffinity(0))
-    device = f"CPU, {cores} cores, {cpu_name()}" if job.device == "cpu" else f"{gpu_name()}, {cores} CPU cores"
     packages = ("clipdist", "torch", "open_clip_torch", "deepspeed", "webdataset")
     lines += [
         f"- command: `{shlex.join(['python', 'tools/bench_train.py', *sys.argv[1:]])}`",
         f"- commit: {commit()}",
-        f"- hardware: {device}",
+        f"- hardware: {hardware(job.device, job.ranks * threads_per_rank(job.ranks))}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}; Python {platform.python_version()}",
         f"- training: {job.config.model.name}, {job.ranks} processes with {threads_per_rank(job.ranks)} threads each,"
         f" global batch {job.batch}, {job.precision}, ZeRO {job.config.engine.zero_stage} here,"
@@ -585,29 +584,6 @@ def loss_lines(results: Results) -> list[str]:
         f" {verdict} to {TOLERANCE:g}. The largest difference is {differences[worst]:.1e}, at step {worst + 1}.",
         "",
     ]
-
-
-def commit() -> str:
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:  # no git on this machine
-        return "unknown"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def gpu_name() -> str:
-    import torch
-
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 if __name__ == "__main__":

@@ -64,37 +64,26 @@ def info_nce(
         UserError: ranks whose features differ in shape or dtype.
         NonFiniteFeatures: a tower gave inf or nan; on every rank.
     """
-    rows = torch.ones(image_features.shape[0], device=image_features.device) if valid is None else valid
-    compute = partial(
-        _value_and_gradients,
+    sweep = sweeps(implementation, image_features)
+    return value_and_gradients(
+        image_features,
+        text_features,
+        logit_scale,
+        None,
+        logit_scale_max,
         valid=valid,
         group_id=group_id,
         group=process_group,
-        smoothing=label_smoothing,
-        sweep=sweeps(implementation, image_features),
-        tile=tile,
+        compute=partial(_value_and_gradients, smoothing=label_smoothing, sweep=sweep, tile=tile),
     )
-    value = value_and_gradients(image_features, text_features, logit_scale, None, logit_scale_max, compute)
-    return value, {"valid": rows.detach().sum().float()}
 
 
 def _value_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    log_scale: float,
-    bias: float,
-    *,
-    valid: torch.Tensor | None,
-    group_id: torch.Tensor | None,
-    group: ProcessGroup | None,
-    smoothing: float,
-    sweep: ModuleType,
-    tile: Tile | None,
+    batch: Batch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
 ) -> tuple[torch.Tensor, Gradients]:
-    batch = Batch(images, texts, log_scale, 0.0, valid, group_id, group)
     logits = batch.logits(tile)
     own = batch.own_logits()
-    all_own = all_gather(own, group)
+    all_own = all_gather(own, batch.process_group)
     shift, row_sums, column_sums, sweep = _negative_sums(batch, logits, own, all_own, sweep)
     row_shift, column_shift = shift if isinstance(shift, tuple) else (shift, shift)
     row_inverse = batch.valid / (row_sums + (own - row_shift).exp())

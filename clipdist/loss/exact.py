@@ -272,11 +272,11 @@ def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows
     return along.double().sum() * weight
 
 
-Compute = Callable[[torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, Gradients | None]]
+Compute = Callable[[Batch], tuple[torch.Tensor, Gradients]]
 
 
 class _ValueAndGradients(torch.autograd.Function):
-    """value = compute(...), with the gradients that came with it."""
+    """value = compute(batch), with the gradients that came with it."""
 
     @staticmethod
     def forward(
@@ -286,10 +286,15 @@ class _ValueAndGradients(torch.autograd.Function):
         log_scale: torch.Tensor,
         bias: torch.Tensor | None,
         most: float,
+        valid: torch.Tensor | None,
+        group_id: torch.Tensor | None,
+        group: ProcessGroup | None,
         compute: Compute,
     ) -> torch.Tensor:
         t = min(float(log_scale), most)
-        value, ctx.gradients = compute(images, texts, t, 0.0 if bias is None else float(bias))
+        value, ctx.gradients = compute(
+            Batch(images, texts, t, 0.0 if bias is None else float(bias), valid, group_id, group)
+        )
         ctx.like = (images.dtype, texts.dtype, log_scale, bias)
         return value.float()
 
@@ -305,7 +310,7 @@ class _ValueAndGradients(torch.autograd.Function):
             for g, like in ((gradients.scale, log_scale), (gradients.bias, bias))
         ]
         image = gradients.image.mul_(grad).to(image_dtype)
-        return image, gradients.text.mul_(grad).to(text_dtype), *scalars, None, None
+        return image, gradients.text.mul_(grad).to(text_dtype), *scalars, None, None, None, None, None
 
 
 @torch.compiler.disable
@@ -315,10 +320,21 @@ def value_and_gradients(
     log_scale: torch.Tensor,
     bias: torch.Tensor | None,
     most: float,
+    *,
+    valid: torch.Tensor | None,
+    group_id: torch.Tensor | None,
+    group: ProcessGroup | None,
     compute: Compute,
-) -> torch.Tensor:
-    """A differentiable scalar; t is read as at most `most`, with the gradient of the identity."""
-    return _ValueAndGradients.apply(images, texts, log_scale, bias, most, compute)
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a loss returns: a differentiable scalar, and {"valid": this rank's valid rows}.
+
+    Args:
+        most: t is read as at most that, with the gradient of the identity.
+        compute: the global batch in; this rank's value and its gradients out.
+    """
+    value = _ValueAndGradients.apply(images, texts, log_scale, bias, most, valid, group_id, group, compute)
+    rows = torch.ones(len(images), device=images.device) if valid is None else valid
+    return value, {"valid": rows.detach().sum().float()}
 
 
 def global_statistics(

@@ -50,34 +50,23 @@ def sigmoid_loss(
     """
     if logit_bias is None:
         raise UserError("the sigmoid loss needs a logit_bias: build the model with loss.name=sigmoid")
-    rows = torch.ones(image_features.shape[0], device=image_features.device) if valid is None else valid
-    compute = partial(
-        _value_and_gradients,
+    sweep = sweeps(implementation, image_features)
+    return value_and_gradients(
+        image_features,
+        text_features,
+        logit_scale,
+        logit_bias,
+        logit_scale_max,
         valid=valid,
         group_id=group_id,
         group=process_group,
-        smoothing=label_smoothing,
-        sweep=sweeps(implementation, image_features),
-        tile=tile,
+        compute=partial(_value_and_gradients, smoothing=label_smoothing, sweep=sweep, tile=tile),
     )
-    value = value_and_gradients(image_features, text_features, logit_scale, logit_bias, logit_scale_max, compute)
-    return value, {"valid": rows.detach().sum().float()}
 
 
 def _value_and_gradients(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    log_scale: float,
-    bias: float,
-    *,
-    valid: torch.Tensor | None,
-    group_id: torch.Tensor | None,
-    group: ProcessGroup | None,
-    smoothing: float,
-    sweep: ModuleType,
-    tile: Tile | None,
+    batch: Batch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
 ) -> tuple[torch.Tensor, Gradients]:
-    batch = Batch(images, texts, log_scale, bias, valid, group_id, group)
     total, slope, image_sums, text_sums = sweep.sigmoid_sweep(batch.logits(tile), batch.valid, batch.all_valid)
     own = batch.own_logits()
     own_slopes = batch.valid * (smoothing - torch.sigmoid(-own))

@@ -1,0 +1,39 @@
+"""Where a figure comes from: the commit and the hardware, as every table and every run folder names them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from clipdist.config import REPOSITORY
+
+
+def commit() -> str | None:
+    """Of the code that runs here, with "-dirty" where it was changed since; None outside a repository."""
+    words = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None
+
+
+def hardware(device: str, threads: int) -> str:
+    """One line: the GPU where there is one, the processor, cores that this process may use, threads, memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    line = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, {threads} threads, {memory} GiB"
+    if device == "cuda":
+        import torch
+
+        line = f"{torch.cuda.get_device_name()}; {line}"
+    return line
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
