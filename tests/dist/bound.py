@@ -13,8 +13,7 @@ from clipdist.engine.engine import Engine
 from clipdist.model.dual_encoder import build_model
 
 
-
-def upward(image_features, text_features, logit_scale, **_):
+def upward(image_features, text_features, logit_scale, logit_bias=None, **_):
     """A loss that only wants a higher temperature."""
     idle = 0 * (image_features.sum() + text_features.sum())
     return -logit_scale.float().sum() + idle, {"valid": logit_scale.detach().sum()}
