@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist import config
 from clipdist.config import Config
-from clipdist.data.catalog import Catalog
+from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.engine.distributed import Place, resolve_precision
 from clipdist.engine.engine import Engine, seed_step
 from clipdist.engine.fragments import Fragment, fragments, gradient, loss_scale, part_of
@@ -482,7 +482,7 @@ def open_source(cfg: Config, spec: ModelSpec, place: Place) -> Source:
     try:
         if not cfg.data.train:
             raise UserError("data.train is empty")
-        catalog = Catalog.open(cfg.data.train, "data.train")
+        catalog = Catalog.open(cfg.data.train, "data.train", fetcher_of(cfg.data))
     except UserError as error:
         return DrawnPairs(cfg, spec, f"drawn random pictures and tokens, because {error}")
     if len(catalog) < cfg.train.global_batch:
@@ -497,21 +497,16 @@ class ShardPairs:
     """Training batches as training reads them: each rank its own rows, then gathered."""
 
     def __init__(self, cfg: Config, spec: ModelSpec, place: Place, catalog: Catalog) -> None:
-        from clipdist.data.loader import Loader
-        from clipdist.data.order import Order, OrderKey, choose_streams
-        from clipdist.data.reader import Reader
+        from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
+        from clipdist.plan import first_order
 
         self.note = f"training batches of {', '.join(cfg.data.train)}"
         self.groups, self.device = cfg.loss.group_positives, place.device
-        batch = cfg.train.global_batch
-        streams = cfg.data.streams or choose_streams(batch, place.world)
-        order = Order(catalog.starts, OrderKey(cfg.data.seed, batch, streams, cfg.data.window))
-        self.reader = Reader(catalog)
-        self.loader = Loader(
-            self.reader,
+        self.loader = open_loader(
+            catalog,
+            first_order(cfg, catalog, place.world),
             make_tokenizer(spec),
-            order,
             cfg.data,
             image_size=spec.image_size,
             rank=place.rank,
@@ -527,7 +522,6 @@ class ShardPairs:
 
     def close(self) -> None:
         self.loader.close()
-        self.reader.close()
 
 
 class DrawnPairs:

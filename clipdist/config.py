@@ -32,17 +32,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    train: list[str] = field(default_factory=list)  # shard folders or brace patterns
+    train: list[str] = field(default_factory=list)  # shards: folders, patterns, lists, addresses, .index.zip files
+    weights: list[float] = field(default_factory=list)  # of a mixture: one per entry of data.train; empty: all in a row
     val: list[str] = field(default_factory=list)  # the same, for retrieval during training; empty: no validation
     seed: int = 0  # of the order, the crops, and the choice of captions
     caption: Literal["random", "first"] = "random"  # which of a picture's captions a training step takes
     crop_scale_min: float = 0.9  # share of the picture's area that a training crop keeps at least
+    dct_scaling: bool = (
+        False  # decode large JPEGs at 1/2, 1/4 or 1/8 where the crop allows it: faster, not to the pixel
+    )
+    flip: float = 0.0  # probability of mirroring left and right; captions may speak of sides
+    jitter: list[float] = field(default_factory=list)  # brightness, contrast, saturation, hue, as ColorJitter has them
+    jitter_probability: float = 0.8  # of a picture's being changed so, where data.jitter is set
+    grayscale: float = 0.0  # probability of taking the colours away
     streams: int = 0  # V of the order; 0: chosen at the first start and kept in the checkpoint
-    window: int = 0  # samples that are permuted together; 0: a whole stream (local shards)
+    window: int = 0  # samples that are permuted together; 0: a whole stream, of remote shards about one shard
     threads: int = 0  # decoding threads per rank; 0: from the cores at hand
     prefetch: int = 3  # batches that are prepared ahead
     max_pixels: int = 100_000_000  # a larger picture is not decoded (a decompression bomb)
     max_bad_share: float = 0.01  # of the samples seen so far; the run ends when more cannot be decoded
+    cache: str = ""  # folder of the node in which remote shards are kept; "": below the user's cache folder
+    cache_gb: float = 64.0  # its size at most, shared by the ranks of a node
+    stage: bool = False  # take local shards through the cache as well (a slow network file system)
+    patience_s: float = 300.0  # a shard that cannot be fetched is tried again for so long
+    allow_pipe: bool = False  # let data.train name "pipe:COMMAND", which runs COMMAND in a shell
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,7 @@ class Train:
     micro_batch: int = 0  # pairs per rank and forward pass; 0: all of a rank's. The loss stays that of the global batch
     epochs: int = 30
     steps: int = 0  # instead of epochs
+    samples: int = 0  # instead of epochs: pairs in all, rounded up to a step; a mixture has no epochs of its own
     nonfinite: Literal["stop", "skip"] = "stop"  # where a tower gives inf or nan: end the run, or leave the step out
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     seed: int = 0  # of the initial weights and of dropout
@@ -227,15 +241,15 @@ def _parse_override(word: str) -> Any:
 
 
 def _scalars_to_lists(tree: Any) -> Any:
-    """Lets `data.train=PATH` stand for `data.train=[PATH]`, and `data.val=` for `[]`, in all lists of strings."""
+    """Lets `data.train=PATH` stand for `data.train=[PATH]`, and `data.val=` for `[]`, in all lists."""
     for section in dataclasses.fields(Config):
         if not dataclasses.is_dataclass(section.default_factory):
             continue
         for leaf in dataclasses.fields(section.default_factory):
-            if str(leaf.type) == "list[str]":
+            if str(leaf.type).startswith("list["):
                 value = OmegaConf.select(tree, f"{section.name}.{leaf.name}", default=[])
-                if value is None or isinstance(value, str):
-                    OmegaConf.update(tree, f"{section.name}.{leaf.name}", [value] if value else [])
+                if value is None or isinstance(value, (str, int, float)):
+                    OmegaConf.update(tree, f"{section.name}.{leaf.name}", [] if value in (None, "") else [value])
     return tree
 
 
@@ -259,6 +273,31 @@ def _check(config: Config) -> None:
     need(optim.lr > 0, "optim.lr", optim.lr, "be above 0")
     need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
     need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
+    for name in ("flip", "jitter_probability", "grayscale"):
+        need(0 <= getattr(data, name) <= 1, f"data.{name}", getattr(data, name), "lie in [0, 1]")
+    plain = (
+        len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter) and max([0, *data.jitter[3:]]) <= 0.5
+    )
+    need(plain, "data.jitter", data.jitter, "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty")
+    need(data.cache_gb > 0, "data.cache_gb", data.cache_gb, "be above 0")
+    need(data.patience_s >= 0, "data.patience_s", data.patience_s, "not be negative")
+    if data.weights:
+        fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)
+        need(
+            fits,
+            "data.weights",
+            data.weights,
+            f"be above 0, one for each of the {len(data.train)} entries of data.train",
+        )
+        need(
+            train.steps or train.samples,
+            "data.weights",
+            data.weights,
+            "come with train.samples: a mixture has no epochs",
+        )
+    need(
+        not (train.steps and train.samples), "train.samples", train.samples, f"not come with train.steps={train.steps}"
+    )
     need(data.prefetch >= 1, "data.prefetch", data.prefetch, "be at least 1")
     need(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "lie in [0, 1]")
     need(config.eval.batch >= 1, "eval.batch", config.eval.batch, "be at least 1")
@@ -268,6 +307,7 @@ def _check(config: Config) -> None:
         need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")
     for key, value in (
         ("train.steps", train.steps),
+        ("train.samples", train.samples),
         ("train.micro_batch", train.micro_batch),
         ("loss.tile_rows", loss.tile_rows),
         ("loss.tile_columns", loss.tile_columns),

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
-from clipdist.data.catalog import Catalog
-from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams
+from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
 from clipdist.errors import UserError
+
+REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
 if TYPE_CHECKING:
     from clipdist.checkpoint import CheckpointReader
@@ -37,19 +39,19 @@ class Plan:
         return self.resume.manifest.step if self.resume else 0
 
 
-def check_launch(config: Config, world: int) -> Catalog:
+def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
     """Checks rank count, data and run folder; imports no torch.
 
     Returns:
-        The catalog of the training data.
+        The catalogs of the training and of the validation data.
 
     Raises:
         UserError: what would make every rank stop at its start.
     """
     check_ranks(config, world)
-    catalog = check_data(config)
+    catalogs = check_data(config)
     check_run_folder(config.run.dir)
-    return catalog
+    return catalogs
 
 
 def check_ranks(config: Config, world: int) -> None:
@@ -68,8 +70,8 @@ def check_ranks(config: Config, world: int) -> None:
         )
 
 
-def check_data(config: Config) -> Catalog:
-    """Opens the training shards, and looks for the validation shards.
+def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
+    """Opens the training and the validation shards.
 
     Raises:
         UserError: there are none, or fewer samples than a global batch.
@@ -77,14 +79,16 @@ def check_data(config: Config) -> Catalog:
     batch = config.train.global_batch
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
-    catalog = Catalog.open(config.data.train, "data.train")
+    fetcher = fetcher_of(config.data)
+    catalog = Catalog.open(config.data.train, "data.train", fetcher)
     if len(catalog) < batch:
         raise UserError(
             f"data.train holds {len(catalog)} samples, fewer than train.global_batch={batch}; lower train.global_batch"
         )
-    if config.data.val:
-        Catalog.open(config.data.val, "data.val")
-    return catalog
+    empty = [name for name, (a, b) in zip(config.data.train, catalog.sources) if catalog.starts[a] == catalog.starts[b]]
+    if config.data.weights and empty:
+        raise UserError(f"data.train: {empty[0]} holds no samples, and has a weight in data.weights")
+    return catalog, Catalog.open(config.data.val, "data.val", fetcher) if config.data.val else None
 
 
 def check_run_folder(folder: Path) -> None:
@@ -109,24 +113,37 @@ def make_plan(config: Config, world: int) -> Plan:
     Raises:
         UserError: see check_launch; or a checkpoint that does not fit this configuration.
     """
-    catalog = check_launch(config, world)
-    val = Catalog.open(config.data.val, "data.val") if config.data.val else None
+    catalog, val = check_launch(config, world)
     notes: list[str] = []
     resume = find_start(config, notes)
-    batch = config.train.global_batch
     fingerprint = catalog.fingerprint()
     if resume:
-        streams = _check_resume(config, fingerprint, resume)
+        key = _order_of(config, fingerprint, resume)
     else:
         from clipdist.model.spec import resolve_spec
 
         resolve_spec(config.model)
-        streams = config.data.streams or choose_streams(batch, world)
-    key = OrderKey(config.data.seed, batch, streams, config.data.window)
-    steps_per_epoch = len(catalog) // batch
-    steps = config.train.steps or config.train.epochs * steps_per_epoch
+        key = first_order(config, catalog, world)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
-    return Plan(catalog, val, key, steps, steps_per_epoch, resume, notes, record)
+    steps_per_epoch = len(catalog) // key.global_batch
+    return Plan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, notes, record)
+
+
+def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
+    """V and w of a first start, where the configuration leaves them open."""
+    batch, data = config.train.global_batch, config.data
+    cached = data.stage or catalog.is_remote()
+    streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
+    window = data.window or (max(1, len(catalog) // max(1, len(catalog.shards))) if cached else 0)
+    return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
+
+
+def length(config: Config, steps_per_epoch: int) -> int:
+    """Steps of the whole run."""
+    train = config.train
+    if train.samples:
+        return -(-train.samples // train.global_batch)
+    return train.steps or train.epochs * steps_per_epoch
 
 
 def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
@@ -174,8 +191,8 @@ def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
     return None
 
 
-def _check_resume(config: Config, fingerprint: str, reader: CheckpointReader) -> int:
-    """Compares a checkpoint with the configuration. Returns V, which the first start chose.
+def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:
+    """The order that a checkpoint was made with, V and w as the first start chose them.
 
     Raises:
         UserError: another model, other data, or another order.
@@ -190,7 +207,8 @@ def _check_resume(config: Config, fingerprint: str, reader: CheckpointReader) ->
     wanted = {
         "train.global_batch": (order["global_batch"], config.train.global_batch),
         "data.seed": (order["seed"], config.data.seed),
-        "data.window": (order["window"], config.data.window),
+        "data.window": (order["window"], config.data.window or order["window"]),
+        "data.weights": (list(order["parts"]), list(whole_parts(config.data.weights)) if config.data.weights else []),
         "data.streams": (order["streams"], config.data.streams or order["streams"]),
     }
     for name, (theirs, ours) in wanted.items():
@@ -199,7 +217,7 @@ def _check_resume(config: Config, fingerprint: str, reader: CheckpointReader) ->
                 f"{where}: made with {name}={theirs}, here {ours}: the data order would change; set it back or choose"
                 " another run.name"
             )
-    return order["streams"]
+    return OrderKey(order["seed"], order["global_batch"], order["streams"], order["window"], tuple(order["parts"]))
 
 
 def _check_model(config: Config, reader: CheckpointReader) -> None:

@@ -44,8 +44,6 @@ EXAMPLE = """examples:
   python clipdist/train.py --config configs/flickr8k_vit_tiny.yaml
   deepspeed --num_accelerators 2 clipdist/train.py --config configs/demo.yaml optim.lr=2e-3 run.name=faster
 """
-# At most so many bad samples are named per rank between two logged steps; all are counted.
-NAMED_BAD = 32
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,11 +123,10 @@ class Trainer:
     def __init__(self, config: Config, plan: Plan, place: Any) -> None:
         import torch
 
-        from clipdist.data.loader import Loader
-        from clipdist.data.order import Order
-        from clipdist.data.reader import Reader
+        from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.engine.saver import Saver
+        from clipdist.monitor.bad_samples import BadSamples
         from clipdist.monitor.metrics import Metrics, Progress
 
         self.config, self.plan, self.place = config, plan, place
@@ -137,16 +134,13 @@ class Trainer:
         self.step = plan.start_step  # steps done: the position of the next batch
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         self.results: dict[str, float] = {}
-        self.bad_seen = 0
         torch.manual_seed(config.train.seed)
         self.engine, self.spec = self._build_engine()
         self.tokenizer = make_tokenizer(self.spec)
-        self.order = Order(plan.catalog.starts, plan.order)
-        self.reader = Reader(plan.catalog)
-        self.loader = Loader(
-            self.reader,
+        self.loader = open_loader(
+            plan.catalog,
+            plan.order,
             self.tokenizer,
-            self.order,
             config.data,
             image_size=self.spec.image_size,
             rank=place.rank,
@@ -154,6 +148,7 @@ class Trainer:
             start=self.step,
             pin=place.device.type == "cuda",
         )
+        self.bad = BadSamples()
         self.saver = Saver(config.run.dir, config.train.keep, place.rank, self._shared_token())
         self.metrics = Metrics(config.run.dir, place.rank, self.step)
         self.progress = Progress(plan.steps, self.step, place.rank)
@@ -182,22 +177,20 @@ class Trainer:
     def run(self, stop: StopFlag, resume_command: str) -> int:
         """The loop. Returns the exit code."""
         self._announce()
-        self._pending_bad: list[tuple[int, str]] = []
         clock = Clock(self.loader, self.step)
         while self.step < self.plan.steps:
             batch = self.loader.next().to(self.place.device)
-            self.bad_seen += len(batch.bad)
-            self._pending_bad.extend(batch.bad)
+            self.bad.add(batch.bad)
             done = self.step + 1
             log = done % self.config.train.log_every == 0 or done == self.plan.steps
             result = self._train_step(batch, want_norms=log)
             self.step = done
             self.applied += result.applied
             self.progress.step(done)
-            if log and not result.skipped:
-                self._log(result, batch, clock)
             if log:
                 self._report_bad()
+            if log and not result.skipped:
+                self._log(result, batch, clock)
             if not result.applied:
                 self._event("skip", reason=result.skipped or "non-finite gradients")
             last = done == self.plan.steps
@@ -248,14 +241,17 @@ class Trainer:
         self.progress.say(
             f"{config.run.dir}: {self.spec.name}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {place.world} x {place.device.type},"
-            f" ZeRO {config.engine.zero_stage}"
+            f" ZeRO {config.engine.zero_stage}; {self.loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
         if plan.resume:
             self.progress.say(f"goes on from {plan.resume.folder}")
             self._event("restart", checkpoint=str(plan.resume.folder), world=place.world)
 
     def _log(self, result: StepResult, batch: Batch, clock: Clock) -> None:
+        import torch
+
         from clipdist.engine.optim import learning_rate
+        from clipdist.loss.collectives import all_reduce_max
         from clipdist.loss.contrastive import batch_accuracy
         from clipdist.loss.exact import global_statistics
         from clipdist.monitor.metrics import memory_gb
@@ -269,7 +265,8 @@ class Trainer:
             "lr": learning_rate(self.config.optim, self.step - 1, self.plan.steps),
             **{f"grad_norm/{part}": norm for part, norm in result.grad_norms.items()},
             "samples_per_s": steps * self.plan.order.global_batch / seconds,
-            "wait_share": waited / seconds,
+            "wait_share": float(all_reduce_max(torch.tensor(waited / seconds, device=self.place.device))),
+            "bad_samples": sum(self.bad.totals.values()),
             "memory_gb": memory_gb(self.place.device),
             "epoch": self.step / self.plan.steps_per_epoch,
         }
@@ -280,25 +277,18 @@ class Trainer:
 
     def _report_bad(self) -> None:
         """Counts and names, on rank 0, the samples that no rank could use since the last logged step."""
-        import torch
-
-        from clipdist.data.decode import REASONS
-        from clipdist.loss.collectives import all_gather, all_reduce_sum
-
-        device = self.place.device
-        count = all_reduce_sum(torch.tensor([len(self._pending_bad), self.bad_seen], device=device))
-        if int(count[0]):
-            table = torch.full((NAMED_BAD, 2), -1, dtype=torch.int64, device=device)
-            for row, (sample_id, reason) in enumerate(self._pending_bad[:NAMED_BAD]):
-                table[row] = torch.tensor([sample_id, REASONS.index(reason)])
-            named = [row for row in all_gather(table).tolist() if row[0] >= 0]
-            for sample_id, code in named:
-                where = {"shard": self.reader.shard_name(sample_id), "key": self.reader.key(sample_id)}
-                self._event("bad_sample", reason=REASONS[code], **where)
-            self.progress.say(f"note: {int(count[0])} samples could not be used, named in metrics.jsonl")
-            self._pending_bad.clear()
+        new, named = self.bad.share(self.place.device)
+        for sample_id, reason in named if self.place.rank == 0 else ():
+            reader = self.loader.reader
+            where = {"shard": reader.shard_name(sample_id), "key": reader.key(sample_id)}
+            self._event("bad_sample", reason=reason, **where)
+        total = sum(self.bad.totals.values())
+        if new:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.totals.items())
+            self._event("bad_samples", new=new, total=total, counts=self.bad.totals)
+            self.progress.say(f"note: {new} samples could not be used, named in metrics.jsonl (in all: {reasons})")
         seen = (self.step - self.plan.start_step) * self.plan.order.global_batch
-        share = int(count[1]) / max(seen, min(len(self.plan.catalog), 1000))  # a few samples say nothing of the rest
+        share = total / max(seen, min(len(self.plan.catalog), 1000))  # a few samples say nothing of the rest
         if share > self.config.data.max_bad_share:
             raise UserError(
                 f"{100 * share:.2g} % of the samples cannot be used, more than data.max_bad_share="
@@ -328,6 +318,7 @@ class Trainer:
             progress=False,
             rank=self.place.rank,
             world=self.place.world,
+            data=self.config.data,
         )
         embeddings = gather_embeddings(own)
         if self.place.rank == 0:
@@ -381,7 +372,6 @@ class Trainer:
         self.saver.wait()
         self._any_rank(False)  # all parts are on disk before any rank leaves
         self.loader.close()
-        self.reader.close()
         self.metrics.close()
         self.progress.close()
 

@@ -25,7 +25,7 @@ def main() -> None:
     catalog = Catalog.open(args.shards, what="SHARDS")  # a misspelt folder is heard of before torch is imported
 
     from clipdist.data.loader import default_threads
-    from clipdist.data.reader import Reader
+    from clipdist.data.reader import open_reader
     from clipdist.engine.distributed import resolve_device
     from clipdist.evals.embed import embed_catalog, model_encoder
     from clipdist.evals.sheet import contact_sheet, hits_row
@@ -42,7 +42,7 @@ def main() -> None:
         print(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})", file=sys.stderr)
     rows, scores = best_rows(encode, loaded.tokenizer([args.sentence]), embeddings.image, args.top_k)
     sample_ids = embeddings.sample_ids[rows].tolist()
-    reader = Reader(catalog)
+    reader = open_reader(catalog)
     try:
         hits = [describe(reader, sample_id, score) for sample_id, score in zip(sample_ids, scores)]
         contact_sheet([hits_row(args.sentence, reader, sample_ids, scores)]).save(out)

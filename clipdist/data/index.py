@@ -7,12 +7,13 @@ A sample is the run of neighbouring members that share a key: the member's path 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import os
+import re
 import tarfile
 import uuid
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,15 @@ import numpy as np
 from clipdist.errors import UserError
 
 INDEX_VERSION = 1
+MOST_KINDS = 256  # offsets are a table of samples x kinds: a tar with more kinds is no shard
+MOST_PLACES = 1 << 25  # samples x kinds: a gigabyte of tables, a thousand times what a shard has
+MOST_NAME = 1024  # characters of a member's name
+MOST_LETTERS = 1 << 28  # of all keys, which take the space of the longest each: a gigabyte
+MOST_INDEX_BYTES = 1 << 30  # of all arrays of an index file, unpacked: a few kilobytes unpack to gigabytes
+_MOST_HEADER_BYTES = 1 << 16  # that one header may occupy: long names and extended attributes fit, bombs do not
+_MOST_DIGITS = 256  # in a row: tarfile's search takes the square of their number, and no file's name has more
 _BLOCK_BYTES = 512
+_PADDING_BYTES = 1 << 20  # read at a time of what follows the end mark
 _COLUMN = "column."  # prefix of the numeric columns among the arrays of the file
 
 
@@ -30,23 +39,51 @@ class ShardIndex:
     """Where the n samples of a shard lie, m kinds of member each.
 
     Attributes:
-        tar: the shard.
+        tar: the shard's path or address.
         keys: unicode [n], unique.
         kinds: m file extensions without the leading dot, in order of first appearance: ("jpg", "txt", "json").
         offset: int64 [n, m], byte in the tar at which the member's data begin; -1: the sample has no such member.
         size: int64 [n, m], bytes of the member's data; 0 where absent.
+        tar_bytes, tar_mtime_ns: the shard's size and time of change when it was indexed; time 0: not known.
+        crc: uint32 [n, m], CRC-32 of the members' data, 0 where absent; None after a bare scan, which reads no data.
         columns: numeric arrays [n] that filters use (width, height, ...); empty after a bare scan.
     """
 
-    tar: Path
+    tar: str
     keys: np.ndarray
     kinds: tuple[str, ...]
     offset: np.ndarray
     size: np.ndarray
+    tar_bytes: int
+    tar_mtime_ns: int = 0
+    crc: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def digest(self) -> bytes:
+        """16 bytes that name this sequence of samples: keys, kinds and member sizes, neither folder nor time."""
+        by_name = sorted(range(len(self.kinds)), key=lambda i: self.kinds[i])
+        names = "\n".join([*(self.kinds[i] for i in by_name), "", *self.keys.tolist(), ""])
+        digest = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16)
+        digest.update(np.ascontiguousarray(self.size[:, by_name], dtype="<i8").tobytes())
+        return digest.digest()
+
+    def select(self, rows: np.ndarray) -> ShardIndex:
+        """The index of some rows only (bool [n] or positions); the shard stays as it is."""
+        return replace(
+            self,
+            keys=self.keys[rows],
+            offset=self.offset[rows],
+            size=self.size[rows],
+            crc=None if self.crc is None else self.crc[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+        )
+
+    def bytes_in_memory(self) -> int:
+        arrays = [self.keys, self.offset, self.size, *self.columns.values()]
+        return sum(array.nbytes for array in arrays) + (0 if self.crc is None else self.crc.nbytes)
 
 
 def index_path(tar: str | Path) -> Path:
@@ -70,106 +107,254 @@ def scan_shard(tar: str | Path) -> ShardIndex:
     Raises:
         UserError: no such file, not an uncompressed tar, cut off, a key that occurs twice.
     """
-    tar = Path(tar)
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            last = None
-            for member in archive:
-                named = split_member_name(member.name) if _is_plain_file(member) else None
-                if named is None:
-                    continue
-                key, kind = named
-                if (key in samples and key != last) or kind in samples.get(key, {}):
-                    raise UserError(f"{tar}: the key {key!r} occurs twice ({member.name}); keys of a shard are unique")
-                samples.setdefault(key, {})[kind] = (member.offset_data, member.size)
-                last = key
-            end = archive.offset
-        _require_end_mark(tar, end)
-    except FileNotFoundError:
-        raise UserError(f"{tar}: no such shard") from None
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{tar}: not a tar file, or cut off ({error}); write or copy it again") from None
-    except OSError as error:
-        raise UserError(f"{tar}: cannot be read ({error.strerror or error})") from None
-    return index_from_members(tar, samples)
+    index, damage = scan_whole_samples(tar)
+    if damage:
+        raise UserError(damage)
+    return index
 
 
-def index_from_members(tar: Path, samples: Mapping[str, Mapping[str, tuple[int, int]]]) -> ShardIndex:
-    """The index of {key: {kind: (data offset, size)}}, samples and kinds in their order of appearance."""
-    kinds = list(dict.fromkeys(kind for members in samples.values() for kind in members))
-    place = np.full((len(samples), len(kinds), 2), (-1, 0), dtype=np.int64)
-    for row, members in enumerate(samples.values()):
-        for kind, where in members.items():
-            place[row, kinds.index(kind)] = where
-    keys = np.array(list(samples), dtype=np.str_)
-    offset, size = np.ascontiguousarray(place[..., 0]), np.ascontiguousarray(place[..., 1])
-    return ShardIndex(tar, keys, tuple(kinds), offset, size)
+def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
+    """As scan_shard, but a shard that is damaged further back gives the samples before the damage, and what it is.
 
-
-def write_index(index: ShardIndex) -> None:
-    """Writes the index beside its shard, atomically, stamped with the shard's present size and mtime.
+    Returns:
+        The index, and "" or the damage in one line. The last sample before it is left out: it may lack members.
 
     Raises:
-        OSError: the folder cannot be written.
+        UserError: no such file, cannot be read.
     """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    damage = ""
+    if os.path.exists(tar) and not os.path.isfile(tar):  # reading a pipe might never end
+        raise UserError(f"{tar}: not a file")
+    try:
+        stat = os.stat(tar)
+        try:
+            for key, kind, place in _members(tar, stat.st_size):
+                _add_member(tar, samples, key, kind, place)
+        except OSError:
+            raise
+        except Exception as error:  # tarfile raises many kinds on hostile headers
+            told = isinstance(error, UserError)
+            damage = str(error) if told else f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
+            if samples:
+                samples.popitem()
+    except FileNotFoundError:
+        raise UserError(f"{tar}: no such shard") from None
+    except OSError as error:
+        raise UserError(f"{tar}: cannot be read ({error.strerror or error})") from None
+    index = index_from_members(tar, samples)
+    return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns), damage
+
+
+class _HeaderFile(io.FileIO):
+    """A tar to read headers from. tarfile takes a header's own size on trust, and would read it into memory whole."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        data = super().read(size) or b""
+        if size > _BLOCK_BYTES and max(map(len, re.findall(rb"\d+", data)), default=0) > _MOST_DIGITS:
+            raise tarfile.ReadError("a header of digits only")
+        return data
+
+
+def _members(tar: str | Path, tar_bytes: int) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(key, kind, (data offset, size)) of every plain file, in the order of the tar."""
+    with _HeaderFile(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        position = -1
+        for member in archive:
+            # A negative size leads tarfile back to where it was: for ever.
+            inside = 0 <= member.size <= tar_bytes - member.offset_data or not _is_plain_file(member)
+            if archive.offset <= position or not inside or len(member.name) > MOST_NAME:
+                raise tarfile.ReadError(f"no sound member at byte {member.offset}")
+            position = archive.offset
+            named = split_member_name(member.name) if _is_plain_file(member) else None
+            if named is not None and "\0" not in member.name:  # arrays of names cannot hold it
+                yield *named, (member.offset_data, member.size)
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all otherwise
+        end = archive.offset
+    _require_end_mark(tar, end)
+
+
+def _add_member(
+    tar: str | Path, samples: dict[str, dict[str, tuple[int, int]]], key: str, kind: str, place: tuple[int, int]
+) -> None:
+    """Raises UserError for a key that has come before, or more kinds than a shard can have."""
+    own = samples.get(key)
+    if own is None:
+        samples[key] = {kind: place}
+        return
+    if kind in own or key != next(reversed(samples)):
+        raise UserError(f"{tar}: the key {key!r} occurs twice (again with {kind!r}); keys of a shard are unique")
+    own[kind] = place
+
+
+def index_from_members(
+    tar: str | Path,
+    samples: Mapping[str, Mapping[str, tuple[int, int]]],
+    crc: Mapping[str, Mapping[str, int]] | None = None,
+) -> ShardIndex:
+    """The index of {key: {kind: (data offset, size)}}, samples and kinds in their order of appearance.
+
+    Args:
+        crc: {key: {kind: CRC-32}}, where the data are at hand.
+
+    Raises:
+        UserError: more than MOST_KINDS kinds of member, MOST_PLACES places or MOST_LETTERS letters of keys.
+    """
+    kinds = {
+        kind: column for column, kind in enumerate(dict.fromkeys(kind for own in samples.values() for kind in own))
+    }
+    if len(kinds) > MOST_KINDS:
+        raise UserError(f"{tar}: {len(kinds)} kinds of members, at most {MOST_KINDS} can be told apart: not a shard")
+    if len(samples) * len(kinds) > MOST_PLACES:
+        raise UserError(f"{tar}: {len(samples)} samples of {len(kinds)} kinds: too large for a shard; cut it up")
+    if len(samples) * max(map(len, samples), default=0) > MOST_LETTERS:
+        raise UserError(f"{tar}: {len(samples)} samples with very long names: too large for a shard; shorten the names")
+    place = np.full((len(samples), len(kinds), 2), (-1, 0), dtype=np.int64)
+    sums = None if crc is None else np.zeros((len(samples), len(kinds)), dtype=np.uint32)
+    for row, (key, own) in enumerate(samples.items()):
+        for kind, where in own.items():
+            place[row, kinds[kind]] = where
+            if sums is not None and crc is not None:
+                sums[row, kinds[kind]] = crc[key][kind]
+    keys = np.array(list(samples), dtype=np.str_)
+    offset, size = np.ascontiguousarray(place[..., 0]), np.ascontiguousarray(place[..., 1])
+    return ShardIndex(str(tar), keys, tuple(kinds), offset, size, tar_bytes=0, crc=sums)
+
+
+def stamped(index: ShardIndex) -> ShardIndex:
+    """The index with the present size and time of its (local) shard."""
+    stat = os.stat(index.tar)
+    return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns)
+
+
+def index_to_bytes(index: ShardIndex) -> bytes:
+    """An .npz of plain arrays."""
     arrays = {
         "version": np.int64(INDEX_VERSION),
-        "tar_stat": _tar_stat(index.tar),
+        "tar_stat": np.array([index.tar_bytes, index.tar_mtime_ns], dtype=np.int64),
         "kinds": np.array(index.kinds, dtype=np.str_),
         "keys": index.keys,
         "offset": index.offset,
         "size": index.size,
+        **({} if index.crc is None else {"crc": index.crc}),
         **{_COLUMN + name: values for name, values in index.columns.items()},
     }
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def index_from_bytes(data: bytes, tar: str | Path) -> ShardIndex | None:
+    """What index_to_bytes wrote; None where it is damaged, of another version, or points outside the shard."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            unpacked_bytes = sum(entry.file_size for entry in file.zip.infolist())
+            if unpacked_bytes > MOST_INDEX_BYTES or int(file["version"]) != INDEX_VERSION:
+                return None
+            columns = {name.removeprefix(_COLUMN): file[name] for name in file.files if name.startswith(_COLUMN)}
+            kinds = tuple(file["kinds"].tolist())
+            tar_bytes, tar_mtime_ns = (int(value) for value in file["tar_stat"])
+            crc = file["crc"] if "crc" in file.files else None
+            offset, size = file["offset"], file["size"]
+            index = ShardIndex(str(tar), file["keys"], kinds, offset, size, tar_bytes, tar_mtime_ns, crc, columns)
+        return index if _is_sound(index) else None
+    except Exception:  # NumPy, zipfile and what they unpack with raise many kinds on damaged bytes
+        return None
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Raises TypeError or UnicodeError where names are no text."""
+    shape = (len(index.keys), len(index.kinds)) if index.keys.ndim == 1 else None
+    tables = [(index.offset, np.int64), (index.size, np.int64)]
+    if index.crc is not None:
+        tables.append((index.crc, np.uint32))
+    if index.keys.dtype.kind != "U" or any(table.shape != shape or table.dtype != kind for table, kind in tables):
+        return False
+    "\n".join([*index.kinds, *index.keys.tolist()]).encode("utf-8", "surrogateescape")
+    inside = (index.offset >= -1) & (index.size >= 0) & (index.size <= index.tar_bytes - index.offset.clip(0))
+    there = (index.offset >= 0) | (index.size == 0)
+    return bool((inside & there).all()) and all(
+        column.shape == index.keys.shape and column.dtype.kind in "biuf" for column in index.columns.values()
+    )
+
+
+def write_index(index: ShardIndex) -> None:
+    """Writes the index beside its shard, atomically.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     path = index_path(index.tar)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several ranks may write at once
     try:
         with open(partial, "xb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            file.write(index_to_bytes(index))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load_index(tar: str | Path) -> ShardIndex:
-    """The index of a shard: the one beside it where that is fresh, else a scan, remembered if the folder allows it.
+    """The index of a local shard: the one beside it where fresh, else a scan, remembered if the folder allows it.
 
     Fresh means: this version, and the tar has the size and mtime it had then. A copy changes the mtime; where the scan
-    then finds every member in its place, the old index' columns are kept.
+    then finds every member in its place, the old index' columns and checksums are kept.
 
     Raises:
         UserError: as scan_shard.
     """
-    tar = Path(tar)
-    if not tar.is_file():
+    if not os.path.isfile(tar):
         raise UserError(f"{tar}: no such shard")
-    stored, fresh = _read_index(tar)
-    if stored is not None and fresh:
+    stored = stored_index(tar)
+    if stored is not None and is_fresh(stored):
         return stored
-    index = scan_shard(tar)
-    if stored is not None and _same_members(stored, index):
-        index = replace(index, columns=stored.columns)
+    index = keep_facts(scan_shard(tar), stored)
     with contextlib.suppress(OSError):  # a read-only folder: the next start scans again
         write_index(index)
     return index
 
 
-def _read_index(tar: Path) -> tuple[ShardIndex | None, bool]:
-    """The index file beside a shard and whether it is fresh; None where there is none that can be read."""
+def stored_index(tar: str | Path) -> ShardIndex | None:
+    """What lies beside a shard, fresh or not; None where there is nothing, or nothing sound."""
     try:
-        with np.load(index_path(tar), allow_pickle=False) as file:
-            if int(file["version"]) != INDEX_VERSION:
-                return None, False
-            columns = {name.removeprefix(_COLUMN): file[name] for name in file.files if name.startswith(_COLUMN)}
-            kinds = tuple(str(kind) for kind in file["kinds"])
-            index = ShardIndex(tar, file["keys"], kinds, file["offset"], file["size"], columns)
-            fresh = bool(np.array_equal(file["tar_stat"], _tar_stat(tar)))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None, False  # absent or damaged: the shard itself is the truth
-    shape = (len(index.keys), len(kinds))
-    whole = index.keys.ndim == 1 and index.offset.shape == shape and index.size.shape == shape
-    return (index, fresh) if whole and all(len(c) == shape[0] for c in columns.values()) else (None, False)
+        return index_from_bytes(index_path(tar).read_bytes(), tar)
+    except OSError:
+        return None
+
+
+def is_fresh(index: ShardIndex) -> bool:
+    """Whether the (local) shard has the size and time that it had when it was indexed."""
+    stat = os.stat(index.tar)
+    return (stat.st_size, stat.st_mtime_ns) == (index.tar_bytes, index.tar_mtime_ns)
+
+
+def keep_facts(scanned: ShardIndex, stored: ShardIndex | None) -> ShardIndex:
+    """A new scan with the columns and checksums of an older index, if every member is where it was."""
+    if stored is None or not _same_members(stored, scanned):
+        return scanned
+    return replace(scanned, columns=stored.columns, crc=stored.crc)
+
+
+def check_fresh(index: ShardIndex) -> None:
+    """Looks whether a local shard is still the one that was indexed, elsewhere than beside it and some time ago.
+
+    A copy has another time: then the headers are read, and every member must be in its place.
+
+    Raises:
+        UserError: the shard has changed, or is gone.
+    """
+    if not os.path.isfile(index.tar):
+        raise UserError(f"{index.tar}: no such shard")
+    if is_fresh(index):
+        return
+    now = scan_shard(index.tar) if os.path.getsize(index.tar) == index.tar_bytes else None
+    rows = {} if now is None else {key: row for row, key in enumerate(now.keys.tolist())}
+    found = np.array([rows.get(key, -1) for key in index.keys.tolist()], dtype=np.int64)
+    same = now is not None and now.kinds == index.kinds and bool((found >= 0).all())
+    if not same or now is None or not _same_members(index, now.select(found)):
+        raise UserError(f"{index.tar}: has changed since it was indexed; index it again with tools/index_shards.py")
 
 
 def _same_members(a: ShardIndex, b: ShardIndex) -> bool:
@@ -177,19 +362,22 @@ def _same_members(a: ShardIndex, b: ShardIndex) -> bool:
     return a.kinds == b.kinds and all(np.array_equal(x, y) for x, y in arrays)
 
 
-def _tar_stat(tar: Path) -> np.ndarray:
-    stat = tar.stat()
-    return np.array([stat.st_size, stat.st_mtime_ns], dtype=np.int64)
-
-
 def _is_plain_file(member: tarfile.TarInfo) -> bool:
     # A sparse file counts as regular for tarfile, but its bytes do not lie in one piece.
     return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
 
 
-def _require_end_mark(tar: Path, end: int) -> None:
-    """tarfile takes garbage and a cut between two members for the end; a whole tar ends in a block of zeros."""
+def _require_end_mark(tar: str | Path, end: int) -> None:
+    """tarfile takes garbage and a cut between two members for the end; a whole tar ends in a block of zeros.
+
+    It also takes a header that is lost in zeros (pages that were never written) for the end: nothing may follow that.
+    """
     with open(tar, "rb") as file:
         file.seek(end)
-        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+        block = file.read(_BLOCK_BYTES)
+        if block != bytes(_BLOCK_BYTES):
             raise tarfile.ReadError(f"no end mark at byte {end}")
+        while block:
+            if block.count(0) != len(block):
+                raise tarfile.ReadError(f"more data behind the end mark at byte {end}")
+            block = file.read(_PADDING_BYTES)

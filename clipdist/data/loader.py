@@ -10,19 +10,23 @@ import os
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from clipdist import config
-from clipdist.data.decode import BadSample, train_image
-from clipdist.data.order import Order, sample_random
-from clipdist.data.reader import Reader
+from clipdist.data.ahead import Scout, check_cache, shards_at_once
+from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_parameters, train_image
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample
+from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
+from clipdist.data.reader import Reader, open_reader
+from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
+_PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Batch:
     sample_id: torch.Tensor  # int64 [b]
     group_id: torch.Tensor  # int64 [b]: equal captions are one group
     bad: list[tuple[int, str]] = field(default_factory=list)  # (sample id, reason)
+    colour: torch.Tensor | None = None  # float32 [b, C]: what the device is still to do to the pictures' colours
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("image", "tokens", "valid", "sample_id", "group_id")
-        }
+        """The batch on a device, its pictures' colours changed there."""
+        names = ("image", "tokens", "valid", "sample_id", "group_id")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        if self.colour is not None:
+            moved["image"] = apply_colour(moved["image"], self.colour.to(device, non_blocking=True))
         return Batch(position=self.position, bad=self.bad, **moved)
 
 
@@ -50,9 +56,10 @@ class Loader:
 
     Args:
         image_size: side of the square pictures, pixels.
-        pin: put batches into pinned memory, for copies to a GPU.
+        pin: put batches into pinned memory, for copies to a GPU, and leave the colours to it.
     Attributes:
         waited_s: seconds that the consumer has waited for data, in total.
+        memory_bytes: of the batches that are prepared ahead.
     """
 
     def __init__(
@@ -71,10 +78,13 @@ class Loader:
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
         self.image_size, self.rank, self.world, self.pin = image_size, rank, world, pin
         self.waited_s = 0.0
+        self._augmentation = augmentation(cfg)
+        self._token_kind = token_kind(tokenizer)
         self._next = start
         self._threads = cfg.threads or default_threads()
         self._pool = ThreadPoolExecutor(self._threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        self._ahead: deque[tuple[int, np.ndarray, list[Future]]] = deque()
+        self._ahead: deque[tuple[Batch, list[Future]]] = deque()
+        self._scout = Scout(reader, order, rank, world, start) if reader.is_cached() else None
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -84,56 +94,132 @@ class Loader:
         """The next batch. An error in a decoding thread is raised here, with its cause."""
         while len(self._ahead) < self.cfg.prefetch:
             self._submit()
-        position, ids, futures = self._ahead.popleft()
+        batch, futures = self._ahead.popleft()
         began = time.perf_counter()
-        chunks = [future.result() for future in futures]
+        bad = [pair for future in futures for pair in future.result()]
         self.waited_s += time.perf_counter() - began
-        batch = Batch(
-            position=position,
-            image=torch.cat([chunk.image for chunk in chunks]),
-            tokens=torch.cat([chunk.tokens for chunk in chunks]),
-            valid=torch.cat([chunk.valid for chunk in chunks]),
-            sample_id=torch.from_numpy(ids),
-            group_id=torch.cat([chunk.group_id for chunk in chunks]),
-            bad=[pair for chunk in chunks for pair in chunk.bad],
-        )
-        return _pinned(batch) if self.pin else batch
+        if self._scout is not None:
+            self._scout.advance(batch.position)
+        return replace(batch, bad=bad)
+
+    @property
+    def memory_bytes(self) -> int:
+        rows = self.order.key.global_batch // self.world
+        return self.cfg.prefetch * rows * (3 * self.image_size**2 + 8 * self.tokenizer.context_length + 17)
 
     def close(self) -> None:
+        """Ends the threads, and closes the reader."""
+        if self._scout is not None:
+            self._scout.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
 
     def _submit(self) -> None:
-        ids = self.order.ids(self._next, self.rank, self.world)
-        parts = np.array_split(ids, min(len(ids), self._threads * 2))
-        futures = [self._pool.submit(self._load, self._next, part) for part in parts]
-        self._ahead.append((self._next, ids, futures))
+        draws = self.order.draws(self._next, self.rank, self.world)
+        batch = self._empty_batch(draws)
+        parts = np.array_split(np.arange(len(draws.ids)), min(len(draws.ids), self._threads * _PARTS_PER_THREAD))
+        futures = [self._pool.submit(self._fill, batch, draws, slice(part[0], part[-1] + 1)) for part in parts]
+        self._ahead.append((batch, futures))
         self._next += 1
 
-    def _load(self, position: int, ids: np.ndarray) -> Batch:
-        """Runs in a thread: reads, decodes and tokenises a few samples."""
-        epoch = position // self.order.steps_per_epoch
-        images = torch.zeros(len(ids), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        captions, bad = [""] * len(ids), []
-        for row, sample_id in enumerate(ids.tolist()):
-            random = sample_random(self.cfg.seed, epoch, sample_id)
+    def _empty_batch(self, draws: Draws) -> Batch:
+        b, size = len(draws.ids), self.image_size
+        colour = self.pin and self._augmentation.changes_colour
+        return Batch(
+            position=self._next,
+            # Threads write into the batch's own memory, channels last, as the resize gives them.
+            image=torch.zeros(b, size, size, 3, dtype=torch.uint8, pin_memory=self.pin).permute(0, 3, 1, 2),
+            tokens=torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin),
+            valid=torch.zeros(b, dtype=torch.bool, pin_memory=self.pin),
+            sample_id=torch.from_numpy(draws.ids),
+            group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
+            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._augmentation) if colour else None,
+        )
+
+    def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:
+        """Runs in a thread: reads, decodes and tokenises some rows. Returns what could not be used, and why."""
+        ids = draws.ids[rows].tolist()
+        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], 1 + UNIFORMS)
+        images, tokens, valid = batch.image[rows], batch.tokens[rows], batch.valid[rows]
+        captions, untokenised, bad = [""] * len(ids), [], []
+        for row, sample_id in enumerate(ids):
             try:
                 choices = self.reader.captions(sample_id)
-                chosen = int(random.integers(len(choices))) if self.cfg.caption == "random" else 0
+                chosen = int(uniforms[row, 0] * len(choices)) if self.cfg.caption == "random" else 0
                 data = self.reader.image(sample_id)
-                size, least, limit = self.image_size, self.cfg.crop_scale_min, self.cfg.max_pixels
-                images[row] = train_image(data, size, random, least, limit)
+                train_image(
+                    data, self.image_size, uniforms[row, 1:], self._augmentation, self.cfg.max_pixels, images[row]
+                )
+                if not self._cached_tokens(sample_id, len(choices), chosen, tokens[row]):
+                    untokenised.append(row)
                 captions[row] = choices[chosen]
+                valid[row] = True
             except BadSample as error:
                 bad.append((sample_id, error.reason))
-        return Batch(
-            position=position,
-            image=images,
-            tokens=self.tokenizer(captions),
-            valid=torch.tensor([bool(caption) for caption in captions]),
-            sample_id=torch.from_numpy(ids),
-            group_id=torch.tensor([group_id(caption) for caption in captions], dtype=torch.int64),
-            bad=bad,
-        )
+                untokenised.append(row)
+        # An embedding fails on ids that a damaged member may hold where no checksum tells.
+        strange = ((tokens < 0) | (tokens >= self.tokenizer.vocab_size)).any(1)
+        untokenised += strange.nonzero().flatten().tolist()
+        if untokenised:
+            tokens[untokenised] = self.tokenizer([captions[row] for row in untokenised])
+        batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
+        self._change_colour(batch, rows, uniforms[:, 1:])
+        return bad
+
+    def _cached_tokens(self, sample_id: int, captions: int, chosen: int, out: torch.Tensor) -> bool:
+        """Takes the token ids from the shard, where it holds those of this very tokenizer."""
+        data = self.reader.read(sample_id, self._token_kind)
+        ids = None if data is None else unpack_tokens(data, captions, self.tokenizer.context_length)
+        if ids is None:
+            return False
+        out.copy_(ids[chosen])
+        return True
+
+    def _change_colour(self, batch: Batch, rows: slice, uniforms: np.ndarray) -> None:
+        parameters = colour_parameters(uniforms, self._augmentation)
+        if parameters is None:
+            return
+        if batch.colour is not None:
+            batch.colour[rows] = parameters
+        else:
+            batch.image[rows] = apply_colour(batch.image[rows], parameters)
+
+
+def open_loader(
+    catalog: Catalog,
+    key: OrderKey,
+    tokenizer: Tokenizer,
+    cfg: config.Data,
+    *,
+    image_size: int,
+    rank: int,
+    world: int,
+    start: int = 0,
+    pin: bool = False,
+) -> Loader:
+    """A loader with its order and reader.
+
+    Raises:
+        UserError: the cache of remote shards cannot be written, or is too small.
+    """
+    reader = open_reader(catalog, cfg, shards_at_once(catalog, key, world))
+    if reader.cache is not None:
+        check_cache(catalog, key, world, reader.cache)
+    order = Order(catalog.starts, key, catalog.sources)
+    return Loader(reader, tokenizer, order, cfg, image_size=image_size, rank=rank, world=world, start=start, pin=pin)
+
+
+def augmentation(cfg: config.Data) -> Augmentation:
+    """What training does to a picture."""
+    brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
+    return Augmentation(
+        crop_scale_min=cfg.crop_scale_min,
+        dct_scaling=cfg.dct_scaling,
+        flip=cfg.flip,
+        jitter=(brightness, contrast, saturation, hue),
+        jitter_probability=cfg.jitter_probability,
+        grayscale=cfg.grayscale,
+    )
 
 
 def group_id(caption: str) -> int:
@@ -146,9 +232,3 @@ def default_threads() -> int:
     """Cores of this process divided among the ranks on this machine; at most 8."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
-
-
-def _pinned(batch: Batch) -> Batch:
-    names = ("image", "tokens", "valid", "sample_id", "group_id")
-    tensors = {name: getattr(batch, name).pin_memory() for name in names}
-    return Batch(position=batch.position, bad=batch.bad, **tensors)

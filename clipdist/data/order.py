@@ -4,16 +4,24 @@ An epoch's shards, permuted, form one sequence of N samples, begun at a cyclic o
 within a stream, windows of w samples are permuted. Step k takes the next B/V samples of every stream, rank r takes rows
 r*B/W .. (r+1)*B/W of that. So a global batch depends on (seed, epoch, k) alone: not on ranks, threads or restarts, and
 resuming replays nothing. Every sample comes at most once an epoch, exactly N mod B are left out.
+
+A mixture draws from several such sequences, each with epochs of its own, by a schedule that is as even as it can be.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-ORDER_VERSION = 1
-_SHARDS, _OFFSET, _WINDOW, _SAMPLE = range(4)  # what a random stream is for: part of its key
+ORDER_VERSION = 2
+MOST_PARTS = 1 << 16  # a mixture's weights are whole parts of at most so many: the length of its schedule
+_SHARDS, _OFFSET, _WINDOW, _SAMPLE, _SOURCE = range(5)  # what a random stream is for: part of its key
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,14 @@ class OrderKey:
     global_batch: int  # B
     streams: int  # V
     window: int  # w; 0: the whole stream
+    parts: tuple[int, ...] = ()  # of a mixture: source i makes up parts[i] of every sum(parts) draws; (): no mixture
+
+
+class Draws(NamedTuple):
+    """What one rank takes of a global batch: sample ids int64 [b], and the epoch that each is drawn in, int64 [b]."""
+
+    ids: np.ndarray
+    epochs: np.ndarray
 
 
 class Order:
@@ -32,9 +48,10 @@ class Order:
     Args:
         starts: int64 [S+1], cumulative sample counts of the shards.
         key: B, V, w and the seed; V must divide B, and B must not exceed N.
+        sources: of a mixture, the range of shards (first, end) of every source, in the order of key.parts.
     """
 
-    def __init__(self, starts: np.ndarray, key: OrderKey) -> None:
+    def __init__(self, starts: np.ndarray, key: OrderKey, sources: Sequence[tuple[int, int]] = ()) -> None:
         self.key = key
         self.starts = np.asarray(starts, dtype=np.int64)
         self.n = int(self.starts[-1])
@@ -43,83 +60,252 @@ class Order:
         if self.n < key.global_batch:
             raise ValueError(f"{self.n} samples are fewer than a global batch of {key.global_batch}")
         self.steps_per_epoch = self.n // key.global_batch
-        self._epoch = -1
+        if not key.parts:
+            self._one = Streams(self.starts, key.seed, key.streams, key.window, self.steps_per_epoch * key.global_batch)
+            return
+        if len(sources) != len(key.parts):
+            raise ValueError(f"{len(key.parts)} parts for {len(sources)} sources")
+        self._schedule = schedule(key.parts)
+        self._sources = []
+        for number, (first, end) in enumerate(sources):
+            part = self.starts[first : end + 1]
+            streams = min(key.streams, int(part[-1] - part[0]))
+            seed = int(_mix(_mix(key.seed, _SOURCE), number))
+            self._sources.append(Streams(part, seed, streams, key.window, int(part[-1] - part[0]) // streams * streams))
+
+    def draws(self, position: int, rank: int = 0, world: int = 1) -> Draws:
+        """One rank's rows of global batch `position`; W must divide B."""
+        per_rank = self.key.global_batch // world
+        first = rank * per_rank
+        if self.key.parts:
+            whole = self._mixed(position)
+            return Draws(*(rows[first : first + per_rank] for rows in whole))
+        epoch, step = divmod(position, self.steps_per_epoch)
+        per_stream = self.key.global_batch // self.key.streams
+        rows = np.arange(first, first + per_rank, dtype=np.int64)
+        stream = rows // per_stream
+        ids = self._one.ids(epoch, stream, rows - stream * per_stream + step * per_stream)
+        return Draws(ids, np.full(per_rank, epoch, dtype=np.int64))
 
     def ids(self, position: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Sample ids int64 [B/W] of one rank's rows of global batch `position`; W must divide B."""
-        batch, streams = self.key.global_batch, self.key.streams
-        epoch, step = divmod(position, self.steps_per_epoch)
-        per_rank, per_stream = batch // world, batch // streams
-        rows = np.arange(rank * per_rank, (rank + 1) * per_rank, dtype=np.int64)
-        stream, place = rows // per_stream, step * per_stream + rows % per_stream
-        place = self._permute_windows(epoch, stream, place)
-        return self._sample_ids(epoch, stream * (self.steps_per_epoch * per_stream) + place)
+        """The sample ids of `draws`, int64 [B/W]."""
+        return self.draws(position, rank, world).ids
+
+    def _mixed(self, position: int) -> Draws:
+        """A whole global batch of a mixture, its rows in the order of the streams, so that a rank reads few shards.
+
+        Draw j of a source is the next sample of its stream j mod V, so the draws of a step are spread over all streams.
+        """
+        batch = self.key.global_batch
+        begins = self._schedule.counts(position * batch)
+        ends = self._schedule.counts((position + 1) * batch)
+        parts = []
+        for streams, begin, end in zip(self._sources, begins.tolist(), ends.tolist()):
+            epoch, place = np.divmod(np.arange(begin, end, dtype=np.int64), streams.length)
+            stream = place % streams.count
+            ids = np.empty_like(place)
+            for this in np.unique(epoch).tolist():  # a small source may begin a new epoch within a batch
+                rows = np.flatnonzero(epoch == this)
+                rows = rows[np.argsort(stream[rows], kind="stable")]
+                ids[rows] = streams.ids(this, stream[rows], place[rows] // streams.count)
+            parts.append((ids, epoch, stream * (1 << 15) // streams.count))
+        ids, epochs, where = (np.concatenate(column) for column in zip(*parts))
+        rows = np.argsort(where.astype(np.uint16), kind="stable")
+        return Draws(ids[rows], epochs[rows])
+
+
+class Streams:
+    """The V streams of one sequence of shards: (epoch, stream, place in it) -> sample id.
+
+    Args:
+        starts: int64 [S+1], sample ids at which the shards begin, and where the last one ends.
+        count: V.  window: w; 0: the whole stream.
+        length: samples that an epoch takes in all, a multiple of V and at most N.
+    """
+
+    def __init__(self, starts: np.ndarray, seed: int, count: int, window: int, length: int) -> None:
+        self.starts, self.seed, self.count, self.length = starts, seed, count, length
+        self.n = int(starts[-1] - starts[0])
+        self.per_stream = length // count
+        self.window = window or self.per_stream
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)  # the one that is read, and the next one, fetched ahead
+
+    def ids(self, epoch: int, stream: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Sample ids int64 [m]; `stream` and `place` are int64 [m], `stream` in ascending order."""
+        place = stream * self.per_stream + self._permute_windows(epoch, stream, place)
+        return self._epoch(epoch).sample_ids(place)
 
     def _permute_windows(self, epoch: int, stream: np.ndarray, place: np.ndarray) -> np.ndarray:
-        length = self.steps_per_epoch * (self.key.global_batch // self.key.streams)
-        window = self.key.window or length
-        number, inside = place // window, place % window
-        size = np.minimum(window, length - number * window)  # the last window may be shorter
-        key = _mix(_mix(_mix(_mix(self.key.seed, _WINDOW), epoch), stream), number)
-        return number * window + permute(inside, size, key)
+        window, length = self.window, self.per_stream
+        number = place // window if window < length else np.zeros_like(place)
+        inside = place - number * window
+        # Neighbours share a window: keys are drawn once for each, not once a row.
+        turn = np.flatnonzero((np.diff(stream) != 0) | (np.diff(number) != 0)) + 1
+        firsts = np.concatenate([[0], turn])
+        runs = np.diff(np.concatenate([firsts, [len(place)]]))
+        keys = _mix(_mix(_mix(_mix(self.seed, _WINDOW), epoch), stream[firsts]), number[firsts])
+        sizes = np.minimum(window, length - number[firsts] * window)  # the last window of a stream may be shorter
+        return number * window + permute(inside, sizes, keys, runs)
 
-    def _sample_ids(self, epoch: int, place: np.ndarray) -> np.ndarray:
-        """Places in the epoch's sequence to sample ids, through the permuted shards and the cyclic offset."""
-        if epoch != self._epoch:
-            key = _mix(_mix(self.key.seed, _SHARDS), epoch)
-            shards = len(self.starts) - 1
-            self._shards = permute(np.arange(shards), np.full(shards, shards), np.full(shards, key))
-            sizes = np.diff(self.starts)[self._shards]
-            self._ends = np.cumsum(sizes)
-            self._first = self.starts[:-1][self._shards] - (self._ends - sizes)
-            self._offset = int(_mix(_mix(self.key.seed, _OFFSET), epoch) % np.uint64(self.n))
-            self._epoch = epoch
-        place = (place + self._offset) % self.n
-        return place + self._first[np.searchsorted(self._ends, place, side="right")]
+    def _lay_out(self, epoch: int) -> _Epoch:
+        shards = len(self.starts) - 1
+        key = _mix(_mix(self.seed, _SHARDS), epoch)
+        order = permute(np.arange(shards), np.array([shards]), np.atleast_1d(key), np.array([shards]))
+        sizes = np.diff(self.starts)[order]
+        ends = np.cumsum(sizes)
+        offset = int(_mix(_mix(self.seed, _OFFSET), epoch) % np.uint64(self.n))
+        shift = max(0, (self.n // (4 * shards)).bit_length() - 1)  # a bucket is a quarter of a shard or less
+        buckets = np.searchsorted(ends, np.arange((self.n >> shift) + 1, dtype=np.int64) << shift, side="right")
+        return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes), shift, buckets)
 
 
-def choose_streams(global_batch: int, world: int) -> int:
-    """V for a first start: the largest divisor of B, at most max(W, 64), that W divides.
+class _Epoch(NamedTuple):
+    """The shards of one epoch in their order, begun at a cyclic offset."""
 
-    Many streams mix the shards well; a power of two lets other rank counts go on without sharing shards.
+    n: int
+    offset: int
+    ends: np.ndarray  # int64 [S], places at which the shards end
+    first: np.ndarray  # int64 [S], what is to be added to a place to give a sample id
+    shift: int
+    buckets: np.ndarray  # the shard of the first place of every 2^shift places: where the search begins
+
+    def sample_ids(self, place: np.ndarray) -> np.ndarray:
+        place = place + self.offset
+        place[place >= self.n] -= self.n
+        shard = self.buckets[place >> self.shift]
+        rows = np.flatnonzero(self.ends[shard] <= place)
+        while len(rows):
+            shard[rows] += 1
+            rows = rows[self.ends[shard[rows]] <= place[rows]]
+        return place + self.first[shard]
+
+
+def choose_streams(global_batch: int, world: int, most: int = 64) -> int:
+    """V for a first start: the largest divisor of B, at most max(W, `most`), that W divides.
+
+    Many streams mix the shards well; a power of two lets other rank counts go on without sharing shards. Remote shards
+    want fewer, since every stream keeps shards of its own in the cache.
     """
-    fits = [v for v in range(1, max(world, 64) + 1) if global_batch % v == 0 and v % world == 0]
+    fits = [v for v in range(1, max(world, most) + 1) if global_batch % v == 0 and v % world == 0]
     return fits[-1] if fits else world
 
 
-def sample_random(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch: crop, and which of its captions."""
-    key = int(_mix(_mix(_mix(seed, _SAMPLE), epoch), sample_id))
-    return np.random.Generator(np.random.Philox(key=key))
+def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
+    """Weights as whole parts, exactly where their sum allows it, else to the nearest of MOST_PARTS; none gets zero.
+
+    The weights count as the decimals that were written: 0.1 is one tenth.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = np.lcm.reduce([weight.denominator for weight in exact], dtype=object)
+    parts = [int(weight * scale) for weight in exact]
+    common = np.gcd.reduce(parts, dtype=object)
+    parts = [part // common for part in parts]
+    total = sum(parts)
+    if total > MOST_PARTS:
+        parts = [max(1, round(Fraction(part * MOST_PARTS, total))) for part in parts]
+    return tuple(parts)
 
 
-def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A keyed permutation of 0 .. n-1, elementwise and without a table: O(1) memory for any n.
+class Schedule(NamedTuple):
+    """Which source each draw of a mixture is taken from, as counts of the draws before it. See `schedule`."""
 
-    A balanced Feistel network over the next even power of two, walked along its cycle until the value is below n
+    parts: np.ndarray  # int64 [K]
+    before: np.ndarray  # int32 [sum(parts), K]: draws of each source among the first t of a period
+
+    def counts(self, draws: int) -> np.ndarray:
+        """How many of the first `draws` are of each source: int64 [K]."""
+        periods, rest = divmod(draws, len(self.before))
+        return periods * self.parts + self.before[rest]
+
+
+def schedule(parts: Sequence[int]) -> Schedule:
+    """In every prefix of n draws, source i has n * parts[i] / sum(parts), give or take less than one.
+
+    The j-th draw of a source of share p may come from place floor((j-1)/p) on and must be done by ceil(j/p): earliest
+    deadline first meets all of them (Baruah et al., "Proportionate progress", Algorithmica 15, 1996).
+    """
+    total = sum(parts)
+    before = np.zeros((total, len(parts)), dtype=np.int32)
+    counts = [0] * len(parts)
+    ready: list[tuple[int, int]] = []  # (deadline, source) of draws that may be taken now
+    waiting = [(0, source) for source in range(len(parts))]  # (place from which the source's next draw may be taken)
+    for place in range(total):
+        before[place] = counts
+        while waiting and waiting[0][0] <= place:
+            _, source = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(counts[source] + 1) * total // parts[source]), source))
+        _, source = heapq.heappop(ready)
+        counts[source] += 1
+        heapq.heappush(waiting, (counts[source] * total // parts[source], source))
+    return Schedule(np.array(parts, dtype=np.int64), before)
+
+
+def sample_uniforms(seed: int, epochs: np.ndarray, sample_ids: np.ndarray, count: int) -> np.ndarray:
+    """The random numbers of samples in their epochs: float64 [m, count] in [0, 1), for crop, colour and caption."""
+    keys = _mix(_mix(_mix(seed, _SAMPLE), epochs), sample_ids)
+    bits = _mix(keys[:, None], np.arange(count, dtype=np.uint64))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Keyed permutations of 0 .. n-1, elementwise and without a table: O(1) memory for any n.
+
+    A Feistel network of four rounds over the next power of two, walked along its cycle until the value is below n
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 
     Args:
-        x, n: int64 [m] with 0 <= x < n.  key: uint64 [m] (or one for all).
+        x: int64 [m], of which the next runs[i] elements are permuted with key[i] and lie in 0 .. n[i]-1.
+        n: int64 [r], at most 2^62.  key: uint64 [r].  runs: int64 [r], summing up to m.
     """
-    n = np.broadcast_to(np.asarray(n, dtype=np.int64), x.shape)
-    key = np.broadcast_to(np.asarray(key, dtype=np.uint64), x.shape)
-    bits = np.maximum(np.ceil(np.log2(np.maximum(n, 2))).astype(np.int64), 2)
-    half = ((bits + 1) // 2).astype(np.uint64)
-    out = _feistel(x.astype(np.uint64), half, key)
-    while True:
-        outside = np.flatnonzero(out.astype(np.int64) >= n)
-        if not len(outside):
-            return out.astype(np.int64)
-        out[outside] = _feistel(out[outside], half[outside], key[outside])
+    bits = np.array([max(2, (int(size) - 1).bit_length()) for size in np.unique(n)])
+    width = bits[np.searchsorted(np.unique(n), n)]
+    low = width // 2
+    rounds = [_mix(key, number) for number in range(4)]
+
+    def spread(values: np.ndarray, kind: type) -> np.ndarray:
+        return np.repeat(values.astype(kind), runs) if len(values) > 1 else values.astype(kind)
+
+    limit = spread(n, np.int64)
+    low_bits = spread(low, np.int64)
+    masks = [spread((1 << half) - 1, np.uint32) for half in (width - low, low)]
+    round_keys = [spread(mixed & np.uint64(0xFFFFFFFF), np.uint32) for mixed in rounds]
+    out = _feistel(x, low_bits, masks, round_keys)
+    rows = np.flatnonzero(out >= limit)
+    while len(rows):
+
+        def of_rows(values: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+            return values[rows] if len(values) > 1 else values
+
+        again = _feistel(
+            out[rows], of_rows(low_bits), [of_rows(mask) for mask in masks], [of_rows(k) for k in round_keys]
+        )
+        out[rows] = again
+        rows = rows[again >= of_rows(limit)]
+    return out
 
 
-def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for round_number in range(4):
-        left, right = right, left ^ (_mix(_mix(key, round_number), right) & mask)
-    return (left << half) | right
+def _feistel(x: np.ndarray, low: np.ndarray, masks: list[np.ndarray], keys: list[np.ndarray]) -> np.ndarray:
+    """x is `high << low | right`; high and right are changed in turn, each by a hash of the other."""
+    high_mask, low_mask = masks
+    high = (x >> low).astype(np.uint32)
+    right = x.astype(np.uint32) & low_mask
+    high ^= _hash(right, keys[0]) & high_mask
+    right ^= _hash(high, keys[1]) & low_mask
+    high ^= _hash(right, keys[2]) & high_mask
+    right ^= _hash(high, keys[3]) & low_mask
+    return (high.astype(np.int64) << low) | right
+
+
+def _hash(x: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """uint32 to uint32 (the finaliser lowbias32 of Wellons' hash prospector, its input masked with a key)."""
+    z = x ^ key
+    z ^= z >> np.uint32(16)
+    z *= np.uint32(0x21F0AAAD)
+    z ^= z >> np.uint32(15)
+    z += key  # the key enters twice: a single mask would only relabel the inputs of one fixed function
+    z *= np.uint32(0x735A2D97)
+    z ^= z >> np.uint32(15)
+    return z
 
 
 def _mix(state: int | np.ndarray, value: int | np.ndarray) -> np.ndarray:

@@ -1,51 +1,81 @@
-"""Sample ids in, bytes out: reads members of local shards by their offsets, from any number of threads."""
+"""Sample ids in, bytes out: reads members of shards by their offsets, from any number of threads."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from clipdist.data.catalog import Catalog
+from clipdist import config
+from clipdist.data.cache import ShardCache
+from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
+from clipdist.data.fetch import is_remote
 
-# Descriptors that stay open, well under the usual limit of 1024; further shards are opened for each read.
+# Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256
+MAX_MEMBER_BYTES = 256 << 20  # a larger picture is none
+MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twenty times its bytes
+PICTURE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+
+
+def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = MAX_OPEN) -> Reader:
+    """A reader with the cache that the configuration (or its defaults) asks for, where the catalog needs one.
+
+    Raises:
+        UserError: the cache's folder cannot be written, or its disk is too small.
+    """
+    cfg = cfg or config.Data()
+    if not (cfg.stage or catalog.is_remote()):
+        return Reader(catalog)
+    folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
+    return Reader(catalog, ShardCache(folder, int(cfg.cache_gb * 1e9), fetcher_of(cfg)), cfg.stage, max_open)
 
 
 class Reader:
-    """Reads samples of a catalog. Thread-safe: every read is one pread."""
+    """Reads samples of a catalog. Thread-safe: every read is one pread.
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
-        self._open: dict[int, int] = {}
+    Nothing is taken from a shard but plain members of the kinds that training uses: pictures, .txt, .json and .ids.
+
+    Args:
+        cache: where remote shards are kept; local ones pass it too with `stage`.
+        max_open: shards that stay open; those of a cache cannot be evicted meanwhile.
+    """
+
+    def __init__(
+        self, catalog: Catalog, cache: ShardCache | None = None, stage: bool = False, max_open: int = MAX_OPEN
+    ) -> None:
+        self.catalog, self.cache, self.stage, self.max_open = catalog, cache, stage, max_open
+        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, sample_id: int, kind: str) -> bytes | None:
         """The bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
 
         Raises:
-            BadSample: the shard ends before the member does.
+            BadSample: the member is not whole, not what the index' checksum says, or too large.
         """
         shard, row = self.catalog.locate(sample_id)
-        index = self.catalog.shards[shard]
-        if kind not in index.kinds:
+        table = self.catalog.table(shard)
+        if kind not in table.kinds:
             return None
-        column = index.kinds.index(kind)
-        offset, size = int(index.offset[row, column]), int(index.size[row, column])
+        column = table.kinds.index(kind)
+        offset, size = int(table.offset[row, column]), int(table.size[row, column])
         if offset < 0:
             return None
-        with self._lock:
-            descriptor = self._open.get(shard)
-            if descriptor is None and len(self._open) < MAX_OPEN:
-                descriptor = self._open[shard] = os.open(index.tar, os.O_RDONLY)
-        if descriptor is not None:
+        if size > (MAX_MEMBER_BYTES if kind in PICTURE_KINDS else MAX_TEXT_BYTES):
+            raise BadSample("too large")
+        with self._descriptor(shard) as descriptor:
             data = os.pread(descriptor, size, offset)
-        else:
-            with open(index.tar, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
-            raise BadSample("truncated image")
+            raise BadSample("shard cut off")
+        if table.crc is not None and zlib.crc32(data) != int(table.crc[row, column]):
+            raise BadSample("wrong checksum")
         return data
 
     def image(self, sample_id: int) -> bytes:
@@ -54,7 +84,7 @@ class Reader:
         Raises:
             BadSample: the sample has none.
         """
-        for kind in ("jpg", "jpeg", "png", "webp"):
+        for kind in PICTURE_KINDS:
             data = self.read(sample_id, kind)
             if data:
                 return data
@@ -64,35 +94,111 @@ class Reader:
         """All captions of a sample: "captions" of its .json, else its .txt.
 
         Raises:
-            BadSample: the sample has none.
+            BadSample: the sample has none, or they are no text.
         """
-        captions = self.metadata(sample_id).get("captions")
-        if isinstance(captions, list):
-            captions = [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+        listed = self.metadata(sample_id).get("captions")
+        listed = listed if isinstance(listed, list) else []
+        captions = [caption for caption in listed if isinstance(caption, str) and caption.strip()]
         if not captions:
-            text = (self.read(sample_id, "txt") or b"").decode("utf-8", "replace").strip()
+            try:
+                text = (self.read(sample_id, "txt") or b"").decode("utf-8").strip()
+            except UnicodeDecodeError:
+                raise BadSample("caption not UTF-8") from None
             captions = [text] if text else []
         if not captions:
             raise BadSample("missing caption")
+        try:
+            "".join(captions).encode()
+        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
+            raise BadSample("caption not UTF-8") from None
         return captions
 
     def metadata(self, sample_id: int) -> dict:
-        """The sample's .json as a dict; empty where there is none or it cannot be parsed."""
+        """The sample's .json as a dict; empty where there is none.
+
+        Raises:
+            BadSample: it is no JSON object.
+        """
         try:
             record = json.loads(self.read(sample_id, "json") or b"{}")
-        except ValueError:
-            return {}
-        return record if isinstance(record, dict) else {}
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise BadSample("not JSON")
+        return record
 
     def key(self, sample_id: int) -> str:
         shard, row = self.catalog.locate(sample_id)
-        return str(self.catalog.shards[shard].keys[row])
+        return str(self.catalog.table(shard).keys[row])
 
     def shard_name(self, sample_id: int) -> str:
-        return self.catalog.shards[self.catalog.locate(sample_id)[0]].tar.name
+        return os.path.basename(self.catalog.shards[self.catalog.locate(sample_id)[0]].tar)
+
+    def is_cached(self) -> bool:
+        """Whether any shard passes the cache."""
+        return self.cache is not None and (self.stage or self.catalog.is_remote())
+
+    def prefetch(self, shard: int) -> None:
+        """Begins to fetch a shard into the cache, where it passes one."""
+        if self._is_cached(shard) and self.cache is not None:
+            self.cache.prefetch(self.catalog.shards[shard].tar, self.catalog.table(shard).tar_bytes)
 
     def close(self) -> None:
         with self._lock:
             for descriptor in self._open.values():
-                os.close(descriptor)
+                descriptor.dismiss()
             self._open.clear()
+        if self.cache is not None:
+            self.cache.close()
+
+    @contextmanager
+    def _descriptor(self, shard: int) -> Iterator[int]:
+        """An open descriptor of the shard; the one that has rested longest is closed when there are too many."""
+        with self._lock:
+            held = self._open.get(shard)
+            if held is None:
+                held = self._open[shard] = _Descriptor()
+            self._open.move_to_end(shard)
+            held.users += 1
+            while len(self._open) > self.max_open:
+                self._open.popitem(last=False)[1].dismiss()
+        try:
+            with held.opening:  # others read other shards meanwhile, which may take a fetch
+                if held.number is None:
+                    held.number = self._open_shard(shard)
+            yield held.number
+        finally:
+            with self._lock:
+                held.users -= 1
+                if held.dismissed and not held.users:
+                    held.close()
+
+    def _open_shard(self, shard: int) -> int:
+        tar = self.catalog.shards[shard].tar
+        if self._is_cached(shard) and self.cache is not None:
+            return self.cache.open(tar, self.catalog.table(shard).tar_bytes)
+        return os.open(tar, os.O_RDONLY)
+
+    def _is_cached(self, shard: int) -> bool:
+        return self.stage or is_remote(self.catalog.shards[shard].tar)
+
+
+class _Descriptor:
+    """An open file with a count of the threads that read from it: closed by the last one after it was dismissed."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.users = 0
+        self.dismissed = False
+        self.opening = threading.Lock()
+
+    def dismiss(self) -> None:
+        """To be called under the reader's lock."""
+        self.dismissed = True
+        if not self.users:
+            self.close()
+
+    def close(self) -> None:
+        if self.number is not None:
+            os.close(self.number)
+            self.number = None

@@ -9,6 +9,7 @@ import json
 import threading
 from typing import Any, Protocol
 
+import numpy as np
 import open_clip
 import open_clip.tokenizer
 import torch
@@ -49,6 +50,24 @@ def make_tokenizer(spec: ModelSpec) -> Tokenizer:
     if described["kind"] == "hf":
         return HFTokenizer(described["name"], spec.context_length, described["mode"], described["options"])
     return BPETokenizer(described["vocab_size"], spec.context_length, described["options"])
+
+
+def token_kind(tokenizer: Tokenizer) -> str:
+    """The kind of the shard member that holds this tokenizer's ids: "<16 hex digits>.ids"."""
+    return f"{tokenizer.fingerprint()}.ids"
+
+
+def pack_tokens(tokenizer: Tokenizer, captions: list[str]) -> bytes:
+    """The ids of a sample's captions as that member: int32 little-endian [len(captions), L], without a header."""
+    return tokenizer(captions).numpy().astype("<i4").tobytes()
+
+
+def unpack_tokens(data: bytes, captions: int, context_length: int) -> torch.Tensor | None:
+    """int64 [captions, context_length] of what pack_tokens gave, or None where the size is another."""
+    if len(data) != captions * context_length * 4:
+        return None
+    ids = np.frombuffer(data, dtype="<i4").astype(np.int64)
+    return torch.from_numpy(ids.reshape(captions, context_length))
 
 
 class BPETokenizer:

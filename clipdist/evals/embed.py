@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, eval_image
-from clipdist.data.reader import Reader
+from clipdist.data.reader import Reader, open_reader
 from clipdist.errors import UserError
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
@@ -61,6 +62,7 @@ def embed_catalog(
     rank: int = 0,
     world: int = 1,
     texts: bool = True,
+    data: config.Data | None = None,
 ) -> Embeddings:
     """Embeds this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
@@ -74,16 +76,18 @@ def embed_catalog(
         threads: decoding threads.
         progress: a progress bar on rank 0, where stderr is a terminal.
         texts: False embeds pictures alone; `text` and `captions` are then empty.
+        data: the cache for remote shards, and the pixel limit; None: as by default.
     """
+    data = data or config.Data()
     begins = [len(catalog) * r // world for r in range(world + 1)]
     mine = range(begins[rank], begins[rank + 1])
     hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
-    reader = Reader(catalog)
+    reader = open_reader(catalog, data)
     try:
         captions, text_calls = _plan_captions(reader, begins, rank, batch) if texts else ({}, 0)
         image_calls = _ceil(max(end - begin for begin, end in itertools.pairwise(begins)), batch)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
-        pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad)
+        pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad, data.max_pixels)
         image = encode_images(encode, tqdm(pictures, "pictures", image_calls, disable=hide))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
         tokens = _tokenised([caption for _, caption in flat], tokenizer, batch, text_calls)
@@ -173,7 +177,14 @@ def _plan_captions(reader: Reader, begins: Sequence[int], rank: int, batch: int)
 
 
 def _decoded(
-    reader: Reader, sample_ids: range, size: int, batch: int, calls: int, threads: int, bad: dict[int, str]
+    reader: Reader,
+    sample_ids: range,
+    size: int,
+    batch: int,
+    calls: int,
+    threads: int,
+    bad: dict[int, str],
+    max_pixels: int,
 ) -> Iterator[Tensor]:
     """Exactly `calls` batches uint8 [batch, 3, size, size], decoded by threads ahead of their use.
 
@@ -183,7 +194,7 @@ def _decoded(
 
     def load(sample_id: int) -> Tensor | str:
         try:
-            return eval_image(reader.image(sample_id), size)
+            return eval_image(reader.image(sample_id), size, max_pixels)
         except BadSample as error:
             return error.reason
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.reader import Reader
+from clipdist.data.reader import open_reader
 from clipdist.evals.embed import Embeddings
 
 TILE = 176  # side of a picture's square, pixels
@@ -88,7 +88,7 @@ def retrieval_sheet(embeddings: Embeddings, catalog: Catalog, queries: int, hits
     chosen = [(2 * row + 1) * len(embeddings.captions) // (2 * count) for row in range(count)]
     scores = F.normalize(embeddings.text[chosen], dim=1) @ F.normalize(embeddings.image, dim=1).T
     top = scores.topk(min(hits, len(embeddings.keys)))
-    reader = Reader(catalog)
+    reader = open_reader(catalog)
     try:
         rows = []
         for caption, values, pictures in zip(chosen, top.values, top.indices):

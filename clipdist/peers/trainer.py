@@ -248,19 +248,17 @@ class _Fed:
     """
 
     def __init__(self, config: Config) -> None:
-        from clipdist.data.loader import Loader
-        from clipdist.data.order import Order
-        from clipdist.data.reader import Reader
+        from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.model.spec import resolve_spec
         from clipdist.plan import make_plan
 
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         plan, self._spec = make_plan(config, world), resolve_spec(config.model)
-        self._loader = Loader(
-            Reader(plan.catalog),
+        self._loader = open_loader(
+            plan.catalog,
+            plan.order,
             make_tokenizer(self._spec),
-            Order(plan.catalog.starts, plan.order),
             config.data,
             image_size=self._spec.image_size,
             rank=rank,

@@ -11,20 +11,39 @@ from pairs import write_pairs
 from clipdist.config import Data
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
-from clipdist.data.loader import Loader, group_id
-from clipdist.data.order import Order, OrderKey
+from clipdist.data.loader import Loader, group_id, open_loader
+from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 
 
-def tokenizer(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[len(text), sum(map(ord, text))] for text in texts], dtype=torch.int64).view(-1, 2)
+class Lengths:
+    """A tokenizer whose two ids are the length of the text and the sum of its letters."""
+
+    context_length, vocab_size = 2, 1 << 20
+
+    def __init__(self, name: str = "0123456789abcdef") -> None:
+        self.name, self.texts = name, 0
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        self.texts += len(texts)
+        return torch.tensor([[len(text), sum(map(ord, text))] for text in texts], dtype=torch.int64).view(-1, 2)
+
+    def fingerprint(self) -> str:
+        return self.name
 
 
-def loader(folder, rank=0, world=1, start=0, threads=2, **settings) -> Loader:
-    catalog = Catalog.open([str(folder)])
-    order = Order(catalog.starts, OrderKey(0, 16, 4, 0))
+def loader(folder, rank=0, world=1, start=0, threads=2, tokenizer=None, **settings) -> Loader:
     cfg = dataclasses.replace(Data(threads=threads), **settings)
-    return Loader(Reader(catalog), tokenizer, order, cfg, image_size=24, rank=rank, world=world, start=start)
+    return open_loader(
+        Catalog.open([str(folder)]),
+        OrderKey(0, 16, 4, 0),
+        tokenizer or Lengths(),
+        cfg,
+        image_size=24,
+        rank=rank,
+        world=world,
+        start=start,
+    )
 
 
 def take(count: int, *args, **settings):

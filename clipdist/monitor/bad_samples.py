@@ -1,0 +1,48 @@
+"""Samples that cannot be used: each rank's findings in; counts by reason and names, the same on all ranks, out."""
+
+from __future__ import annotations
+
+import torch
+
+from clipdist.data.decode import REASONS
+from clipdist.loss.collectives import all_gather, all_reduce_sum
+
+# At most so many are named per rank between two logged steps; all are counted.
+NAMED = 32
+
+
+class BadSamples:
+    """Collects what this rank could not use.
+
+    Attributes:
+        totals: {reason: samples} of all ranks since the start of this process, as of the last `share`.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int] = {}
+        self._counts = [0] * len(REASONS)
+        self._unnamed: list[tuple[int, str]] = []
+
+    def add(self, bad: list[tuple[int, str]]) -> None:
+        """(sample id, reason) of each."""
+        for sample_id, reason in bad:
+            self._counts[REASONS.index(reason)] += 1
+            if len(self._unnamed) < NAMED:
+                self._unnamed.append((sample_id, reason))
+
+    def share(self, device: torch.device) -> tuple[int, list[tuple[int, str]]]:
+        """Collective: brings the ranks' findings together.
+
+        Returns:
+            How many are new since the last call, and the (sample id, reason) of those that are named.
+        """
+        counts = all_reduce_sum(torch.tensor(self._counts, device=device)).tolist()
+        new = int(sum(counts)) - sum(self.totals.values())
+        self.totals = {reason: int(count) for reason, count in zip(REASONS, counts) if count}
+        if not new:
+            return 0, []
+        table = torch.full((NAMED, 2), -1, dtype=torch.int64, device=device)
+        for row, (sample_id, reason) in enumerate(self._unnamed):
+            table[row] = torch.tensor([sample_id, REASONS.index(reason)])
+        self._unnamed.clear()
+        return new, [(sample_id, REASONS[code]) for sample_id, code in all_gather(table).tolist() if sample_id >= 0]
