@@ -22,6 +22,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,7 +32,9 @@ from clipdist.errors import UserError
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95  # of pictures that are shrunk
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow would start other programs for some formats
+# {Pillow's format: file extension}; for some other formats Pillow would start programs
+_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_JPEG_MARK = b"\xff\xd8\xff"
 _CHUNK = 32  # pictures per task: small enough for a smooth progress bar
 
 
@@ -134,12 +137,33 @@ def check_picture(picture: Picture, decode: bool = True) -> Checked | str:
         data = picture.place.read()
     except OSError:
         return "unreadable file"
+    header = check_bytes(data, decode)
+    if isinstance(header, str):
+        return header
+    return Checked(picture, header.width, header.height, hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Header:
+    """Width and height in pixels, and the file extension of the format: jpg, png, webp, gif or bmp."""
+
+    width: int
+    height: int
+    kind: str
+
+
+def check_bytes(data: bytes, decode: bool) -> Header | str:
+    """What a picture's bytes say of it, or the reason why it cannot be used; `decode` as in check_pictures."""
     if data.startswith(LFS_POINTER):
         return "git-LFS pointer"
+    if not decode and data.startswith(_JPEG_MARK):
+        with contextlib.suppress(ValueError):  # what libjpeg does not know Pillow may still tell about
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)  # 2 us, Pillow's takes 100
+            return Header(width, height, "jpg") if width * height <= MAX_PIXELS else "too many pixels"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels follows
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
         width, height = image.size
         if width * height > MAX_PIXELS:
             return "too many pixels"
@@ -149,9 +173,9 @@ def check_picture(picture: Picture, decode: bool = True) -> Checked | str:
     except Image.DecompressionBombError:
         return "too many pixels"
     except Exception:  # Pillow raises many kinds on damaged bytes
-        is_jpeg, has_end = data.startswith(b"\xff\xd8\xff"), data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+        is_jpeg, has_end = data.startswith(_JPEG_MARK), data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
         return "truncated picture" if is_jpeg and not has_end else "not a picture"
-    return Checked(picture, width, height, hashlib.sha256(data).hexdigest())
+    return Header(width, height, _FORMATS[image.format or "JPEG"])
 
 
 def shrink(data: bytes, side: int) -> tuple[bytes, int, int]:
@@ -159,7 +183,7 @@ def shrink(data: bytes, side: int) -> tuple[bytes, int, int]:
 
     One that is as small already keeps its bytes. EXIF orientation is neither applied nor kept: no reader applies it.
     """
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
     short = min(image.size)
     if short <= side:
         return data, *image.size
@@ -231,11 +255,12 @@ def _sample(checked: Checked, key: str, job: _ShardJob) -> Sample:
     if hashlib.sha256(data).hexdigest() != checked.sha256:
         raise UserError(f"{picture.place}: changed while it was being read; run again")
     record: dict[str, object] = {"key": key, "captions": picture.captions, "filename": picture.name, "split": job.split}
+    sha256 = checked.sha256
     if job.side:
         data, width, height = shrink(data, job.side)
         record |= {"original_" + name: value for name, value in size.items()}
-        size = {"width": width, "height": height}
-    record |= {**size, "sha256": hashlib.sha256(data).hexdigest()}
+        size, sha256 = {"width": width, "height": height}, hashlib.sha256(data).hexdigest()
+    record |= {**size, "sha256": sha256}
     members = {
         "jpg": data,
         "txt": picture.captions[0].encode(),

@@ -1,0 +1,56 @@
+"""tools/bench_sharding.py: its answer for both tools, and that it refuses what cannot be measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/bench_sharding.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Five pictures that are a folder of pairs and Flickr8k's original layout at once."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(5):
+        file = io.BytesIO()
+        Image.new("RGB", (20 + number, 20)).save(file, "JPEG")
+        (folder / f"{number}_a.jpg").write_bytes(file.getvalue())
+        (folder / f"{number}_a.txt").write_text(f"picture {number}")
+    (folder / "Flickr8k.token.txt").write_text("".join(f"{n}_a.jpg#0\tpicture {n}\n" for n in range(5)))
+    for split, numbers in {"train": range(3), "dev": [3], "test": [4]}.items():
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("".join(f"{n}_a.jpg\n" for n in numbers))
+    return folder
+
+
+@pytest.mark.parametrize("tool", ["shard_pairs", "shard_flickr8k"])
+def test_the_copy_has_the_shards_members(tmp_path: Path, source: Path, tool: str) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    ended = run(source, "--tool", tool, "--processes", 1, "--repeats", 2, "--scratch", scratch, "--json")
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(ended.stdout.splitlines()[-1])
+    assert (record["tool"], record["samples"], record["members"], record["processes"]) == (tool, 5, 15, 1)
+    assert len(record["sharded_s"]) == len(record["copied_s"]) == 2
+    assert record["speed_percent"] > 0
+    assert f"has {record['speed_percent']:.0f} % of the plain copy's speed" in ended.stdout
+    assert list(scratch.iterdir()) == []
+
+
+def test_bad_input(tmp_path: Path, source: Path) -> None:
+    for words in ((source, "--repeats", 0), (source, "--scratch", tmp_path / "no"), (tmp_path / "no",)):
+        ended = run(*words)
+        assert ended.returncode == 2
+        assert "Traceback" not in ended.stderr

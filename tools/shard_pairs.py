@@ -1,0 +1,154 @@
+"""Any list of pictures and captions in (CSV, TSV, Parquet, JSONL, a folder of pairs); tar shards out, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from clipdist.data.pair_lists import PairList, Survey, open_list, survey
+from clipdist.data.pair_shards import PackCaptions, Plan, Totals, hold_folder, write_pairs
+from clipdist.data.pictures import open_pool
+from clipdist.data.shards import MAX_SHARD_SIZE
+from clipdist.errors import run_main
+
+EXAMPLE = """examples:
+  python tools/shard_pairs.py captions.csv --images-root Images --out data/mine
+  python tools/shard_pairs.py list.parquet --image-column path --caption-column TEXT --shrink 256 --out data/mine
+  python tools/shard_pairs.py folder_of_pairs --out data/mine          # a.jpg beside a.txt or a.json
+
+A run that was cut off is finished by the same command. docs/data.md says more."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help=".csv, .tsv, .parquet, .jsonl, or a folder of pairs"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the pictures' file names; default: found")
+    parser.add_argument("--caption-column", metavar="NAME", help="column of the captions; default: found")
+    parser.add_argument(
+        "--images-root", type=Path, metavar="DIR", help="where relative file names start; default: the list's folder"
+    )
+    parser.add_argument(
+        "--per-shard", type=int, default=1000, metavar="N", help="pictures of the list per shard (1000)"
+    )
+    parser.add_argument(
+        "--shrink", type=int, default=0, metavar="PIXELS", help="shrink to this shorter side; default: bytes untouched"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
+    parser.add_argument("--no-quotes", action="store_true", help="quotation marks of a CSV or TSV are plain characters")
+    parser.add_argument("--tokens", metavar="MODEL", help="store token ids for this model (open_clip name or JSON) too")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    arguments = parser.parse_args()
+    for name, low, high in (("per_shard", 1, MAX_SHARD_SIZE), ("shrink", 0, 65_500), ("processes", 0, 1024)):
+        if not low <= getattr(arguments, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must lie in {low} .. {high}")
+    if arguments.shrink and arguments.no_verify:
+        parser.error("--shrink decodes every picture: it does not go with --no-verify")
+    return arguments
+
+
+def main() -> int:
+    arguments, began = parse_arguments(), time.perf_counter()
+    pairs = open_list(
+        arguments.source,
+        arguments.image_column,
+        arguments.caption_column,
+        arguments.images_root,
+        quotes=not arguments.no_quotes,
+    )
+    print(reading(pairs), flush=True)
+    pack, kind = tokens_for(arguments.tokens)
+    found = survey(pairs)
+    plan = Plan(
+        list=found.fingerprint,
+        columns=pairs.columns,
+        images_root=str(pairs.root.absolute()),
+        per_shard=arguments.per_shard,
+        shrink=arguments.shrink,
+        verified=not arguments.no_verify,
+        tokens=kind,
+    )
+    processes = arguments.processes or len(os.sched_getaffinity(0))
+    try:
+        with hold_folder(arguments.out), open_pool(processes) as pool:
+            totals = write_pairs(pairs, found.pictures, arguments.out, plan, pool, processes, pack)
+    except KeyboardInterrupt:
+        print(f"{arguments.out} holds whole shards only; the same command goes on from there", file=sys.stderr)
+        raise
+    seconds = time.perf_counter() - began
+    print(table(totals, found, arguments.out, seconds))
+    if arguments.json:
+        print(json.dumps(report(totals, found, pairs, kind, arguments.out, seconds)))
+    return 0
+
+
+def tokens_for(model: str | None) -> tuple[PackCaptions | None, str]:
+    """What makes the member with token ids, and its kind; here, in one process: it is a small part of the work.
+
+    Raises:
+        UserError: no such model, or its tokenizer is not to be had.
+    """
+    if model is None:
+        return None, ""
+    from clipdist import config
+    from clipdist.data.tokens import make_tokenizer, pack_tokens, token_kind
+    from clipdist.model.spec import resolve_spec
+
+    tokenizer = make_tokenizer(resolve_spec(config.Model(name=model)))
+    return functools.partial(pack_tokens, tokenizer), token_kind(tokenizer)
+
+
+def reading(pairs: PairList) -> str:
+    if pairs.form == "folder":
+        return f"{pairs.source}: a folder of pairs"
+    image, caption = pairs.columns
+    return f"{pairs.source}: pictures of column {image!r} in {pairs.root}, captions of column {caption!r}"
+
+
+def report(totals: Totals, found: Survey, pairs: PairList, kind: str, out: Path, seconds: float) -> dict[str, object]:
+    return {
+        "out": str(out),
+        "image_column": pairs.columns[0],
+        "caption_column": pairs.columns[1],
+        "pictures": found.pictures,
+        "repeated": found.repeated,
+        "samples": totals.samples,
+        "captions": totals.captions,
+        "shards": totals.shards,
+        "shards_written_now": totals.written_now,
+        "bytes": totals.size_bytes,
+        "skipped": totals.skipped,
+        "tokens": kind,
+        "seconds": round(seconds, 3),
+    }
+
+
+def table(totals: Totals, found: Survey, out: Path, seconds: float) -> str:
+    lines = [
+        f"{out}: {totals.written_now} shards written now, in {seconds:.1f} s"
+        if totals.written_now
+        else f"{out}: all shards are there already: nothing to do",
+        f"{'samples':>10}{'captions':>10}{'shards':>8}{'MB':>10}",
+        f"{totals.samples:>10}{totals.captions:>10}{totals.shards:>8}{totals.size_bytes / 1e6:>10.1f}",
+    ]
+    if totals.skipped:
+        lines.append(f"left out (named in {out / 'skipped.jsonl'}):")
+        lines += [f"{count:>10}  {reason}" for reason, count in totals.skipped.items()]
+    if found.repeated:
+        lines.append("kept, worth knowing:")
+        lines.append(f"{found.repeated:>10}  pictures repeated elsewhere in the list (sort it to join their captions)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
