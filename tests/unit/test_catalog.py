@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clipdist.data import catalog as catalog_module
 from clipdist.data.catalog import Catalog
+from clipdist.data.consolidated import write_consolidated
+from clipdist.data.index import load_index
 from clipdist.data.shards import Sample, write_shard
 from clipdist.errors import UserError
 
@@ -23,7 +26,7 @@ def make_shards(folder: Path, counts: list[int], text: bytes = b"t") -> Path:
 
 
 def names(catalog: Catalog) -> list[str]:
-    return [f"{shard.tar.parent.name}/{shard.tar.name}" for shard in catalog.shards]
+    return ["/".join(Path(shard.tar).parts[-2:]) for shard in catalog.shards]
 
 
 def test_folders_patterns_globs_and_tars_in_the_order_given(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_fingerprint_stays_with_a_copy_and_changes_with_the_samples(tmp_path: Pa
         ("a/{00000..", "no shards match|not a brace pattern"),
         ("empty", r"empty: the folder holds no \*.tar; make them"),
         ("", r"folders a do: name one of them"),
-        ("a/0000?.txt", "no shards match"),
+        ("a/0000?.dat", "no shards match"),
     ],
 )
 def test_what_matches_nothing_is_told(tmp_path: Path, source: str, text: str) -> None:
@@ -107,3 +110,74 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     (folder / "00001.tar").write_bytes(b"short")
     with pytest.raises(UserError, match=r"00001\.tar"):
         Catalog.open([str(folder)])
+
+
+def test_lists_and_consolidated_files_among_other_sources(tmp_path: Path) -> None:
+    a, b = make_shards(tmp_path / "a", [1, 2]), make_shards(tmp_path / "b", [3, 4])
+    write_consolidated(tmp_path / "b.index.zip", [load_index(b / "00001.tar"), load_index(b / "00000.tar")])
+    lines = ["# shards", "", "a/{00001,00000}.tar  # a remark", "b.index.zip"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    catalog = Catalog.open([str(tmp_path / "list.txt")])
+    assert names(catalog) == ["a/00001.tar", "a/00000.tar", "b/00001.tar", "b/00000.tar"]
+    assert catalog.starts.tolist() == [0, 2, 3, 7, 10]
+    assert catalog.sources == [(0, 4)]
+    catalog = Catalog.open([str(b), str(a / "00001.tar")])
+    assert catalog.sources == [(0, 2), (2, 3)]
+    assert not catalog.is_remote()
+
+
+@pytest.mark.parametrize(
+    ("lines", "text"),
+    [
+        ("", "the list names no shards"),
+        ("# nothing\n\n", "the list names no shards"),
+        ("a/00000.tar\nb.txt", "a list within a list"),
+        ("a/00007.tar", "no shards match"),
+        ("a/00000.tar\n./a/00000.tar", "named twice"),
+        ("\udcff", "cannot be read as a list"),
+    ],
+)
+def test_bad_lists_are_told(tmp_path: Path, lines: str, text: str) -> None:
+    make_shards(tmp_path / "a", [1])
+    (tmp_path / "list.txt").write_bytes(lines.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=text):
+        Catalog.open([str(tmp_path / "list.txt")])
+    with pytest.raises(UserError, match="no such list of shards"):
+        Catalog.open([str(tmp_path / "other.txt")])
+
+
+def test_a_shard_in_a_consolidated_file_is_not_named_twice(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path / "a", [1])
+    write_consolidated(tmp_path / "a.index.zip", [load_index(folder / "00000.tar")])
+    (tmp_path / "link").symlink_to(folder)
+    for other in (str(folder), f"{tmp_path}/link/00000.tar", str(tmp_path / "a.index.zip")):
+        with pytest.raises(UserError, match="named twice"):
+            Catalog.open([str(tmp_path / "a.index.zip"), other])
+
+
+def test_tables_that_are_not_used_leave_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path / "a", [5, 5, 5, 5])
+    catalog = Catalog.open([str(tmp_path / "a")])
+    one = catalog.table(0).bytes_in_memory()
+    monkeypatch.setattr(catalog_module, "INDEX_MEMORY_BYTES", 2 * one)
+    catalog = Catalog.open([str(tmp_path / "a")])
+    tables = [catalog.table(shard) for shard in range(4)]
+    assert [table.keys[0] for table in tables] == ["0-0", "1-0", "2-0", "3-0"]
+    assert catalog.table(3) is tables[3]
+    assert catalog.table(2) is tables[2]
+    assert catalog.table(0) is not tables[0]
+    assert catalog.table(2) is tables[2]  # used more recently than 3
+    assert catalog.table(3) is not tables[3]
+
+
+def test_addresses_without_an_index_are_told(tmp_path: Path) -> None:
+    tar = (make_shards(tmp_path / "a", [2]) / "00000.tar").as_uri()
+    assert len(Catalog.open([tar])) == 2  # file:// is an address too, and its index lies beside it
+    (tmp_path / "a" / "00000.tar.idx.npz").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="a damaged index beside it; index remote shards ahead"):
+        Catalog.open([tar])
+    (tmp_path / "a" / "00000.tar.idx.npz").unlink()
+    with pytest.raises(UserError, match="no index beside it"):
+        Catalog.open([tar])
+    with pytest.raises(UserError, match="addresses cannot be searched"):
+        Catalog.open([tar.replace("00000", "*")])

@@ -1,0 +1,144 @@
+"""tools/inspect_shards.py: its numbers against data whose facts are known, damage, and bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdist.data.consolidated import write_consolidated
+from clipdist.data.index import load_index
+from clipdist.data.shards import Sample, write_shard
+from clipdist.errors import EXIT_FAULT, UserError
+
+_spec = importlib.util.spec_from_file_location(
+    "inspect_shards", Path(__file__).parents[2] / "tools" / "inspect_shards.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+tool = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tool)
+
+
+def picture(width: int, height: int, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), width, dtype=np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Shards of 4 and 2 samples: sides 10 to 50, one picture twice, one caption twice, one without a caption."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    texts = [["A dog.", "Two dogs run"], ["a  dog"], ["It's a cat"], []]
+    samples = []
+    for row, captions in enumerate(texts):
+        members = {"jpg": picture(10 * (row + 1), 20, "JPEG"), "json": json.dumps({"captions": captions}).encode()}
+        samples.append(Sample(f"s{row}", members))
+    write_shard(folder / "0.tar", samples)
+    twice = {"jpg": samples[0].members["jpg"], "txt": b"grey"}
+    ids = {"png": picture(50, 20, "PNG"), "txt": b"white", "0123456789abcdef.ids": b"\0" * 8}
+    write_shard(folder / "1.tar", [Sample("s4", twice), Sample("s5", ids)])
+    return folder
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, dict, str]:
+    """Exit code, the JSON object, and what went to stderr."""
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", *map(str, arguments), "--json", "--processes", "1"])
+    code = tool.main()
+    said = capsys.readouterr()
+    return code, json.loads(said.out.splitlines()[-1]), said.err
+
+
+def test_numbers(folder: Path, monkeypatch, capsys) -> None:
+    code, result, _ = run(monkeypatch, capsys, folder)
+    assert code == 0
+    assert (result["shards"], result["samples"], result["looked_at"]) == (2, 6, 6)
+    assert result["bytes"] == sum(tar.stat().st_size for tar in folder.glob("*.tar"))
+    assert result["samples_per_shard"] == {"0": 2, "50": 3, "100": 4}
+    assert result["kinds"]["jpg"] == pytest.approx(100 * 5 / 6)
+    assert (result["indexed"], result["shards_with_checksums"]) == (2, 2)
+    assert result["token_ids"] == ["0123456789abcdef.ids"]
+    pictures, captions = result["pictures"], result["captions"]
+    assert pictures["formats"] == {"jpg": 5, "png": 1}
+    assert (pictures["width"]["0"], pictures["width"]["50"], pictures["width"]["100"]) == (10, 25, 50)
+    assert (pictures["aspect"]["0"], pictures["aspect"]["100"]) == (1, 2.5)
+    assert pictures["repeated"] == 1
+    assert captions["count"] == 6
+    assert captions["repeated"] == 1  # "A dog." and "a  dog"
+    assert captions["vocabulary"] == len({"a", "dog", "two", "dogs", "run", "it's", "cat", "grey", "white"})
+    assert captions["most_frequent"]["a"] == 3
+    assert captions["characters"]["100"] == len("Two dogs run")
+    assert result["unusable"] == {"missing caption": 1}
+
+
+def test_a_sample_is_the_same_every_time(folder: Path, monkeypatch, capsys) -> None:
+    first, second = (run(monkeypatch, capsys, folder, "--samples", "3")[1] for _ in range(2))
+    assert first["looked_at"] == 3
+    assert first == second
+
+
+def test_nothing_is_written_but_the_sheet(folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    for path in folder.glob("*.npz"):
+        path.unlink()
+    code, result, _ = run(monkeypatch, capsys, folder, "--sheet", tmp_path / "sheet.png", "--verify")
+    assert (code, result["verified"]) == (EXIT_FAULT, {"missing caption": 1})
+    assert (result["indexed"], result["shards_with_checksums"]) == (0, 0)
+    assert sorted(path.name for path in folder.iterdir()) == ["0.tar", "1.tar"]
+    assert Image.open(tmp_path / "sheet.png").width > 400
+
+
+def test_verify_names_what_is_damaged(folder: Path, monkeypatch, capsys) -> None:
+    index = load_index(folder / "1.tar")
+    data = bytearray((folder / "1.tar").read_bytes())
+    data[index.offset[0, 0] + index.size[0, 0] // 2] ^= 0xFF
+    (folder / "1.tar").write_bytes(data)
+    (folder / "2.tar").write_bytes(data[:700])
+    code, result, said = run(monkeypatch, capsys, folder, "--verify")
+    assert code == EXIT_FAULT
+    assert len(result["damaged"]) == 1
+    assert f"damaged: {folder}/2.tar: not a tar file, or cut off" in said
+    assert run(monkeypatch, capsys, folder / "0.tar")[0] == 0
+
+
+def test_verify_trusts_no_earlier_verification(folder: Path, monkeypatch, capsys) -> None:
+    write_consolidated(folder / "one.index.zip", [load_index(folder / "1.tar")])
+    stat = (folder / "1.tar").stat()
+    index = load_index(folder / "1.tar")
+    with open(folder / "1.tar", "r+b") as file:
+        file.seek(int(index.offset[0, 1]))
+        file.write(b"G")
+    os.utime(folder / "1.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    for name in ("1.tar", "one.index.zip"):
+        code, result, said = run(monkeypatch, capsys, folder / name, "--verify")
+        assert (code, result["verified"]) == (EXIT_FAULT, {"wrong checksum": 1})
+        assert "1.tar: 's4': wrong checksum" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["nowhere"], "no shards match nowhere"),
+        (["text.tar"], "text.tar: not a tar file"),
+        (["empty.tar"], "no samples in empty.tar"),
+        (["set", "--sheet", "absent/x.png"], "no such folder"),
+        (["https://127.0.0.1:1/{0..1}*.tar"], "addresses cannot be searched"),
+    ],
+)
+def test_bad_input_is_told(folder: Path, monkeypatch, tmp_path: Path, arguments: list[str], text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.tar").write_text("no tar at all\n" * 100)
+    write_shard("empty.tar", [])
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", *arguments])
+    with pytest.raises(UserError, match=text):
+        tool.main()

@@ -1,0 +1,149 @@
+"""Shards in; what they hold out, as tables and a contact sheet: sizes, captions, repeats, damage."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from clipdist.data.catalog import name_shards
+from clipdist.data.consolidated import Consolidated
+from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.describe import choose_samples, describe_members, describe_samples, open_shards
+from clipdist.data.examine import MOST_NAMED, Source, Task, examine_shard, in_order
+from clipdist.data.fetch import Fetcher, safe_name
+from clipdist.data.pictures import open_pool
+from clipdist.data.reader import Reader, open_reader
+from clipdist.errors import EXIT_FAULT, UserError, run_main
+from clipdist.evals.sheet import Row, contact_sheet, first_caption
+
+EXAMPLE = """examples:
+  python tools/inspect_shards.py data/flickr8k/train --sheet train.png
+  python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json"""
+SHEET_PICTURES = 32
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, .txt lists, .index.zip files"
+    )
+    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="read at most so many samples (10000)")
+    parser.add_argument(
+        "--verify", action="store_true", help="read and decode every sample; damage ends in exit code 1"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="of --verify; default: one per core")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    arguments = parser.parse_args()
+    if arguments.samples < 1:
+        parser.error(f"--samples {arguments.samples}: must be at least 1")
+    if not 0 <= arguments.processes <= 1024:
+        parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    if arguments.sheet and arguments.sheet.suffix != ".png":
+        parser.error(f"--sheet {arguments.sheet}: the name must end in .png")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.sheet and not os.access(arguments.sheet.absolute().parent, os.W_OK):
+        raise UserError(f"--sheet {arguments.sheet}: no such folder, or it cannot be written")
+    opened = open_shards(arguments.shards)
+    if not len(opened.catalog):
+        raise UserError(opened.damaged[0] if opened.damaged else f"no samples in {' '.join(arguments.shards)}")
+    for damage in opened.damaged:
+        print(f"damaged: {damage}", file=sys.stderr)
+    result = {**describe_members(opened.catalog), "indexed": opened.indexed, "damaged": opened.damaged}
+    ids = choose_samples(opened.catalog, arguments.samples)
+    reader = open_reader(opened.catalog)
+    try:
+        result |= describe_samples(reader, ids)
+        if arguments.sheet:
+            draw_sheet(reader, ids, arguments.sheet)
+    finally:
+        reader.close()
+    if arguments.verify:
+        result["verified"] = verify(arguments.shards, arguments.processes or len(os.sched_getaffinity(0)))
+    print(table(result))
+    if arguments.json:
+        print(json.dumps(result))
+    return EXIT_FAULT if opened.damaged or result.get("verified") else 0
+
+
+def verify(shards: list[str], processes: int) -> dict[str, int]:
+    """Reads and decodes everything. How many samples have each defect; the first are named on stderr."""
+    sources = []
+    for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
+        tars = part.tars if isinstance(part, Consolidated) else [part]
+        book = part.name if isinstance(part, Consolidated) else ""
+        sources += [Source(tar, book, number) for number, tar in enumerate(tars)]
+    defects: Counter[str] = Counter()
+    named = 0
+    processes = min(processes, len(sources))
+    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder, open_pool(processes) as pool:
+        task = Task(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
+        results = in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes)
+        for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
+            defects += found.defects
+            for key, defect in found.named[: max(0, MOST_NAMED - named)]:
+                tqdm.write(f"defective: {safe_name(found.tar)}: {key!r}: {defect}", file=sys.stderr)
+                named += 1
+    return dict(defects.most_common())
+
+
+def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
+    """Pictures spread evenly over the samples that were looked at."""
+    images, labels = [], []
+    for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_PICTURES)).astype(int)].tolist():
+        try:
+            images.append(decode_pixels(reader.image(sample_id)))
+        except BadSample as error:
+            print(f"defective: {reader.shard_name(sample_id)}: {reader.key(sample_id)!r}: {error}", file=sys.stderr)
+            continue
+        labels.append(f"{reader.key(sample_id)}\n{first_caption(reader, sample_id)}")
+    if not images:
+        raise UserError(f"--sheet {path}: none of the pictures looked at can be decoded")
+    contact_sheet([Row(f"{len(images)} of {len(reader.catalog)} samples", images, labels)]).save(path)
+
+
+def table(result: dict) -> str:
+    per_shard, pictures, captions = result["samples_per_shard"], result["pictures"], result["captions"]
+    looked = "all" if result["looked_at"] == result["samples"] else f"a sample of {result['looked_at']}"
+    lines = [
+        f"{result['samples']} samples in {result['shards']} shards, {result['bytes'] / 1e6:.1f} MB; "
+        f"{per_shard['0']:g} / {per_shard['50']:g} / {per_shard['100']:g} a shard (least / median / most)",
+        f"{result['indexed']} shards have a fresh index, {result['shards_with_checksums']} have checksums",
+        "members, % of samples: " + ", ".join(f"{kind} {share:.4g}" for kind, share in result["kinds"].items()),
+        f"token ids: {', '.join(result['token_ids']) or 'none'}",
+        f"of {looked}:",
+        "  formats: " + (", ".join(f"{count} {kind}" for kind, count in pictures["formats"].items()) or "none"),
+        f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or pictures["width"]),
+    ]
+    rows = [(name, pictures[name]) for name in ("width", "height", "aspect")]
+    rows += [(name, captions[name]) for name in ("per_picture", "words", "characters")]
+    lines += [f"{name.replace('_', ' '):>14}" + "".join(f"{v:>9.4g}" for v in values.values()) for name, values in rows]
+    lines += [
+        f"  {captions['count']} captions, {captions['vocabulary']} different words: "
+        + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
+        f"  repeats: {pictures['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
+    ]
+    lines += [f"{count:>10}  {reason}" for reason, count in result["unusable"].items()]
+    if "verified" in result:
+        lines.append("verified: every sample" + (", of which" if result["verified"] else " is good"))
+        lines += [f"{count:>10}  {reason}" for reason, count in result["verified"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
