@@ -239,7 +239,7 @@ def check_shares(catalog: Catalog, config: Config, arguments: argparse.Namespace
             f"SHARDS: {shards} shards for {loaders} loaders of open_clip_train (--ranks x --workers); give more"
             " shards, or fewer --workers"
         )
-    sizes = sorted(len(shard) for shard in catalog.shards)
+    sizes = sorted(shard.count for shard in catalog.shards)
     least, batch = sum(sizes[: shards // loaders]), config.train.global_batch // arguments.ranks
     if arguments.rounds and least < batch:
         raise UserError(

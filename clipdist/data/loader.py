@@ -124,7 +124,6 @@ class Loader:
 
     def _empty_batch(self, draws: Draws) -> Batch:
         b, size = len(draws.ids), self.image_size
-        colour = self.pin and self._augmentation.changes_colour
         return Batch(
             position=self._next,
             # Threads write into the batch's own memory, channels last, as the resize gives them.
@@ -133,7 +132,7 @@ class Loader:
             valid=torch.zeros(b, dtype=torch.bool, pin_memory=self.pin),
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
-            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._augmentation) if colour else None,
+            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._augmentation) if self.pin else None,
         )
 
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:

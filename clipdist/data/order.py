@@ -76,15 +76,15 @@ class Order:
     def draws(self, position: int, rank: int = 0, world: int = 1) -> Draws:
         """One rank's rows of global batch `position`; W must divide B."""
         per_rank = self.key.global_batch // world
-        first = rank * per_rank
+        first, end = rank * per_rank, (rank + 1) * per_rank
         if self.key.parts:
-            whole = self._mixed(position)
-            return Draws(*(rows[first : first + per_rank] for rows in whole))
+            return Draws(*(rows[first:end] for rows in self._mixed(position)))
         epoch, step = divmod(position, self.steps_per_epoch)
         per_stream = self.key.global_batch // self.key.streams
-        rows = np.arange(first, first + per_rank, dtype=np.int64)
-        stream = rows // per_stream
-        ids = self._one.ids(epoch, stream, rows - stream * per_stream + step * per_stream)
+        stream = np.arange(first // per_stream, -(-end // per_stream))
+        row = np.maximum(stream * per_stream, first)  # the first of each stream; a rank may begin within one
+        count = np.minimum((stream + 1) * per_stream, end) - row
+        ids = self._one.ids(epoch, stream, row - stream * per_stream + step * per_stream, count)
         return Draws(ids, np.full(per_rank, epoch, dtype=np.int64))
 
     def ids(self, position: int, rank: int = 0, world: int = 1) -> np.ndarray:
@@ -97,20 +97,22 @@ class Order:
         Draw j of a source is the next sample of its stream j mod V, so the draws of a step are spread over all streams.
         """
         batch = self.key.global_batch
-        begins = self._schedule.counts(position * batch)
-        ends = self._schedule.counts((position + 1) * batch)
+        begins = self._schedule.counts(position * batch).tolist()
+        ends = self._schedule.counts((position + 1) * batch).tolist()
         parts = []
-        for streams, begin, end in zip(self._sources, begins.tolist(), ends.tolist()):
-            epoch, place = np.divmod(np.arange(begin, end, dtype=np.int64), streams.length)
-            stream = place % streams.count
-            ids = np.empty_like(place)
-            for this in np.unique(epoch).tolist():  # a small source may begin a new epoch within a batch
-                rows = np.flatnonzero(epoch == this)
-                rows = rows[np.argsort(stream[rows], kind="stable")]
-                ids[rows] = streams.ids(this, stream[rows], place[rows] // streams.count)
-            parts.append((ids, epoch, stream * (1 << 15) // streams.count))
+        for streams, begin, end in zip(self._sources, begins, ends):
+            while begin < end:  # a small source may begin a new epoch within a batch
+                epoch, first = divmod(begin, streams.length)
+                last = min(streams.length, first + end - begin)
+                stream = np.arange(streams.count)
+                start = -(-(first - stream) // streams.count)  # of its places the first whose draw is in first .. last
+                count = -(-(last - stream) // streams.count) - start
+                ids = streams.ids(epoch, stream, start, count)
+                where = np.repeat((stream * (1 << 15) // streams.count).astype(np.uint16), count)
+                parts.append((ids, np.full(len(ids), epoch, dtype=np.int64), where))
+                begin += last - first
         ids, epochs, where = (np.concatenate(column) for column in zip(*parts))
-        rows = np.argsort(where.astype(np.uint16), kind="stable")
+        rows = np.argsort(where, kind="stable")
         return Draws(ids[rows], epochs[rows])
 
 
@@ -130,22 +132,27 @@ class Streams:
         self.window = window or self.per_stream
         self._epoch = lru_cache(maxsize=2)(self._lay_out)  # the one that is read, and the next one, fetched ahead
 
-    def ids(self, epoch: int, stream: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """Sample ids int64 [m]; `stream` and `place` are int64 [m], `stream` in ascending order."""
-        place = stream * self.per_stream + self._permute_windows(epoch, stream, place)
+    def ids(self, epoch: int, stream: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """Sample ids int64 [sum of count]: of stream[i] the places start[i] .. start[i] + count[i], in that order."""
+        stream, number, begin, count = self._cut_at_windows(stream, start, count)
+        keys = _mix(_mix(_mix(_mix(self.seed, _WINDOW), epoch), stream), number)
+        sizes = np.minimum(self.window, self.per_stream - number * self.window)  # a stream's last window may be shorter
+        ends = np.cumsum(count)
+        inside = np.arange(ends[-1]) - np.repeat(ends - count - (begin - number * self.window), count)
+        place = permute(inside, sizes, keys, count)
+        place += np.repeat(stream * self.per_stream + number * self.window, count)
         return self._epoch(epoch).sample_ids(place)
 
-    def _permute_windows(self, epoch: int, stream: np.ndarray, place: np.ndarray) -> np.ndarray:
-        window, length = self.window, self.per_stream
-        number = place // window if window < length else np.zeros_like(place)
-        inside = place - number * window
-        # Neighbours share a window: keys are drawn once for each, not once a row.
-        turn = np.flatnonzero((np.diff(stream) != 0) | (np.diff(number) != 0)) + 1
-        firsts = np.concatenate([[0], turn])
-        runs = np.diff(np.concatenate([firsts, [len(place)]]))
-        keys = _mix(_mix(_mix(_mix(self.seed, _WINDOW), epoch), stream[firsts]), number[firsts])
-        sizes = np.minimum(window, length - number[firsts] * window)  # the last window of a stream may be shorter
-        return number * window + permute(inside, sizes, keys, runs)
+    def _cut_at_windows(self, stream: np.ndarray, start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(stream, number of the window, first place, count) of runs that lie in one window each; none is empty."""
+        rows = np.flatnonzero(count)
+        stream, start, end = stream[rows], start[rows], (start + count)[rows]
+        first = start // self.window
+        pieces = (end - 1) // self.window - first + 1
+        run = np.repeat(np.arange(len(rows)), pieces)
+        number = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        begin = np.maximum(start[run], number * self.window)
+        return stream[run], number, begin, np.minimum(end[run], (number + 1) * self.window) - begin
 
     def _lay_out(self, epoch: int) -> _Epoch:
         shards = len(self.starts) - 1
@@ -257,47 +264,48 @@ def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray, runs: np.ndarray) -> 
         x: int64 [m], of which the next runs[i] elements are permuted with key[i] and lie in 0 .. n[i]-1.
         n: int64 [r], at most 2^62.  key: uint64 [r].  runs: int64 [r], summing up to m.
     """
-    bits = np.array([max(2, (int(size) - 1).bit_length()) for size in np.unique(n)])
-    width = bits[np.searchsorted(np.unique(n), n)]
-    low = width // 2
-    rounds = [_mix(key, number) for number in range(4)]
+    widths = np.array([max(2, (int(size) - 1).bit_length()) for size in n.tolist()])
+    low = widths // 2
+    if (widths == widths[0]).all():
+        widths, low = widths[:1], low[:1]
 
     def spread(values: np.ndarray, kind: type) -> np.ndarray:
-        return np.repeat(values.astype(kind), runs) if len(values) > 1 else values.astype(kind)
+        values = values.astype(kind)
+        return np.repeat(values, runs) if len(values) > 1 else values
 
-    limit = spread(n, np.int64)
-    low_bits = spread(low, np.int64)
-    masks = [spread((1 << half) - 1, np.uint32) for half in (width - low, low)]
-    round_keys = [spread(mixed & np.uint64(0xFFFFFFFF), np.uint32) for mixed in rounds]
-    out = _feistel(x, low_bits, masks, round_keys)
+    limit = spread(n if (n != n[0]).any() else n[:1], np.int64)
+    numbers = [
+        spread(low, np.int64),
+        *(spread((1 << half) - 1, np.uint32) for half in (widths - low, low)),
+        *(spread(_mix(key, number) & np.uint64(0xFFFFFFFF), np.uint32) for number in range(4)),
+    ]
+    out = _feistel(x, *numbers)
     rows = np.flatnonzero(out >= limit)
     while len(rows):
-
-        def of_rows(values: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
-            return values[rows] if len(values) > 1 else values
-
-        again = _feistel(
-            out[rows], of_rows(low_bits), [of_rows(mask) for mask in masks], [of_rows(k) for k in round_keys]
-        )
+        again = _feistel(out[rows], *(values[rows] if len(values) > 1 else values for values in numbers))
         out[rows] = again
-        rows = rows[again >= of_rows(limit)]
+        rows = rows[again >= (limit[rows] if len(limit) > 1 else limit)]
     return out
 
 
-def _feistel(x: np.ndarray, low: np.ndarray, masks: list[np.ndarray], keys: list[np.ndarray]) -> np.ndarray:
+def _feistel(
+    x: np.ndarray, low: np.ndarray, high_mask: np.ndarray, low_mask: np.ndarray, *keys: np.ndarray
+) -> np.ndarray:
     """x is `high << low | right`; high and right are changed in turn, each by a hash of the other."""
-    high_mask, low_mask = masks
     high = (x >> low).astype(np.uint32)
-    right = x.astype(np.uint32) & low_mask
-    high ^= _hash(right, keys[0]) & high_mask
-    right ^= _hash(high, keys[1]) & low_mask
-    high ^= _hash(right, keys[2]) & high_mask
-    right ^= _hash(high, keys[3]) & low_mask
-    return (high.astype(np.int64) << low) | right
+    right = x.astype(np.uint32)
+    right &= low_mask
+    for number in (0, 2):
+        high ^= _hash(right, keys[number], high_mask)
+        right ^= _hash(high, keys[number + 1], low_mask)
+    out = high.astype(np.int64)
+    out <<= low
+    out |= right
+    return out
 
 
-def _hash(x: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """uint32 to uint32 (the finaliser lowbias32 of Wellons' hash prospector, its input masked with a key)."""
+def _hash(x: np.ndarray, key: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """uint32 to uint32 (the finaliser lowbias32 of Wellons' hash prospector, keyed), of which `mask` stays."""
     z = x ^ key
     z ^= z >> np.uint32(16)
     z *= np.uint32(0x21F0AAAD)
@@ -305,6 +313,7 @@ def _hash(x: np.ndarray, key: np.ndarray) -> np.ndarray:
     z += key  # the key enters twice: a single mask would only relabel the inputs of one fixed function
     z *= np.uint32(0x735A2D97)
     z ^= z >> np.uint32(15)
+    z &= mask
     return z
 
 

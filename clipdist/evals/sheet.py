@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.reader import open_reader
+from clipdist.data.reader import Reader, open_reader
 from clipdist.evals.embed import Embeddings
 
 TILE = 176  # side of a picture's square, pixels
