@@ -290,7 +290,7 @@ def _check(config: Config) -> None:
             f"be above 0, one for each of the {len(data.train)} entries of data.train",
         )
         need(
-            train.steps or train.samples,
+            train.steps + train.samples > 0,
             "data.weights",
             data.weights,
             "come with train.samples: a mixture has no epochs",

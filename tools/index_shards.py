@@ -204,7 +204,7 @@ def require_samples(tally: Tally) -> None:
     if not tally.samples:
         raise UserError(tally.damaged[0][1] if tally.damaged else f"no samples in {tally.shards} shards")
     if tally.kinds and "jpg" not in tally.kinds:
-        from clipdist.data.reader import PICTURE_KINDS  # comes with torch, for which most shards need not wait
+        from clipdist.data.index import PICTURE_KINDS
 
         if not tally.kinds & set(PICTURE_KINDS):
             raise UserError(f"no pictures in {tally.shards} shards: their members are {', '.join(sorted(tally.kinds))}")

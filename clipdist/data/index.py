@@ -7,6 +7,7 @@ A sample is the run of neighbouring members that share a key: the member's path 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -32,6 +33,11 @@ _MOST_DIGITS = 256  # in a row: tarfile's search takes the square of their numbe
 _BLOCK_BYTES = 512
 _PADDING_BYTES = 1 << 20  # read at a time of what follows the end mark
 _COLUMN = "column."  # prefix of the numeric columns among the arrays of the file
+
+
+PICTURE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+AT_ONCE_BYTES = 8 << 20  # a member of more is read by itself
+_HEADERS_BYTES = 16 << 10  # between the members of a sample that are read at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +76,24 @@ class ShardIndex:
         digest.update(np.ascontiguousarray(self.size[:, by_name], dtype="<i8").tobytes())
         return digest.digest()
 
+    @functools.cached_property
+    def column_of(self) -> dict[str, int]:
+        return {kind: column for column, kind in enumerate(self.kinds)}
+
+    @functools.cached_property
+    def spans(self) -> np.ndarray:
+        """int64 [n, 2]: first byte and length of the part of the tar that holds all of a sample that training reads.
+
+        Length 0: its members are not neighbours, or large, and are to be read one by one.
+        """
+        columns = [column for kind, column in self.column_of.items() if is_read(kind)]
+        offset, size = self.offset[:, columns], self.size[:, columns]
+        read = (offset >= 0) & (size <= AT_ONCE_BYTES)
+        begin = np.where(read, offset, np.iinfo(np.int64).max).min(axis=1, initial=np.iinfo(np.int64).max)
+        length = np.where(read, offset + size, 0).max(axis=1, initial=0) - begin
+        at_once = (length > 0) & (length <= np.where(read, size, 0).sum(axis=1) + _HEADERS_BYTES)
+        return np.stack([np.where(at_once, begin, 0), np.where(at_once, length, 0)], axis=1)
+
     def select(self, rows: np.ndarray) -> ShardIndex:
         """The index of some rows only (bool [n] or positions); the shard stays as it is."""
         return replace(
@@ -84,6 +108,11 @@ class ShardIndex:
     def bytes_in_memory(self) -> int:
         arrays = [self.keys, self.offset, self.size, *self.columns.values()]
         return sum(array.nbytes for array in arrays) + (0 if self.crc is None else self.crc.nbytes)
+
+
+def is_read(kind: str) -> bool:
+    """Whether training reads members of this kind."""
+    return kind in PICTURE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
 
 
 def index_path(tar: str | Path) -> Path:

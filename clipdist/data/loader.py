@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 import unicodedata
 from collections import deque
@@ -23,9 +24,10 @@ from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_p
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
-from clipdist.data.reader import Reader, open_reader
+from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 
+_UNUSED = 3  # references to memory that only the loader's list holds: that list, a loop's name, and the question itself
 _PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
 
 
@@ -84,6 +86,7 @@ class Loader:
         self._threads = cfg.threads or default_threads()
         self._pool = ThreadPoolExecutor(self._threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
         self._ahead: deque[tuple[Batch, list[Future]]] = deque()
+        self._memory: list[np.ndarray] = []
         self._scout = Scout(reader, order, rank, world, start) if reader.is_cached() else None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -126,8 +129,7 @@ class Loader:
         b, size = len(draws.ids), self.image_size
         return Batch(
             position=self._next,
-            # Threads write into the batch's own memory, channels last, as the resize gives them.
-            image=torch.zeros(b, size, size, 3, dtype=torch.uint8, pin_memory=self.pin).permute(0, 3, 1, 2),
+            image=self._pictures((b, size, size, 3)).permute(0, 3, 1, 2),  # as the resize gives them
             tokens=torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin),
             valid=torch.zeros(b, dtype=torch.bool, pin_memory=self.pin),
             sample_id=torch.from_numpy(draws.ids),
@@ -135,44 +137,56 @@ class Loader:
             colour=colour_parameters(np.zeros((b, UNIFORMS)), self._augmentation) if self.pin else None,
         )
 
+    def _pictures(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for pictures, uint8, into which the threads write. What nobody holds any more is taken again.
+
+        Fresh memory costs a page fault every 4 KiB, which on large pictures is a tenth of the time.
+        """
+        if self.pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps pinned memory for the next one
+        for memory in self._memory:
+            if sys.getrefcount(memory) == _UNUSED and memory.shape == shape:
+                return torch.from_numpy(memory)  # every tensor on it, views included, holds a reference to it
+        self._memory.append(np.empty(shape, dtype=np.uint8))
+        return torch.from_numpy(self._memory[-1])
+
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:
         """Runs in a thread: reads, decodes and tokenises some rows. Returns what could not be used, and why."""
         ids = draws.ids[rows].tolist()
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], 1 + UNIFORMS)
-        images, tokens, valid = batch.image[rows], batch.tokens[rows], batch.valid[rows]
+        images, tokens = batch.image[rows], batch.tokens[rows]
+        size, limit = self.image_size, self.cfg.max_pixels
         captions, untokenised, bad = [""] * len(ids), [], []
         for row, sample_id in enumerate(ids):
             try:
-                choices = self.reader.captions(sample_id)
+                sample = self.reader.sample(sample_id)
+                choices = sample.captions()
                 chosen = int(uniforms[row, 0] * len(choices)) if self.cfg.caption == "random" else 0
-                data = self.reader.image(sample_id)
-                train_image(
-                    data, self.image_size, uniforms[row, 1:], self._augmentation, self.cfg.max_pixels, images[row]
-                )
-                if not self._cached_tokens(sample_id, len(choices), chosen, tokens[row]):
+                train_image(sample.image(), size, uniforms[row, 1:], self._augmentation, limit, images[row])
+                stored = self._stored_ids(sample, len(choices))
+                if stored is None:
                     untokenised.append(row)
+                else:
+                    tokens[row] = stored[chosen]
                 captions[row] = choices[chosen]
-                valid[row] = True
             except BadSample as error:
                 bad.append((sample_id, error.reason))
+                images[row] = 0
                 untokenised.append(row)
         # An embedding fails on ids that a damaged member may hold where no checksum tells.
         strange = ((tokens < 0) | (tokens >= self.tokenizer.vocab_size)).any(1)
         untokenised += strange.nonzero().flatten().tolist()
         if untokenised:
             tokens[untokenised] = self.tokenizer([captions[row] for row in untokenised])
+        batch.valid[rows] = torch.tensor([bool(caption) for caption in captions])
         batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
         self._change_colour(batch, rows, uniforms[:, 1:])
         return bad
 
-    def _cached_tokens(self, sample_id: int, captions: int, chosen: int, out: torch.Tensor) -> bool:
-        """Takes the token ids from the shard, where it holds those of this very tokenizer."""
-        data = self.reader.read(sample_id, self._token_kind)
-        ids = None if data is None else unpack_tokens(data, captions, self.tokenizer.context_length)
-        if ids is None:
-            return False
-        out.copy_(ids[chosen])
-        return True
+    def _stored_ids(self, sample: StoredSample, captions: int) -> torch.Tensor | None:
+        """The token ids that the shard holds, where they are those of this very tokenizer: int64 [captions, L]."""
+        data = sample.read(self._token_kind)
+        return None if data is None else unpack_tokens(data, captions, self.tokenizer.context_length)
 
     def _change_colour(self, batch: Batch, rows: slice, uniforms: np.ndarray) -> None:
         parameters = colour_parameters(uniforms, self._augmentation)

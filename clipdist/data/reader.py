@@ -16,12 +16,12 @@ from clipdist.data.cache import ShardCache
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote
+from clipdist.data.index import PICTURE_KINDS, ShardIndex
 
 # Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256
 MAX_MEMBER_BYTES = 256 << 20  # a larger picture is none
 MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twenty times its bytes
-PICTURE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 
 
 def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = MAX_OPEN) -> Reader:
@@ -54,78 +54,33 @@ class Reader:
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, sample_id: int, kind: str) -> bytes | None:
-        """The bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
-
-        Raises:
-            BadSample: the member is not whole, not what the index' checksum says, or too large.
-        """
+    def sample(self, sample_id: int) -> StoredSample:
+        """One sample, its members read at once where they are neighbours, as they are in any shard of ours."""
         shard, row = self.catalog.locate(sample_id)
         table = self.catalog.table(shard)
-        if kind not in table.kinds:
-            return None
-        column = table.kinds.index(kind)
-        offset, size = int(table.offset[row, column]), int(table.size[row, column])
-        if offset < 0:
-            return None
-        if size > (MAX_MEMBER_BYTES if kind in PICTURE_KINDS else MAX_TEXT_BYTES):
-            raise BadSample("too large")
-        with self._descriptor(shard) as descriptor:
-            data = os.pread(descriptor, size, offset)
-        if len(data) != size:
-            raise BadSample("shard cut off")
-        if table.crc is not None and zlib.crc32(data) != int(table.crc[row, column]):
-            raise BadSample("wrong checksum")
-        return data
+        begin, length = table.spans[row].tolist()
+        return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
+
+    def read(self, sample_id: int, kind: str) -> bytes | None:
+        """The bytes of one member (`kind` is its extension). See StoredSample.read."""
+        return self.sample(sample_id).read(kind)
 
     def image(self, sample_id: int) -> bytes:
-        """The encoded picture.
-
-        Raises:
-            BadSample: the sample has none.
-        """
-        for kind in PICTURE_KINDS:
-            data = self.read(sample_id, kind)
-            if data:
-                return data
-        raise BadSample("missing image")
+        """The encoded picture. See StoredSample.image."""
+        return self.sample(sample_id).image()
 
     def captions(self, sample_id: int) -> list[str]:
-        """All captions of a sample: "captions" of its .json, else its .txt.
-
-        Raises:
-            BadSample: the sample has none, or they are no text.
-        """
-        listed = self.metadata(sample_id).get("captions")
-        listed = listed if isinstance(listed, list) else []
-        captions = [caption for caption in listed if isinstance(caption, str) and caption.strip()]
-        if not captions:
-            try:
-                text = (self.read(sample_id, "txt") or b"").decode("utf-8").strip()
-            except UnicodeDecodeError:
-                raise BadSample("caption not UTF-8") from None
-            captions = [text] if text else []
-        if not captions:
-            raise BadSample("missing caption")
-        try:
-            "".join(captions).encode()
-        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
-            raise BadSample("caption not UTF-8") from None
-        return captions
+        """All captions of a sample. See StoredSample.captions."""
+        return self.sample(sample_id).captions()
 
     def metadata(self, sample_id: int) -> dict:
-        """The sample's .json as a dict; empty where there is none.
+        """The sample's .json. See StoredSample.metadata."""
+        return self.sample(sample_id).metadata()
 
-        Raises:
-            BadSample: it is no JSON object.
-        """
-        try:
-            record = json.loads(self.read(sample_id, "json") or b"{}")
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise BadSample("not JSON")
-        return record
+    def pread(self, shard: int, offset: int, size: int) -> bytes:
+        """Some bytes of a shard; fewer where it ends before."""
+        with self._descriptor(shard) as descriptor:
+            return os.pread(descriptor, size, offset)
 
     def key(self, sample_id: int) -> str:
         shard, row = self.catalog.locate(sample_id)
@@ -181,6 +136,95 @@ class Reader:
 
     def _is_cached(self, shard: int) -> bool:
         return self.stage or is_remote(self.catalog.shards[shard].tar)
+
+
+class StoredSample:
+    """One sample as it lies in its shard: members that are checked when they are taken."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        shard: int,
+        row: int,
+        table: ShardIndex,
+        begin: int,
+        data: bytes,
+    ) -> None:
+        self._reader, self._shard, self._row, self._table = reader, shard, row, table
+        self._begin, self._data = begin, data  # the bytes of the shard from `begin` on that are read already
+
+    def read(self, kind: str) -> bytes | None:
+        """The bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
+
+        Raises:
+            BadSample: the member is not whole, not what the index' checksum says, or too large.
+        """
+        column = self._table.column_of.get(kind)
+        if column is None:
+            return None
+        offset, size = int(self._table.offset[self._row, column]), int(self._table.size[self._row, column])
+        if offset < 0:
+            return None
+        if size > (MAX_MEMBER_BYTES if kind in PICTURE_KINDS else MAX_TEXT_BYTES):
+            raise BadSample("too large")
+        inside = offset - self._begin
+        data = self._data[inside : inside + size] if inside >= 0 else b""
+        if len(data) != size:
+            data = self._reader.pread(self._shard, offset, size)
+        if len(data) != size:
+            raise BadSample("shard cut off")
+        if self._table.crc is not None and zlib.crc32(data) != self._table.crc[self._row, column]:
+            raise BadSample("wrong checksum")
+        return data
+
+    def image(self) -> bytes:
+        """The encoded picture.
+
+        Raises:
+            BadSample: the sample has none.
+        """
+        for kind in PICTURE_KINDS:
+            data = self.read(kind)
+            if data:
+                return data
+        raise BadSample("missing image")
+
+    def captions(self) -> list[str]:
+        """All captions: "captions" of the .json, else the .txt.
+
+        Raises:
+            BadSample: there are none, or they are no text.
+        """
+        listed = self.metadata().get("captions")
+        listed = listed if isinstance(listed, list) else []
+        captions = [caption for caption in listed if isinstance(caption, str) and caption.strip()]
+        if not captions:
+            try:
+                text = (self.read("txt") or b"").decode("utf-8").strip()
+            except UnicodeDecodeError:
+                raise BadSample("caption not UTF-8") from None
+            captions = [text] if text else []
+        if not captions:
+            raise BadSample("missing caption")
+        try:
+            "".join(captions).encode()
+        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
+            raise BadSample("caption not UTF-8") from None
+        return captions
+
+    def metadata(self) -> dict:
+        """The .json as a dict; empty where there is none.
+
+        Raises:
+            BadSample: it is no JSON object.
+        """
+        try:
+            record = json.loads(self.read("json") or b"{}")
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise BadSample("not JSON")
+        return record
 
 
 class _Descriptor:

@@ -13,11 +13,13 @@ import numpy as np
 import open_clip
 import open_clip.tokenizer
 import torch
+from tokenizers.models import BPE
 
 from clipdist.errors import UserError
 from clipdist.model.spec import BPE_VOCABULARY, ModelSpec
 
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
+_MARKS = ("<start_of_text>", "<end_of_text>")
 _PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]
 
 
@@ -84,6 +86,9 @@ class BPETokenizer:
             options["bpe_path"] = io.BytesIO(truncated_merges(vocab_size))
         self._bpe = open_clip.SimpleTokenizer(context_length=context_length, **options)
         self._fast = options.keys() <= {"bpe_path"}  # other options change the cleaning: leave it all to open_clip
+        merges = [pair for pair, _ in sorted(self._bpe.bpe_ranks.items(), key=lambda item: item[1])]
+        # The same merges as open_clip's own loop, which takes seconds for a "word" of thousands of letters.
+        self._merge = BPE(vocab=self._bpe.encoder, merges=merges, end_of_word_suffix="</w>")
         self._memo: dict[str, tuple[int, ...]] = {}
         self.context_length = context_length
         self.vocab_size = self._bpe.vocab_size
@@ -91,11 +96,11 @@ class BPETokenizer:
     def __call__(self, texts: list[str]) -> torch.Tensor:
         if not self._fast:
             return self._bpe(texts)
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        tokens = np.zeros((len(texts), self.context_length), dtype=np.int64)
         for row, text in enumerate(texts):
             ids = self._encode(text)[: self.context_length - 2]
-            tokens[row, : len(ids) + 2] = torch.tensor([self._bpe.sot_token_id, *ids, self._bpe.eot_token_id])
-        return tokens
+            tokens[row, : len(ids) + 2] = [self._bpe.sot_token_id, *ids, self._bpe.eot_token_id]
+        return torch.from_numpy(tokens)
 
     def fingerprint(self) -> str:
         return _digest("bpe", self.vocab_size, self.context_length, self(_PROBE).tolist())
@@ -120,12 +125,13 @@ class BPETokenizer:
             ids.extend(known)
         if len(memo) > _MEMO_WORDS:
             self._memo = {}
-            self._bpe.cache = {mark: mark for mark in ("<start_of_text>", "<end_of_text>")}
         return ids
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word in _MARKS:  # a caption may hold them as text; open_clip takes them for what they are
+            return (self._bpe.encoder[word],)
         letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
-        return tuple(self._bpe.encoder[piece] for piece in self._bpe.bpe(letters).split(" "))
+        return tuple(token.id for token in self._merge.tokenize(letters))
 
 
 class HFTokenizer:

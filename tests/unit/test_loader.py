@@ -98,7 +98,7 @@ def test_a_bad_sample_keeps_its_row(tmp_path):
 
 def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):
     source = loader(shards / "train")
-    monkeypatch.setattr(source.reader, "captions", lambda sample_id: 1 / 0)
+    monkeypatch.setattr(source.reader, "sample", lambda sample_id: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         source.next()
     source.close()

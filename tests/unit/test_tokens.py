@@ -136,3 +136,10 @@ def test_missing_hf_tokenizer_is_bad_input(tmp_path: Path) -> None:
     spec = resolve_spec(Model(name=hf_model_json(tmp_path, "no/such/folder")))
     with pytest.raises(UserError, match=r"tokenizer no/such/folder: neither a folder"):
         make_tokenizer(spec)
+
+
+def test_endless_words_take_no_time_and_get_the_same_ids():
+    ours, theirs = BPETokenizer(49408, 77), open_clip.SimpleTokenizer(context_length=77)
+    words = ["x" * 300, "aeinst" * 40, "dog" + "s" * 200, "<start_of_text> a dog <end_of_text>"]
+    assert torch.equal(ours(words), theirs(words))
+    assert ours(["q7" * 200_000])[0, -1] == theirs.eot_token_id  # minutes, were it merged pair by pair
