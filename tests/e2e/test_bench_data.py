@@ -1,0 +1,168 @@
+"""tools/bench_data.py: what it answers and what it refuses. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdist.data.catalog import Catalog
+from clipdist.data.reader import Reader
+from clipdist.data.shards import Sample, write_shard
+from clipdist.errors import UserError
+
+pytest.importorskip("open_clip_train")
+TOOL = Path(__file__).parents[2] / "tools/bench_data.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("bench_data", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """136 pictures of 48x40 in 2 shards."""
+    folder = tmp_path_factory.mktemp("bench")
+    for shard in range(2):
+        write_shard(folder / f"{shard:05d}.tar", [small_sample(f"{shard}{row:03d}") for row in range(68)])
+    return folder
+
+
+def small_sample(key):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(int(key)).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return Sample(key, {"jpg": file.getvalue(), "txt": f"picture {key} of a test".encode()})
+
+
+def run(tool, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, words)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tool.main()
+
+
+def run_alone(*words):
+    """The command as users type it: the processes that it starts import the tool."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, TOOL, *map(str, words)], capture_output=True, text=True, env=env)
+
+
+def test_rates_of_all_sides_are_told(shards, tmp_path):
+    out = tmp_path / "bench.md"
+    few = [
+        "--rounds",
+        1,
+        "--seconds",
+        0.1,
+        "--batch",
+        16,
+        "--threads",
+        1,
+        "--starts",
+        1,
+        "--output",
+        32,
+        "--step-ms",
+        1,
+    ]
+    installed = ["--peer-webdataset", version("webdataset")]  # nothing to install
+    done = run_alone(shards, "--dct", *few, *installed, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    answer = json.loads(told.splitlines()[-1])
+    assert answer["ratio"] == pytest.approx(answer["ours"] / answer["open_clip"])
+    assert answer["of_ceiling"] == pytest.approx(answer["ours"] / answer["ceiling"])
+    assert min(answer["ours"], answer["open_clip"], answer["ceiling"]) > 0
+    assert 0 < answer["wait_share"] < 1
+    assert answer["step_s"] == 1e-3
+    assert sum(answer["shares"].values()) == pytest.approx(1)
+    for stages in answer["stage_us"].values():
+        assert set(stages) == {"read", "decode", "resize", "tokens", "other"}
+        assert min(stages["read"], stages["decode"], stages["tokens"]) > 0
+    assert answer["first_batch_s"] > 0
+    assert answer["start_s"] > 0
+    assert answer["resume_ratio"] > 0
+    assert answer["open_clip_workers"] in (1, 2)
+    text = out.read_text()
+    assert text.strip() in told
+    for word in ("| clipdist ", "open_clip_train, ", "| decode ", "commit:", "hardware:", "load ", "136 pictures"):
+        assert word in text
+
+
+def test_made_pictures_are_as_large_as_photographs_and_all_different(tool, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "new/pictures"
+    assert run(tool, monkeypatch, "--make-640x480", folder, "--pictures", 18) == 0
+    assert "18 pictures in 6 shards" in capfd.readouterr().out
+    reader = Reader(Catalog.open([str(folder)]))
+    assert len(reader.catalog) == 18
+    files = [reader.image(sample_id) for sample_id in range(18)]
+    reader.close()
+    assert 60_000 < np.mean([len(data) for data in files]) < 100_000
+    assert len(set(files)) == 18
+    assert {Image.open(io.BytesIO(data)).size for data in files} == {(640, 480)}
+
+
+def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(tool, monkeypatch):
+    """A clock that advances with every batch: the rate is that of the window alone, in whole rounds of the workers."""
+    clock = {"now": 0.0}
+    sizes = iter([1000] * 3 + [8] * 100)  # the prepared ones must not count
+
+    def take() -> int:
+        clock["now"] += 1.0
+        return next(sizes)
+
+    monkeypatch.setattr(tool.time, "perf_counter", lambda: clock["now"])
+    assert tool.steady_rate(take, 5.0, skip=3, at_once=4) == 8
+    assert clock["now"] == 3 + 8  # two rounds of four
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "SHARDS: no shards match nowhere"),
+        (["SHARDS", "--batch", "137"], "136 samples, fewer than --batch 137"),
+        (["SHARDS/00000.tar", "--batch", "8"], "68 samples; 128 are needed"),
+        (["SHARDS", "--peer-webdataset", "-r"], "expected one argument"),
+        (["SHARDS", "--batch", "8", "--peer-webdataset", "new"], "must be a version"),
+        (["SHARDS", "--crop-scale", "0"], "must lie in"),
+        (["SHARDS", "--threads", "0"], "--threads 0: must lie in 1 .. 1024"),
+        ([], "SHARDS: name some"),
+    ],
+)
+def test_bad_input_is_told(tool, shards, monkeypatch, capsys, words, says):
+    with pytest.raises((UserError, SystemExit)) as ended:
+        run(tool, monkeypatch, *(word.replace("SHARDS", str(shards)) for word in words))
+    assert says in (str(ended.value) if ended.type is UserError else capsys.readouterr().err)
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+    samples = [small_sample(f"{row:03d}") for row in range(128)]
+    samples[7] = Sample("007", {**samples[7].members, "jpg": b"no picture"})
+    write_shard(tmp_path / "00000.tar", samples)
+    installed = ["--peer-webdataset", version("webdataset"), "--seconds", 0.1, "--batch", 8, "--output", 32]
+    done = run_alone(tmp_path, *installed)
+    assert done.returncode == 2
+    assert done.stderr == ("error: SHARDS: 00000.tar: 007: not an image; measure with samples that can all be used\n")
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tool, tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        run(tool, monkeypatch, "--make-640x480", tmp_path)
+    assert os.listdir(tmp_path) == ["mine"]
