@@ -61,7 +61,7 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     name: str = "RN50"  # an open_clip model name, or a model JSON
-    weights: str = ""  # "": random; an open_clip tag; or a file
+    weights: str = ""  # "": random; an open_clip tag; a file; or a Hugging Face CLIP folder
     trust_weights: bool = False  # load a TorchScript file whose SHA-256 is not OpenAI's
     word_vectors: str = ""  # word vectors in text format (word2vec, GloVe) for a CBOW tower
     lock_image: bool = False  # LiT: the image tower stays as it is
@@ -130,6 +130,11 @@ class Eval:
     every: int = 0  # steps between validations; 0: once an epoch. The last step always validates
     batch: int = 64  # pictures per rank and forward pass
     sheet: int = 8  # sentences on the retrieval picture sheet; 0: none
+    labelled: str = (
+        ""  # CIFAR's archive, a folder of pictures by class, or labelled shards: zero-shot classification, too
+    )
+    templates: str = "simple"  # of its class names: cifar10, imagenet, simple, a file, or one with {}
+    probe: bool = False  # also a linear probe on eval.labelled's training pictures: minutes on a large set
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class Trainer:
         from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.engine.saver import Saver
+        from clipdist.evals.validation import Validation
         from clipdist.monitor.bad_samples import BadSamples
         from clipdist.monitor.metrics import Metrics, Progress
 
@@ -148,6 +149,7 @@ class Trainer:
             start=self.step,
             pin=place.device.type == "cuda",
         )
+        self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, place)
         self.bad = BadSamples()
         self.saver = Saver(config.run.dir, config.train.keep, place.rank, self._shared_token())
         self.metrics = Metrics(config.run.dir, place.rank, self.step)
@@ -304,35 +306,17 @@ class Trainer:
     # Validation, checkpoints, the end
 
     def _validate(self) -> None:
-        if self.plan.val is None:
+        findings = self.validation.run(self.engine)
+        if not findings.values or self.place.rank:
             return
-        from clipdist.evals.embed import embed_catalog, gather_embeddings
-        from clipdist.evals.retrieval import retrieval_metrics
-
-        own = embed_catalog(
-            self.engine.encode,
-            self.plan.val,
-            self.tokenizer,
-            self.spec.image_size,
-            batch=self.config.eval.batch,
-            progress=False,
-            rank=self.place.rank,
-            world=self.place.world,
-            data=self.config.data,
-        )
-        embeddings = gather_embeddings(own)
-        if self.place.rank == 0:
-            measured = retrieval_metrics(embeddings.image, embeddings.text, embeddings.text_image)
-            self.metrics.write("val", self.step, self._samples(), **measured)
-            self.results |= measured
-            names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance")
-            shown = "  ".join(f"{name} {measured[name]:.2f}" for name in names)
-            self.progress.say(f"validation at step {self.step} on {len(embeddings.keys)} pictures: {shown}")
-            if self.config.eval.sheet:
-                from clipdist.evals.sheet import retrieval_sheet
-
-                sheet = retrieval_sheet(embeddings, self.plan.val, self.config.eval.sheet)
-                self.metrics.picture("val/retrieval", sheet, self.step)
+        self.metrics.write("val", self.step, self._samples(), **findings.values)
+        self.results |= findings.values
+        names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
+        shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
+        self.progress.say(f"validation at step {self.step}: {shown}")
+        sheet = self.validation.sheet(findings)
+        if sheet is not None:
+            self.metrics.picture("val/retrieval", sheet, self.step)
 
     def _save(self) -> None:
         from clipdist.checkpoint import Manifest

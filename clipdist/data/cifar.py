@@ -1,13 +1,16 @@
-"""CIFAR-10's python layout (a folder or its tar archive) in, uint8 pictures with labels out; and the way back.
+"""CIFAR-10's and CIFAR-100's python layout (a folder or its tar archive) in, uint8 pictures with labels out; and the
+way back for CIFAR-10.
 
 Layout: A. Krizhevsky, 2009: data_batch_1 ... and test_batch, each a pickled dictionary with `data` [n, 3072] uint8 and
-`labels` [n], and batches.meta with `label_names`. The official files are protocol 2 from Python 2 (strings are bytes);
-later copies are protocol 3. Pickles can run code, so these pass an unpickler that knows arrays and plain containers.
+`labels` [n], and batches.meta with `label_names`; of CIFAR-100 train, test and meta, with `fine_labels` and
+`fine_label_names`. The official files are protocol 2 from Python 2 (strings are bytes); later copies are protocol 3.
+Pickles can run code, so these pass an unpickler that knows arrays and plain containers.
 """
 
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import re
 import struct
@@ -25,7 +28,35 @@ from clipdist.errors import UserError
 SIDE = 32
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
-_WANTED = re.compile(r"(data_batch_\d+|test_batch|batches\.meta)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which files a set has, what they are called, and under which keys they keep labels and class names."""
+
+    name: str
+    classes: int
+    folder: str
+    archive: str
+    train: re.Pattern[str]
+    first_train: str  # the file that an error message names where there is none
+    test: str
+    meta: str
+    labels: str
+    class_names: str
+
+    def wants(self, name: str) -> bool:
+        return name in (self.test, self.meta) or self.train.fullmatch(name) is not None
+
+
+CIFAR_10 = Layout(
+    "CIFAR-10", 10, FOLDER, ARCHIVE, re.compile(r"data_batch_\d+"), "data_batch_1", "test_batch", "batches.meta",
+    "labels", "label_names",
+)  # fmt: skip
+CIFAR_100 = Layout(
+    "CIFAR-100", 100, "cifar-100-python", "cifar-100-python.tar.gz", re.compile("train"), "train", "test", "meta",
+    "fine_labels", "fine_label_names",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,13 +69,13 @@ class LabelledImages:
 
 
 @dataclass(frozen=True)
-class Cifar10:
+class Cifar:
     train: LabelledImages
     test: LabelledImages
     classes: tuple[str, ...]
 
 
-def read_cifar10(path: str | Path) -> Cifar10:
+def read_cifar10(path: str | Path) -> Cifar:
     """Reads any number of training batches (at least one), the test batch and the class names.
 
     Args:
@@ -54,21 +85,54 @@ def read_cifar10(path: str | Path) -> Cifar10:
     Raises:
         UserError: no such data, a damaged or truncated file, or a pickle that holds anything but arrays and containers.
     """
-    files = _read_files(Path(path))
-    batches = sorted((name for name in files if name.startswith("data_batch_")), key=lambda name: int(name[11:]))
-    for needed, found in (("data_batch_1", batches), ("test_batch", "test_batch" in files)):
+    return _read(Path(path), CIFAR_10)
+
+
+def read_cifar100(path: str | Path) -> Cifar:
+    """As read_cifar10, with the hundred fine labels."""
+    return _read(Path(path), CIFAR_100)
+
+
+def layout_of(path: str | Path) -> Layout | None:
+    """Which of the two sets a folder or tar archive holds; None: neither.
+
+    Raises:
+        UserError: an archive that is damaged before its first file of interest.
+    """
+    path = Path(path)
+    for layout in (CIFAR_10, CIFAR_100):
+        if path.is_dir() and (_folder_of(path, layout) or (path / layout.archive).is_file()):
+            return layout
+    if not path.is_file():
+        return None
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                for layout in (CIFAR_10, CIFAR_100):
+                    if member.isfile() and layout.wants(Path(member.name).name):
+                        return layout
+    except _TAR_ERRORS as error:
+        raise _damaged(path, error) from None
+    return None
+
+
+def _read(path: Path, layout: Layout) -> Cifar:
+    files = _read_files(path, layout)
+    batches = sorted(filter(layout.train.fullmatch, files), key=lambda name: (len(name), name))  # batch 10 after 9
+    for needed, found in ((layout.first_train, batches), (layout.test, layout.test in files)):
         if not found:
-            raise UserError(f"{path}: holds no {needed}; expected CIFAR-10's python version ({FOLDER} or {ARCHIVE})")
-    parts = [_labelled(files[name], f"{path}: {name}") for name in batches]
+            where = f"({layout.folder} or {layout.archive})"
+            raise UserError(f"{path}: holds no {needed}; expected {layout.name}'s python version {where}")
+    parts = [_labelled(files[name], f"{path}: {name}", layout) for name in batches]
     train = LabelledImages(
         np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
     )
-    test = _labelled(files["test_batch"], f"{path}: test_batch")
+    test = _labelled(files[layout.test], f"{path}: {layout.test}", layout)
     labels = np.concatenate([train.labels, test.labels])
-    classes = _class_names(files.get("batches.meta"), f"{path}: batches.meta", count=int(labels.max()) + 1)
+    classes = _class_names(files.get(layout.meta), f"{path}: {layout.meta}", int(labels.max()) + 1, layout)
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"{path}: labels {labels.min()} to {labels.max()}, but {len(classes)} class names")
-    return Cifar10(train, test, classes)
+    return Cifar(train, test, classes)
 
 
 def write_cifar10(
@@ -90,44 +154,58 @@ def write_cifar10(
     return out
 
 
-def _read_files(path: Path) -> dict[str, bytes]:
+def _read_files(path: Path, layout: Layout) -> dict[str, bytes]:
     """Name -> content of the layout's files, wherever under `path` they are."""
     if path.is_file():
-        return _read_archive(path)
+        return _read_archive(path, layout)
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder; expected {FOLDER} or {ARCHIVE}")
-    for folder in (path, path / FOLDER):
-        found = {entry.name: entry for entry in sorted(folder.glob("*")) if _WANTED.fullmatch(entry.name)}
-        if found:
-            return {name: entry.read_bytes() for name, entry in found.items()}
-    if (path / ARCHIVE).is_file():
-        return _read_archive(path / ARCHIVE)
-    raise UserError(f"{path}: holds neither CIFAR-10's batches, nor {FOLDER}, nor {ARCHIVE}")
+        raise UserError(f"{path}: no such file or folder; expected {layout.folder} or {layout.archive}")
+    folder = _folder_of(path, layout)
+    if folder is not None:
+        return {entry.name: entry.read_bytes() for entry in sorted(folder.iterdir()) if layout.wants(entry.name)}
+    if (path / layout.archive).is_file():
+        return _read_archive(path / layout.archive, layout)
+    raise UserError(f"{path}: holds neither {layout.name}'s batches, nor {layout.folder}, nor {layout.archive}")
 
 
-def _read_archive(path: Path) -> dict[str, bytes]:
+def _folder_of(path: Path, layout: Layout) -> Path | None:
+    """`path` or the layout's folder in it, whichever holds files (not folders) of the layout's names."""
+    for folder in (path, path / layout.folder):
+        if folder.is_dir() and any(layout.wants(entry.name) and entry.is_file() for entry in folder.iterdir()):
+            return folder
+    return None
+
+
+_TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged or truncated archive ({error}); download it again")
+
+
+def _read_archive(path: Path, layout: Layout) -> dict[str, bytes]:
     files = {}
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
                 name = Path(member.name).name
-                if member.isfile() and _WANTED.fullmatch(name):
+                if member.isfile() and layout.wants(name):
                     stream = archive.extractfile(member)
                     assert stream is not None  # a plain file always has content
                     files[name] = stream.read()
                     if len(files[name]) < member.size:  # an uncompressed archive ends without an error
                         raise EOFError(f"{name} is cut off")
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path}: damaged or truncated archive ({error}); download it again") from None
+    except _TAR_ERRORS as error:
+        raise _damaged(path, error) from None
     return files
 
 
-def _labelled(data: bytes, where: str) -> LabelledImages:
+def _labelled(data: bytes, where: str, layout: Layout) -> LabelledImages:
     batch = _unpickle(data, where)
     try:
-        images, labels = _as_array(batch["data"]), _as_array(batch["labels"])
+        images, labels = _as_array(batch["data"]), _as_array(batch[layout.labels])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a CIFAR-10 batch ({type(error).__name__}: {error})") from None
+        raise UserError(f"{where}: not a {layout.name} batch ({type(error).__name__}: {error})") from None
     if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != 3 * SIDE * SIDE:
         raise UserError(f"{where}: `data` is {images.dtype} {list(images.shape)}, not uint8 [n, {3 * SIDE * SIDE}]")
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or not len(labels):
@@ -135,13 +213,13 @@ def _labelled(data: bytes, where: str) -> LabelledImages:
     return LabelledImages(images.reshape(-1, 3, SIDE, SIDE).copy(), labels.astype(np.int64))
 
 
-def _class_names(data: bytes | None, where: str, count: int) -> tuple[str, ...]:
-    """The names, or numbers as names where batches.meta was lost."""
+def _class_names(data: bytes | None, where: str, count: int, layout: Layout) -> tuple[str, ...]:
+    """The names, or numbers as names where the file with them was lost."""
     if data is None:
-        return tuple(str(label) for label in range(max(count, 10)))
-    names = _unpickle(data, where).get("label_names")
+        return tuple(str(label) for label in range(max(count, layout.classes)))
+    names = _unpickle(data, where).get(layout.class_names)
     if not isinstance(names, list) or not names or not all(isinstance(name, bytes | str) for name in names):
-        raise UserError(f"{where}: holds no list `label_names`")
+        raise UserError(f"{where}: holds no list `{layout.class_names}`")
     return tuple(_text(name) for name in names)
 
 
@@ -195,7 +273,7 @@ def _unpickle(data: bytes, where: str) -> dict[str, Any]:
     try:
         tree = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # damaged pickles raise nearly anything
-        raise UserError(f"{where}: damaged, truncated or not a CIFAR-10 file ({error})") from None
+        raise UserError(f"{where}: damaged, truncated or not a file of CIFAR ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: holds {type(tree).__name__}, expected a dictionary")
     return {_text(key): value for key, value in tree.items() if isinstance(key, bytes | str)}

@@ -63,12 +63,20 @@ def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def eval_image(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """open_clip's evaluation transform: shorter side to `size`, centre crop: uint8 [3, size, size].
+    """open_clip's evaluation transform of an encoded picture: uint8 [3, size, size].
 
     Raises:
-        BadSample: as decode_pixels; also a strip that would have too many pixels once its short side is enlarged.
+        BadSample: as decode_pixels and eval_pixels.
     """
-    pixels = decode_pixels(data, max_pixels)
+    return eval_pixels(decode_pixels(data, max_pixels), size, max_pixels)
+
+
+def eval_pixels(pixels: np.ndarray, size: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """open_clip's evaluation transform: uint8 [h, w, 3], shorter side to `size`, centre crop: uint8 [3, size, size].
+
+    Raises:
+        BadSample: a strip that would have too many pixels once its short side is enlarged.
+    """
     height, width = pixels.shape[:2]
     short = min(height, width)
     tall, wide = int(size * height / short), int(size * width / short)

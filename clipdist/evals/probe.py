@@ -1,47 +1,69 @@
-"""Frozen features and labels in, the accuracy of one linear layer out: multinomial logistic regression by L-BFGS.
+"""Frozen features and labels in, the accuracy of one linear layer out: multinomial logistic regression, or SGD.
 
 The protocol follows Radford et al. 2021 (CLIP), appendix A.3: full-batch L-BFGS, the L2 penalty chosen on a part held
 out of the training set (here by its loss), then a fit on all of it; the test set is looked at once. Features are the
-image tower's projected output, scaled to unit length (what retrieval compares), then standardised with the training
-set's mean and deviation. Standardising is affine, so the whole is still one linear layer; it makes the penalty mean the
-same for every model, and the pixels of the baseline go through it as well.
+image tower's output after its projection, scaled to unit length (what retrieval compares), or as it is before its
+projection (the paper's); then standardised with the training set's mean and deviation. Standardising is affine, so the
+whole is still one linear layer; it makes the penalty mean the same for every model, and the pixels of the baseline go
+through it as well. The variant by SGD has no penalty: its learning rate is chosen in the same way.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from clipdist.errors import UserError
-from clipdist.evals.embed import encode_images, model_encoder
+from clipdist.data.labelled import LabelledSet, Split
+from clipdist.errors import Fault, UserError
+from clipdist.evals.embed import Encode
+from clipdist.evals.features import embed_set
+from clipdist.model.weights import weights_checksum
+
+Solver = Literal["lbfgs", "sgd"]
 
 L2_GRID = tuple(10.0 ** (-half / 2) for half in range(-4, 11))  # 100 to 1e-5, two a decade, strong to weak
+LR_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of SGD, cautious to bold
 RISE = 1.02  # over the lowest held-out loss: weaker penalties, which cost most iterations, are then not tried
 HELD_OUT = 0.2  # share of the training set that chooses the penalty
 MAX_ITERATIONS = 500
-SPLIT_SEED = 0
+EPOCHS = 50  # of SGD
+SGD_BATCH, MOMENTUM = 256, 0.9
+# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom: half the width of a 95 % interval.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_SEEDS = len(_T) + 1
 
 
 @dataclass(frozen=True)
 class Probe:
     """A fitted layer's answers to the test set."""
 
-    predictions: Tensor  # int64 [n_test]
+    scores: Tensor  # fp32 [n_test, c], the logits
     labels: Tensor  # int64 [n_test]
     classes: tuple[str, ...]
-    l2: float  # of the objective: mean cross-entropy + l2 / 2 * |W|^2
+    l2: float | None = None  # of the objective: mean cross-entropy + l2 / 2 * |W|^2; None: no penalty
+    lr: float | None = None  # of SGD
+
+    @property
+    def predictions(self) -> Tensor:
+        """int64 [n_test]."""
+        return self.scores.argmax(1)
 
     @property
     def accuracy(self) -> float:
         """Percent."""
         return 100.0 * (self.predictions == self.labels).double().mean().item()
+
+    @property
+    def top5(self) -> float:
+        """Percent whose class is among the five likeliest; 100 below six classes."""
+        best = self.scores.topk(min(5, len(self.classes))).indices
+        return 100.0 * (best == self.labels[:, None]).any(1).double().mean().item()
 
     @property
     def per_class(self) -> dict[str, float]:
@@ -54,27 +76,40 @@ class Probe:
         }
 
 
-def extract_features(model: nn.Module, images: np.ndarray, size: int, device: str, batch: int = 64) -> Tensor:
-    """Unit-length projected features of pictures uint8 [n, 3, h, w], resized to `size`: fp32 [n, D] on the CPU.
+def require_unchanged(module: nn.Module, before: str) -> None:
+    """Raises Fault where a weight or buffer is not what it was when its checksum was `before`."""
+    if weights_checksum(module) != before:
+        raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
-    `model` is a DualEncoder; none of its weights can change here, which is checked.
+
+# The layer
+
+
+def probe_of(
+    encode: Encode,
+    data: LabelledSet,
+    image_size: int,
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 2,
+    progress: bool = False,
+) -> dict[str, float]:
+    """The probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
+
+    Every rank computes a slice of the features, always `batch` pictures a call and equally often; rank 0 fits the
+    layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
 
     Raises:
-        RuntimeError: a weight or buffer changed all the same.
+        UserError: as embed_set and fit_probe.
     """
-    model.requires_grad_(False)
-    before = weights_checksum(model)
-    resized = _resized(images, size, batch)
-    progress = tqdm(resized, "features", -(-len(images) // batch), disable=None)
-    features = encode_images(model_encoder(model, device), progress)
-    if weights_checksum(model) != before:
-        raise RuntimeError("the frozen tower's weights changed while features were extracted")
-    return F.normalize(features, dim=1)
-
-
-def pixel_features(images: np.ndarray) -> Tensor:
-    """The baseline's features: the pixels themselves, fp32 [n, 3 * h * w] in [0, 1]."""
-    return torch.from_numpy(images.reshape(len(images), -1)).float() / 255
+    features = embed_set(encode, data, image_size, batch, rank, world, threads, progress)
+    if rank:
+        return {}
+    train, test = (F.normalize(part.image, dim=1) for part in (features.train, features.test))
+    probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes)
+    assert probe.l2 is not None  # L-BFGS has chosen one
+    return {"accuracy": probe.accuracy, "top5": probe.top5, "l2": probe.l2}
 
 
 def fit_probe(
@@ -84,11 +119,16 @@ def fit_probe(
     test_labels: Tensor,
     classes: Sequence[str],
     on_fit: Callable[[], object] | None = None,
+    solver: Solver = "lbfgs",
+    seed: int = 0,
+    epochs: int = EPOCHS,
 ) -> Probe:
     """Trains the layer on features fp32 [n, D] and labels int64 [n], and asks it about the test set.
 
     Args:
-        on_fit: called after each fit, of which there are at most len(L2_GRID) + 1.
+        on_fit: called after each fit, of which there are at most most_fits(solver).
+        solver: "lbfgs": the penalised optimum; "sgd": `epochs` of momentum SGD with a cosine schedule, unpenalised.
+        seed: of the held-out part, and of SGD's order.
 
     Raises:
         UserError: features that are not finite, or fewer than two training pictures.
@@ -97,41 +137,63 @@ def fit_probe(
         raise UserError("the image features are not finite: the weights have diverged")
     if len(train) < 2:
         raise UserError(f"the probe needs at least 2 training pictures; got {len(train)}")
-    l2 = _choose_l2(train, train_labels, len(classes), on_fit)
-    mean, scale = _statistics(train)
-    layer = _fit((train - mean) / scale, train_labels, l2, _zero_layer(train, len(classes)))
+    mean, scale = statistics(train)
+    if solver == "lbfgs":
+        chosen = _choose_l2(train, train_labels, len(classes), on_fit, seed)
+        layer = _fit((train - mean) / scale, train_labels, chosen, _zero_layer(train, len(classes)))
+    else:
+        chosen = _choose_lr(train, train_labels, len(classes), on_fit, seed, epochs)
+        layer = _fit_sgd((train - mean) / scale, train_labels, len(classes), chosen, seed, epochs)
     if on_fit:
         on_fit()
-    return Probe(_predict(layer, (test - mean) / scale), test_labels.cpu(), tuple(classes), l2)
+    scores = _scores(layer, (test - mean) / scale)
+    l2, lr = (chosen, None) if solver == "lbfgs" else (None, chosen)
+    return Probe(scores, test_labels.cpu(), tuple(classes), l2, lr)
 
 
-def weights_checksum(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def most_fits(solver: Solver) -> int:
+    """Fits that fit_probe makes at most."""
+    return len(L2_GRID if solver == "lbfgs" else LR_GRID) + 1
 
 
-def _choose_l2(features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None) -> float:
+def _choose_l2(
+    features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int = 0
+) -> float:
     """The penalty with the lowest cross-entropy on the held-out part, whose size makes accuracies coarse and noisy."""
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    count = max(1, round(HELD_OUT * len(order)))
-    held, kept = order[:count].to(features.device), order[count:].to(features.device)
-    mean, scale = _statistics(features[kept])
-    kept_features, held_features = (features[kept] - mean) / scale, (features[held] - mean) / scale
+    kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
     layer = _zero_layer(features, classes)
     losses: list[float] = []
     for l2 in L2_GRID:
-        layer = _fit(kept_features, labels[kept], l2, layer)  # begins where the stronger penalty ended
-        with torch.no_grad():
-            losses.append(F.cross_entropy(layer(held_features), labels[held]).item())
+        layer = _fit(kept, kept_labels, l2, layer)  # begins where the stronger penalty ended
+        losses.append(_loss(layer, held, held_labels))
         if on_fit:
             on_fit()
         if losses[-1] > RISE * min(losses):
             break
     return L2_GRID[losses.index(min(losses))]
+
+
+def _choose_lr(
+    features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int, epochs: int
+) -> float:
+    """The learning rate with the lowest cross-entropy on the held-out part."""
+    kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
+    losses: list[float] = []
+    for lr in LR_GRID:
+        loss = _loss(_fit_sgd(kept, kept_labels, classes, lr, seed, epochs), held, held_labels)
+        losses.append(loss if np.isfinite(loss) else float("inf"))  # too bold: diverged
+        if on_fit:
+            on_fit()
+    return LR_GRID[losses.index(min(losses))]
+
+
+def _hold_out(features: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Standardised features and labels of the kept part, then of the held-out part."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(HELD_OUT * len(order)))
+    held, kept = order[:count].to(features.device), order[count:].to(features.device)
+    mean, scale = statistics(features[kept])
+    return (features[kept] - mean) / scale, labels[kept], (features[held] - mean) / scale, labels[held]
 
 
 def _zero_layer(features: Tensor, classes: int) -> nn.Linear:
@@ -142,8 +204,13 @@ def _zero_layer(features: Tensor, classes: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def _predict(layer: nn.Linear, features: Tensor) -> Tensor:
-    return layer(features).argmax(1).cpu()
+def _scores(layer: nn.Linear, features: Tensor) -> Tensor:
+    return layer(features).cpu()
+
+
+@torch.no_grad()
+def _loss(layer: nn.Linear, features: Tensor, labels: Tensor) -> float:
+    return F.cross_entropy(layer(features), labels).item()
 
 
 def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
@@ -167,15 +234,77 @@ def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Li
     return layer
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: int, epochs: int) -> nn.Linear:
+    """`epochs` over the features in random order, the learning rate falling from `lr` to 0 along a cosine."""
+    layer = _zero_layer(features, classes)
+    steps = epochs * -(-len(features) // SGD_BATCH)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(features), generator=generator).to(features.device).split(SGD_BATCH):
+            optimiser.zero_grad()
+            F.cross_entropy(layer(features[rows]), labels[rows]).backward()
+            optimiser.step()
+            schedule.step()
+    return layer
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation per column; a constant column gets 1, so that it becomes 0."""
     scale, mean = torch.std_mean(features, dim=0, correction=0)
     return mean, torch.where(scale > 1e-7, scale, torch.ones_like(scale))
 
 
-def _resized(images: np.ndarray, size: int, batch: int) -> Iterator[Tensor]:
-    for begin in range(0, len(images), batch):
-        pixels = torch.from_numpy(images[begin : begin + batch])
-        if pixels.shape[2:] != (size, size):
-            pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        yield pixels
+# Label fractions
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean over seeds and its 95 % interval by Student's t; the interval is None of a single seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of 1 to MOST_SEEDS results of equal standing."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Interval(mean, None, None, 1)
+    half = _T[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def label_fraction(labels: np.ndarray | Tensor, percent: float, seed: int, classes: Sequence[str]) -> np.ndarray:
+    """Rows of a stratified share of a set, int64, ascending: every class gives `percent` of its pictures, rounded.
+
+    Raises:
+        UserError: a share outside (0, 100], or one that leaves a class without pictures.
+    """
+    if not 0 < percent <= 100:
+        raise UserError(f"--fractions {percent:g}: give percent above 0, at most 100")
+    numbers = np.asarray(labels)
+    random = np.random.default_rng(seed)
+    chosen = []
+    for label, name in enumerate(classes):
+        rows = np.flatnonzero(numbers == label)
+        count = int(len(rows) * percent / 100 + 0.5)
+        if len(rows) and not count:
+            raise UserError(
+                f"--fractions {percent:g}: leaves class {name} without pictures (it has {len(rows)});"
+                f" give at least {100 / len(rows) / 2:.3g}"
+            )
+        chosen.append(random.permutation(rows)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def require_classes(split: Split, classes: Sequence[str]) -> None:
+    """Raises UserError where a class has no training pictures: it could only be guessed wrong."""
+    counts = np.bincount(split.labels, minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts) if not count]
+    if empty:
+        more = f" ({len(empty)} such)" if len(empty) > 1 else ""
+        raise UserError(f"class {empty[0]} has no training pictures{more}; leave it out, or add some")

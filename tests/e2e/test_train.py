@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import LAUNCHERS, records, run
 from pairs import write_pairs
+from PIL import Image
+
 
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory) -> dict[str, Path]:
@@ -108,3 +110,23 @@ def test_features_that_are_not_finite_end_the_run_or_are_skipped_and_counted(sha
     events = [event for event in records(tmp_path / "skip", "event") if event["event"] == "skip"]
     assert [event["step"] for event in events] == [2, 3, 4]
     assert all("rank 1: 8 rows of the text tower" in event["reason"] for event in events)
+
+
+def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
+    for split, count in (("train", 6), ("test", 4)):
+        for name, colour in (("red", (220, 40, 40)), ("blue", (50, 70, 220))):
+            folder = tmp_path / "labelled" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (24, 24), tuple(c - number for c in colour)).save(folder / f"{number}.png")
+    words = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={tmp_path}", "train.steps=4"]
+    asked = run("torchrun", *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true")
+    assert asked.returncode == 0, asked.stderr
+    last = records(tmp_path / "tiny", "val")[-1]
+    assert last["probe/accuracy"] == 100  # two colours: any tower that sees tells them apart
+    assert last["zero_shot/top1"] in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
+    assert last["zero_shot/chance"] == 50
+    assert "probe/accuracy 100.00" in asked.stdout
+    refused = run("python", *words, "run.name=other", "eval.probe=true")
+    assert refused.returncode == 2
+    assert "eval.labelled" in refused.stderr

@@ -1,29 +1,52 @@
-"""CIFAR-10's layout read safely and written; the linear layer on frozen features; the probe tool."""
+"""CIFAR-10's layout read safely and written; the linear layer on frozen features, its label fractions; the tool."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import os
 import pickle
 import pickletools
 import runpy
+import socket
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from clipdist import config
 from clipdist.data.cifar import FOLDER, LabelledImages, read_cifar10, write_cifar10
-from clipdist.errors import UserError
+from clipdist.data.labelled import LabelledSet, Split, open_labelled
+from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
-from clipdist.evals.probe import L2_GRID, extract_features, fit_probe, pixel_features, weights_checksum
+from clipdist.evals.embed import Encode
+from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
+from clipdist.evals.probe import (
+    L2_GRID,
+    LR_GRID,
+    MOST_SEEDS,
+    fit_probe,
+    interval,
+    label_fraction,
+    most_fits,
+    probe_of,
+    require_unchanged,
+)
+from clipdist.model import load
+from clipdist.model.dual_encoder import DualEncoder, build_model
+from clipdist.model.weights import weights_checksum
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("circle", "square", "star")
@@ -218,8 +241,9 @@ def test_the_held_out_part_chooses_a_penalty_that_generalises() -> None:
     labels = torch.where(wrong, (labels + 1) % 3, labels)
     chosen = fit_probe(train, labels, test, test_labels, NAMES)
     weakest = probe._fit(train, labels, L2_GRID[-1], probe._zero_layer(train, 3))
-    by_heart = 100 * (probe._predict(weakest, test) == test_labels).double().mean().item()
-    assert (probe._predict(weakest, train) == labels).all()
+    by_heart = 100 * (probe._scores(weakest, test).argmax(1) == test_labels).double().mean().item()
+    assert (probe._scores(weakest, train).argmax(1) == labels).all()
+    assert chosen.l2 is not None
     assert chosen.l2 > 1e-2
     assert chosen.accuracy > by_heart + 5
 
@@ -250,93 +274,333 @@ def test_features_that_are_not_finite() -> None:
         fit_probe(train, labels, train, labels, NAMES)
 
 
+def test_sgd_comes_near_the_optimum() -> None:
+    train, labels = clusters(400, 0, noise=1.0)
+    test, test_labels = clusters(400, 1, noise=1.0)
+    fits: list[None] = []
+    sgd = fit_probe(train, labels, test, test_labels, NAMES, lambda: fits.append(None), solver="sgd", epochs=20)
+    exact = fit_probe(train, labels, test, test_labels, NAMES)
+    assert sgd.lr in LR_GRID
+    assert sgd.l2 is None
+    assert exact.lr is None
+    assert len(fits) == most_fits("sgd")
+    assert sgd.accuracy == pytest.approx(exact.accuracy, abs=3)
+    assert exact.accuracy > 80
+    again = fit_probe(train, labels, test, test_labels, NAMES, solver="sgd", epochs=20)
+    assert torch.equal(sgd.scores, again.scores)
+    other = fit_probe(train, labels, test, test_labels, NAMES, solver="sgd", epochs=20, seed=1)
+    assert not torch.equal(sgd.scores, other.scores)
+
+
+def test_top5_counts_the_five_likeliest() -> None:
+    names = tuple("abcdefgh")
+    scores = torch.arange(8.0).repeat(8, 1)  # every picture: h likeliest, then g, f, e, d
+    result = probe.Probe(scores, torch.arange(8), names)
+    assert (result.accuracy, result.top5) == (12.5, 62.5)
+    assert result.per_class == {name: 100.0 * (name == "h") for name in names}
+    assert probe.Probe(torch.zeros(2, 3), torch.tensor([0, 2]), NAMES).top5 == 100
+
+
+# Label fractions
+
+
+def test_a_fraction_takes_its_share_of_every_class() -> None:
+    labels = np.repeat([0, 1, 2], [200, 100, 50])
+    chosen = label_fraction(labels, 10, seed=0, classes=NAMES)
+    assert np.bincount(labels[chosen]).tolist() == [20, 10, 5]
+    assert len(set(chosen.tolist())) == 35
+    assert np.array_equal(chosen, label_fraction(torch.from_numpy(labels), 10, 0, NAMES))
+    assert not np.array_equal(chosen, label_fraction(labels, 10, 1, NAMES))
+    assert np.array_equal(label_fraction(labels, 100, 5, NAMES), np.arange(350))
+
+
+def test_a_fraction_that_leaves_a_class_empty_says_what_would_do() -> None:
+    labels = np.repeat([0, 1, 2], [200, 100, 20])
+    with pytest.raises(
+        UserError, match=r"fractions 1: leaves class star without pictures \(it has 20\); give at least 2.5"
+    ):
+        label_fraction(labels, 1, 0, NAMES)
+    assert np.bincount(labels[label_fraction(labels, 2.5, 0, NAMES)]).tolist() == [5, 3, 1]
+    for percent in (0, -1, 101, float("nan")):
+        with pytest.raises(UserError, match="above 0, at most 100"):
+            label_fraction(labels, percent, 0, NAMES)
+
+
+def test_interval_by_students_t() -> None:
+    """Values of a textbook: 1, 2, 3 have the mean 2, s = 1, and t(0.975; 2) = 4.303."""
+    result = interval([1.0, 2.0, 3.0])
+    assert (result.mean, result.seeds) == (2, 3)
+    assert result.low == pytest.approx(2 - 4.303 / 3**0.5)
+    assert result.high == pytest.approx(2 + 4.303 / 3**0.5)
+    assert interval([5.0]) == probe.Interval(5.0, None, None, 1)
+    interval(range(MOST_SEEDS))
+
+
 # The frozen tower
 
 
-class Tower(nn.Module):
-    """A DualEncoder's forward on an 8 x 8 input, with BatchNorm, whose buffers a careless pass would move."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(192)
-        self.projection = nn.Linear(192, 6)
-
-    def forward(self, image: torch.Tensor, tokens: None) -> tuple[torch.Tensor, None, torch.Tensor]:
-        assert image.shape[1:] == (3, 8, 8)
-        assert image.dtype == torch.uint8
-        return self.projection(self.norm(image.flatten(1) / 255)), None, torch.zeros(1)
+VIT = {"image_size": 16, "layers": 1, "width": 24, "head_width": 8, "patch_size": 8}
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+TIMM = {"timm_model_name": "resnet10t", "timm_model_pretrained": False, "timm_proj": "linear", "image_size": 32}
+TIMM_MLP = TIMM | {"timm_proj": "mlp"}
+TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}
 
 
-def test_features_come_from_a_frozen_tower() -> None:
-    torch.manual_seed(0)
-    tower = Tower().train()
-    before = weights_checksum(tower)
-    features = extract_features(tower, labelled(10, 0).images, 8, "cpu", batch=4)
-    assert features.shape == (10, 6)
-    assert torch.allclose(features.norm(dim=1), torch.ones(10))
-    assert weights_checksum(tower) == before
-    assert not any(parameter.requires_grad for parameter in tower.parameters())
-    one_batch = extract_features(tower, labelled(10, 0).images, 8, "cpu", batch=64)
-    assert torch.allclose(features, one_batch, atol=1e-6)
+def tiny(folder: Path, vision: dict, seed: int = 0) -> DualEncoder:
+    path = folder / "mini.json"
+    path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": TEXT}))
+    torch.manual_seed(seed)
+    return build_model(config.Model(name=str(path))).eval()
 
 
-@pytest.mark.parametrize("name", ["projection.weight", "projection.bias", "norm.running_mean", "norm.running_var"])
-def test_checksum_sees_every_weight_and_buffer(name: str) -> None:
-    tower = Tower()
-    before = weights_checksum(tower)
-    tower.state_dict()[name].view(-1)[0] += 1
-    assert weights_checksum(tower) != before
+def labelled_set(tmp_path: Path) -> LabelledSet:
+    """Two batches of 30 and 18 pictures; the label is the brightest channel."""
+    return open_labelled(write_cifar10(tmp_path, coloured(30, 0), coloured(18, 1), NAMES, batches=1))
 
 
-def test_a_tower_that_changes_is_a_fault() -> None:
-    class Restless(Tower):
-        def forward(self, image, tokens):
-            self.projection.bias.data += 1e-3
-            return super().forward(image, tokens)
+def coloured(n: int, seed: int) -> LabelledImages:
+    part = labelled(n, seed)
+    labels = np.arange(n) % 3
+    images = part.images // 3
+    images[np.arange(n), labels] += 100
+    return LabelledImages(images, labels)
 
-    with pytest.raises(RuntimeError, match="frozen tower's weights changed"):
-        extract_features(Restless(), labelled(4, 0).images, 8, "cpu")
+
+def encoded(encode: Encode, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        image, _ = encode(pixels, None)
+    assert image is not None
+    return image
+
+
+@pytest.mark.parametrize(
+    ("vision", "width"), [(VIT, 24), (RESNET, 256), (TIMM, 512), (TIMM_MLP, 512)], ids=["vit", "rn", "timm", "mlp"]
+)
+def test_features_before_the_projection_give_those_after_it(tmp_path: Path, vision: dict, width: int) -> None:
+    model = tiny(tmp_path, vision)
+    names = list(model.state_dict())
+    before = weights_checksum(model)
+    size = vision["image_size"]
+    pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    tower = encoded(frozen_encoder(model, "cpu", "tower"), pixels)
+    projected = encoded(frozen_encoder(model, "cpu", "projected"), pixels)
+    assert tower.shape == (3, width)
+    assert projected.shape == (3, 12)
+    visual: Any = model.visual
+    match vision:
+        case {"patch_size": _}:
+            by_hand = tower @ visual.proj
+        case {"width": _}:
+            by_hand = visual.attnpool.c_proj(tower)
+        case _:
+            by_hand = visual.head(tower)
+    assert torch.allclose(F.normalize(by_hand, dim=1), projected, atol=1e-6)
+    assert list(model.state_dict()) == names
+    assert weights_checksum(model) == before
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tower_without_a_projection_has_none_to_take_out(tmp_path: Path) -> None:
+    model = tiny(tmp_path, TIMM)
+    model.visual.head = nn.Sequential()
+    with pytest.raises(UserError, match="TimmModel has no projection that is known; take --features projected"):
+        frozen_encoder(model, "cpu", "tower")
+
+
+@pytest.mark.parametrize("name", ["visual.proj", "visual.conv1.weight", "text.positional_embedding", "logit_scale"])
+def test_checksum_sees_every_weight(tmp_path: Path, name: str) -> None:
+    model = tiny(tmp_path, VIT)
+    before = weights_checksum(model)
+    model.state_dict()[name].view(-1)[0] += 1
+    with pytest.raises(Fault, match="weights changed"):
+        require_unchanged(model, before)
+    model.state_dict()[name].view(-1)[0] -= 1
+
+
+def test_checksum_sees_batchnorms_statistics(tmp_path: Path) -> None:
+    model = tiny(tmp_path, RESNET)
+    before = weights_checksum(model)
+    require_unchanged(model, before)
+    frozen_encoder(model, "cpu", "projected")  # evaluation mode: a pass moves nothing
+    model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None)
+    require_unchanged(model, before)
+    model.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None)
+    with pytest.raises(Fault, match="weights changed"):
+        require_unchanged(model, before)
+
+
+def test_a_random_twin_is_another_model_and_always_the_same(tmp_path: Path) -> None:
+    model = tiny(tmp_path, VIT, seed=5)
+    state = torch.get_rng_state()
+    one, other = random_twin(model), random_twin(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights_checksum(one) == weights_checksum(other) != weights_checksum(model)
+    assert one.state_dict().keys() == model.state_dict().keys()
 
 
 def test_pixels_are_a_baseline() -> None:
-    features = pixel_features(labelled(3, 0).images)
-    assert features.shape == (3, 3072)
-    assert features.min() >= 0
-    assert features.max() <= 1
+    pixels = torch.from_numpy(labelled(3, 0).images)
+    features = encoded(pixel_encoder, pixels)
+    assert torch.equal(features, pixels.reshape(3, 3072).float() / 255)
+
+
+def test_features_are_computed_once(tmp_path: Path) -> None:
+    data, model = labelled_set(tmp_path), tiny(tmp_path, VIT)
+    calls: list[int] = []
+    frozen = frozen_encoder(model, "cpu", "projected")
+
+    def encode(image: torch.Tensor | None, tokens: torch.Tensor | None) -> Any:
+        calls.append(1)
+        return frozen(image, tokens)
+
+    cache = features_path(tmp_path / "cache", model, data, "projected")
+    assert cache is not None
+    first = embed_set(encode, data, 16, batch=8, cache=cache)
+    assert len(calls) == 4 + 3
+    assert (first.train.image.shape, first.test.image.shape) == ((30, 12), (18, 12))
+    assert torch.allclose(first.train.image.norm(dim=1), torch.ones(30))
+    again = embed_set(encode, data, 16, batch=8, cache=cache)
+    assert len(calls) == 7
+    assert torch.equal(again.train.image, first.train.image)
+    assert torch.equal(again.test.labels, torch.arange(18) % 3)
+    assert [file.name for file in cache.parent.iterdir()] == [cache.name]
+    cache.write_bytes(cache.read_bytes()[:100])  # a damaged file is computed anew
+    assert torch.equal(embed_set(encode, data, 16, batch=8, cache=cache).test.image, first.test.image)
+    assert len(calls) == 14
+
+
+def test_other_weights_data_or_features_are_another_file(tmp_path: Path) -> None:
+    data = labelled_set(tmp_path)
+    more = open_labelled(write_cifar10(tmp_path / "more", coloured(30, 0), coloured(18, 2), NAMES))
+    keys = {
+        features_path(tmp_path, tiny(tmp_path, VIT, seed), of, kind)
+        for seed in (0, 1)
+        for of in (data, more)
+        for kind in ("projected", "tower")
+    }
+    assert len(keys) == 8
+    assert (
+        features_path(tmp_path, tiny(tmp_path, VIT), replace(data, test=replace(data.test, digest="")), "tower") is None
+    )
+
+
+# As an evaluator
+
+
+def test_probe_of_an_encoder_on_its_own(tmp_path: Path) -> None:
+    data = labelled_set(tmp_path)
+    result = probe_of(pixel_encoder, data, 8, batch=8)
+    assert set(result) == {"accuracy", "top5", "l2"}
+    assert result["accuracy"] > 90
+    with pytest.raises(UserError, match="needs training pictures"):
+        probe_of(pixel_encoder, replace(data, train=None), 8)
+
+
+def probe_on(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        data = open_labelled(f"{folder}/cifar-10-batches-py")
+        result = probe_of(pixel_encoder, data, 8, 8, rank, 2)
+        cached = [embed_set(pixel_encoder, data, 8, 8, rank, 2, cache=Path(folder) / "f.safetensors") for _ in range(2)]
+        counts = [len(features.train.image) for features in cached]
+        Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts]))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_pictures(tmp_path: Path) -> None:
+    data = labelled_set(tmp_path)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(probe_on, (port, str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == [probe_of(pixel_encoder, data, 8, batch=8), [30, 30]]
+    assert second == [{}, [30, 0]]  # where the cache answers, only rank 0 has features
 
 
 # The tool
 
 
-def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from clipdist.data.tokens import make_tokenizer
-    from clipdist.model import load
-    from clipdist.model.dual_encoder import build_model
-
-    def coloured(n: int, seed: int) -> LabelledImages:
-        """The label is the brightest channel."""
-        part = labelled(n, seed)
-        images = part.images // 3
-        images[np.arange(n), part.labels] += 100
-        return LabelledImages(images, part.labels)
-
-    folder = write_cifar10(tmp_path, coloured(60, 0), coloured(40, 1), NAMES, batches=1)
-    torch.manual_seed(0)
-    model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))
-    loaded = load.LoadedModel(model.eval(), make_tokenizer(model.spec), "tiny", run_dir=None, step=None)
-    monkeypatch.setattr(load, "load_model", lambda *args, **options: loaded)
-    monkeypatch.setattr(sys, "argv", ["probe", "tiny", "--data", str(folder), "--device", "cpu", "--json"])
+def run_tool(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["probe", *options])
     runpy.run_path(str(REPOSITORY / "tools/probe_cifar10.py"))["main"]()
+
+
+def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_cifar10(tmp_path, coloured(60, 0), coloured(40, 1), NAMES, batches=1)
+    model = tiny(tmp_path, VIT, seed=5)
+    run = tmp_path / "run"
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: load.LoadedModel(model, None, "tiny", run, 3))  # type: ignore[arg-type]
+    options = ("tiny", "--data", str(data), "--device", "cpu", "--json", "--fractions", "20,100", "--seeds", "2")
+    run_tool(monkeypatch, *options, "--finetune", "--epochs", "2")
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
-    assert (record["train"], record["test"], record["features"]) == (60, 40, model.spec.embed_dim)
-    assert record["accuracy"] > 90
+    assert (record["train"], record["test"], record["features"], record["step"]) == (60, 40, 12, 3)
+    assert record["accuracy"] > 80
     assert record["baseline_pixels"] > 90
+    assert record["baseline_random"] > 50
+    assert record["top5"] == 100
     assert record["chance"] == pytest.approx(100 / 3)
     assert record["l2"] in L2_GRID
+    assert record["published"] is None
+    assert record["checksum"] == weights_checksum(model)
     assert set(record["per_class"]) == set(NAMES)
+    for kind in ("fractions", "finetune"):
+        assert [(row["percent"], row["pictures"], row["seeds"]) for row in record[kind]] == [(20, 12, 2), (100, 60, 2)]
+        assert all(row["low"] <= row["mean"] <= row["high"] for row in record[kind])
+    assert record["fractions"][1]["mean"] == pytest.approx(record["accuracy"], abs=10)
     table = "\n".join(lines[:-1])
-    assert all(name in table for name in (*NAMES, "all classes", "chance"))
+    assert all(name in table for name in (*NAMES, "all classes", "chance", "nothing but the last layer moved"))
+    with Image.open(run / "probe_confusion.png") as picture:
+        assert picture.width > 100
+    assert len(list((run / "features").iterdir())) == 2  # the model's, and its random twin's
+
+
+@pytest.mark.parametrize(
+    ("train", "weights", "shown"), [(50_000, "openai", True), (4000, "openai", False), (50_000, "", False)]
+)
+def test_published_figure_is_of_openais_rn50_on_all_of_cifar10(train: int, weights: str, shown: bool) -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools/probe_cifar10.py"))
+    split = Split(np.zeros(train, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
+    data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
+    args = argparse.Namespace(model="RN50", weights=weights)
+    found = tool["published_accuracy"](tool["Context"](args, data, "cpu", 0, 1, 1))
+    assert found == (("RN50", 88.7) if shown else None)
+
+
+def test_published_figure_of_a_file_goes_by_its_hash(tmp_path: Path) -> None:
+    tool = runpy.run_path(str(REPOSITORY / "tools/probe_cifar10.py"))
+    file = tmp_path / "RN50.pt"
+    file.write_bytes(b"weights")
+    split = Split(np.zeros(50_000, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
+    data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
+    context = tool["Context"](argparse.Namespace(model="RN50", weights=str(file)), data, "cpu", 0, 1, 1)
+    assert tool["published_accuracy"](context) is None
+    tool["PUBLISHED"][hashlib.sha256(b"weights").hexdigest()] = ("RN50", 88.7)
+    assert tool["published_accuracy"](context) == ("RN50", 88.7)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--fractions", "1"], "leaves class circle without pictures"),
+        (["--weights", "openai", "--fractions", "100", "--data", "DATA/nothing"], "no such file or folder"),
+        (["--data", "DATA/test_only"], "no training pictures"),
+        (["--data", "DATA/gap"], "class star has no training pictures"),
+    ],
+)
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str) -> None:
+    data = write_cifar10(tmp_path, coloured(12, 0), coloured(6, 1), NAMES, batches=1)
+    (tmp_path / "test_only" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "test_only" / "a" / "0.png")
+    (tmp_path / "gap").mkdir()
+    two = coloured(6, 0)
+    write_cifar10(tmp_path / "gap", LabelledImages(two.images, two.labels % 2), coloured(6, 1), NAMES, batches=1)
+    options = [option.replace("DATA", str(tmp_path)) for option in options]
+    with pytest.raises(UserError, match=says):
+        run_tool(monkeypatch, "RN50", "--data", str(data), *options)
 
 
 def test_tool_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,306 @@
+"""Labelled pictures in; frozen features of them out, of every picture on every rank, and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from clipdist.data.decode import BadSample, eval_pixels
+from clipdist.data.labelled import LabelledSet, Split
+from clipdist.errors import UserError
+from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
+from clipdist.model.dual_encoder import DualEncoder, assemble
+from clipdist.model.weights import weights_checksum
+
+Kind = Literal["projected", "tower"]
+PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
+RANDOM_SEED = 0  # of the baseline's weights
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """The pictures of a split that could be decoded, in its order; equal on all ranks."""
+
+    image: Tensor  # fp32 [n, D], as the projection gives them, on the CPU
+    labels: Tensor  # int64 [n]
+    left_out: int  # pictures that could not be decoded
+
+
+@dataclass(frozen=True)
+class Features:
+    """Both splits' features on the CPU. Tensors are empty on the ranks that do not fit."""
+
+    train: SplitFeatures
+    test: SplitFeatures
+
+
+def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -> Encode:
+    """Pictures to features, with every weight frozen: "projected" of unit length, "tower" as the tower gives them.
+
+    Raises:
+        UserError: "tower" of a tower without a projection that is known.
+    """
+    model = model.to(device).eval().requires_grad_(False)
+    if kind == "tower":
+        _projection(model.visual)  # an unknown tower is heard of before pictures are decoded
+
+    def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        assert image is not None  # the probe has no sentences
+        return image_features(model, image.to(device, non_blocking=True), kind), None
+
+    return encode
+
+
+def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
+    """uint8 [b, 3, S, S] -> [b, D], or [b, width] before the projection; see frozen_encoder."""
+    if kind == "projected":
+        return F.normalize(model(image, None)[0].float(), dim=1)
+    with without_projection(model.visual):
+        return model(image, None)[0]
+
+
+@contextmanager
+def without_projection(tower: nn.Module) -> Iterator[None]:
+    """Takes an image tower's projection out while the block runs; the tower is then as it was.
+
+    Of CLIP's ResNets this leaves what attention pools, before the pooling's own projection.
+
+    Raises:
+        UserError: the tower has none that is known.
+    """
+    owner, name, stand_in = _projection(tower)
+    projection = getattr(owner, name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, projection)
+
+
+def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
+    """(module, attribute, what to put there instead) of an image tower's projection."""
+    if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
+        return tower, "proj", None
+    pool: Any = getattr(tower, "attnpool", None)
+    if isinstance(getattr(pool, "c_proj", None), nn.Linear):  # ModifiedResNet takes the layer's weights, never calls it
+        weight = pool.c_proj.weight
+        same = nn.Linear(weight.shape[1], weight.shape[1], device="meta").to_empty(
+            device=weight.device
+        )  # nothing drawn
+        nn.init.eye_(same.weight)
+        nn.init.zeros_(same.bias)
+        return pool, "c_proj", same.requires_grad_(False).to(weight.dtype)
+    head: Any = getattr(tower, "head", None)  # of open_clip's adapter for timm
+    for name in ("proj", "mlp"):
+        if isinstance(getattr(head, name, None), nn.Module):
+            return head, name, nn.Identity()
+    raise UserError(
+        f"the image tower {type(tower).__name__} has no projection that is known; take --features projected"
+    )
+
+
+def pixel_encoder(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The baseline's features: the pixels themselves, uint8 [b, 3, h, w] -> fp32 [b, 3 * h * w] in [0, 1]."""
+    assert image is not None
+    return image.flatten(1).float() / 255, None
+
+
+def random_twin(model: DualEncoder) -> DualEncoder:
+    """The same architecture with weights freshly drawn, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        return assemble(model.spec, tower_weights=False).eval()
+
+
+def embed_split(
+    encode: Encode,
+    split: Split,
+    image_size: int,
+    batch: int = 64,
+    threads: int = 2,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> SplitFeatures:
+    """Features of all pictures on every rank; each rank computes one contiguous slice, in full batches. Collective.
+
+    Args:
+        image_size: side of the square that the model takes, pixels.
+        threads: decoding threads.
+
+    Raises:
+        UserError: not one picture can be decoded.
+    """
+    mine, calls = share_of(len(split), batch, rank, world)
+    if not calls:
+        raise UserError("no pictures to classify")
+    bad: set[int] = set()
+    pictures = read_pictures(split, mine, image_size, batch, calls, threads, bad)
+    bar = tqdm(pictures, "pictures", calls, disable=None if progress and rank == 0 else True)
+    features = encode_images(encode, bar)[: len(mine)]
+    every = torch.zeros(len(split), features.shape[1])
+    every[mine.start : mine.stop] = features
+    good = torch.zeros(len(split), dtype=torch.int64)
+    good[[row for row in mine if row not in bad]] = 1
+    kept = sum_over_ranks(good, world).bool()
+    if not kept.any():
+        raise UserError(f"not one of {len(split)} pictures can be decoded")
+    return SplitFeatures(sum_over_ranks(every, world)[kept], torch.from_numpy(split.labels)[kept], int((~kept).sum()))
+
+
+def embed_set(
+    encode: Encode,
+    data: LabelledSet,
+    size: int,
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 2,
+    progress: bool = True,
+    cache: Path | None = None,
+) -> Features:
+    """Features of both splits, from the cache where it has them. Collective: every rank computes a slice of each.
+
+    Args:
+        size: side of the pictures that `encode` takes, pixels.
+        cache: the file that keeps them (features_path); None: none. Rank 0 reads it and writes it; where it is found,
+            the other ranks get no features.
+
+    Raises:
+        UserError: the set has no training pictures, or none of a split can be decoded.
+    """
+    if data.train is None:
+        raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
+    found = load_features(cache) if cache and rank == 0 else None
+    if cache and _agreed(found is not None, world):
+        nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
+        return found or Features(nothing, nothing)
+    train, test = (
+        embed_split(encode, split, size, batch, threads, rank, world, progress) for split in (data.train, data.test)
+    )
+    if cache and rank == 0:
+        with suppress(OSError):  # a full disk or a run that may not be written to: they are computed again next time
+            save_features(cache, Features(train, test))
+    return Features(train, test)
+
+
+def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kind) -> Path | None:
+    """The cache's file of a model's features of a set; None where the set's pictures have no digest.
+
+    Its name is made of all weights, of how pictures are normalised, of the pictures, and of the kind of features.
+    """
+    splits = [split for split in (data.train, data.test) if split is not None]
+    if not all(split.digest for split in splits):
+        return None
+    spec = model.spec
+    facts = [weights_checksum(model), spec.image_size, spec.image_mean, spec.image_std, spec.quick_gelu, spec.model]
+    text = json.dumps([kind, facts, [split.digest for split in splits]], sort_keys=True)
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+
+def save_features(path: Path, features: Features) -> None:
+    """Writes one file, which is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    parts = {"train": features.train, "test": features.test}
+    tensors = {f"{name}.image": part.image.contiguous() for name, part in parts.items()}
+    tensors |= {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()}
+    head = {f"{name}.left_out": str(part.left_out) for name, part in parts.items()}
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(partial), head)
+        os.replace(partial, path)
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_features(path: Path) -> Features | None:
+    """What save_features wrote; None where there is no such file, or a damaged one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            head = file.metadata() or {}
+            train, test = (
+                SplitFeatures(
+                    file.get_tensor(f"{name}.image"), file.get_tensor(f"{name}.labels"), int(head[f"{name}.left_out"])
+                )
+                for name in ("train", "test")
+            )
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return Features(train, test)
+
+
+def read_pictures(
+    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: set[int]
+) -> Iterator[Tensor]:
+    """Exactly `calls` batches uint8 [batch, 3, size, size] of these rows, decoded by threads ahead of their use.
+
+    What cannot be decoded goes into `bad` and is zeros, as is what fills a batch up.
+    """
+
+    def load(row: int) -> Tensor | None:
+        try:
+            return eval_pixels(split.read(row), size)
+        except BadSample:
+            return None
+
+    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[Future[Tensor | None]] = deque()
+        upcoming = iter(rows)
+        for call in range(calls):
+            while len(waiting) < AHEAD * batch and (following := next(upcoming, None)) is not None:
+                waiting.append(pool.submit(load, following))
+            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+            for place, row in enumerate(rows[call * batch : (call + 1) * batch]):
+                picture = waiting.popleft().result()
+                if picture is None:
+                    bad.add(row)
+                else:
+                    pixels[place] = picture
+            yield pixels
+
+
+def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
+    """This rank's rows, and how many batches the rank with most of them needs."""
+    mine = range(count * rank // world, count * (rank + 1) // world)
+    return mine, -(-count // (world * batch))
+
+
+def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
+    """The ranks' tensors of one shape added up, on every rank. Collective."""
+    if world == 1:
+        return tensor
+    moved = tensor.to(wire_device(None))
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def _agreed(found: bool, world: int) -> bool:
+    """What rank 0 found, on every rank."""
+    if world == 1:
+        return found
+    flag = torch.tensor([int(found)], device=wire_device(None))
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())

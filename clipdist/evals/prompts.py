@@ -1,0 +1,108 @@
+"""What the user calls his classes and templates in, class names and prompt templates out. No model, no pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipdist.errors import UserError
+
+SLOT = "{}"  # of a template: where the class name goes
+# The eighteen of the CLIP paper for CIFAR-10 and CIFAR-100: nine ways to look at it, "a" thing and "the" thing.
+_VIEWS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+CIFAR10_TEMPLATES = tuple(
+    template
+    for article in ("a", "the")
+    for template in (
+        *(f"a {view}photo of {article} {SLOT}." for view in _VIEWS),
+        *(f"a photo of {article} {size} {SLOT}." for size in ("small", "big")),
+    )
+)
+NAMED_TEMPLATES = ("cifar10", "imagenet", "simple")
+
+
+def find_templates(wanted: str) -> tuple[str, ...]:
+    """The prompt templates, each with one or more slots "{}", that `wanted` means.
+
+    Args:
+        wanted: "cifar10" (the 18 of the CLIP paper), "imagenet" (its 80, as open_clip ships them), "simple" (the 7 of
+            them that do nearly as well), a template itself, or a text file with a template per line.
+
+    Raises:
+        UserError: neither a known name, nor a file, nor a template; a file without templates, or a line without "{}".
+    """
+    if wanted == "cifar10":
+        return CIFAR10_TEMPLATES
+    if wanted in ("imagenet", "simple"):
+        from open_clip import zero_shot_metadata as metadata
+
+        chosen = metadata.OPENAI_IMAGENET_TEMPLATES if wanted == "imagenet" else metadata.SIMPLE_IMAGENET_TEMPLATES
+        return tuple(template(SLOT) for template in chosen)
+    if SLOT in wanted:
+        return (wanted,)
+    if not Path(wanted).is_file():
+        raise UserError(
+            f"templates {wanted!r}: neither {', '.join(NAMED_TEMPLATES)}, nor a file, nor a template with {SLOT} in it"
+        )
+    templates = _lines(Path(wanted), "template")
+    for template in templates:
+        if SLOT not in template:
+            raise UserError(f"{wanted}: the template {template!r} has no {SLOT} for the class name")
+    return templates
+
+
+def find_classes(wanted: str, own: Sequence[str]) -> tuple[str, ...]:
+    """The names that stand for the classes in prompts, in the order of the labels.
+
+    Args:
+        wanted: "" for the data's own names (with spaces for underscores), "imagenet" for the names that open_clip
+            ships, or a text file with a name per line, in the order of the labels.
+        own: the data's own class names.
+
+    Raises:
+        UserError: no such file, an empty or repeated name, or not as many names as the data has classes.
+    """
+    if not wanted:
+        names, where = tuple(name.replace("_", " ") for name in own), "the data"
+    elif wanted == "imagenet":
+        from open_clip import zero_shot_metadata as metadata
+
+        names, where = tuple(metadata.IMAGENET_CLASSNAMES), "--classes imagenet"
+    elif Path(wanted).is_file():
+        names, where = _lines(Path(wanted), "class name"), wanted
+    else:
+        raise UserError(f"classes {wanted!r}: no such file; it names one class per line, in the order of the labels")
+    if len(names) != len(own):
+        few = ", ".join(own[:3]) + (", ..." if len(own) > 3 else "")
+        raise UserError(f"{where}: {len(names)} class names, but the data has {len(own)} classes ({few})")
+    if not all(name.strip() for name in names):
+        raise UserError(f"{where}: a class name is empty; give the names with --classes FILE, one per line")
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated and wanted != "imagenet":  # the published names are kept as they are: two of the 1000 come twice
+        raise UserError(
+            f"{where}: the class name {repeated[0]!r} stands for two classes; no prompt can tell them apart"
+        )
+    return names
+
+
+def write_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class in every template, class by class: len(classes) * len(templates) sentences.
+
+    Raises:
+        UserError: there are no classes, or no templates.
+    """
+    if not classes or not templates:
+        raise UserError(f"zero-shot needs classes and templates; got {len(classes)} and {len(templates)}")
+    return [template.replace(SLOT, name) for name in classes for template in templates]
+
+
+def _lines(path: Path, what: str) -> tuple[str, ...]:
+    """The lines of a text file that are not blank."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a text file with one {what} per line ({error})") from None
+    if not lines:
+        raise UserError(f"{path}: holds no {what}; expected one per line")
+    return lines

@@ -1,0 +1,98 @@
+"""What a run asks its model between steps: retrieval on the validation shards, and questions about labelled pictures.
+
+The same code as the offline tools, on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from clipdist import config
+from clipdist.data.catalog import Catalog
+from clipdist.data.labelled import open_labelled
+from clipdist.data.tokens import Tokenizer
+from clipdist.engine.distributed import Place
+from clipdist.errors import UserError
+from clipdist.evals.embed import Embeddings, embed_catalog
+from clipdist.evals.probe import probe_of
+from clipdist.evals.prompts import find_templates
+from clipdist.evals.retrieval import distributed_retrieval
+from clipdist.evals.sheet import retrieval_sheet
+from clipdist.evals.zero_shot import zero_shot_of
+
+
+class Encoder(Protocol):
+    def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def logit_scale(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One validation.
+
+    Attributes:
+        values: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (rank 0 alone has the probe's).
+        embeddings: of the validation shards, for the picture sheet.
+    """
+
+    values: dict[str, float]
+    embeddings: Embeddings | None
+
+
+class Validation:
+    """
+    Args:
+        val: the validation shards, if any.
+
+    Raises:
+        UserError: eval.labelled cannot be read, or a setting needs it.
+    """
+
+    def __init__(
+        self, cfg: config.Eval, data: config.Data, val: Catalog | None, tokenizer: Tokenizer, size: int, place: Place
+    ) -> None:
+        self._cfg, self._data, self._val, self._tokenizer, self._size = cfg, data, val, tokenizer, size
+        self._place = place
+        self._labelled = open_labelled(cfg.labelled) if cfg.labelled else None
+        self._templates = find_templates(cfg.templates)
+        if cfg.probe and (self._labelled is None or self._labelled.train is None):
+            raise UserError("eval.probe: needs eval.labelled with training pictures")
+
+    def run(self, model: Encoder) -> Findings:
+        """Collective: every rank must call it."""
+        where: dict[str, Any] = {"rank": self._place.rank, "world": self._place.world, "batch": self._cfg.batch}
+        values: dict[str, float] = {}
+        embeddings = None
+        if self._val is not None:
+            own = embed_catalog(
+                model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **where
+            )
+            measured, embeddings = distributed_retrieval(own)
+            values |= measured
+        if self._labelled is not None:
+            measured = zero_shot_of(
+                model.encode,
+                self._tokenizer,
+                self._labelled,
+                self._templates,
+                self._size,
+                model.logit_scale(),
+                progress=False,
+                **where,
+            )
+            values |= {f"zero_shot/{name}": value for name, value in measured.items()}
+            if self._cfg.probe:
+                measured = probe_of(model.encode, self._labelled, self._size, **where)
+                values |= {f"probe/{name}": value for name, value in measured.items()}
+        return Findings(values, embeddings)
+
+    def sheet(self, findings: Findings) -> Image.Image | None:
+        """The picture sheet: captions with the pictures that they find."""
+        if self._val is None or findings.embeddings is None or not self._cfg.sheet:
+            return None
+        return retrieval_sheet(findings.embeddings, self._val, self._cfg.sheet)

@@ -1,0 +1,182 @@
+"""Class names, templates and labelled pictures in; a classifier made of sentences, its accuracy and calibration out.
+
+Radford et al. 2021 (CLIP), sections 3.1.2 and 3.1.4: a class is the mean of the unit-length features of its prompts,
+brought to unit length again; a picture's logits are exp(t) times its cosine with each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from clipdist.data.labelled import LabelledSet
+from clipdist.errors import UserError
+from clipdist.evals.embed import Encode
+from clipdist.evals.features import embed_split, share_of, sum_over_ranks
+from clipdist.evals.prompts import write_prompts
+
+TOP = 5
+BINS = 15  # of the expected calibration error
+ROWS = 8192  # pictures whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier says of n pictures; k is TOP, or the number of classes where that is less."""
+
+    best: Tensor  # int64 [n, k], the likeliest classes, likeliest first
+    confidence: Tensor  # fp32 [n], the probability of the likeliest
+
+    @property
+    def predictions(self) -> Tensor:
+        """int64 [n]."""
+        return self.best[:, 0]
+
+
+def zero_shot_of(
+    encode: Encode,
+    tokenizer: Callable[[list[str]], Tensor],
+    data: LabelledSet,
+    templates: Sequence[str],
+    image_size: int,
+    logit_scale: Tensor | float,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = 64,
+    threads: int = 2,
+    progress: bool = True,
+) -> dict[str, float]:
+    """zero_shot_metrics of the set's test pictures under its own class names, on every rank. Collective.
+
+    `encode` is called equally often on every rank, always with `batch` rows, first for sentences, then for pictures.
+    """
+    names = [name.replace("_", " ") for name in data.classes]
+    classifier = zero_shot_classifier(encode, tokenizer, names, templates, batch, rank, world, progress)
+    test = embed_split(encode, data.test, image_size, batch, threads, rank, world, progress)
+    return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
+
+
+@torch.no_grad()
+def zero_shot_classifier(
+    encode: Encode,
+    tokenizer: Callable[[list[str]], Tensor],
+    classes: Sequence[str],
+    templates: Sequence[str],
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> Tensor:
+    """One unit-length row per class, fp32 [c, D], on the CPU and on every rank. Collective.
+
+    The ranks share the c * len(templates) prompts, of which only sums by class are kept.
+
+    Args:
+        classes: as they shall stand in the prompts.
+        templates: with "{}" where the class goes.
+
+    Raises:
+        UserError: no classes, no templates, or features that are not finite.
+    """
+    prompts = write_prompts(classes, templates)
+    mine, calls = share_of(len(prompts), batch, rank, world)
+    bar = tqdm(range(calls), "prompts", disable=None if progress and rank == 0 else True)
+    sums = torch.zeros(0)
+    for call in bar:
+        rows = mine[call * batch : (call + 1) * batch]
+        texts = [prompts[row] for row in rows]
+        _, features = encode(None, tokenizer(texts + [""] * (batch - len(texts))))
+        assert features is not None  # texts were given
+        unit = F.normalize(features[: len(texts)].float().cpu(), dim=1)
+        if not call:
+            sums = torch.zeros(len(classes), features.shape[1])
+        sums.index_add_(0, torch.tensor([row // len(templates) for row in rows], dtype=torch.int64), unit)
+    classifier = F.normalize(sum_over_ranks(sums, world), dim=1)
+    if not torch.isfinite(classifier).all():
+        raise UserError("the text features are not finite: the weights have diverged")
+    return classifier
+
+
+def zero_shot_metrics(
+    features: Tensor, labels: Tensor, classifier: Tensor, logit_scale: Tensor | float
+) -> dict[str, float]:
+    """Accuracy and calibration, in percent.
+
+    Args:
+        features: [n, D]; normalised here, in fp32.
+        labels: int64 [n].
+        classifier: fp32 [c, D], of unit length.
+        logit_scale: t, the log scale that the model has learned.
+
+    Returns:
+        top1; top5 (100 below six classes); mean_per_class, the mean of the classes' accuracies; ece, the expected
+        calibration error; chance; pictures (n) and classes (c).
+
+    Raises:
+        UserError: no pictures, a label that is no class, or features that are not finite.
+    """
+    answers = classify(features, classifier, logit_scale)
+    check_labels(labels, len(classifier))
+    per_class = [value for value in class_accuracy(answers.predictions, labels, len(classifier)) if value is not None]
+    right = answers.best == labels[:, None]
+    return {
+        "top1": 100.0 * right[:, 0].double().mean().item(),
+        "top5": 100.0 * right.any(1).double().mean().item(),
+        "mean_per_class": sum(per_class) / len(per_class),
+        "ece": 100.0 * calibration_error(answers.confidence, right[:, 0]),
+        "chance": 100.0 / len(classifier),
+        "pictures": float(len(labels)),
+        "classes": float(len(classifier)),
+    }
+
+
+def classify(features: Tensor, classifier: Tensor, logit_scale: Tensor | float) -> Answers:
+    """The likeliest classes and their probability, softmax over exp(t) * cosine. Arguments as zero_shot_metrics.
+
+    Raises:
+        UserError: no pictures, or features that are not finite.
+    """
+    if not len(features):
+        raise UserError("zero-shot needs at least one picture")
+    if not torch.isfinite(features).all():
+        raise UserError("the image features are not finite: the weights have diverged")
+    scale = torch.as_tensor(logit_scale).detach().double().exp().item()
+    best, confidence = [], []
+    for part in features.detach().float().split(ROWS):
+        probabilities = (scale * F.normalize(part, dim=1) @ classifier.T).softmax(1)
+        values, indices = probabilities.topk(min(TOP, len(classifier)))
+        best.append(indices)
+        confidence.append(values[:, 0])
+    return Answers(torch.cat(best), torch.cat(confidence))
+
+
+def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> list[float | None]:
+    """Percent of each class' pictures that were recognised; None for a class without pictures."""
+    count = torch.bincount(labels, minlength=classes)
+    right = torch.bincount(labels[predictions == labels], minlength=classes)
+    return [100.0 * r / c if c else None for r, c in zip(right.tolist(), count.tolist())]
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error in [0, 1] (Guo et al. 2017, equation 3): bins of equal width, open on the left.
+
+    Args:
+        confidence: [n], of the predicted class, in [0, 1].
+        right: bool [n], whether it is the true one.
+    """
+    which = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1
+    gap = confidence.double() - right.double()
+    # |accuracy - confidence| of a bin times its share of all pictures is |sum of gaps in it| / n.
+    return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).abs().sum().item() / len(confidence)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raises UserError where a label is no class."""
+    strangers = labels[(labels < 0) | (labels >= classes)]
+    if len(strangers):
+        raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {classes - 1}")
