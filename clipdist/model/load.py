@@ -1,8 +1,10 @@
-"""A run folder, a checkpoint or a model's name in; a model ready for evaluation and its tokenizer out."""
+"""A run, a checkpoint, a Hugging Face folder or a model's name in; a model in evaluation mode and its tokenizer out."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +14,8 @@ from clipdist.checkpoint import MANIFEST, list_checkpoints, load_full_weights, r
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder, assemble, build_model
-from clipdist.model.spec import ModelSpec, resolve_spec
+from clipdist.model.spec import ModelSpec, is_hugging_face, resolve_spec
+from clipdist.model.weights import model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class LoadedModel:
     Attributes:
         label: what a table calls it, such as "demo, step 1200" or "RN50 (openai)".
         run_dir, step: where it was trained; None for a model that is not from a run.
+        manifest_sha256: of a checkpoint's manifest, which holds the checksums of all its parts; empty for a model that
+            is not from a checkpoint.
     """
 
     model: DualEncoder
@@ -29,6 +34,12 @@ class LoadedModel:
     label: str
     run_dir: Path | None
     step: int | None
+    manifest_sha256: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change whenever the features might: a key for what is computed once and kept."""
+        return self.manifest_sha256[:16] or model_fingerprint(self.model)
 
 
 def load_model(
@@ -42,8 +53,8 @@ def load_model(
     """Loads a model, fp32, in evaluation mode.
 
     Args:
-        source: a run folder (its newest checkpoint, or the one of `step`), a checkpoint folder, an open_clip name,
-            or a model JSON.
+        source: a run folder (its newest checkpoint, or the one of `step`), a checkpoint folder, the folder of a
+            Hugging Face CLIPModel, an open_clip name, or a model JSON.
         weights: for a name or JSON: an open_clip tag, or a file.
         trust_weights: run a TorchScript file that is not OpenAI's.
         allow_random: take a name or JSON without weights as it is drawn.
@@ -54,7 +65,10 @@ def load_model(
     folder = Path(source)
     if folder.is_dir():
         if weights:
-            raise UserError(f"{source}: a run has weights of its own; leave {weights} out, or name a model instead")
+            kind = "a Hugging Face folder" if is_hugging_face(folder) else "a run"
+            raise UserError(f"{source}: {kind} has weights of its own; leave {weights} out, or name a model instead")
+        if is_hugging_face(folder):
+            return _load_hugging_face(folder, step, device)
         return _load_checkpoint(checkpoint_of(folder, step), device)
     if step is not None:
         raise UserError(f"{source}: only a run folder has steps to choose from")
@@ -89,7 +103,16 @@ def checkpoint_of(folder: Path, step: int | None = None) -> Path:
     return steps[step]
 
 
+def _load_hugging_face(folder: Path, step: int | None, device: str | torch.device) -> LoadedModel:
+    if step is not None:
+        raise UserError(f"{folder}: only a run folder has steps to choose from")
+    model = build_model(config.Model(name=str(folder), weights=str(folder)))
+    label = f"{folder.resolve().name} (Hugging Face)"
+    return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
+
+
 def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
     weights = load_full_weights(folder)
@@ -102,4 +125,4 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
-    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step)
+    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest)

@@ -1,6 +1,7 @@
 """What a dual encoder is made of: the model section of the configuration in, a ModelSpec out. No weights, no modules.
 
-A model is named (any of open_clip's) or described by a JSON file in open_clip's own form, with two additions:
+A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
+form, with two additions:
 text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
 pseudo-code, and "image_mean" / "image_std" where they are not OpenAI's.
 """
@@ -28,7 +29,7 @@ class ModelSpec:
     """A resolved model description; JSON-able through to_dict and from_dict.
 
     Attributes:
-        name: as the configuration gives it (an open_clip name or the path of a JSON file).
+        name: as the configuration gives it (an open_clip name, or the path of a JSON file or Hugging Face folder).
         embed_dim: D, the width of both towers' features.
         image_size: side of the square input, pixels.
         context_length: L, tokens per text.
@@ -82,6 +83,10 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
     if cfg.name.endswith(".json"):
         path = find_model_json(cfg.name)
         description = _read_json(path)
+    elif is_hugging_face(Path(cfg.name)):
+        from clipdist.model.hugging_face import read_description
+
+        description = read_description(Path(cfg.name))
     else:
         description = _open_clip_config(cfg.name)
     _check_description(cfg.name, description)
@@ -122,6 +127,11 @@ def find_model_json(name: str) -> Path:
     raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
 
 
+def is_hugging_face(folder: Path) -> bool:
+    """Whether `folder` is one as transformers writes it."""
+    return (folder / "config.json").is_file()
+
+
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a TorchScript archive, the form of OpenAI's .pt files (reads the table of contents only)."""
     if not zipfile.is_zipfile(path):
@@ -129,6 +139,22 @@ def is_torchscript(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
+
+def _is_openai_state_dict(path: Path) -> bool:
+    """Whether a torch file holds OpenAI's tensors, saved again by somebody: it then needs QuickGELU as they do."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)  # names only: no tensor is read
+    except Exception:  # torch raises many kinds for what is no such file; reading the weights will tell what is wrong
+        return False
+    nested = content.get("state_dict") if isinstance(content, dict) else None
+    content = nested if isinstance(nested, dict) else content
+    return isinstance(content, dict) and {str(name).removeprefix("module.") for name in content} >= OPENAI_FACTS
+
+
+# Numbers that stand among the tensors of OpenAI's files, and of nobody else's.
+OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
 
 # Keys of a description that are not handed to open_clip's constructors: ours, and what ModelSpec or the loss keeps.
 # A constant logit bias cancels in both softmaxes of InfoNCE.
@@ -237,10 +263,21 @@ def _weights_facts(cfg: config.Model) -> dict[str, Any]:
     if not cfg.weights:
         return {}
     path = Path(cfg.weights)
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"model.weights={path}: a torch.export program computes one tower's features and cannot be trained from;"
+            " export the run with --format open_clip or hugging_face instead"
+        )
     if path.is_file():
         if is_torchscript(path):  # the form in which OpenAI publishes, and nobody else does
             return {"quick_gelu": True}
-        return _exported_facts(path)
+        if path.suffix == ".safetensors":
+            return _exported_facts(path)
+        return {"quick_gelu": True} if _is_openai_state_dict(path) else {}
+    if path.is_dir():
+        from clipdist.model.hugging_face import weights_facts
+
+        return weights_facts(path)
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in cfg.weights:
         raise UserError(f"model.weights={cfg.weights}: no such file")
     import open_clip
@@ -254,18 +291,16 @@ def _weights_facts(cfg: config.Model) -> dict[str, Any]:
 
 
 def _exported_facts(path: Path) -> dict[str, Any]:
-    """What tools/export.py wrote into the head of a .safetensors file; {} for files of other makers."""
-    if path.suffix != ".safetensors":
-        return {}
+    """What tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
     import safetensors
 
     try:
         with safetensors.safe_open(str(path), framework="np") as file:
-            head = file.metadata() or {}
+            head, names = file.metadata() or {}, set(file.keys())
     except safetensors.SafetensorError as error:
         raise UserError(f"model.weights={path}: not a safetensors file: {error}") from None
     if "clipdist" not in head:
-        return {}
+        return {"quick_gelu": True} if names >= OPENAI_FACTS else {}
     spec = json.loads(head["clipdist"])
     return {"quick_gelu": spec["quick_gelu"], "mean": spec["image_mean"], "std": spec["image_std"]}
 

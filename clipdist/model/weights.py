@@ -1,4 +1,4 @@
-"""Weights from elsewhere: an open_clip tag or a file in, a DualEncoder with those weights out.
+"""Weights from elsewhere: an open_clip tag, a file or a Hugging Face folder in, a DualEncoder with those weights out.
 
 Nothing is ever unpickled freely. OpenAI's .pt files are TorchScript archives, which are programs: they are only run
 when their SHA-256 is one that OpenAI publishes, or when the user says that the file is trusted.
@@ -7,17 +7,18 @@ when their SHA-256 is one that OpenAI publishes, or when the user says that the 
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from clipdist.errors import UserError
 from clipdist.model.dual_encoder import DualEncoder
-from clipdist.model.spec import is_torchscript
-
-_OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers that stand among OpenAI's tensors
+from clipdist.model.hugging_face import check_same_architecture, to_ours, weight_files
+from clipdist.model.spec import OPENAI_FACTS, is_torchscript
 
 
 def load_weights(model: DualEncoder, weights: str, trust: bool = False) -> None:
@@ -26,14 +27,22 @@ def load_weights(model: DualEncoder, weights: str, trust: bool = False) -> None:
     Args:
         model: of the same architecture; only a ViT's picture size may differ (its positions are interpolated).
         weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict (open_clip's
-            training checkpoints included), or a TorchScript archive in OpenAI's form.
+            training checkpoints included), or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
+            CLIPModel.
         trust: run a TorchScript archive although its SHA-256 is not one of OpenAI's.
 
     Raises:
         UserError: no such file or tag, a download that fails, an untrusted archive, or tensors that do not fit.
     """
-    path = Path(weights) if Path(weights).is_file() else _download(model.spec.name, weights)
-    tensors = _to_dual_encoder(read_state_dict(path, trust), model)
+    path = Path(weights)
+    if path.is_dir():
+        check_same_architecture(path, model.spec)
+        found = to_ours({name: value for file in weight_files(path) for name, value in read_state_dict(file).items()})
+    else:
+        path = path if path.is_file() else _download(model.spec.name, weights)
+        found = read_state_dict(path, trust)
+        _refuse_hugging_face_names(path, found)
+    tensors = _to_dual_encoder(found, model)
     _check_fit(model, tensors, path)
     model.load_state_dict(tensors)
 
@@ -45,9 +54,9 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
         UserError: the file cannot be read safely, or holds no state dict.
     """
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _without_facts(_read_safetensors(path))
     if is_torchscript(path):
-        return _read_torchscript(path, trust)
+        return _without_facts(_read_torchscript(path, trust))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -56,7 +65,23 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise UserError(f"model.weights={path}: holds no state dict (names and tensors)")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return _without_facts({name.removeprefix("module."): value for name, value in content.items()})
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: DualEncoder) -> str:
+    """16 hex digits over the weights and all of the description but its name: QuickGELU is no weight, yet decides."""
+    described = {**model.spec.to_dict(), "name": ""}
+    text = weights_checksum(model) + json.dumps(described, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def openai_hashes() -> set[str]:
@@ -107,7 +132,19 @@ def _read_torchscript(path: Path, trust: bool) -> dict[str, torch.Tensor]:
             tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
         except RuntimeError as error:
             raise UserError(f"model.weights={path}: a damaged TorchScript archive: {_brief(error)}") from error
-    return {name: value for name, value in tensors.items() if name not in _OPENAI_FACTS}
+    return tensors
+
+
+def _without_facts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if name not in OPENAI_FACTS}
+
+
+def _refuse_hugging_face_names(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if any(name.startswith("vision_model.") for name in tensors):
+        raise UserError(
+            f"model.weights={path}: a file of a Hugging Face model; name its folder, whose config.json says what the"
+            " tensors do not"
+        )
 
 
 def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: DualEncoder) -> dict[str, torch.Tensor]:

@@ -148,6 +148,21 @@ def test_state_dicts_of_open_clip_load(form: str, tmp_path: Path) -> None:
     assert max(differences(model, source)) < 1e-6
 
 
+@pytest.mark.parametrize("form", ["plain", "training", "safetensors"])
+def test_openais_tensors_saved_again_get_quick_gelu(form: str, tmp_path: Path) -> None:
+    source = source_model(quick_gelu=True)
+    facts = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(8), "vocab_size": torch.tensor(600)}
+    tensors = {**source.state_dict(), **facts}
+    file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(tensors, file)
+    else:
+        torch.save({"state_dict": tensors} if form == "training" else tensors, file)
+    model = build_model(Model(name=model_json(tmp_path), weights=str(file)))
+    assert model.spec.quick_gelu
+    assert max(differences(model, source)) < 1e-6
+
+
 def test_positions_of_a_vit_are_interpolated_as_open_clip_does(tmp_path: Path) -> None:
     torch.save(source_model().state_dict(), tmp_path / "w.pt")
     larger = {**VIT, "image_size": 64}
@@ -352,6 +367,25 @@ def test_runs_and_checkpoints_load_without_their_json(tmp_path: Path) -> None:
         load_model(str(run), step=7)
     with pytest.raises(UserError, match="a run has weights of its own"):
         load_model(str(run), weights="openai")
+
+
+def test_a_fingerprint_changes_with_what_changes_features(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = (trained(model_json(tmp_path)) for _ in range(2))
+    second.visual.ln_post.bias.data[0] += 1  # type: ignore[union-attr,index]
+    run_folder(run, first, step=5)
+    run_folder(run, second, step=10)
+    older, newer = load_model(str(run), step=5), load_model(str(run))
+    assert older.fingerprint == load_model(str(run), step=5).fingerprint != newer.fingerprint
+    assert len(older.fingerprint) == 16
+    one, other = export_model(first, tmp_path / "one.safetensors"), export_model(second, tmp_path / "two.safetensors")
+    sources = [(str(one.config), str(one.file)), (str(other.config), str(one.file)), (str(one.config), str(other.file))]
+    same, renamed, changed = (load_model(name, weights).fingerprint for name, weights in sources)
+    assert same == renamed != changed
+    assert one.config is not None
+    described = json.loads(one.config.read_text())
+    one.config.write_text(json.dumps({**described, "quick_gelu": True}))  # no weight, but other features
+    assert load_model(*sources[0]).fingerprint != same
 
 
 def test_sources_that_are_no_model(tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""Exports for transformers and torch.export: what others load has the features of the model, and nothing half done."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPModel, CLIPProcessor
+
+from clipdist.config import Loss, Model
+from clipdist.data.decode import eval_image
+from clipdist.data.tokens import make_tokenizer
+from clipdist.errors import UserError
+from clipdist.model.dual_encoder import DualEncoder, build_model
+from clipdist.model.export import ProgramsExport, export_hugging_face, export_model, export_programs
+from clipdist.model.load import load_model
+
+TOOL = Path(__file__).parents[2] / "tools" / "export.py"
+VISION = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
+TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
+
+
+def trained(folder: Path, loss: Loss | None = None, **more: Any) -> DualEncoder:
+    path = folder / "mini.json"
+    path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": VISION, "text_cfg": TEXT, **more}))
+    torch.manual_seed(7)
+    model = build_model(Model(name=str(path)), loss).eval()
+    for parameter in model.parameters():  # larger than the initial values: GELU and QuickGELU must come apart
+        parameter.data.mul_(1.5)
+    model.logit_scale.data.fill_(3.25)
+    return model
+
+
+@pytest.mark.parametrize("more", [{}, {"quick_gelu": True, "image_mean": [0.5, 0.4, 0.3]}], ids=["gelu", "quick"])
+@torch.no_grad()
+def test_a_picture_and_a_sentence_through_transformers(more: dict, tmp_path: Path) -> None:
+    model = trained(tmp_path, text_cfg={**TEXT, "context_length": 16}, **more)
+    export = export_hugging_face(model, tmp_path / "out" / "clip")
+    assert export.max_difference < 1e-5
+    assert export.left_out == ""
+    space: dict[str, Any] = {}
+    exec("\n".join(export.lines()), space)
+    theirs, processor = space["model"], space["processor"]
+    assert isinstance(theirs, CLIPModel)
+    assert isinstance(processor, CLIPProcessor)
+    assert float(theirs.logit_scale) == 3.25
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    inputs = processor(text=["a dog runs"], images=Image.fromarray(pixels), return_tensors="pt")
+    found = theirs.eval()(**inputs)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    mine = model(eval_image(file.getvalue(), 32)[None], make_tokenizer(model.spec)(["a dog runs"]))
+    assert float((F.normalize(mine[0]) - found.image_embeds).abs().max()) < 1e-5
+    assert float((F.normalize(mine[1]) - found.text_embeds).abs().max()) < 1e-5
+
+
+def test_a_folder_comes_back_as_it_went(tmp_path: Path) -> None:
+    model = trained(tmp_path, quick_gelu=True, image_std=[0.2, 0.3, 0.4])
+    export_hugging_face(model, tmp_path / "clip")
+    loaded = load_model(str(tmp_path / "clip"))
+    assert all(torch.equal(loaded.model.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert loaded.tokenizer.fingerprint() == make_tokenizer(model.spec).fingerprint()
+    again = build_model(Model(name=model.spec.name, weights=str(tmp_path / "clip")))
+    assert again.spec.image_std == (0.2, 0.3, 0.4)
+    export_hugging_face(loaded.model, tmp_path / "twice")
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"):
+        assert (tmp_path / "clip" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_a_bias_is_left_out_and_said(tmp_path: Path) -> None:
+    export = export_hugging_face(trained(tmp_path, Loss(name="sigmoid")), tmp_path / "clip")
+    assert export.left_out == "logit_bias"
+    assert load_model(str(tmp_path / "clip")).model.logit_bias is None
+
+
+def test_towers_that_transformers_has_not(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has a ResNet image tower, .* take --format open_clip or torch_export"):
+        export_hugging_face(trained(tmp_path, vision_cfg=RESNET), tmp_path / "clip")
+    cbow = build_model(Model(name="configs/models/tiny_cbow.json"))
+    with pytest.raises(UserError, match="has a CBOW text tower"):
+        export_hugging_face(cbow, tmp_path / "clip")
+    assert not (tmp_path / "clip").exists()
+
+
+def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "p.text.pt2").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match="is there already"):
+            export_hugging_face(model, tmp_path / name)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_hugging_face(model, tmp_path / "file" / "clip")
+    with pytest.raises(UserError, match="cannot be written"):
+        export_programs(model, tmp_path / "file" / "p")
+    with pytest.raises(UserError, match=r"p\.text\.pt2 is a folder"):
+        export_programs(model, tmp_path / "p")
+    assert (tmp_path / "full" / "kept").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    export_hugging_face(model, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
+    model = trained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    model.visual.proj.data[0, 0] = float("nan")  # type: ignore[union-attr,index]
+    with pytest.raises(RuntimeError, match="its features differ from the model's by nan"):
+        export_hugging_face(model, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, ProgramsExport]:
+    """Made once: tracing takes seconds."""
+    folder = tmp_path_factory.mktemp("programs")
+    model = trained(folder)
+    return model, export_programs(model, folder / "mini")
+
+
+@torch.no_grad()
+def test_programs_take_batches_of_any_size(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+    model, export = programs
+    assert (export.image.name, export.text.name) == ("mini.image.pt2", "mini.text.pt2")
+    space: dict[str, Any] = {}
+    exec("\n".join(export.lines()), space)
+    for count in (1, 5):
+        image = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        tokens = make_tokenizer(model.spec)(["a dog runs"] * count)
+        wanted = model(image, tokens)
+        torch.testing.assert_close(space["encode_image"](image), wanted[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(space["encode_text"](tokens), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+def test_programs_hold_one_tower_each_and_no_pickle(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+    _, export = programs
+    for file, own, other in ((export.image, "visual", "token_embedding"), (export.text, "token_embedding", "visual")):
+        with zipfile.ZipFile(file) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        weights = next(data for name, data in contents.items() if name.endswith("model_weights_config.json")).decode()
+        assert own in weights
+        assert other not in weights
+        # torch.save writes an archive of its own, plain pickle begins with its protocol
+        others = {name: data for name, data in contents.items() if "/weight_" not in name and "/tensor_" not in name}
+        assert not [name for name, data in others.items() if data.startswith((b"PK", b"\x80"))]
+
+
+def test_a_program_is_no_start_of_training(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+    model, export = programs
+    with pytest.raises(UserError, match=r"a torch\.export program .* cannot be trained from"):
+        build_model(Model(name=model.spec.name, weights=str(export.image)))
+
+
+def test_a_resnet_and_a_bag_of_words_become_programs(tmp_path: Path) -> None:
+    cbow = {"cbow": {"width": 8, "vocab_size": 600, "context_length": 8}}
+    model = trained(tmp_path, vision_cfg=RESNET, text_cfg=cbow)
+    assert export_programs(model, tmp_path / "rn").max_difference < 1e-5
+
+
+def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(tmp_path, Loss(name="sigmoid"))
+    source = export_model(model, tmp_path / "source.safetensors")
+    out = tmp_path / "clip"
+    arguments = [str(source.config), "--weights", str(source.file), "--out", str(out), "--format", "hugging_face"]
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--json"])
+    assert runpy.run_path(str(TOOL))["main"]() == 0
+    printed = capsys.readouterr().out
+    assert f'model = CLIPModel.from_pretrained("{out}")' in printed
+    record = json.loads(printed.splitlines()[-1])
+    assert (record["format"], record["files"], record["step"]) == ("hugging_face", [str(out)], None)
+    assert record["max_difference"] < 1e-5
