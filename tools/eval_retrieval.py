@@ -1,81 +1,251 @@
-"""A run or model and captioned shards in, the retrieval table of both directions out."""
+"""A run or model and captioned shards in, or embeddings saved earlier; the retrieval table of both directions out."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipdist.errors import UserError, run_main
 
+if TYPE_CHECKING:
+    from clipdist.engine.distributed import Place
+    from clipdist.evals.embed import Embeddings
+    from clipdist.evals.protocols import Protocol
+    from clipdist.evals.retrieval import Ranks
+
 EXAMPLES = """examples:
   python tools/eval_retrieval.py runs/demo data/demo/test
-  python tools/eval_retrieval.py RN50 --weights openai 'data/flickr8k/test/{00000..00003}.tar' --json"""
+  python tools/eval_retrieval.py RN50 --weights openai 'data/flickr8k/test/{00000..00003}.tar' --json
+  python tools/eval_retrieval.py runs/coco data/coco/test --protocol coco-5k --split-file dataset_coco.json \\
+      --save-embeddings coco_test.safetensors
+  python tools/eval_retrieval.py --embeddings coco_test.safetensors --protocol coco-1k-folds
+  torchrun --nproc-per-node 4 tools/eval_retrieval.py runs/web data/web/test     ranks share all of the work"""
+LEVEL = 95  # of the intervals, percent
+NAMES = ("r1", "r5", "r10", "map10")
 
 
 def main() -> None:
     args = parse_args()
+    require_writable(args.save_embeddings)
 
     from clipdist.data.catalog import Catalog
 
-    catalog = Catalog.open(args.shards, what="SHARDS")  # a misspelt folder is heard of before torch is imported
+    # a misspelt folder is heard of before torch is imported
+    catalog = None if args.embeddings else Catalog.open(args.shards, what="SHARDS")
 
-    from clipdist.data.loader import default_threads
     from clipdist.engine.distributed import resolve_device
-    from clipdist.evals.embed import embed_catalog, model_encoder
-    from clipdist.evals.retrieval import retrieval_metrics
+    from clipdist.evals.embed import joined_ranks
+
+    with joined_ranks(resolve_device(args.device)) as place:
+        if catalog is None:
+            embeddings, facts = reuse(args)
+        else:
+            embeddings, facts = embed(args, catalog, place)
+        if place.rank == 0 and args.save_embeddings:
+            from clipdist.evals.store import save_embeddings
+
+            save_embeddings(args.save_embeddings, embeddings, facts)
+        folds = rank_folds(embeddings, facts, place)
+        if place.rank == 0:
+            report(args, folds, embeddings, facts)
+
+
+def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
+    """What was saved; its protocol may change to another one over the same pictures (COCO 5K to its folds)."""
+    from clipdist.evals.protocols import PROTOCOLS
+    from clipdist.evals.store import load_embeddings
+
+    embeddings, facts = load_embeddings(args.embeddings)
+    saved = facts.get("protocol", "")
+    if saved not in ("", *PROTOCOLS):
+        raise UserError(f"{args.embeddings}: saved under an unknown protocol, {saved}")
+    if args.protocol:
+        if not saved or PROTOCOLS[saved].dataset != PROTOCOLS[args.protocol].dataset:
+            raise UserError(
+                f"{args.embeddings}: saved {f'under --protocol {saved}' if saved else 'without --protocol'}, which does"
+                f" not tell the pictures of {args.protocol}; save them with it"
+            )
+        facts["protocol"] = args.protocol
+    if not embeddings.captions:
+        raise UserError(f"{args.embeddings}: no captions in it; save it with captions")
+    return embeddings, facts
+
+
+def embed(args: argparse.Namespace, catalog, place: Place) -> tuple[Embeddings, dict[str, str]]:
+    """All embeddings on every rank, of the whole catalog or of what the protocol names."""
+    from clipdist.data.loader import default_threads
+    from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
+    from clipdist.evals.protocols import CAPTIONS, PROTOCOLS, read_test_names, require_whole, select_samples
     from clipdist.model.load import load_model
 
-    device = resolve_device(args.device)
+    protocol = PROTOCOLS.get(args.protocol)
+    where = " ".join(args.shards)
+    names: list[str] = []
+    selection = None
+    if protocol:
+        names = read_test_names(args.split_file, protocol)
+        selection = select_samples(catalog, names)
+        if not args.allow_missing:
+            require_whole(protocol, selection.missing, where)
+        if not selection.sample_ids:
+            raise UserError(f"{where}: none of the {protocol.pictures} pictures of {protocol.name} is there")
     loaded = load_model(args.run, weights=args.weights, trust_weights=args.trust_weights)
-    embeddings = embed_catalog(
-        model_encoder(loaded.model, device),
+    own = embed_catalog(
+        model_encoder(loaded.model, place.device),
         catalog,
         loaded.tokenizer,
         loaded.model.spec.image_size,
         batch=args.batch,
         threads=default_threads(),
+        rank=place.rank,
+        world=place.world,
+        samples=selection.sample_ids if selection else None,
+        most_captions=CAPTIONS if protocol else None,
     )
+    embeddings = gather_embeddings(own)
+    if place.rank == 0:
+        tell_left_out(embeddings)
+    if not embeddings.captions:
+        raise UserError(f"{where}: no picture with a caption in {len(catalog)} samples")
+    facts = {
+        "model": loaded.label,
+        "step": "" if loaded.step is None else str(loaded.step),
+        "fingerprint": loaded.fingerprint,
+        "shards": where,
+        "catalog": catalog.fingerprint(),
+        "protocol": args.protocol,
+        "positions": "[]",
+    }
+    if protocol and selection:
+        place_of = dict(zip(selection.sample_ids, selection.positions))
+        positions = [place_of[sample_id] for sample_id in embeddings.sample_ids.tolist()]
+        facts["positions"] = json.dumps(positions)
+        if not args.allow_missing:
+            there = set(positions)
+            require_whole(protocol, [name for position, name in enumerate(names) if position not in there], where)
+    return embeddings, facts
+
+
+def tell_left_out(embeddings: Embeddings) -> None:
     for reason, keys in embeddings.bad.items():
         print(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})", file=sys.stderr)
-    if not embeddings.captions:
-        raise UserError(f"{' '.join(args.shards)}: no picture with a caption in {len(catalog)} samples")
-    metrics = retrieval_metrics(embeddings.image, embeddings.text, embeddings.text_image)
-    print_table(loaded.label, metrics)
+
+
+def rank_folds(embeddings: Embeddings, facts: dict[str, str], place: Place) -> list[Ranks]:
+    """Collective where there are several ranks: each scores its share."""
+    from clipdist.evals.protocols import PROTOCOLS, folds_of
+    from clipdist.evals.retrieval import retrieval_ranks
+
+    protocol: Protocol | None = PROTOCOLS.get(facts.get("protocol", ""))
+    folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
+    if protocol:
+        folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
+    device, together = place.device, place.world > 1
+    return [
+        retrieval_ranks(image.to(device), text.to(device), text_image.to(device), together)
+        for image, text, text_image in folds
+    ]
+
+
+def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
+    from clipdist.evals.protocols import PROTOCOLS
+    from clipdist.evals.retrieval import bootstrap_intervals, mean_metrics
+
+    metrics = mean_metrics(folds)
+    intervals = bootstrap_intervals(folds, args.resamples, args.seed, LEVEL) if args.resamples else {}
+    name = facts.get("protocol", "")
+    missing = PROTOCOLS[name].pictures - len(embeddings.keys) if name else 0
+    title = facts.get("model", str(args.embeddings))
+    if name:
+        title += f"; {name}" + (f", NOT the published set: {missing} pictures missing" if missing else "")
+    if len(folds) > 1:
+        title += f"; mean over {len(folds)} folds"
+    print_table(title, metrics, intervals, args.resamples)
     if args.json:
+        ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
+        ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
+        source = {"model": facts.get("model"), "step": int(facts["step"]) if facts.get("step") else None}
         left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
-        print(json.dumps({**metrics, "model": loaded.label, "step": loaded.step, "left_out": left_out}))
+        test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
+        drawn = {"resamples": args.resamples, "seed": args.seed}
+        print(json.dumps({**metrics, **ends, **source, **test_set, **drawn}))
 
 
-def print_table(label: str, metrics: dict[str, float]) -> None:
-    n, m = int(metrics["candidates"]), int(metrics["captions"])
-    print(f"{label}: {n} pictures, {m} captions; R@K in percent, ranks from 1")
-    print(f"{'':18}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>14}{'mean rank':>12}")
+def print_table(
+    title: str, metrics: dict[str, float], intervals: dict[str, tuple[float, float]], resamples: int
+) -> None:
+    n, m = metrics["candidates"], metrics["captions"]
+    print(f"{title}: {n:g} pictures, {m:g} captions; R@K and mAP in percent, ranks from 1")
+    print(f"{'':18}{'R@1':>14}{'R@5':>14}{'R@10':>14}{'mAP@10':>14}{'median rank':>13}{'mean rank':>18}")
     for name, direction in (("text to image", "t2i"), ("image to text", "i2t")):
-        recalls = "".join(f"{metrics[f'{direction}_r{k}']:8.2f}" for k in (1, 5, 10))
+        scores = "".join(f"{metrics[f'{direction}_{name}']:14.2f}" for name in NAMES)
         median, mean = metrics[f"{direction}_median_rank"], metrics[f"{direction}_mean_rank"]
-        print(f"{name:18}{recalls}{median:14.0f}{mean:12.1f}")
-    chance = "".join(f"{min(100.0, metrics['chance'] * k):8.2f}" for k in (1, 5, 10))
-    print(f"{'chance, to image':18}{chance}{(n + 1) / 2:14.0f}{(n + 1) / 2:12.1f}")
+        print(f"{name:18}{scores}{median:13g}{mean:18.1f}")
+        if intervals:
+            ends = "".join(f"{_interval(*intervals[f'{direction}_{name}'], 2):>14}" for name in NAMES)
+            print(f"{f'  {LEVEL} % interval':18}{ends}{'':13}{_interval(*intervals[f'{direction}_mean_rank'], 1):>18}")
+    chance = "".join(f"{min(100.0, metrics['chance'] * k):14.2f}" for k in (1, 5, 10))
+    print(f"{'chance, to image':18}{chance}{'':14}{(n + 1) / 2:13g}{(n + 1) / 2:18.1f}")
+    rsum = f"rsum {metrics['rsum']:.2f}"
+    print(rsum + (f" ({_interval(*intervals['rsum'], 2)}; {resamples} resamples of pictures)" if intervals else ""))
+
+
+def _interval(low: float, high: float, digits: int) -> str:
+    return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def require_writable(path: Path | None) -> None:
+    """Heard of before an hour of embedding, not after."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save-embeddings {path}: its folder cannot be made ({error})") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--save-embeddings {path}: cannot be written there; name a file in a folder of yours")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Retrieval between pictures and captions: R@1, R@5, R@10, median and mean rank, both directions.\n"
-        "A tie counts against the model; image to text takes the best placed of a picture's captions.",
+        description="Retrieval between pictures and captions, both directions: R@1, R@5, R@10, mAP@10, median and\n"
+        "mean rank, rsum, with bootstrap intervals over pictures. A tie counts against the model; image to text takes\n"
+        "the best placed of a picture's captions.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", help="run or checkpoint folder, or an open_clip name with --weights")
-    parser.add_argument("shards", metavar="SHARDS", nargs="+", help="shard folders, brace patterns, or tars")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="run or checkpoint folder, or a model with --weights")
+    parser.add_argument("shards", metavar="SHARDS", nargs="*", help="shard folders, brace patterns, or tars")
     parser.add_argument("--weights", default="", help="of an open_clip name: a tag or a file")
     parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
+    protocols = ("flickr8k-1k", "flickr30k-1k", "coco-5k", "coco-1k-folds")
+    parser.add_argument("--protocol", choices=protocols, default="", help="a published test set, five captions each")
+    parser.add_argument("--split-file", type=Path, metavar="FILE", help="Karpathy's dataset_*.json, or a list of names")
+    parser.add_argument("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
+    parser.add_argument("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="for the intervals (1000); 0: none")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
     parser.add_argument("--batch", type=int, default=64, help="pictures or captions per forward pass (64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
-    if args.batch < 1:
-        parser.error(f"--batch {args.batch}: must be at least 1")
+    if args.embeddings:
+        if args.run or args.save_embeddings or args.split_file or args.allow_missing or args.weights:
+            parser.error("--embeddings takes the place of RUN, SHARDS and all that belongs to them")
+    elif not args.run or not args.shards:
+        parser.error("name RUN and SHARDS, or --embeddings FILE")
+    elif bool(args.protocol) != bool(args.split_file):
+        parser.error("--protocol and --split-file go together")
+    elif args.allow_missing and not args.protocol:
+        parser.error("--allow-missing belongs to --protocol")
+    for option, least in (("batch", 1), ("resamples", 0), ("seed", 0)):
+        if getattr(args, option) < least:
+            parser.error(f"--{option} {getattr(args, option)}: must be at least {least}")
     return args
 
 

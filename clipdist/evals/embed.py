@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +19,13 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
+from clipdist.engine.distributed import Place, world_size
 from clipdist.errors import UserError
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
 Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 AHEAD = 3  # batches that are decoded while the model is busy
+IN_FLIGHT = 2  # batches whose features may still be under way on the device, so that it never waits for the next
 
 
 @dataclass
@@ -38,17 +41,43 @@ class Embeddings:
     bad: dict[str, list[str]]  # reason -> keys of the samples that are left out
 
 
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Place]:
+    """Where a tool's process stands among those that torchrun started, joined into one group; alone without a launcher.
+
+    Args:
+        device: cpu (gloo) or cuda (NCCL), as resolve_device gives it.
+    """
+    world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if world == 1:
+        yield Place(0, 1, 0, place)
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Place(dist.get_rank(), world, local_rank, place)
+    finally:
+        dist.destroy_process_group()
+
+
 def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
     """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
     model = model.to(device).eval()
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        image = None if image is None else image.to(device, non_blocking=True)
-        tokens = None if tokens is None else tokens.to(device, non_blocking=True)
-        image_features, text_features, *_ = model(image, tokens)
+        image_features, text_features, *_ = model(_moved(image, device), _moved(tokens, device))
         return image_features, text_features
 
     return encode
+
+
+def _moved(inputs: Tensor | None, device: str | torch.device) -> Tensor | None:
+    """On the device; a copy from pinned memory to a GPU goes on beside the batch before."""
+    if inputs is None or torch.device(device).type == "cpu":
+        return inputs
+    return inputs.pin_memory().to(device, non_blocking=True)
 
 
 def embed_catalog(
@@ -63,6 +92,8 @@ def embed_catalog(
     world: int = 1,
     texts: bool = True,
     data: config.Data | None = None,
+    samples: Sequence[int] | None = None,
+    most_captions: int | None = None,
 ) -> Embeddings:
     """Embeds this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
@@ -77,15 +108,18 @@ def embed_catalog(
         progress: a progress bar on rank 0, where stderr is a terminal.
         texts: False embeds pictures alone; `text` and `captions` are then empty.
         data: the cache for remote shards, and the pixel limit; None: as by default.
+        samples: which samples, each once, in which order; None: all of the catalog.
+        most_captions: a picture's first ones; None: all.
     """
     data = data or config.Data()
-    begins = [len(catalog) * r // world for r in range(world + 1)]
-    mine = range(begins[rank], begins[rank + 1])
+    wanted = range(len(catalog)) if samples is None else samples
+    slices = [wanted[len(wanted) * r // world : len(wanted) * (r + 1) // world] for r in range(world)]
+    mine = slices[rank]
     hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
     reader = open_reader(catalog, data)
     try:
-        captions, text_calls = _plan_captions(reader, begins, rank, batch) if texts else ({}, 0)
-        image_calls = _ceil(max(end - begin for begin, end in itertools.pairwise(begins)), batch)
+        captions, text_calls = _plan_captions(reader, slices, rank, batch, most_captions) if texts else ({}, 0)
+        image_calls = _ceil(max(map(len, slices)), batch)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
         pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad, data.max_pixels)
         image = encode_images(encode, tqdm(pictures, "pictures", image_calls, disable=hide))
@@ -134,6 +168,13 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
     )
 
 
+def wire_device(process_group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor must lie for the group to carry it: NCCL carries device tensors only."""
+    if "gloo" in dist.get_backend(process_group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _without_bad(
     image: Tensor, text: Tensor, flat: list[tuple[int, str]], keys: dict[int, str], bad: dict[int, str]
 ) -> Embeddings:
@@ -156,18 +197,20 @@ def _without_bad(
     )
 
 
-def _plan_captions(reader: Reader, begins: Sequence[int], rank: int, batch: int) -> tuple[dict[int, list[str]], int]:
+def _plan_captions(
+    reader: Reader, slices: Sequence[Sequence[int]], rank: int, batch: int, most: int | None
+) -> tuple[dict[int, list[str]], int]:
     """This rank's captions by sample, and the number of text batches of the rank that has most.
 
     Every rank reads all captions: it costs microseconds a sample, and no communication.
     """
     mine: dict[int, list[str]] = {}
     counts = []
-    for r, (begin, end) in enumerate(itertools.pairwise(begins)):
+    for r, part in enumerate(slices):
         counts.append(0)
-        for sample_id in range(begin, end):
+        for sample_id in part:
             try:
-                captions = reader.captions(sample_id)
+                captions = reader.captions(sample_id)[:most]
             except BadSample:
                 captions = []
             counts[r] += len(captions)
@@ -178,7 +221,7 @@ def _plan_captions(reader: Reader, begins: Sequence[int], rank: int, batch: int)
 
 def _decoded(
     reader: Reader,
-    sample_ids: range,
+    sample_ids: Sequence[int],
     size: int,
     batch: int,
     calls: int,
@@ -186,31 +229,34 @@ def _decoded(
     bad: dict[int, str],
     max_pixels: int,
 ) -> Iterator[Tensor]:
-    """Exactly `calls` batches uint8 [batch, 3, size, size], decoded by threads ahead of their use.
+    """Exactly `calls` batches uint8 [batch, 3, size, size], decoded and put together by threads ahead of their use.
 
     A sample that cannot be decoded keeps its row as zeros, so that the number of batches never depends on damage; its
     reason goes into `bad`.
     """
 
-    def load(sample_id: int) -> Tensor | str:
+    def load(sample_id: int, row: Tensor) -> str | None:
         try:
-            return eval_image(reader.image(sample_id), size, max_pixels)
+            row.copy_(eval_image(reader.image(sample_id), size, max_pixels))
         except BadSample as error:
             return error.reason
+        return None
 
     with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[Tensor | str]] = deque()
-        upcoming = iter(sample_ids)
-        for call in range(calls):
-            while len(waiting) < AHEAD * batch and (following := next(upcoming, None)) is not None:
-                waiting.append(pool.submit(load, following))
+
+        def begin(call: int) -> tuple[Tensor, list[tuple[int, Future[str | None]]]]:
             pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-            for row, sample_id in enumerate(sample_ids[call * batch : (call + 1) * batch]):
-                loaded = waiting.popleft().result()
-                if isinstance(loaded, str):
-                    bad[sample_id] = loaded
-                else:
-                    pixels[row] = loaded
+            part = sample_ids[call * batch : (call + 1) * batch]
+            return pixels, [(sample_id, pool.submit(load, sample_id, row)) for sample_id, row in zip(part, pixels)]
+
+        waiting = deque(map(begin, range(min(AHEAD, calls))))
+        for call in range(calls):
+            pixels, loading = waiting.popleft()
+            if call + AHEAD < calls:
+                waiting.append(begin(call + AHEAD))
+            for sample_id, future in loading:
+                if (reason := future.result()) is not None:
+                    bad[sample_id] = reason
             yield pixels
 
 
@@ -225,12 +271,16 @@ def _tokenised(
 
 @torch.no_grad()
 def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tensor:
-    parts = []
+    parts: list[Tensor] = []
+    under_way: deque[Tensor] = deque()
     for inputs in batches:
         image_features, text_features = encode(inputs, None) if image else encode(None, inputs)
         features = image_features if image else text_features
         assert features is not None  # what was given is encoded
-        parts.append(features.float().cpu())
+        under_way.append(features.float())
+        if len(under_way) > IN_FLIGHT:
+            parts.append(under_way.popleft().cpu())
+    parts += [features.cpu() for features in under_way]
     if not parts and image:
         raise UserError("nothing to embed: no pictures")
     return torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
@@ -238,9 +288,7 @@ def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tens
 
 def _gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None) -> list[Tensor]:
     """Every rank's tensor [n_r, ...], with n_r free to differ. Tensors travel padded to the longest."""
-    device = torch.device("cpu")
-    if "gloo" not in dist.get_backend(process_group):  # NCCL carries device tensors only
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = wire_device(process_group)
     world = dist.get_world_size(process_group)
     count = torch.tensor([len(tensor)], device=device)
     counts = [torch.zeros_like(count) for _ in range(world)]

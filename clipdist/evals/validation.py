@@ -72,7 +72,7 @@ class Validation:
             own = embed_catalog(
                 model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **where
             )
-            measured, embeddings = distributed_retrieval(own)
+            measured, embeddings = distributed_retrieval(own, device=self._place.device)
             values |= measured
         if self._labelled is not None:
             measured = zero_shot_of(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from clipdist.data.catalog import Catalog
@@ -140,47 +137,23 @@ def test_no_pictures_at_all() -> None:
         encode_images(Recorder(), [])
 
 
-def uneven(rank: int) -> Embeddings:
-    """Rank 0 holds three pictures with four captions, rank 1 one of each, a non-ASCII caption, and bad ones."""
-    n, m = ((3, 4), (1, 1))[rank]
-    return Embeddings(
-        image=torch.full((n, 2), float(rank)) + torch.arange(n)[:, None],
-        text=torch.full((m, 2), 10.0 + rank),
-        text_image=torch.tensor([[0, 1, 1, 2], [0]][rank]),
-        captions=[["a", "b", "c", "d"], ["naïve ☃"]][rank],
-        keys=[f"{rank}-{row}" for row in range(n)],
-        sample_ids=torch.arange(n) + 5 * rank,
-        bad=[{"truncated image": ["x"]}, {"truncated image": ["y"], "not an image": ["z"]}][rank],
-    )
+def test_chosen_samples_in_the_order_asked(catalog: Catalog) -> None:
+    chosen = [9, 0, 4, 7, 3]
+    result = embed(catalog, Recorder(), samples=chosen, most_captions=1)
+    assert result.sample_ids.tolist() == [9, 0, 4, 3]
+    assert result.captions == ["9 0", "0 0", "4 0", "3 0"]
+    assert result.text_image.tolist() == [0, 1, 2, 3]
+    assert torch.allclose(result.image[:, 0], torch.tensor([90.0, 0, 40, 30]), atol=1.5)
+    parts = [embed(catalog, Recorder(), samples=chosen, rank=rank, world=2) for rank in range(2)]
+    assert [part.sample_ids.tolist() for part in parts] == [[9, 0], [4, 3]]
 
 
-def gather_on(rank: int, port: int, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        result = gather_embeddings(uneven(rank))
-        tensors = {name: getattr(result, name).tolist() for name in ("image", "text", "text_image", "sample_ids")}
-        strings = {"captions": result.captions, "keys": result.keys, "bad": result.bad}
-        Path(f"{out}/{rank}.json").write_text(json.dumps(tensors | strings))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_gathering_uneven_slices(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gather_on, (port, str(tmp_path)), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    assert first["image"] == [[0, 0], [1, 1], [2, 2], [1, 1]]
-    assert first["text"] == [[10, 10]] * 4 + [[11, 11]]
-    assert first["text_image"] == [0, 1, 1, 2, 3]
-    assert first["sample_ids"] == [0, 1, 2, 5]
-    assert first["captions"] == ["a", "b", "c", "d", "naïve ☃"]
-    assert first["keys"] == ["0-0", "0-1", "0-2", "1-0"]
-    assert first["bad"] == {"truncated image": ["x", "y"], "not an image": ["z"]}
+def test_more_threads_than_a_batch_has_pictures(catalog: Catalog) -> None:
+    assert torch.equal(embed(catalog, Recorder(), batch=1, threads=4).image, embed(catalog, Recorder(), batch=16).image)
 
 
 def test_gathering_alone_is_nothing() -> None:
-    mine = uneven(0)
+    mine = Embeddings(
+        torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, dtype=torch.int64), ["a"], ["k"], torch.ones(1), {}
+    )
     assert gather_embeddings(mine) is mine

@@ -1,0 +1,163 @@
+"""A published retrieval protocol and the user's copy of its split file in; which samples, in which order and folds out.
+
+The protocols of the literature since Karpathy and Fei-Fei (2015): 1000 test pictures of Flickr8k and of Flickr30k,
+5000 of COCO, each with its first five captions; COCO 1K is the mean over five folds of 1000 pictures, taken in the
+order of the split file. Pictures are found by file name, as shards keep it in their .json, or by key.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample
+from clipdist.data.reader import open_reader
+from clipdist.errors import UserError
+from clipdist.evals.embed import Embeddings
+
+CAPTIONS = 5  # of a picture, its first ones
+MOST_SPLIT_BYTES = 1 << 30  # dataset_coco.json has 0.15e9
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is published: `pictures` of the test split of `dataset`, in `folds` of equal size."""
+
+    name: str
+    dataset: str
+    pictures: int
+    folds: int
+    files: str  # the split files that name them
+
+
+_KARPATHY = "Karpathy's dataset_{}.json"
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("flickr8k-1k", "flickr8k", 1000, 1, f"{_KARPATHY.format('flickr8k')} or Flickr_8k.testImages.txt"),
+        Protocol("flickr30k-1k", "flickr30k", 1000, 1, _KARPATHY.format("flickr30k")),
+        Protocol("coco-5k", "coco", 5000, 1, _KARPATHY.format("coco")),
+        Protocol("coco-1k-folds", "coco", 5000, 5, _KARPATHY.format("coco")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of a protocol that a catalog has.
+
+    Attributes:
+        sample_ids: of the catalog, in the order of the split file.
+        positions: the place of each in the split file, from 0.
+        missing: the file names that no sample has.
+    """
+
+    sample_ids: list[int]
+    positions: list[int]
+    missing: list[str]
+
+
+def read_test_names(path: Path, protocol: Protocol) -> list[str]:
+    """The file names of the test pictures, in the file's order.
+
+    Args:
+        path: Karpathy's JSON (the pictures of split "test"), or a text file with a name a line.
+
+    Raises:
+        UserError: no such file, or neither of these, or not as many pictures as the protocol has.
+    """
+    try:
+        if path.stat().st_size > MOST_SPLIT_BYTES:
+            raise UserError(f"--split-file {path}: too large for a split file; expected {protocol.files}")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--split-file {path}: cannot be read ({error}); expected {protocol.files}") from None
+    names = _karpathy_names(text, path) if text.lstrip().startswith("{") else text.split()
+    if len(names) != protocol.pictures or len(set(names)) != len(names):
+        raise UserError(
+            f"--split-file {path}: {len(set(names))} different test pictures; {protocol.name} has {protocol.pictures}"
+            f" (expected {protocol.files})"
+        )
+    return names
+
+
+def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
+    """Finds the samples whose "filename" or key is among the names.
+
+    Raises:
+        UserError: two samples have the same name.
+    """
+    wanted = {name: position for position, name in enumerate(names)}
+    by_key = {posixpath.splitext(name)[0]: position for name, position in wanted.items()}
+    found: dict[int, int] = {}
+    reader = open_reader(catalog)
+    try:
+        for sample_id in range(len(catalog)):
+            key = reader.key(sample_id)
+            try:
+                filename = reader.metadata(sample_id).get("filename")
+            except BadSample:
+                filename = None
+            position = wanted.get(posixpath.basename(filename)) if isinstance(filename, str) else by_key.get(key)
+            if position is None:
+                continue
+            if position in found:
+                first = reader.key(found[position])
+                raise UserError(f"{names[position]}: two samples have this file name, {first} and {key}; name one set")
+            found[position] = sample_id
+    finally:
+        reader.close()
+    positions = sorted(found)
+    missing = [name for position, name in enumerate(names) if position not in found]
+    return Selection([found[position] for position in positions], positions, missing)
+
+
+def require_whole(protocol: Protocol, missing: Sequence[str], where: str) -> None:
+    """Raises UserError where pictures are missing: numbers over fewer candidates are not the published ones."""
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        raise UserError(
+            f"{where}: {len(missing)} of the {protocol.pictures} pictures of {protocol.name} are missing or unusable"
+            f" ({shown}); --allow-missing evaluates the others"
+        )
+
+
+def folds_of(
+    embeddings: Embeddings, positions: Sequence[int], protocol: Protocol
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Image features, text features and text_image of each fold.
+
+    Args:
+        positions: the place in the split file of each picture of `embeddings`.
+
+    Raises:
+        UserError: a fold has no picture at all, or the positions do not belong to the embeddings.
+    """
+    if len(positions) != len(embeddings.image) or any(not 0 <= place < protocol.pictures for place in positions):
+        raise UserError(f"{protocol.name}: the embeddings do not say which of its pictures they are; save them again")
+    size = protocol.pictures // protocol.folds
+    fold_of_picture = torch.tensor(positions, dtype=torch.int64) // size
+    folds = []
+    for fold in range(protocol.folds):
+        pictures = fold_of_picture == fold
+        if not pictures.any():
+            raise UserError(f"{protocol.name}: no picture of fold {fold + 1} of {protocol.folds} is there")
+        row = pictures.cumsum(0) - 1
+        captions = pictures[embeddings.text_image]
+        folds.append((embeddings.image[pictures], embeddings.text[captions], row[embeddings.text_image[captions]]))
+    return folds
+
+
+def _karpathy_names(text: str, path: Path) -> list[str]:
+    try:
+        return [str(image["filename"]) for image in json.loads(text)["images"] if image["split"] == "test"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--split-file {path}: not a split file of Karpathy's ({reason})") from None
