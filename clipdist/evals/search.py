@@ -1,0 +1,257 @@
+"""Sentences or pictures as queries and picture features in, the most similar pictures out; the features are kept.
+
+The features of a set of pictures are computed once for a model and kept in RUN/embeddings/KEY.safetensors, scaled to
+unit length, so that a search is one product. KEY names the weights and the shards: another checkpoint or other shards
+have another file, and an old one can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipdist.data.catalog import Catalog
+from clipdist.data.decode import BadSample, decode_pixels, eval_image
+from clipdist.data.reader import PICTURE_KINDS, Reader
+from clipdist.errors import UserError
+from clipdist.evals.embed import Embeddings, Encode
+from clipdist.evals.sheet import first_caption
+from clipdist.evals.store import load_embeddings, save_embeddings
+from clipdist.model.load import LoadedModel
+
+SLOT = "{}"  # where a prompt takes the sentence
+TILE_PICTURES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores
+LAYOUT = "unit length 1"  # of a kept file; another number makes all of them anew
+
+
+@dataclass(frozen=True)
+class Query:
+    """A sentence, or a picture: then `text` is its file and `picture` the file's bytes, which can be decoded."""
+
+    text: str
+    picture: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found.
+
+    Attributes:
+        score: cosine with the query.
+        shard: path or address of its tar.
+        filename: what its .json calls it, "" where it says nothing.
+        caption: its first, "" where it has none.
+    """
+
+    rank: int
+    score: float
+    key: str
+    shard: str
+    filename: str
+    caption: str
+    sample_id: int
+
+
+def read_query(words: str) -> Query:
+    """A sentence as it stands; words that end like a picture's file (.jpg, .png ...) are that file.
+
+    Raises:
+        UserError: no words, no such file, or one that is no picture.
+    """
+    if not words.strip():
+        raise UserError("the sentence is empty; ask in words, or name a picture's file")
+    path = Path(words)
+    if path.suffix.lower().removeprefix(".") not in PICTURE_KINDS:
+        return Query(words)
+    try:
+        data = path.read_bytes()
+        decode_pixels(data)
+    except OSError as error:
+        raise UserError(f"the query {words}: {error.strerror}; a query that ends in {path.suffix} is a file") from None
+    except BadSample as error:
+        raise UserError(f"the query {words}: {error.reason}; name a whole JPEG, PNG, WebP, GIF or BMP file") from None
+    return Query(words, data)
+
+
+def read_queries(path: Path) -> list[Query]:
+    """The queries of a file, one a line; empty lines are left out, a picture's file is named as from here.
+
+    Raises:
+        UserError: the file cannot be read as UTF-8, holds no query, or one of them is no picture.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a file of queries ({error})") from None
+    queries = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                queries.append(read_query(line.strip()))
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+    if not queries:
+        raise UserError(f"{path}: holds no query; write one a line")
+    return queries
+
+
+def encode_queries(
+    encode: Encode,
+    tokenizer: Callable[[list[str]], Tensor],
+    image_size: int,
+    queries: Sequence[Query],
+    prompts: Sequence[str] = (SLOT,),
+    batch: int = 64,
+) -> Tensor:
+    """Unit vectors fp32 [q, D]: of a sentence, the direction of its prompts' mean; of a picture, its own.
+
+    Args:
+        prompts: sentences with the slot {}; each prompt's feature is scaled to unit length before the mean is taken
+            (Radford et al. 2021, section 3.1.4).
+
+    Raises:
+        UserError: features that are not finite.
+    """
+    sentences = [query.text for query in queries if query.picture is None]
+    filled = [prompt.replace(SLOT, sentence) for sentence in sentences for prompt in prompts]
+    texts = _forward(lambda part: encode(None, tokenizer(part))[1], filled, batch)
+    pictures = [query.picture for query in queries if query.picture is not None]
+    images = _forward(lambda part: encode(_pixels(part, image_size), None)[0], pictures, batch)
+    of_sentences = iter(texts.unflatten(0, (-1, len(prompts))).mean(1) if sentences else texts)
+    of_pictures = iter(images)
+    rows = [next(of_sentences if query.picture is None else of_pictures) for query in queries]
+    return unit(torch.stack(rows))
+
+
+def unit(features: Tensor) -> Tensor:
+    """Rows scaled to unit length, fp32.
+
+    Raises:
+        UserError: features that are not finite.
+    """
+    if not torch.isfinite(features).all():
+        raise UserError("the features are not finite: the weights have diverged; take an older checkpoint")
+    return F.normalize(features.float(), dim=1)
+
+
+def nearest(pictures: Tensor, queries: Tensor, k: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Exact search: rows int64 [q, min(k, n)] with the highest cosines, best first, and the cosines, fp32.
+
+    Memory beyond the results is one tile, so that `pictures` may be mapped from a file larger than memory. Of pictures
+    that score alike the first in the catalog comes first.
+
+    Args:
+        pictures, queries: unit vectors fp32 [n, D] and [q, D].
+        device: where the products are taken.
+    """
+    found = [_nearest(pictures, part.to(device), k) for part in queries.split(TILE_QUERIES)]
+    return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
+
+
+def cache_file(loaded: LoadedModel, catalog: Catalog) -> Path:
+    """Where the features are kept: beside the run, or in the home folder for a model that has none."""
+    folder = (loaded.run_dir or Path.home() / ".cache" / "clipdist") / "embeddings"
+    names = "\n".join(_facts(loaded, catalog).values())
+    return folder / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.safetensors"
+
+
+def read_cache(path: Path, loaded: LoadedModel, catalog: Catalog, tell: Callable[[str], None]) -> Embeddings | None:
+    """The kept features, or None where there are none; `tell` gets a line where there is a file of no use."""
+    if not path.exists():
+        return None
+    try:
+        embeddings, facts = load_embeddings(path)
+    except UserError as error:
+        tell(f"{error}: made again")
+        return None
+    if facts != _facts(loaded, catalog):
+        tell(f"{path}: of another model or other shards: made again")
+        return None
+    return embeddings
+
+
+def write_cache(
+    path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: Embeddings, tell: Callable[[str], None]
+) -> None:
+    """Keeps features of unit length; where they cannot be written, `tell` gets a line and the search goes on."""
+    try:
+        save_embeddings(path, embeddings, _facts(loaded, catalog))
+    except UserError as error:
+        tell(f"not kept for the next search: {error}")
+
+
+def with_unit_features(embeddings: Embeddings) -> Embeddings:
+    """The same with picture features of unit length, which is what is kept.
+
+    Raises:
+        UserError: features that are not finite, or no picture.
+    """
+    if not len(embeddings.image):
+        raise UserError("no picture in the shards could be decoded")
+    return replace(embeddings, image=unit(embeddings.image))
+
+
+def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[float]) -> list[Hit]:
+    """What the shards say of the pictures that were found, best first."""
+    return [
+        Hit(
+            rank=rank,
+            score=round(score, 6),
+            key=reader.key(sample_id),
+            shard=str(reader.catalog.shards[reader.catalog.locate(sample_id)[0]].tar),
+            filename=_filename(reader, sample_id),
+            caption=first_caption(reader, sample_id),
+            sample_id=sample_id,
+        )
+        for rank, (sample_id, score) in enumerate(zip(sample_ids, scores), start=1)
+    ]
+
+
+def _filename(reader: Reader, sample_id: int) -> str:
+    try:
+        return str(reader.metadata(sample_id).get("filename", ""))
+    except BadSample:  # its picture is good all the same
+        return ""
+
+
+def _facts(loaded: LoadedModel, catalog: Catalog) -> dict[str, str]:
+    return {"model": loaded.fingerprint, "pictures": catalog.fingerprint(), "features": LAYOUT}
+
+
+@torch.no_grad()
+def _forward(tower: Callable[[list], Tensor | None], inputs: list, batch: int) -> Tensor:
+    """Unit vectors fp32 [n, D] on the CPU; [0, 0] of nothing."""
+    parts = []
+    for begin in range(0, len(inputs), batch):
+        features = tower(inputs[begin : begin + batch])
+        assert features is not None  # what was given is encoded
+        parts.append(unit(features.float().cpu()))
+    return torch.cat(parts) if parts else torch.zeros(0, 0)
+
+
+def _pixels(pictures: list[bytes], size: int) -> Tensor:
+    try:
+        return torch.stack([eval_image(data, size) for data in pictures])
+    except BadSample as error:  # a long strip: it can be decoded, but not enlarged
+        raise UserError(f"a picture among the queries: {error.reason}") from None
+
+
+def _nearest(pictures: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows = torch.zeros(len(queries), 0, dtype=torch.int64)
+    scores = torch.zeros(len(queries), 0)
+    for begin in range(0, len(pictures), TILE_PICTURES):
+        tile = pictures[begin : begin + TILE_PICTURES].to(queries.device)
+        top = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
+        rows = torch.cat([rows, top.indices.cpu() + begin], 1)
+        scores = torch.cat([scores, top.values.cpu()], 1)
+        in_order = rows.argsort(dim=1)  # so that the stable sort below leaves equal scores in catalog order
+        rows, scores = rows.gather(1, in_order), scores.gather(1, in_order)
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+        rows, scores = rows.gather(1, best), scores.gather(1, best)
+    return rows, scores
