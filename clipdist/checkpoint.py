@@ -16,7 +16,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ class CheckpointReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        self._open: dict[str, safe_open] = {}  # opening a file reads its whole table of tensors
 
     def verify(self) -> None:
         """Compares sizes and SHA-256 sums of all files.
@@ -200,16 +202,26 @@ class CheckpointReader:
         for file, piece_start, piece_numel in entry["pieces"]:
             first, last = max(start, piece_start), min(stop, piece_start + piece_numel)
             if first < last:
-                try:
-                    with safe_open(self.folder / file, framework="pt") as handle:
-                        data = handle.get_slice(name)[first - piece_start : last - piece_start]
-                except (OSError, SafetensorError) as error:
-                    raise UserError(f"{self.folder / file}: cannot be read ({error})") from None
-                out[first - start : last - start] = data
+                with self._file(file) as handle:
+                    out[first - start : last - start] = handle.get_slice(name)[first - piece_start : last - piece_start]
         return out
 
     def read_full(self, name: str) -> torch.Tensor:
-        return self.read(name).reshape(self.shape(name))
+        """The whole tensor; mapped from the file, where it lies there in one piece."""
+        pieces = self.manifest.tensors[name]["pieces"]
+        if len(pieces) > 1:
+            return self.read(name).reshape(self.shape(name))
+        with self._file(pieces[0][0]) as handle:
+            return handle.get_tensor(name).reshape(self.shape(name))
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[safe_open]:
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            yield self._open[name]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder / name}: cannot be read ({error})") from None
 
 
 def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -317,6 +317,7 @@ class Trainer:
         sheet = self.validation.sheet(findings)
         if sheet is not None:
             self.metrics.picture("val/retrieval", sheet, self.step)
+            sheet.save(self.config.run.dir / "validation.png")
 
     def _save(self) -> None:
         from clipdist.checkpoint import Manifest

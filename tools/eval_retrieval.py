@@ -48,7 +48,8 @@ def main() -> None:
         if place.rank == 0 and args.save_embeddings:
             from clipdist.evals.store import save_embeddings
 
-            save_embeddings(args.save_embeddings, embeddings, facts)
+            kept = {name: value for name, value in facts.items() if name != "run_dir"}  # others may use the file
+            save_embeddings(args.save_embeddings, embeddings, kept)
         folds = rank_folds(embeddings, facts, place)
         if place.rank == 0:
             report(args, folds, embeddings, facts)
@@ -114,6 +115,7 @@ def embed(args: argparse.Namespace, catalog, place: Place) -> tuple[Embeddings, 
     facts = {
         "model": loaded.label,
         "step": "" if loaded.step is None else str(loaded.step),
+        "run_dir": str(loaded.run_dir or ""),
         "fingerprint": loaded.fingerprint,
         "shards": where,
         "catalog": catalog.fingerprint(),
@@ -153,6 +155,7 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], place: Place) -> l
 
 def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
     from clipdist.evals.protocols import PROTOCOLS
+    from clipdist.evals.results import keep_result
     from clipdist.evals.retrieval import bootstrap_intervals, mean_metrics
 
     metrics = mean_metrics(folds)
@@ -165,14 +168,16 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     if len(folds) > 1:
         title += f"; mean over {len(folds)} folds"
     print_table(title, metrics, intervals, args.resamples)
+    ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
+    ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
+    source = {"model": facts.get("model"), "step": int(facts["step"]) if facts.get("step") else None}
+    left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
+    test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
+    drawn = {"resamples": args.resamples, "seed": args.seed}
+    record = {**metrics, **ends, **source, **test_set, **drawn}
+    keep_result(Path(facts["run_dir"]) if facts.get("run_dir") else None, "eval_retrieval", record)
     if args.json:
-        ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
-        ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
-        source = {"model": facts.get("model"), "step": int(facts["step"]) if facts.get("step") else None}
-        left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
-        test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
-        drawn = {"resamples": args.resamples, "seed": args.seed}
-        print(json.dumps({**metrics, **ends, **source, **test_set, **drawn}))
+        print(json.dumps(record))
 
 
 def print_table(

@@ -78,6 +78,7 @@ def probe_model(context: Context) -> None:
     """All ranks compute features; rank 0 does the rest."""
     from clipdist.evals.features import random_twin
     from clipdist.evals.probe import require_unchanged
+    from clipdist.evals.results import keep_result
     from clipdist.model.load import load_model
     from clipdist.model.weights import weights_checksum
 
@@ -113,12 +114,14 @@ def probe_model(context: Context) -> None:
         print(f"published for OpenAI's {published[0]}: {published[1]} (Radford et al. 2021, table 10)")
     print(f"nothing but the last layer moved: SHA-256 of all weights {before[:16]}... before and after")
     picture = write_picture(context, probes["features"], loaded.run_dir)
+    record = record_of(probes, data, fractions, tuned)
+    record |= {"train": len(own.train.image), "test": len(own.test.image), "features": width}
+    record |= {"model": loaded.label, "step": loaded.step, "checksum": before, "data": data.name}
+    record |= {"kind": args.features, "solver": args.solver, "picture": str(picture) if picture else None}
+    record |= {"published": published[1] if published else None}
+    keep_result(loaded.run_dir, "probe_cifar10", record)
     if args.json:
-        record = record_of(probes, data, fractions, tuned)
-        facts: dict[str, Any] = {"train": len(own.train.image), "test": len(own.test.image), "features": width}
-        facts |= {"model": loaded.label, "step": loaded.step, "checksum": before, "data": data.name}
-        facts |= {"kind": args.features, "solver": args.solver, "picture": str(picture) if picture else None}
-        print(json.dumps({**record, **facts, "published": published[1] if published else None}))
+        print(json.dumps(record))
 
 
 def features_of(context: Context, model: Any, folder: Path) -> Features:

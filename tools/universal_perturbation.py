@@ -47,6 +47,7 @@ def main() -> None:
 
     from clipdist.engine.distributed import resolve_device
     from clipdist.evals.perturb import default_xi
+    from clipdist.evals.results import keep_result
     from clipdist.model.load import load_model
 
     device = resolve_device(args.device)
@@ -64,9 +65,10 @@ def main() -> None:
     if args.out:
         draw(args.out, classify, found.v.to(device), held_out, data.classes, args).save(args.out)
         print(f"{args.out}: the perturbation, and pictures with it; the numbers: {save(args.out, found.v, record)}")
+    record |= {"data": data.name, "model": loaded.label, "step": loaded.step, "pictures": len(train.labels)}
+    keep_result(loaded.run_dir, "universal_perturbation", record)
     if args.json:
-        facts = {"data": data.name, "model": loaded.label, "step": loaded.step, "pictures": len(train.labels)}
-        print(json.dumps({**record, **facts}))
+        print(json.dumps(record))
 
 
 def choose_pictures(data: LabelledSet, size: int, args: argparse.Namespace) -> tuple[Pictures, Pictures]:

@@ -83,9 +83,11 @@ def report(
     if args.confusion:
         confusion_picture(confusion_matrix(labels, predictions, len(data.classes)), data.classes).save(args.confusion)
         print(f"confusion matrix: {args.confusion}")
+    facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
+    record = {**metrics, "per_class": per_class, "left_out": test.left_out, **facts}
+    keep_result(loaded.run_dir, "zero_shot", record)
     if args.json:
-        facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
-        print(json.dumps({**metrics, "per_class": per_class, "left_out": test.left_out, **facts}))
+        print(json.dumps(record))
 
 
 def print_table(metrics: dict[str, float], per_class: dict[str, float]) -> None:

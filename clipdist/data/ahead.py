@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
 
 import numpy as np
 
-from clipdist.data.cache import ShardCache
+from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.order import Order, OrderKey
-from clipdist.data.reader import Reader
+from clipdist.data.reader import Reader, typical_bytes
 from clipdist.errors import UserError
-
-_SIZES_LOOKED_AT = 16  # shards of a catalog whose sizes stand for all
 
 
 class Scout:
@@ -47,6 +45,7 @@ class Scout:
                 self._changed.wait_for(lambda: self._closed or position <= self._consumed + self._horizon)  # noqa: B023
                 if self._closed:
                     return
+                position = max(position, self._consumed)  # where it fell behind: what is done with is not fetched
             starts = self._reader.catalog.starts
             ids = self._order.ids(position, self._rank, self._world)
             for shard in np.unique(starts.searchsorted(ids, side="right") - 1).tolist():
@@ -55,7 +54,8 @@ class Scout:
                         self._changed.wait_for(lambda: self._closed or self._fits(last_wanted))
                         if self._closed:
                             return
-                    self._reader.prefetch(shard)
+                    with contextlib.suppress(UserError):  # a damaged index: the loader will say so
+                        self._reader.prefetch(shard)
                 last_wanted[shard] = position
             position += 1
 
@@ -78,11 +78,16 @@ def _horizon(key: OrderKey) -> int:
 
 
 def shards_at_once(catalog: Catalog, key: OrderKey, world: int) -> int:
-    """Shards of which a rank reads at one time: V/W streams, each in a window that touches so many."""
-    counts = np.diff(catalog.starts)
+    """Shards of which a rank reads at one time: V/W streams of every source, each in a window that touches so many."""
+    sources = catalog.sources if key.parts else [(0, len(catalog.shards))]
+    return sum(_of_source(np.diff(catalog.starts[first : end + 1]), key, world) for first, end in sources)
+
+
+def _of_source(counts: np.ndarray, key: OrderKey, world: int) -> int:
+    """Args: counts: int64 [S], samples of its shards."""
     mean = max(1, int(counts[counts > 0].mean()))
-    window = key.window or len(catalog) // key.streams
-    return -(-key.streams // world) * (-(-window // mean) + 2)
+    window = key.window or int(counts.sum()) // key.streams
+    return min(len(counts), -(-key.streams // world) * (-(-window // mean) + 2))
 
 
 def check_cache(catalog: Catalog, key: OrderKey, world: int, cache: ShardCache) -> None:
@@ -90,8 +95,8 @@ def check_cache(catalog: Catalog, key: OrderKey, world: int, cache: ShardCache) 
     Raises:
         UserError: the cache is too small for the shards that the ranks of a node read at one time.
     """
-    shards = shards_at_once(catalog, key, world) * min(ranks_per_node(), world)
-    need = min(shards, len(catalog.shards)) * typical_bytes(catalog)
+    shards = min(len(catalog.shards), shards_at_once(catalog, key, world) * min(ranks_per_node(), world))
+    need = shards * typical_bytes(catalog)
     if need > cache.limit_bytes:
         size = typical_bytes(catalog) / 1e9
         raise UserError(
@@ -99,13 +104,3 @@ def check_cache(catalog: Catalog, key: OrderKey, world: int, cache: ShardCache) 
             f" time on a node; set it to {need / 1e9:.2g} at least, or lower data.streams={key.streams} or"
             f" data.window={key.window}"
         )
-
-
-def typical_bytes(catalog: Catalog) -> int:
-    """The largest size among some shards of the catalog."""
-    some = np.linspace(0, len(catalog.shards) - 1, min(len(catalog.shards), _SIZES_LOOKED_AT)).astype(int)
-    return max(catalog.table(number).tar_bytes for number in sorted(set(some.tolist())))
-
-
-def ranks_per_node() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))

@@ -33,7 +33,11 @@ _LOOK_AGAIN_S = 0.05
 
 
 class _NoRoom(Exception):
-    """A prefetch that would have to wait, or a cache that is closing."""
+    """A prefetch that would have to wait."""
+
+
+class _Closed(Fault):
+    """The cache was closed while a shard was fetched."""
 
 
 @dataclass
@@ -89,7 +93,7 @@ class ShardCache:
             size: bytes that the object must have; an entry of another size is fetched again.
 
         Raises:
-            UserError, Fault: as Fetcher.fetch, of an earlier prefetch too; Fault: there is no room.
+            UserError, Fault: as Fetcher.fetch, of an earlier prefetch too; Fault: there is no room, or close() came.
         """
         with self._mutex:
             prefetched = self._ahead.pop(url, None)
@@ -115,7 +119,7 @@ class ShardCache:
         future.add_done_callback(lambda done: self._forget(url, done))
 
     def close(self) -> None:
-        """Ends prefetching. Descriptors that were given out stay good."""
+        """Ends all fetches, those that open() waits for too. Descriptors that were given out stay good."""
         with self._mutex:
             self._closing.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -130,10 +134,11 @@ class ShardCache:
         with self._locked():
             entry = self._open_entry(url, size)
             part = None if entry is not None else self._claim(url)
-        if entry is not None:
-            os.close(entry)
+            if entry is not None:
+                _mark_used(entry, opened=False)  # as one that was fetched just now, or the next prefetch would evict it
+                os.close(entry)
         if part is not None:
-            with contextlib.suppress(_NoRoom):
+            with contextlib.suppress(_NoRoom, _Closed):
                 os.close(self._download(url, size, part, advice=True))
 
     def _download(self, url: str, size: int | None, part: int, advice: bool = False) -> int:
@@ -221,7 +226,7 @@ class ShardCache:
 
     def check_open(self) -> None:
         if self._closing.is_set():
-            raise _NoRoom
+            raise _Closed("the cache of shards was closed")
 
     def _evict(self, excess_bytes: int, spare_unopened: bool) -> bool:
         """Deletes entries that nobody holds, least recently used first, if that frees enough; else none at all."""
@@ -303,17 +308,21 @@ class _Room:
     reserved: int = 0
 
     def __call__(self, size: int) -> None:
-        if self.advice:
-            self.cache.check_open()
+        self.cache.check_open()
         if size > self.reserved:
             self.cache.reserve(self.part, size, self.advice)
             self.reserved = size
 
 
-def _mark_used(entry: int) -> None:
+def _mark_used(entry: int, opened: bool = True) -> None:
     """Sets the time that eviction goes by. Read-only means opened: a prefetch leaves its entry writable."""
     os.utime(entry, ns=(time.time_ns(), time.time_ns()))
-    os.fchmod(entry, 0o400)
+    os.fchmod(entry, 0o400 if opened else 0o600)
+
+
+def ranks_per_node() -> int:
+    """How many ranks share the folder, and the cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -12,7 +12,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,13 +21,13 @@ import torch
 from clipdist import config
 from clipdist.data.ahead import Scout, check_cache, shards_at_once
 from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_parameters, train_image
+from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
 from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 
-_UNUSED = 3  # references to memory that only the loader's list holds: that list, a loop's name, and the question itself
 _PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
 
 
@@ -94,12 +94,16 @@ class Loader:
             yield self.next()
 
     def next(self) -> Batch:
-        """The next batch. An error in a decoding thread is raised here, with its cause."""
+        """The next batch. An error in a decoding thread is raised here, with its cause, and closes the loader."""
         while len(self._ahead) < self.cfg.prefetch:
             self._submit()
         batch, futures = self._ahead.popleft()
         began = time.perf_counter()
-        bad = [pair for future in futures for pair in future.result()]
+        try:
+            bad = _results(futures)
+        except BaseException:  # a process that ends waits for its threads, and they for a server perhaps
+            self.close()
+            raise
         self.waited_s += time.perf_counter() - began
         if self._scout is not None:
             self._scout.advance(batch.position)
@@ -114,7 +118,10 @@ class Loader:
         """Ends the threads, and closes the reader."""
         if self._scout is not None:
             self._scout.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.reader.cache is not None:
+            self.reader.cache.close()  # ends the fetches that threads wait for
+        self._pool.shutdown(wait=True)
         self.reader.close()
 
     def _submit(self) -> None:
@@ -144,8 +151,8 @@ class Loader:
         """
         if self.pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps pinned memory for the next one
-        for memory in self._memory:
-            if sys.getrefcount(memory) == _UNUSED and memory.shape == shape:
+        for memory, references in zip(self._memory, _references(self._memory)):
+            if references == _UNUSED and memory.shape == shape:
                 return torch.from_numpy(memory)  # every tensor on it, views included, holds a reference to it
         self._memory.append(np.empty(shape, dtype=np.uint8))
         return torch.from_numpy(self._memory[-1])
@@ -222,6 +229,21 @@ def open_loader(
     return Loader(reader, tokenizer, order, cfg, image_size=image_size, rank=rank, world=world, start=start, pin=pin)
 
 
+def _results(futures: list[Future]) -> list[tuple[int, str]]:
+    """What all of them give, in order; or the first error, without waiting for the others."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+    return [pair for future in futures for pair in future.result()]
+
+
+def _references(kept: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(memory) for memory in kept]
+
+
+_UNUSED = _references([np.empty(0)])[0]  # of what only a list holds; how many that is differs among Python's versions
+
+
 def augmentation(cfg: config.Data) -> Augmentation:
     """What training does to a picture."""
     brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
@@ -243,5 +265,4 @@ def group_id(caption: str) -> int:
 
 def default_threads() -> int:
     """Cores of this process divided among the ranks on this machine; at most 8."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_per_node()))

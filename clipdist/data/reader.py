@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from clipdist import config
-from clipdist.data.cache import ShardCache
+from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote
@@ -20,12 +22,17 @@ from clipdist.data.index import PICTURE_KINDS, ShardIndex
 
 # Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256
+_FEW_OPEN = 4  # of a cache's, by who reads front to back: what is open cannot make room for others
+_SIZES_LOOKED_AT = 16  # shards of a catalog whose sizes stand for all
 MAX_MEMBER_BYTES = 256 << 20  # a larger picture is none
 MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twenty times its bytes
 
 
-def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = MAX_OPEN) -> Reader:
+def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = 0) -> Reader:
     """A reader with the cache that the configuration (or its defaults) asks for, where the catalog needs one.
+
+    Args:
+        max_open: shards of the cache that stay open; 0: a few, for who reads front to back.
 
     Raises:
         UserError: the cache's folder cannot be written, or its disk is too small.
@@ -34,7 +41,17 @@ def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int 
     if not (cfg.stage or catalog.is_remote()):
         return Reader(catalog)
     folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
-    return Reader(catalog, ShardCache(folder, int(cfg.cache_gb * 1e9), fetcher_of(cfg)), cfg.stage, max_open)
+    cache = ShardCache(folder, int(cfg.cache_gb * 1e9), fetcher_of(cfg))
+    if not max_open:
+        fit = cache.limit_bytes // ranks_per_node() // max(1, typical_bytes(catalog))
+        max_open = max(1, min(_FEW_OPEN, fit // 2))  # the other half for shards that go out, and other readers'
+    return Reader(catalog, cache, cfg.stage, max_open)
+
+
+def typical_bytes(catalog: Catalog) -> int:
+    """The largest size among some shards of the catalog."""
+    some = np.linspace(0, len(catalog.shards) - 1, min(len(catalog.shards), _SIZES_LOOKED_AT)).astype(int)
+    return max(catalog.table(number).tar_bytes for number in sorted(set(some.tolist())))
 
 
 class Reader:
@@ -96,7 +113,7 @@ class Reader:
     def prefetch(self, shard: int) -> None:
         """Begins to fetch a shard into the cache, where it passes one."""
         if self._is_cached(shard) and self.cache is not None:
-            self.cache.prefetch(self.catalog.shards[shard].tar, self.catalog.table(shard).tar_bytes)
+            self.cache.prefetch(self._address(shard), self.catalog.table(shard).tar_bytes)
 
     def close(self) -> None:
         with self._lock:
@@ -129,10 +146,16 @@ class Reader:
                     held.close()
 
     def _open_shard(self, shard: int) -> int:
-        tar = self.catalog.shards[shard].tar
         if self._is_cached(shard) and self.cache is not None:
-            return self.cache.open(tar, self.catalog.table(shard).tar_bytes)
-        return os.open(tar, os.O_RDONLY)
+            return self.cache.open(self._address(shard), self.catalog.table(shard).tar_bytes)
+        return os.open(self.catalog.shards[shard].tar, os.O_RDONLY)
+
+    def _address(self, shard: int) -> str:
+        """What a shard is called in the cache. A staged one that is replaced, by one of equal size even, is another."""
+        tar = self.catalog.shards[shard].tar
+        if is_remote(tar):
+            return tar
+        return f"{Path(tar).absolute().as_uri()}?{self.catalog.table(shard).tar_mtime_ns}"
 
     def _is_cached(self, shard: int) -> bool:
         return self.stage or is_remote(self.catalog.shards[shard].tar)

@@ -6,8 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from clipdist import config
 from clipdist.checkpoint import MANIFEST, list_checkpoints, load_full_weights, read_manifest
@@ -117,12 +119,24 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     spec = ModelSpec.from_dict(manifest.state["model"])
     weights = load_full_weights(folder)
     loss = config.Loss(name="sigmoid" if "logit_bias" in weights else "infonce")
-    model = assemble(spec, loss, tower_weights=False)
+    with _NothingDrawn():  # all weights come from the checkpoint
+        model = assemble(spec, loss, tower_weights=False)
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)  # mapped from the file: what is not used is not read
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
     return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves initial weights undrawn, which takes seconds for a large model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
