@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
-from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
 from clipdist.errors import UserError
 
@@ -134,8 +134,23 @@ def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
     batch, data = config.train.global_batch, config.data
     cached = data.stage or catalog.is_remote()
     streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
-    window = data.window or (max(1, len(catalog) // max(1, len(catalog.shards))) if cached else 0)
+    per_shard = max(1, len(catalog) // max(1, len(catalog.shards)))
+    window = data.window or (per_shard if cached else local_window(catalog, streams, per_shard))
     return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
+
+
+def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
+    """0, the whole stream, where all tables of members fit into memory; else what lets a rank go through them in turn.
+
+    With windows of w samples V streams touch V * (ceil(w / shard) + 1) tables at one time; were all of them wanted at
+    random, each read would begin with the reading of a table.
+    """
+    table = catalog.table(0)
+    per_sample = max(1.0, table.bytes_in_memory() / max(1, len(table)))
+    fits = int(INDEX_MEMORY_BYTES / per_sample)
+    if len(catalog) <= fits:
+        return 0
+    return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)
 
 
 def length(config: Config, steps_per_epoch: int) -> int:

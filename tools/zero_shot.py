@@ -70,6 +70,7 @@ def report(
 ) -> None:
     """The table, the picture and the JSON object; `templates` is their number."""
     from clipdist.evals.confusion import confusion_matrix, confusion_picture
+    from clipdist.evals.results import keep_result
     from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_metrics
 
     labels, scale = test.labels, loaded.model.logit_scale

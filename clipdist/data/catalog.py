@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from clipdist import config
 from clipdist.data import consolidated
 from clipdist.data.consolidated import Consolidated
-from clipdist.data.fetch import Fetcher, is_remote
+from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_query
 from clipdist.data.index import ShardIndex, check_fresh, index_from_bytes, load_index
 from clipdist.errors import UserError
 
@@ -133,7 +133,9 @@ class Catalog:
         """
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(f"{posixpath.basename(shard.tar)}\n{shard.count}\n".encode("utf-8", "surrogateescape"))
+            digest.update(
+                f"{posixpath.basename(without_query(shard.tar))}\n{shard.count}\n".encode("utf-8", "surrogateescape")
+            )
             digest.update(shard.digest)
         return digest.hexdigest()
 
@@ -172,12 +174,12 @@ def _load_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
 
 
 def _load_remote(tar: str, fetcher: Fetcher) -> ShardIndex:
-    data = None if tar.startswith("pipe:") else fetcher.read_small(f"{tar}.idx.npz")
+    data = None if tar.startswith("pipe:") else fetcher.read_small(beside(tar, ".idx.npz"))
     index = None if data is None else index_from_bytes(data, tar)
     if index is None:
         state = "no index" if data is None else "a damaged index"
         raise UserError(
-            f"{tar}: {state} beside it; index remote shards ahead: python tools/index_shards.py SHARDS --out"
+            f"{safe_name(tar)}: {state} beside it; index remote shards ahead: python tools/index_shards.py SHARDS --out"
             f" NAME{consolidated.SUFFIX}, and name that file instead"
         )
     return index
@@ -193,14 +195,15 @@ def _shards_of(book: Consolidated) -> list[Shard]:
 
 def _load_checked(book: Consolidated, number: int) -> ShardIndex:
     index = book.load(number)
-    if not is_remote(index.tar):  # a remote one is compared in size when it is fetched
+    if not is_remote(index.tar) and number not in book.checked:  # a remote one is compared in size when it is fetched
         check_fresh(index)
+        book.checked.add(number)
     return index
 
 
 def _expand(source: str, what: str, fetcher: Fetcher) -> Iterator[str | Consolidated]:
     """What one source names, in order: tars, and consolidated files opened."""
-    if source.endswith(consolidated.SUFFIX):
+    if without_query(source).endswith(consolidated.SUFFIX):
         yield _open_book(source, what, fetcher)
     elif source.endswith(".txt") and not is_remote(source):
         yield from _expand_list(Path(source), what, fetcher)
@@ -215,7 +218,7 @@ def _open_book(source: str, what: str, fetcher: Fetcher) -> Consolidated:
         return Consolidated(source)
     data = fetcher.read_small(source, limit_bytes=MOST_BOOK_BYTES)
     if data is None:
-        raise UserError(f"{what}: {source}: no such file")
+        raise UserError(f"{what}: {safe_name(source)}: no such file")
     return Consolidated(io.BytesIO(data), source)
 
 
@@ -239,7 +242,7 @@ def _expand_list(path: Path, what: str, fetcher: Fetcher) -> Iterator[str | Cons
 def _expand_remote(source: str, what: str) -> Iterator[str]:
     if any(mark in source for mark in "*[") and not source.startswith("pipe:"):
         raise UserError(
-            f"{what}: {source}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
+            f"{what}: {safe_name(source)}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
         )
     yield from _braces(source, what)
 
@@ -282,5 +285,5 @@ def _refuse_twice(tars: list[str], what: str) -> None:
     for tar in tars:
         place = tar if is_remote(tar) else os.path.join(real_folder(os.path.dirname(tar)), os.path.basename(tar))
         if place in seen:
-            raise UserError(f"{what}: {tar} is named twice; every shard may come once")
+            raise UserError(f"{what}: {safe_name(tar)} is named twice; every shard may come once")
         seen.add(place)

@@ -36,6 +36,7 @@ class Consolidated:
         counts: int64 [S], samples of each shard.
         digests: uint8 [S, 16], see ShardIndex.digest.
         rule: the filters that made it, in words; "" for none.
+        checked: the shards that were found to be those that were indexed.
 
     Raises:
         UserError: no such file, or not one that write_consolidated made.
@@ -60,6 +61,7 @@ class Consolidated:
             ) from None
         if version != _VERSION:
             raise UserError(f"{self.name}: version {version} of the index, this is {_VERSION}; index the shards again")
+        self.checked: set[int] = set()
         base = posixpath.dirname(self.name)
         self.tars = [_join(base, name) for name in names.tolist()]
 

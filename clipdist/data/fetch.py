@@ -71,6 +71,17 @@ def safe_name(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
+def without_query(url: str) -> str:
+    """An address without its query and fragment, which may be a signature that changes; a command or path as it is."""
+    return re.split(r"[?#]", url, maxsplit=1)[0] if _SCHEME.match(url) else url
+
+
+def beside(url: str, suffix: str) -> str:
+    """The address of the object whose name has `suffix` at its end, the query kept (it may hold the right to read)."""
+    path = without_query(url)
+    return path + suffix + url[len(path) :]
+
+
 @dataclass(frozen=True)
 class Fetcher:
     """Fetches objects. Has no state: threads may share it.

@@ -107,7 +107,8 @@ class ShardIndex:
 
     def bytes_in_memory(self) -> int:
         arrays = [self.keys, self.offset, self.size, *self.columns.values()]
-        return sum(array.nbytes for array in arrays) + (0 if self.crc is None else self.crc.nbytes)
+        spans = 16 * len(self)
+        return sum(array.nbytes for array in arrays) + (0 if self.crc is None else self.crc.nbytes) + spans
 
 
 def is_read(kind: str) -> bool:

@@ -24,9 +24,11 @@ from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_p
 from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
+from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
 from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
+from clipdist.errors import Fault
 
 _PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
 
@@ -176,6 +178,9 @@ class Loader:
                 else:
                     tokens[row] = stored[chosen]
                 captions[row] = choices[chosen]
+            except OSError as error:
+                tar = self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar
+                raise Fault(f"{safe_name(tar)}: cannot be read any more ({error.strerror or error})") from None
             except BadSample as error:
                 bad.append((sample_id, error.reason))
                 images[row] = 0

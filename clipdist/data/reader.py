@@ -17,7 +17,7 @@ from clipdist import config
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
-from clipdist.data.fetch import is_remote
+from clipdist.data.fetch import is_remote, without_query
 from clipdist.data.index import PICTURE_KINDS, ShardIndex
 
 # Descriptors that stay open, well under the usual limit of 1024.
@@ -104,7 +104,7 @@ class Reader:
         return str(self.catalog.table(shard).keys[row])
 
     def shard_name(self, sample_id: int) -> str:
-        return os.path.basename(self.catalog.shards[self.catalog.locate(sample_id)[0]].tar)
+        return os.path.basename(without_query(self.catalog.shards[self.catalog.locate(sample_id)[0]].tar))
 
     def is_cached(self) -> bool:
         """Whether any shard passes the cache."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from storage import FOREVER, Storage, Thing
 
-from clipdist.data.fetch import Fetcher, is_remote, safe_name
+from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_query
 from clipdist.errors import Fault, UserError
 
 DATA = random.Random(0).randbytes(50_000)
@@ -280,3 +280,11 @@ def test_s3(tmp_path, monkeypatch):
             fetched(tmp_path, "s3://bucket/a.tar", patient, 1)
     finally:
         server.stop()
+
+
+def test_a_signature_is_no_part_of_a_name():
+    url = "https://host/a/00000.tar?sig=secret&se=2026#part"
+    assert without_query(url) == "https://host/a/00000.tar"
+    assert beside(url, ".idx.npz") == "https://host/a/00000.tar.idx.npz?sig=secret&se=2026#part"
+    assert without_query("data/what?.tar") == "data/what?.tar"
+    assert without_query("pipe:cat a?.tar") == "pipe:cat a?.tar"

@@ -6,13 +6,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clipdist.checkpoint import Manifest, checkpoint_dir, write_manifest, write_part
 from clipdist.config import load_config, to_dict
+from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
+from clipdist.data.index import ShardIndex
 from clipdist.errors import UserError
 from clipdist.model.spec import resolve_spec
-from clipdist.plan import make_plan
+from clipdist.plan import local_window, make_plan
 from clipdist.train import command_line, lock_run_folder, train
 
 
@@ -170,3 +173,22 @@ def test_the_command_that_goes_on_names_its_launcher(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert command_line(words).startswith("torchrun --nproc-per-node 4 clipdist/train.py")
+
+
+def test_a_large_local_catalog_gets_windows_whose_tables_fit_into_memory():
+    def index(count: int) -> ShardIndex:
+        place = np.zeros((count, 3), dtype=np.int64)
+        return ShardIndex(
+            "0.tar", np.array([f"{i:09d}" for i in range(count)]), ("jpg", "txt", "json"), place, place, 1
+        )
+
+    def catalog(shards: int) -> Catalog:
+        return Catalog([Shard(f"{i}.tar", 10_000, b"", lambda: index(10_000)) for i in range(shards)])
+
+    assert local_window(catalog(100), 64, 10_000) == 0  # a million samples: all of them fit
+    large, per_sample = catalog(2000), index(10).bytes_in_memory() / 10
+    window = local_window(large, 16, 10_000)
+    touched = 16 * (-(-window // 10_000) + 1)
+    assert touched * 10_000 * per_sample <= INDEX_MEMORY_BYTES
+    assert window > 10_000
+    assert local_window(catalog(2000), 64, 10_000) >= 1000  # never so small that nothing is mixed
