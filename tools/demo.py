@@ -68,7 +68,7 @@ def main() -> int:
 
 def run_steps() -> dict[str, dict[str, Any]]:
     """Runs every step. Returns what those that answer in JSON said, by name."""
-    steps = Steps(total=6)
+    steps = Steps(total=7)
     with steps.next("draw captioned pictures, and labelled ones"):
         made = steps.ask("tools/make_scenes.py", "--out", DATA)
     with steps.next("shard them"):
@@ -83,6 +83,8 @@ def run_steps() -> dict[str, dict[str, Any]]:
         search = steps.ask("tools/search_images.py", RUN, f"{SHARDS}/test", SENTENCE)
     with steps.next("one linear layer on the frozen image tower"):
         probe = steps.ask("tools/probe_cifar10.py", RUN, "--data", f"{DATA}/labelled")
+    with steps.next("all of it on one page"):
+        steps.ask("tools/report.py", RUN)
     return {"retrieval": retrieval, "search": search, "probe": probe}
 
 
@@ -237,6 +239,7 @@ def table(summary: dict[str, Any], sheet: str) -> str:
         "Where to look",
         f"  the sentence's pictures:  {sheet}",
         f"  curves, picture sheets:   {programs}/tensorboard --logdir runs",
+        f"  all of it on a page:      {RUN}/report.html",
         f"  the run folder:           {RUN}, checkpoint {summary['checkpoint']}",
         f"  these numbers:            {RUN}/summary.json",
         "Ask yourself",
