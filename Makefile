@@ -13,8 +13,9 @@ export PATH := $(BIN):$(PATH)
 demo: install
 	@$(BIN)/python tools/demo.py
 
+# Two at a time, one thread each: most of a test's time is a start of Python or a process of its own.
 test: lint
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
