@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -229,7 +229,8 @@ def rounds(results: Results, sides: dict[str, Side], count: int) -> None:
     names = list(sides)
     for number in range(count):
         for name in names[number % 3 :] + names[: number % 3]:
-            rate = sides[name].ask("window")
+            with sides[name].alone(sides.values()):
+                rate = sides[name].ask("window")
             results.rates.setdefault(name, []).append(rate)
             say(f"round {number + 1}  {name:<12}{rate:9.1f} samples/s")
         results.loads.append(os.getloadavg()[0])
@@ -276,6 +277,22 @@ class Side:
     def ask(self, method: str, *words: Any) -> Any:
         self.pipe.send((method, words))
         return self.receive()
+
+    @contextlib.contextmanager
+    def alone(self, others: Iterable[Side]) -> Iterator[None]:
+        """The others stand still, their worker processes too, which would go on preparing batches for seconds."""
+        rest = [process for other in others if other is not self for process in other.tree()]
+        for process in rest:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in rest:
+                process.resume()
+
+    def tree(self) -> list[psutil.Process]:
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
 
     def receive(self) -> Any:
         """

@@ -67,14 +67,14 @@ def train_image(
 
     Args:
         uniforms: float64 [UNIFORMS], numbers in [0, 1).
-        out: uint8 [3, size, size] to write into and return; as decode.resize: channels last in memory is fastest.
+        out: uint8 [3, size, size] or [1, 3, size, size] to write into and return; as decode.resize.
 
     Raises:
         BadSample: as decode_pixels. `out` is then as it was.
     """
     drawn = uniforms.tolist()
     image = resize(_crop(data, size, drawn, augmentation, max_pixels), size, size, out)
-    return image.copy_(image.flip(2)) if drawn[_FLIP] < augmentation.flip else image
+    return image.copy_(image.flip(-1)) if drawn[_FLIP] < augmentation.flip else image
 
 
 def _crop(data: bytes, size: int, drawn: list[float], augmentation: Augmentation, max_pixels: int) -> np.ndarray:

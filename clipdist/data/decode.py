@@ -129,15 +129,16 @@ def resize(pixels: np.ndarray, height: int, width: int, out: torch.Tensor | None
     """Antialiased bicubic: uint8 [h, w, 3], which may be a window of a larger picture, to uint8 [3, height, width].
 
     Args:
-        out: where to write, uint8 [3, height, width]. Fastest where its channels are last in memory, which saves the
-            transposition (a fifth to a third of the time): a row of a batch with memory_format=torch.channels_last.
+        out: where to write, uint8 [3, height, width] or [1, 3, height, width]. Fastest where its channels are last in
+            memory, which saves the transposition (a fifth to a third of the time): a row of a batch with
+            memory_format=torch.channels_last.
     """
     if pixels.shape[:2] == (height, width):
         whole = torch.from_numpy(pixels.transpose(2, 0, 1))
         return whole.contiguous() if out is None else out.copy_(whole)
     # Channels last in memory is the fast path. NumPy makes views in a fraction of the time that torch takes.
     view = torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
-    into = None if out is None else out.unsqueeze(0)
+    into = out if out is None or out.dim() == 4 else out.unsqueeze(0)
     # The function below F.interpolate(mode="bicubic", antialias=True), which cannot write into `out`.
     resized = torch._C._nn._upsample_bicubic2d_aa(  # type: ignore[call-arg]  # its stub leaves `out` out
         view, (height, width), False, None, None, out=into

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
-from clipdist.data.reader import Reader, StoredSample, open_reader
+from clipdist.data.reader import Reader, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 from clipdist.errors import Fault
 
@@ -53,6 +54,12 @@ class Batch:
         if self.colour is not None:
             moved["image"] = apply_colour(moved["image"], self.colour.to(device, non_blocking=True))
         return Batch(position=self.position, bad=self.bad, **moved)
+
+
+class _Read(NamedTuple):
+    picture: bytes
+    caption: str
+    ids: torch.Tensor | None  # int64 [L], where the shard holds them
 
 
 class Loader:
@@ -82,8 +89,8 @@ class Loader:
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
         self.image_size, self.rank, self.world, self.pin = image_size, rank, world, pin
         self.waited_s = 0.0
-        self._augmentation = augmentation(cfg)
-        self._token_kind = token_kind(tokenizer)
+        self._how = augmentation(cfg)
+        self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
         self._next = start
         self._threads = cfg.threads or default_threads()
         self._pool = ThreadPoolExecutor(self._threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
@@ -143,7 +150,7 @@ class Loader:
             valid=torch.zeros(b, dtype=torch.bool, pin_memory=self.pin),
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
-            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._augmentation) if self.pin else None,
+            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._how) if self.pin else None,
         )
 
     def _pictures(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -163,45 +170,64 @@ class Loader:
         """Runs in a thread: reads, decodes and tokenises some rows. Returns what could not be used, and why."""
         ids = draws.ids[rows].tolist()
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], 1 + UNIFORMS)
-        images, tokens = batch.image[rows], batch.tokens[rows]
-        size, limit = self.image_size, self.cfg.max_pixels
-        captions, untokenised, bad = [""] * len(ids), [], []
-        for row, sample_id in enumerate(ids):
-            try:
-                sample = self.reader.sample(sample_id)
-                choices = sample.captions()
-                chosen = int(uniforms[row, 0] * len(choices)) if self.cfg.caption == "random" else 0
-                train_image(sample.image(), size, uniforms[row, 1:], self._augmentation, limit, images[row])
-                stored = self._stored_ids(sample, len(choices))
-                if stored is None:
-                    untokenised.append(row)
-                else:
-                    tokens[row] = stored[chosen]
-                captions[row] = choices[chosen]
-            except OSError as error:
-                tar = self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar
-                raise Fault(f"{safe_name(tar)}: cannot be read any more ({error.strerror or error})") from None
-            except BadSample as error:
-                bad.append((sample_id, error.reason))
-                images[row] = 0
-                untokenised.append(row)
-        # An embedding fails on ids that a damaged member may hold where no checksum tells.
-        strange = ((tokens < 0) | (tokens >= self.tokenizer.vocab_size)).any(1)
-        untokenised += strange.nonzero().flatten().tolist()
-        if untokenised:
-            tokens[untokenised] = self.tokenizer([captions[row] for row in untokenised])
+        read: list[_Read | str] = [self._read(sample_id, u) for sample_id, u in zip(ids, uniforms[:, 0].tolist())]
+        images = batch.image[rows].split(1)
+        for row, found in enumerate(read):
+            if isinstance(found, _Read):
+                try:
+                    pixels = images[row]
+                    train_image(
+                        found.picture, self.image_size, uniforms[row, 1:], self._how, self.cfg.max_pixels, pixels
+                    )
+                except BadSample as error:
+                    read[row] = error.reason
+            if isinstance(read[row], str):
+                images[row].zero_()
+        captions = [found.caption if isinstance(found, _Read) else "" for found in read]
+        batch.tokens[rows] = self._tokens(captions, read)
         batch.valid[rows] = torch.tensor([bool(caption) for caption in captions])
         batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
         self._change_colour(batch, rows, uniforms[:, 1:])
-        return bad
+        return [(sample_id, found) for sample_id, found in zip(ids, read) if isinstance(found, str)]
 
-    def _stored_ids(self, sample: StoredSample, captions: int) -> torch.Tensor | None:
-        """The token ids that the shard holds, where they are those of this very tokenizer: int64 [captions, L]."""
-        data = sample.read(self._token_kind)
-        return None if data is None else unpack_tokens(data, captions, self.tokenizer.context_length)
+    def _read(self, sample_id: int, uniform: float) -> _Read | str:
+        """A sample's picture and the caption that is drawn for it, or why it cannot be used.
+
+        Raises:
+            Fault: the shard cannot be read any more.
+        """
+        try:
+            sample = self.reader.sample(sample_id)
+            captions = sample.captions()
+            chosen = int(uniform * len(captions)) if self.cfg.caption == "random" else 0
+            data = sample.read(self._token_kind)
+            ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
+            return _Read(sample.image(), captions[chosen], None if ids is None else ids[chosen])
+        except BadSample as error:
+            return error.reason
+        except OSError as error:
+            tar = self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar
+            raise Fault(f"{safe_name(tar)}: cannot be read any more ({error.strerror or error})") from None
+
+    def _tokens(self, captions: list[str], read: list[_Read | str]) -> torch.Tensor:
+        """int64 [len(captions), L]: the ids that the shard holds for this very tokenizer, else made here."""
+        stored = {
+            row: found.ids for row, found in enumerate(read) if isinstance(found, _Read) and found.ids is not None
+        }
+        # An embedding fails on ids that a damaged member may hold where no checksum tells.
+        sound = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
+        if not sound:
+            return self.tokenizer(captions)
+        missing = [row for row in range(len(captions)) if row not in sound]
+        tokens = torch.empty(len(captions), self.tokenizer.context_length, dtype=torch.int64)
+        if missing:
+            tokens[missing] = self.tokenizer([captions[row] for row in missing])
+        for row, ids in sound.items():
+            tokens[row] = ids
+        return tokens
 
     def _change_colour(self, batch: Batch, rows: slice, uniforms: np.ndarray) -> None:
-        parameters = colour_parameters(uniforms, self._augmentation)
+        parameters = colour_parameters(uniforms, self._how)
         if parameters is None:
             return
         if batch.colour is not None:
