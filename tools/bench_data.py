@@ -30,6 +30,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from clipdist.data.catalog import Catalog
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.monitor.provenance import commit, hardware
@@ -555,8 +557,6 @@ def per_sample(stage: Callable[[], None]) -> float:
 
 def own_bytes() -> int:
     """Memory of this process that belongs to no file: libraries that are mapped in later do not count."""
-    import psutil
-
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
 
