@@ -210,7 +210,8 @@ def measure(job: Job, arguments: argparse.Namespace) -> Results:
         peer = sides.enter_context(side(context, Peer, replace(job, workers=results.workers)))
         rounds(results, {"clipdist": ours, "open_clip": peer, "ceiling": ceiling}, arguments.rounds)
         results.step_s = arguments.step_ms / 1e3 or STEP_FACTOR * job.batch / results.rate("clipdist")
-        results.wait_share = ours.ask("wait_share", results.step_s)
+        with ours.alone([peer, ceiling]):
+            results.wait_share = ours.ask("wait_share", results.step_s)
         say(f"waiting  {percent(results.wait_share)} of the time")
     measure_stages(context, job, results)
     measure_starts(context, job, results, arguments.starts)
