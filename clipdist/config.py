@@ -52,7 +52,7 @@ class Data:
     max_pixels: int = 100_000_000  # a larger picture is not decoded (a decompression bomb)
     max_bad_share: float = 0.01  # of the samples seen so far; the run ends when more cannot be decoded
     cache: str = ""  # folder of the node in which remote shards are kept; "": below the user's cache folder
-    cache_gb: float = 64.0  # its size at most, shared by the ranks of a node
+    cache_gb: float = 0.0  # its size at most, shared by the ranks of a node; 0: half of what the disk has, at most 64
     stage: bool = False  # take local shards through the cache as well (a slow network file system)
     patience_s: float = 300.0  # a shard that cannot be fetched is tried again for so long
     allow_pipe: bool = False  # let data.train name "pipe:COMMAND", which runs COMMAND in a shell
@@ -284,7 +284,7 @@ def _check(config: Config) -> None:
         len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter) and max([0, *data.jitter[3:]]) <= 0.5
     )
     need(plain, "data.jitter", data.jitter, "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty")
-    need(data.cache_gb > 0, "data.cache_gb", data.cache_gb, "be above 0")
+    need(data.cache_gb >= 0, "data.cache_gb", data.cache_gb, "not be negative")
     need(data.patience_s >= 0, "data.patience_s", data.patience_s, "not be negative")
     if data.weights:
         fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)

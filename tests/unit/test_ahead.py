@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
 from clipdist.data.loader import open_loader
 from clipdist.data.order import Order, OrderKey
-from clipdist.data.reader import open_reader
+from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
 from clipdist.errors import UserError
 
 
@@ -180,3 +181,11 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
         server.things["/00000.tar"].statuses.clear()
         server.close()
     loader.close()
+
+
+def test_a_cache_of_no_given_size_takes_half_of_the_disk_at_most(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    limit = usual_limit(tmp_path / "not" / "there" / "yet")
+    assert 0 < limit <= min(MOST_CACHE_BYTES, free // 2 + (1 << 30))
+    (tmp_path / "held").write_bytes(bytes(1000))
+    assert usual_limit(tmp_path) > 0
