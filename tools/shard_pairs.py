@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from clipdist.data.pair_lists import PairList, Survey, open_list, survey
-from clipdist.data.pair_shards import PackCaptions, Plan, Totals, hold_folder, write_pairs
+from clipdist.data.pair_shards import PackCaptions, Plan, Totals, write_pairs
 from clipdist.data.pictures import open_pool
-from clipdist.data.shards import MAX_SHARD_SIZE
+from clipdist.data.shards import MAX_SHARD_SIZE, hold_folder
 from clipdist.errors import run_main
 
 EXAMPLE = """examples:

@@ -7,7 +7,6 @@ interruptions. plan.json says what decides the bytes; shards.jsonl has one line 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -274,34 +273,6 @@ def _in_order(pool: Executor | None, jobs: Iterable[_Job], ahead: int) -> Iterat
 
 
 # --- what a run that was cut off left ---
-
-
-@contextlib.contextmanager
-def hold_folder(out: Path) -> Iterator[None]:
-    """Makes `out` and keeps it for this process.
-
-    Raises:
-        UserError: it cannot be written, or another run holds it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    try:
-        _lock(descriptor, out)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; wait for it or choose another folder") from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _check_plan(out: Path, plan: Plan) -> None:

@@ -209,13 +209,7 @@ def staging(out: Path, names: Mapping[str, str]) -> Iterator[Path]:
         UserError: `out` cannot be written, is being written by another run, or a split folder in it holds files that
             publish could not replace without deleting what is not ours.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    try:
-        _lock(descriptor, out)
+    with hold_folder(out):
         for split, name in names.items():
             _refuse_foreign_files(out / split, name)
         folder = out / _STAGING
@@ -228,6 +222,23 @@ def staging(out: Path, names: Mapping[str, str]) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def hold_folder(out: Path) -> Iterator[None]:
+    """Makes `out` and keeps it for this process.
+
+    Raises:
+        UserError: it cannot be written, or another run holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    try:
+        _lock(descriptor, out)
+        yield
     finally:
         os.close(descriptor)
 
