@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog
-from clipdist.data.order import Order, OrderKey
+from clipdist.data.order import Order, OrderKey, next_position
+from clipdist.data.patience import AWAY
 from clipdist.data.reader import Reader, typical_bytes
 from clipdist.errors import UserError
 
+_CLOSE_S = 0.3  # for the thread to end, which may hang in the reading of an index
+
 
 class Scout:
-    """A thread that stays ahead of one rank's loader, by as many shards as this rank's part of the cache holds."""
+    """A thread that stays ahead of one rank's loader, by as many shards as this rank's part of the cache holds.
 
-    def __init__(self, reader: Reader, order: Order, rank: int, world: int, start: int) -> None:
+    Args:
+        skipped: ranges of positions that the loader leaves out.
+    """
+
+    def __init__(
+        self, reader: Reader, order: Order, rank: int, world: int, start: int, skipped: Sequence[Sequence[int]] = ()
+    ) -> None:
         self._reader, self._order, self._rank, self._world = reader, order, rank, world
+        self._skipped = skipped
         self._room = _room(reader)
         self._horizon = _horizon(order.key)
         self._consumed, self._closed = start, False
@@ -36,16 +47,17 @@ class Scout:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
 
     def _walk(self, position: int) -> None:
         last_wanted: dict[int, int] = {}  # shard -> the last position known to read it
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or position <= self._consumed + self._horizon)  # noqa: B023
+                self._changed.wait_for(lambda: self._closed or position <= self._furthest())  # noqa: B023
                 if self._closed:
                     return
                 position = max(position, self._consumed)  # where it fell behind: what is done with is not fetched
+            position = next_position(position, self._skipped)
             starts = self._reader.catalog.starts
             ids = self._order.ids(position, self._rank, self._world)
             for shard in np.unique(starts.searchsorted(ids, side="right") - 1).tolist():
@@ -54,10 +66,14 @@ class Scout:
                         self._changed.wait_for(lambda: self._closed or self._fits(last_wanted))
                         if self._closed:
                             return
-                    with contextlib.suppress(UserError):  # a damaged index: the loader will say so
+                    with contextlib.suppress(*AWAY, UserError):  # the loader will wait, or say so
                         self._reader.prefetch(shard)
                 last_wanted[shard] = position
             position += 1
+
+    def _furthest(self) -> int:
+        """The last position to look at; beyond a skipped range where the loader is next."""
+        return next_position(self._consumed + 1, self._skipped) - 1 + self._horizon
 
     def _fits(self, last_wanted: dict[int, int]) -> bool:
         """Whether one more shard has room; forgets those that the loader is done with."""

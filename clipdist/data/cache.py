@@ -19,17 +19,19 @@ import stat
 import threading
 import time
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipdist.data.fetch import Fetcher, safe_name
+from clipdist.data.workers import Workers
 from clipdist.errors import Fault, UserError
 
 _OURS = re.compile(r"(whole|part)-[0-9a-f]{32}-")  # nothing else in the folder is ever deleted
 _LOCK = ".lock"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOOK_AGAIN_S = 0.05
+_CLOSE_S = 0.6  # for fetches to end; one that hangs is left behind, and its part removed by the next start
 
 
 class _NoRoom(Exception):
@@ -84,7 +86,7 @@ class ShardCache:
                 f"data.cache_gb: {_gb(self.limit_bytes)} is more than {self.folder} can hold: {_gb(free)} are free and "
                 f"{_gb(held)} are in the cache already; set data.cache_gb lower or choose another disk"
             )
-        self._pool = ThreadPoolExecutor(self.threads, "prefetch")
+        self._pool = Workers(self.threads, "prefetch")
 
     def open(self, url: str, size: int | None = None) -> int:
         """A read-only descriptor of the whole local copy, for the caller to close; fetched first where it is missing.
@@ -119,10 +121,14 @@ class ShardCache:
         future.add_done_callback(lambda done: self._forget(url, done))
 
     def close(self) -> None:
-        """Ends all fetches, those that open() waits for too. Descriptors that were given out stay good."""
+        """Ends all fetches, those that open() waits for too. Descriptors that were given out stay good.
+
+        Returns soon even where a fetch hangs.
+        """
         with self._mutex:
+            closed = self._closing.is_set()
             self._closing.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close(0.0 if closed else _CLOSE_S)
 
     def _forget(self, url: str, done: Future[None]) -> None:
         if done.cancelled() or done.exception() is None:
@@ -223,6 +229,7 @@ class ShardCache:
             if size > self.limit_bytes or time.monotonic() > deadline:
                 raise self._too_small(size)
             time.sleep(_LOOK_AGAIN_S)
+            self.check_open()
 
     def check_open(self) -> None:
         if self._closing.is_set():

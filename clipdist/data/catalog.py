@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from clipdist.data import consolidated
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_query
 from clipdist.data.index import ShardIndex, check_fresh, index_from_bytes, load_index
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 
 _HOW_TO_MAKE = "make them with e.g. `python tools/shard_flickr8k.py SOURCE --out DIR`"
 _OPEN_THREADS = 8  # opening an index is mostly waiting for the file system
@@ -115,7 +115,7 @@ class Catalog:
         """Where the members of a shard lie. Thread-safe; the tables used last stay in memory.
 
         Raises:
-            UserError: the index is damaged, or the shard is not the one that was indexed.
+            UserError: the index is damaged, or the shard is not the one that was indexed; Unreadable: it is away.
         """
         with self._lock:
             table = self._tables.get(shard)
@@ -170,7 +170,20 @@ def _load_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
     """A shard that has its index beside it, or (a local one) none yet."""
     load = functools.partial(_load_remote, tar, fetcher) if is_remote(tar) else functools.partial(load_index, tar)
     index = load()
-    return Shard(tar, len(index), index.digest(), load), index
+    digest = index.digest()
+    return Shard(tar, len(index), digest, functools.partial(_load_same, load, digest)), index
+
+
+def _load_same(load: Callable[[], ShardIndex], digest: bytes) -> ShardIndex:
+    """A shard's index once more, some time later.
+
+    Raises:
+        Fault: the shard was replaced meanwhile.
+    """
+    index = load()
+    if index.digest() != digest:
+        raise Fault(f"{safe_name(index.tar)}: has changed since it was opened; restore it, or start again with the new")
+    return index
 
 
 def _load_remote(tar: str, fetcher: Fetcher) -> ShardIndex:
@@ -197,8 +210,9 @@ def _load_checked(book: Consolidated, number: int) -> ShardIndex:
     index = book.load(number)
     if not is_remote(index.tar) and number not in book.checked:  # a remote one is compared in size when it is fetched
         check_fresh(index)
-        book.checked.add(number)
-    return index
+        book.checked[number] = os.stat(index.tar).st_mtime_ns
+    # A copy has another time than the index knows: what counts from here on is what was found.
+    return replace(index, tar_mtime_ns=book.checked.get(number, index.tar_mtime_ns))
 
 
 def _expand(source: str, what: str, fetcher: Fetcher) -> Iterator[str | Consolidated]:

@@ -17,7 +17,14 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from clipdist.data.index import MOST_INDEX_BYTES, MOST_PLACES, ShardIndex, index_from_bytes, index_to_bytes
+from clipdist.data.index import (
+    MOST_INDEX_BYTES,
+    MOST_PLACES,
+    ShardIndex,
+    Unreadable,
+    index_from_bytes,
+    index_to_bytes,
+)
 from clipdist.errors import UserError
 
 SUFFIX = ".index.zip"
@@ -36,16 +43,16 @@ class Consolidated:
         counts: int64 [S], samples of each shard.
         digests: uint8 [S, 16], see ShardIndex.digest.
         rule: the filters that made it, in words; "" for none.
-        checked: the shards that were found to be those that were indexed.
+        checked: of the shards that were found to be those that were indexed, the time of change that they have, ns.
 
     Raises:
         UserError: no such file, or not one that write_consolidated made.
     """
 
     def __init__(self, path: str | Path | BinaryIO, name: str = "") -> None:
-        self.name = name or str(path)
+        self.name, self._path = name or str(path), path
+        self._zip: zipfile.ZipFile | None = None
         try:
-            self._zip = zipfile.ZipFile(path)
             with np.load(io.BytesIO(self._unpack(_HEAD)), allow_pickle=False) as head:
                 version = int(head["version"])
                 names, self.counts, self.digests = head["names"], head["counts"], head["digests"]
@@ -61,7 +68,7 @@ class Consolidated:
             ) from None
         if version != _VERSION:
             raise UserError(f"{self.name}: version {version} of the index, this is {_VERSION}; index the shards again")
-        self.checked: set[int] = set()
+        self.checked: dict[int, int] = {}
         base = posixpath.dirname(self.name)
         self.tars = [_join(base, name) for name in names.tolist()]
 
@@ -72,10 +79,13 @@ class Consolidated:
         """The index of one shard. Thread-safe.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged; Unreadable: the file is away.
         """
         try:
             index = index_from_bytes(self._unpack(f"{number}.npz"), self.tars[number])
+        except OSError as error:
+            self._zip = None  # a descriptor from before an outage may never be good again
+            raise Unreadable(f"{self.name}: cannot be read ({error.strerror or error})") from None
         except Exception:  # as above
             index = None
         if index is None or len(index) != self.counts[number] or index.digest() != self.digests[number].tobytes():
@@ -83,10 +93,13 @@ class Consolidated:
         return index
 
     def _unpack(self, name: str) -> bytes:
-        entry = self._zip.getinfo(name)
+        opened = self._zip
+        if opened is None:
+            opened = self._zip = zipfile.ZipFile(self._path)
+        entry = opened.getinfo(name)
         if entry.file_size > MOST_INDEX_BYTES:
             raise zipfile.BadZipFile(f"{name}: {entry.file_size} bytes")
-        return self._zip.read(entry)
+        return opened.read(entry)
 
 
 def _check_head(names: np.ndarray, counts: np.ndarray, digests: np.ndarray) -> None:

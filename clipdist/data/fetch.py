@@ -32,6 +32,7 @@ from clipdist.errors import Fault, UserError
 _CHUNK_BYTES = 1 << 20
 _OBJECT_BLOCK_BYTES = 8 << 20  # of one ranged request to an object store: large enough to hide its latency
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
+_LOOK_UP_S = 0.2  # between looks whether the fetch is still wanted
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"}  # the drivers' own names
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.\-]*)://")
@@ -475,5 +476,5 @@ def _any_size(size: int) -> None:
 def _sleep(seconds: float, check: Callable[[], None]) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, 1.0))
+        time.sleep(min(left, _LOOK_UP_S))
         check()

@@ -40,6 +40,10 @@ AT_ONCE_BYTES = 8 << 20  # a member of more is read by itself
 _HEADERS_BYTES = 16 << 10  # between the members of a sample that are read at once
 
 
+class Unreadable(UserError):
+    """A file that cannot be read now: not there, or its storage is away. Another try may succeed."""
+
+
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """Where the n samples of a shard lie, m kinds of member each.
@@ -169,9 +173,9 @@ def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
             if samples:
                 samples.popitem()
     except FileNotFoundError:
-        raise UserError(f"{tar}: no such shard") from None
+        raise Unreadable(f"{tar}: no such shard") from None
     except OSError as error:
-        raise UserError(f"{tar}: cannot be read ({error.strerror or error})") from None
+        raise Unreadable(f"{tar}: cannot be read ({error.strerror or error})") from None
     index = index_from_members(tar, samples)
     return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns), damage
 
@@ -336,7 +340,7 @@ def load_index(tar: str | Path) -> ShardIndex:
         UserError: as scan_shard.
     """
     if not os.path.isfile(tar):
-        raise UserError(f"{tar}: no such shard")
+        raise Unreadable(f"{tar}: no such shard")
     stored = stored_index(tar)
     if stored is not None and is_fresh(stored):
         return stored
@@ -376,7 +380,7 @@ def check_fresh(index: ShardIndex) -> None:
         UserError: the shard has changed, or is gone.
     """
     if not os.path.isfile(index.tar):
-        raise UserError(f"{index.tar}: no such shard")
+        raise Unreadable(f"{index.tar}: no such shard")
     if is_fresh(index):
         return
     now = scan_shard(index.tar) if os.path.getsize(index.tar) == index.tar_bytes else None

@@ -11,8 +11,8 @@ import sys
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -26,12 +26,22 @@ from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
-from clipdist.data.order import Draws, Order, OrderKey, sample_uniforms
+from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
+from clipdist.data.patience import AWAY, reason
 from clipdist.data.reader import Reader, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
+from clipdist.data.workers import Workers
 from clipdist.errors import Fault
 
 _PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
+_SLICE_S = 0.1  # of a wait that may be interrupted
+_CLOSE_S = 0.8  # for decoding threads to end; one that hangs in a read is left behind
+_ROW = 47  # the key of row hashes
+HASH_MODULUS = 1 << 47  # of ids_hash: the sum over 2^15 ranks fits into an int64
+
+
+class Interrupted(Exception):
+    """Somebody asked for the end while no batch was ready. The loader is as before: its next batch is the same."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,22 @@ class Batch:
         return Batch(position=self.position, bad=self.bad, **moved)
 
 
+def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
+    """A number that tells whether the same samples lie in the same rows, however these are divided among ranks.
+
+    Args:
+        sample_id: int64 [b]; best before Batch.to, since the work is done on the CPU.
+        first_row: of the global batch, that this rank's rows begin with: rank * b.
+
+    Returns:
+        int64, shape []: a sum of the rows' hashes modulo HASH_MODULUS. The sum over ranks, modulo HASH_MODULUS, does
+        not depend on their number.
+    """
+    rows = np.arange(first_row, first_row + len(sample_id), dtype=np.int64)
+    total = mix(mix(_ROW, rows), sample_id.cpu().numpy()).sum(dtype=np.uint64)  # wraps at 2^64, a multiple
+    return torch.tensor(int(total) % HASH_MODULUS, dtype=torch.int64)
+
+
 class _Read(NamedTuple):
     picture: bytes
     caption: str
@@ -67,6 +93,7 @@ class Loader:
 
     Args:
         image_size: side of the square pictures, pixels.
+        skipped: ranges [first, end) of positions that are left out: neither drawn nor fetched.
         pin: put batches into pinned memory, for copies to a GPU, and leave the colours to it.
     Attributes:
         waited_s: seconds that the consumer has waited for data, in total.
@@ -84,6 +111,7 @@ class Loader:
         rank: int,
         world: int,
         start: int = 0,
+        skipped: Sequence[Sequence[int]] = (),
         pin: bool = False,
     ) -> None:
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
@@ -91,29 +119,46 @@ class Loader:
         self.waited_s = 0.0
         self._how = augmentation(cfg)
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
-        self._next = start
+        self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
-        self._pool = ThreadPoolExecutor(self._threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = Workers(self._threads, "decode", lambda: torch.set_num_threads(1))
         self._ahead: deque[tuple[Batch, list[Future]]] = deque()
         self._memory: list[np.ndarray] = []
-        self._scout = Scout(reader, order, rank, world, start) if reader.is_cached() else None
+        self._scout = Scout(reader, order, rank, world, self._next, skipped) if reader.is_cached() else None
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             yield self.next()
 
-    def next(self) -> Batch:
-        """The next batch. An error in a decoding thread is raised here, with its cause, and closes the loader."""
+    @property
+    def position(self) -> int:
+        """Of the batch that next() gives next; after an error, of the batch that could not be had."""
+        return self._ahead[0][0].position if self._ahead else self._next
+
+    def next(self, interrupted: Callable[[], bool] | None = None) -> Batch:
+        """The next batch. An error in a decoding thread is raised here, with its cause, and closes the loader.
+
+        Args:
+            interrupted: asked while the batch is waited for; one that is ready is given in any case.
+
+        Raises:
+            Interrupted: `interrupted` gave True.
+            Fault: a shard cannot be read, and patience is at its end.
+        """
         while len(self._ahead) < self.cfg.prefetch:
             self._submit()
-        batch, futures = self._ahead.popleft()
+        batch, futures = self._ahead[0]
         began = time.perf_counter()
         try:
-            bad = _results(futures)
-        except BaseException:  # a process that ends waits for its threads, and they for a server perhaps
+            bad = _results(futures, interrupted)
+        except Interrupted:
+            raise
+        except BaseException:  # nobody will take the batches that other threads still wait for
             self.close()
             raise
-        self.waited_s += time.perf_counter() - began
+        finally:
+            self.waited_s += time.perf_counter() - began
+        self._ahead.popleft()
         if self._scout is not None:
             self._scout.advance(batch.position)
         return replace(batch, bad=bad)
@@ -124,13 +169,12 @@ class Loader:
         return self.cfg.prefetch * rows * (3 * self.image_size**2 + 8 * self.tokenizer.context_length + 17)
 
     def close(self) -> None:
-        """Ends the threads, and closes the reader."""
+        """Ends the threads, and closes the reader: within two seconds, threads that hang in a read are left behind."""
         if self._scout is not None:
             self._scout.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self.reader.cache is not None:
-            self.reader.cache.close()  # ends the fetches that threads wait for
-        self._pool.shutdown(wait=True)
+        self._pool.close(0.0)
+        self.reader.stop()
+        self._pool.close(_CLOSE_S)
         self.reader.close()
 
     def _submit(self) -> None:
@@ -139,7 +183,7 @@ class Loader:
         parts = np.array_split(np.arange(len(draws.ids)), min(len(draws.ids), self._threads * _PARTS_PER_THREAD))
         futures = [self._pool.submit(self._fill, batch, draws, slice(part[0], part[-1] + 1)) for part in parts]
         self._ahead.append((batch, futures))
-        self._next += 1
+        self._next = next_position(self._next + 1, self._skipped)
 
     def _empty_batch(self, draws: Draws) -> Batch:
         b, size = len(draws.ids), self.image_size
@@ -205,9 +249,9 @@ class Loader:
             return _Read(sample.image(), captions[chosen], None if ids is None else ids[chosen])
         except BadSample as error:
             return error.reason
-        except OSError as error:
-            tar = self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar
-            raise Fault(f"{safe_name(tar)}: cannot be read any more ({error.strerror or error})") from None
+        except AWAY as error:  # of a reader without patience
+            tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
+            raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
 
     def _tokens(self, captions: list[str], read: list[_Read | str]) -> torch.Tensor:
         """int64 [len(captions), L]: the ids that the shard holds for this very tokenizer, else made here."""
@@ -246,9 +290,10 @@ def open_loader(
     rank: int,
     world: int,
     start: int = 0,
+    skipped: Sequence[Sequence[int]] = (),
     pin: bool = False,
 ) -> Loader:
-    """A loader with its order and reader.
+    """A loader with its order and reader. See Loader.
 
     Raises:
         UserError: the cache of remote shards cannot be written, or is too small.
@@ -257,14 +302,30 @@ def open_loader(
     if reader.cache is not None:
         check_cache(catalog, key, world, reader.cache)
     order = Order(catalog.starts, key, catalog.sources)
-    return Loader(reader, tokenizer, order, cfg, image_size=image_size, rank=rank, world=world, start=start, pin=pin)
+    return Loader(
+        reader,
+        tokenizer,
+        order,
+        cfg,
+        image_size=image_size,
+        rank=rank,
+        world=world,
+        start=start,
+        skipped=skipped,
+        pin=pin,
+    )
 
 
-def _results(futures: list[Future]) -> list[tuple[int, str]]:
-    """What all of them give, in order; or the first error, without waiting for the others."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
+def _results(futures: list[Future], interrupted: Callable[[], bool] | None) -> list[tuple[int, str]]:
+    """What all of them give, in order; or the first error, without waiting for the others. See Loader.next."""
+    while True:
+        done, waiting = wait(futures, _SLICE_S if interrupted else None, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if not waiting:
+            break
+        if interrupted is not None and interrupted():
+            raise Interrupted
     return [pair for future in futures for pair in future.result()]
 
 

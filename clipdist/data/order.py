@@ -42,6 +42,18 @@ class Draws(NamedTuple):
     epochs: np.ndarray
 
 
+def next_position(position: int, skipped: Sequence[Sequence[int]]) -> int:
+    """The first position from `position` on that lies in none of the ranges [first, end).
+
+    Args:
+        skipped: in any order; they may overlap, and be empty.
+    """
+    for first, end in sorted((first, end) for first, end in skipped):
+        if first <= position < end:
+            position = end
+    return position
+
+
 class Order:
     """Which samples make up global batch `position`, counted over all epochs.
 
@@ -70,7 +82,7 @@ class Order:
         for number, (first, end) in enumerate(sources):
             part = self.starts[first : end + 1]
             streams = min(key.streams, int(part[-1] - part[0]))
-            seed = int(_mix(_mix(key.seed, _SOURCE), number))
+            seed = int(mix(mix(key.seed, _SOURCE), number))
             self._sources.append(Streams(part, seed, streams, key.window, int(part[-1] - part[0]) // streams * streams))
 
     def draws(self, position: int, rank: int = 0, world: int = 1) -> Draws:
@@ -135,7 +147,7 @@ class Streams:
     def ids(self, epoch: int, stream: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Sample ids int64 [sum of count]: of stream[i] the places start[i] .. start[i] + count[i], in that order."""
         stream, number, begin, count = self._cut_at_windows(stream, start, count)
-        keys = _mix(_mix(_mix(_mix(self.seed, _WINDOW), epoch), stream), number)
+        keys = mix(mix(mix(mix(self.seed, _WINDOW), epoch), stream), number)
         sizes = np.minimum(self.window, self.per_stream - number * self.window)  # a stream's last window may be shorter
         ends = np.cumsum(count)
         inside = np.arange(ends[-1]) - np.repeat(ends - count - (begin - number * self.window), count)
@@ -156,11 +168,11 @@ class Streams:
 
     def _lay_out(self, epoch: int) -> _Epoch:
         shards = len(self.starts) - 1
-        key = _mix(_mix(self.seed, _SHARDS), epoch)
+        key = mix(mix(self.seed, _SHARDS), epoch)
         order = permute(np.arange(shards), np.array([shards]), np.atleast_1d(key), np.array([shards]))
         sizes = np.diff(self.starts)[order]
         ends = np.cumsum(sizes)
-        offset = int(_mix(_mix(self.seed, _OFFSET), epoch) % np.uint64(self.n))
+        offset = int(mix(mix(self.seed, _OFFSET), epoch) % np.uint64(self.n))
         shift = max(0, (self.n // (4 * shards)).bit_length() - 1)  # a bucket is a quarter of a shard or less
         buckets = np.searchsorted(ends, np.arange((self.n >> shift) + 1, dtype=np.int64) << shift, side="right")
         return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes), shift, buckets)
@@ -249,8 +261,8 @@ def schedule(parts: Sequence[int]) -> Schedule:
 
 def sample_uniforms(seed: int, epochs: np.ndarray, sample_ids: np.ndarray, count: int) -> np.ndarray:
     """The random numbers of samples in their epochs: float64 [m, count] in [0, 1), for crop, colour and caption."""
-    keys = _mix(_mix(_mix(seed, _SAMPLE), epochs), sample_ids)
-    bits = _mix(keys[:, None], np.arange(count, dtype=np.uint64))
+    keys = mix(mix(mix(seed, _SAMPLE), epochs), sample_ids)
+    bits = mix(keys[:, None], np.arange(count, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
@@ -277,7 +289,7 @@ def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray, runs: np.ndarray) -> 
     numbers = [
         spread(low, np.int64),
         *(spread((1 << half) - 1, np.uint32) for half in (widths - low, low)),
-        *(spread(_mix(key, number) & np.uint64(0xFFFFFFFF), np.uint32) for number in range(4)),
+        *(spread(mix(key, number) & np.uint64(0xFFFFFFFF), np.uint32) for number in range(4)),
     ]
     out = _feistel(x, *numbers)
     rows = np.flatnonzero(out >= limit)
@@ -317,7 +329,7 @@ def _hash(x: np.ndarray, key: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return z
 
 
-def _mix(state: int | np.ndarray, value: int | np.ndarray) -> np.ndarray:
+def mix(state: int | np.ndarray, value: int | np.ndarray) -> np.ndarray:
     """Combines two integers into a well-mixed uint64 (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         z = _uint64(state) * np.uint64(0x9E3779B97F4A7C15) + _uint64(value) + np.uint64(0x9E3779B97F4A7C15)

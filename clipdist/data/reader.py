@@ -18,8 +18,10 @@ from clipdist import config
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
-from clipdist.data.fetch import is_remote, without_query
-from clipdist.data.index import PICTURE_KINDS, ShardIndex
+from clipdist.data.fetch import is_remote, safe_name, without_query
+from clipdist.data.index import PICTURE_KINDS, ShardIndex, Unreadable
+from clipdist.data.patience import AWAY, Patience
+from clipdist.errors import Fault, UserError
 
 # Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256
@@ -33,21 +35,24 @@ MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twent
 def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = 0) -> Reader:
     """A reader with the cache that the configuration (or its defaults) asks for, where the catalog needs one.
 
+    With a configuration it is patient; without one, for programs that someone waits for, errors come at once.
+
     Args:
         max_open: shards of the cache that stay open; 0: a few, for who reads front to back.
 
     Raises:
         UserError: the cache's folder cannot be written, or its disk is too small.
     """
+    patience_s = cfg.patience_s if cfg else 0.0
     cfg = cfg or config.Data()
     if not (cfg.stage or catalog.is_remote()):
-        return Reader(catalog)
+        return Reader(catalog, patience_s=patience_s)
     folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
     cache = ShardCache(folder, int(cfg.cache_gb * 1e9) or usual_limit(folder), fetcher_of(cfg))
     if not max_open:
         fit = cache.limit_bytes // ranks_per_node() // max(1, typical_bytes(catalog))
         max_open = max(1, min(_FEW_OPEN, fit // 2))  # the other half for shards that go out, and other readers'
-    return Reader(catalog, cache, cfg.stage, max_open)
+    return Reader(catalog, cache, cfg.stage, max_open, patience_s)
 
 
 def typical_bytes(catalog: Catalog) -> int:
@@ -74,19 +79,32 @@ class Reader:
     Args:
         cache: where remote shards are kept; local ones pass it too with `stage`.
         max_open: shards that stay open; those of a cache cannot be evicted meanwhile.
+        patience_s: a shard whose storage is away is tried again for so long, and a local one is taken only if its size
+            and time are those of its index; 0: an OSError or Unreadable comes at once, and a shard is read as it is.
     """
 
     def __init__(
-        self, catalog: Catalog, cache: ShardCache | None = None, stage: bool = False, max_open: int = MAX_OPEN
+        self,
+        catalog: Catalog,
+        cache: ShardCache | None = None,
+        stage: bool = False,
+        max_open: int = MAX_OPEN,
+        patience_s: float = 0.0,
     ) -> None:
         self.catalog, self.cache, self.stage, self.max_open = catalog, cache, stage, max_open
+        self._patience = Patience(patience_s) if patience_s else None
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def sample(self, sample_id: int) -> StoredSample:
-        """One sample, its members read at once where they are neighbours, as they are in any shard of ours."""
+        """One sample, its members read at once where they are neighbours, as they are in any shard of ours.
+
+        Raises:
+            UserError, Fault: as Catalog.table, ShardCache.open and Patience.outlast.
+            OSError: from a reader without patience.
+        """
         shard, row = self.catalog.locate(sample_id)
-        table = self.catalog.table(shard)
+        table = self._table(shard)
         begin, length = table.spans[row].tolist()
         return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
 
@@ -108,8 +126,28 @@ class Reader:
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """Some bytes of a shard; fewer where it ends before."""
+        try:
+            return self._pread(shard, offset, size)
+        except AWAY as error:
+            if self._patience is None:
+                raise
+            return self._patience.outlast(self._name(shard), error, lambda: self._pread(shard, offset, size))
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
         with self._descriptor(shard) as descriptor:
             return os.pread(descriptor, size, offset)
+
+    def _table(self, shard: int) -> ShardIndex:
+        """Catalog.table, with patience."""
+        try:
+            return self.catalog.table(shard)
+        except AWAY as error:
+            if self._patience is None:
+                raise
+            return self._patience.outlast(self._name(shard), error, lambda: self.catalog.table(shard))
+
+    def _name(self, shard: int) -> str:
+        return safe_name(self.catalog.shards[shard].tar)
 
     def key(self, sample_id: int) -> str:
         shard, row = self.catalog.locate(sample_id)
@@ -127,17 +165,27 @@ class Reader:
         if self._is_cached(shard) and self.cache is not None:
             self.cache.prefetch(self._address(shard), self.catalog.table(shard).tar_bytes)
 
+    def stop(self) -> None:
+        """Ends what threads wait for: fetches, and storage that is away. They get a Fault."""
+        if self._patience is not None:
+            self._patience.close()
+        if self.cache is not None:
+            self.cache.close()
+
     def close(self) -> None:
+        """Returns soon even where a read hangs; its descriptor is closed when it ends."""
+        self.stop()
         with self._lock:
             for descriptor in self._open.values():
                 descriptor.dismiss()
             self._open.clear()
-        if self.cache is not None:
-            self.cache.close()
 
     @contextmanager
     def _descriptor(self, shard: int) -> Iterator[int]:
-        """An open descriptor of the shard; the one that has rested longest is closed when there are too many."""
+        """An open descriptor of the shard; the one that has rested longest is closed when there are too many.
+
+        After an error it is given up: a file system that was mounted again has no use for older descriptors.
+        """
         with self._lock:
             held = self._open.get(shard)
             if held is None:
@@ -151,6 +199,12 @@ class Reader:
                 if held.number is None:
                     held.number = self._open_shard(shard)
             yield held.number
+        except OSError:
+            with self._lock:
+                if self._open.get(shard) is held:
+                    del self._open[shard]
+                    held.dismissed = True
+            raise
         finally:
             with self._lock:
                 held.users -= 1
@@ -158,9 +212,34 @@ class Reader:
                     held.close()
 
     def _open_shard(self, shard: int) -> int:
+        tar = self.catalog.shards[shard].tar
         if self._is_cached(shard) and self.cache is not None:
-            return self.cache.open(self._address(shard), self.catalog.table(shard).tar_bytes)
-        return os.open(self.catalog.shards[shard].tar, os.O_RDONLY)
+            try:
+                return self.cache.open(self._address(shard), self.catalog.table(shard).tar_bytes)
+            except UserError as error:
+                if isinstance(error, Fault) or is_remote(tar) or os.path.isfile(tar):
+                    raise
+                raise Unreadable(f"{tar}: no such shard") from None  # a staged one whose storage is away
+        descriptor = os.open(tar, os.O_RDONLY)
+        try:
+            if self._patience is not None:
+                self._check_same(shard, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check_same(self, shard: int, now: os.stat_result) -> None:
+        """
+        Raises:
+            Fault: the shard is not the one whose members the index has.
+        """
+        table = self.catalog.table(shard)
+        if now.st_size != table.tar_bytes or table.tar_mtime_ns not in (0, now.st_mtime_ns):
+            raise Fault(
+                f"{self._name(shard)}: has changed since it was opened (size or time); restore it, or start again: a"
+                " start looks at the shards anew"
+            )
 
     def _address(self, shard: int) -> str:
         """What a shard is called in the cache. A staged one that is replaced, by one of equal size even, is another."""

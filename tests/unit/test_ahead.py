@@ -109,6 +109,29 @@ def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, mo
     assert set(asked) <= wanted[0].union(*wanted[12:], *(order.ids(p) // 10 for p in range(16, 20)))
 
 
+def test_a_scout_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypatch):
+    catalog = Catalog.open([str(write_pairs(tmp_path / "data", 320, per_shard=10))])
+    reader = open_reader(catalog, staging(tmp_path, catalog, 40))
+    order = Order(catalog.starts, OrderKey(0, 10, 1, 10))
+    drawn: list[int] = []
+    ids = order.ids
+    monkeypatch.setattr(order, "ids", lambda position, *args: drawn.append(position) or ids(position, *args))
+    scout = Scout(reader, order, 0, 1, 2, skipped=[[3, 20]])
+    try:
+        _wait_until(lambda: len(drawn) >= 5)
+    finally:
+        scout.close()
+        reader.close()
+    assert drawn == [2, 20, 21, 22, 23]
+
+
+def _wait_until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def test_a_staged_shard_that_was_replaced_is_staged_anew(tmp_path):
     tar = write_pairs(tmp_path / "data", 10, per_shard=10) / "00000.tar"
     catalog = Catalog.open([str(tar)])

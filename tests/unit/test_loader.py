@@ -11,7 +11,7 @@ from pairs import write_pairs
 from clipdist.config import Data
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
-from clipdist.data.loader import Loader, group_id, open_loader
+from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 
@@ -32,7 +32,7 @@ class Lengths:
         return self.name
 
 
-def loader(folder, rank=0, world=1, start=0, threads=2, tokenizer=None, **settings) -> Loader:
+def loader(folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), **settings) -> Loader:
     cfg = dataclasses.replace(Data(threads=threads), **settings)
     return open_loader(
         Catalog.open([str(folder)]),
@@ -43,6 +43,7 @@ def loader(folder, rank=0, world=1, start=0, threads=2, tokenizer=None, **settin
         rank=rank,
         world=world,
         start=start,
+        skipped=skipped,
     )
 
 
@@ -74,6 +75,39 @@ def test_the_global_batch_depends_on_its_position_alone(shards, threads, world):
             assert ours.position == whole.position
             for name in ("image", "tokens", "valid", "sample_id", "group_id"):
                 assert torch.equal(getattr(ours, name), getattr(whole, name)[rows]), name
+
+
+def test_skipped_positions_are_never_drawn(shards, monkeypatch):
+    reference = {batch.position: batch for batch in take(12, shards / "train")}
+    source = loader(shards / "train", start=1, skipped=[[6, 9], [1, 3], [7, 10], [4, 4]])
+    drawn = []
+    draws = source.order.draws
+    monkeypatch.setattr(source.order, "draws", lambda position, *args: drawn.append(position) or draws(position, *args))
+    assert source.position == 3
+    batches = [source.next() for _ in range(5)]
+    assert [batch.position for batch in batches] == [3, 4, 5, 10, 11]
+    assert source.position == 12
+    source.close()
+    assert not {1, 2, 6, 7, 8, 9} & set(drawn)
+    for batch in batches:
+        assert torch.equal(batch.image, reference[batch.position].image)
+        assert torch.equal(batch.tokens, reference[batch.position].tokens)
+
+
+def test_the_hash_of_a_batch_does_not_depend_on_the_ranks(shards):
+    ids = torch.randint(0, 1 << 40, (64,), dtype=torch.int64)
+    hashes = {
+        sum(int(ids_hash(rows, rank * len(rows))) for rank, rows in enumerate(ids.chunk(world))) % HASH_MODULUS
+        for world in (1, 2, 4, 64)
+    }
+    assert len(hashes) == 1
+    assert ids_hash(ids, 0).dtype == torch.int64
+    swapped = ids.clone()
+    swapped[[3, 40]] = ids[[40, 3]]
+    changed = ids.clone()
+    changed[5] += 1
+    assert len({*hashes, *(int(ids_hash(other, 0)) for other in (swapped, changed, ids.flip(0)))}) == 4
+    assert len({int(ids_hash(batch.sample_id, 0)) for batch in take(8, shards / "train")}) == 8
 
 
 def test_captions_and_crops_change_with_the_epoch(shards):

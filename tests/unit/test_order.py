@@ -12,6 +12,7 @@ from clipdist.data.order import (
     Order,
     OrderKey,
     choose_streams,
+    next_position,
     permute,
     sample_uniforms,
     schedule,
@@ -271,3 +272,9 @@ def test_odd_weights_are_rounded_to_a_bounded_schedule():
     assert sum(parts) <= MOST_PARTS + len(parts)
     assert min(parts) == 1
     assert abs(parts[1] / parts[0] - 2905954 / 400123457) < 1e-5
+
+
+@given(st.integers(0, 40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6))
+def test_the_next_position_is_the_first_that_is_not_skipped(position, ranges):
+    outside = [p for p in range(position, 82) if not any(first <= p < end for first, end in ranges)]
+    assert next_position(position, [list(pair) for pair in ranges]) == outside[0]
