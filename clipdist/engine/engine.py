@@ -5,8 +5,11 @@ This room alone imports deepspeed. Gradients are averaged over ranks, and the lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +17,26 @@ from torch import nn
 
 from clipdist.config import Config
 from clipdist.engine.distributed import Place, resolve_precision
-from clipdist.engine.fragments import PART_OF, base_optimizer, fragments, gradient, loss_scale, part_of
+from clipdist.engine.fragments import (
+    PART_OF,
+    base_optimizer,
+    fragments,
+    gradient,
+    keep_on_at_lowest_scale,
+    loss_scale,
+    loss_scale_is_lowest,
+    part_of,
+)
 from clipdist.engine.optim import make_optimizer
+from clipdist.engine.updates import Gradients, look
 from clipdist.errors import Fault, UserError
 from clipdist.loss.collectives import all_reduce_sum
 from clipdist.loss.exact import NonFiniteFeatures
 from clipdist.loss.make import LossFunction
 from clipdist.model.norms import running_norms, statistics_once, statistics_still
+
+if TYPE_CHECKING:
+    from clipdist.survive.guard import Guard
 
 SCALARS = ("logit_scale", "logit_bias")  # the parameters that the loss reads
 
@@ -30,12 +46,14 @@ class StepResult:
     """What one step tells.
 
     Attributes:
-        value: this rank's loss; its mean over ranks is the global loss. nan where the step was skipped for `skipped`.
+        value: this rank's loss; its mean over ranks is the global loss. nan where features were not finite.
         statistics: of the loss, fp32 scalars, this rank's.
         features: image and text features [b, D] of this rank, detached: in-batch accuracies come from them.
-        grad_norms: by part of the model, before clipping; empty unless asked for.
-        applied: False where the optimiser took no step.
-        skipped: why the step was left out before any gradient existed, or empty.
+        grad_norms: by part of the model, before clipping; empty unless asked for or measured for a guard.
+        applied: False where the optimiser took no step: weights, moments and running statistics are as before.
+        skipped: why not, the same on all ranks; empty where only DeepSpeed knows (fp16 without a guard).
+        loss: the global loss; nan without a guard.
+        update_sizes: by tower, as clipdist.engine.updates has them; empty without a guard that looks at them.
     """
 
     value: torch.Tensor
@@ -44,6 +62,18 @@ class StepResult:
     grad_norms: dict[str, float]
     applied: bool
     skipped: str = ""
+    loss: float = math.nan
+    update_sizes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What the forward pass gave, and the backward pass that is still to come."""
+
+    value: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+    features: tuple[torch.Tensor, torch.Tensor]
+    backward: Callable[[], None]
 
 
 class Engine:
@@ -52,6 +82,10 @@ class Engine:
     Args:
         model: called as model(image, tokens) -> (image_features, text_features, logit_scale, logit_bias or None).
         loss: as clipdist.loss.contrastive.info_nce.
+
+    Attributes:
+        before_update: called in every step that changes weights, right before: who copies them in the background must
+            be done when it returns. (Running statistics of BatchNorm change earlier, in the forward pass.)
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, config: Config, place: Place) -> None:
@@ -62,7 +96,9 @@ class Engine:
         self.place = place
         self.loss = loss
         self.seed = config.train.seed
-        self.skip_nonfinite = config.train.nonfinite == "skip"
+        self.before_update: Callable[[], None] | None = None
+        self.skip_nonfinite = config.guard.nonfinite == "skip"
+        self.grad_clip = config.optim.grad_clip
         self.logit_scale_max = config.loss.logit_scale_max
         self.micro_batch = config.train.micro_batch or config.train.global_batch // place.world
         settings = deepspeed_config(config, place.device.type, place.world)
@@ -81,6 +117,14 @@ class Engine:
         # Stage 0 in half precision cannot accumulate in fp32: see _accumulate.
         self._accumulates_here = bool(half) and config.engine.zero_stage == 0
         self._norms = running_norms(self.engine.module)
+        self._statistics = [
+            buffer
+            for norm in self._norms
+            for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            if buffer is not None
+        ]
+        self._statistics_before = [torch.empty_like(buffer) for buffer in self._statistics]
+        keep_on_at_lowest_scale(self.engine)
         self._scalars: dict[str, torch.Tensor] = {}
         self.refresh_scalars()
 
@@ -94,6 +138,7 @@ class Engine:
         step: int,
         lr: float,
         want_norms: bool = False,
+        guard: Guard | None = None,
     ) -> StepResult:
         """One optimiser step on this rank's rows of global batch `step`.
 
@@ -102,45 +147,122 @@ class Engine:
             group_id: int64 [b], or None where equal captions are negatives like all others.
             lr: the learning rate of this step.
             want_norms: also measure the gradients' norms (one pass over them and a small collective).
+            guard: judges the global loss before backward and the gradients after it, and is told what came of the
+                step; all ranks give one of the same state. Without one only the features are looked at.
 
         Raises:
-            Fault: features that are not finite, unless the configuration wants such steps skipped.
+            Fault: features, or with a guard the loss or gradients, that are not finite, unless the configuration wants
+                such steps skipped.
         """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        forward_backward = self._whole if self.micro_batch >= len(image) else self._cached
+        self._keep_statistics()
+        forward = self._whole if self.micro_batch >= len(image) else self._cached
         try:
-            value, statistics, features = forward_backward(image, tokens, step, valid, group_id)
+            done = forward(image, tokens, step, valid, group_id)
         except NonFiniteFeatures as error:
-            if not self.skip_nonfinite:
-                raise Fault(
-                    f"step {step}: {error}; nothing was changed. Lower optim.lr, look at the data of this step, or set"
-                    " train.nonfinite=skip"
-                ) from None
             empty = image.new_zeros((0, 0), dtype=torch.float32)
             nan = torch.full((), torch.nan, device=self.place.device)
-            return StepResult(nan, {}, (empty, empty), {}, applied=False, skipped=str(error))
-        norms = self.grad_norms() if want_norms else {}
+            nothing = _Forward(nan, {}, (empty, empty), lambda: None)
+            return self._left_out(nothing, step, guard, str(error), finite=False)
+        if guard is None:
+            done.backward()
+            return self._update(done, step, None, math.nan, None, self.grad_norms() if want_norms else {})
+        loss = float(all_reduce_sum(done.value.double())) / self.place.world
+        if reason := guard.judge_loss(loss):
+            return self._left_out(done, step, guard, reason, loss, finite=math.isfinite(loss))
+        done.backward()
+        gradients = look(self.engine, self.grad_clip, guard.wants_sizes)
+        if gradients.not_finite and not self.engine.fp16_enabled():
+            self._drop_gradients()
+            return self._left_out(done, step, guard, _not_finite(gradients), loss, finite=False)
+        if not gradients.not_finite and (reason := guard.judge_updates(gradients.sizes)):
+            self._drop_gradients()
+            return self._left_out(done, step, guard, reason, loss, gradients)
+        return self._update(done, step, guard, loss, gradients, gradients.norms)
+
+    def _update(
+        self,
+        done: _Forward,
+        step: int,
+        guard: Guard | None,
+        loss: float,
+        gradients: Gradients | None,
+        norms: dict[str, float],
+    ) -> StepResult:
+        """The optimiser's step, and what belongs to it. In fp16 DeepSpeed leaves it out where gradients overflowed."""
+        if self.before_update is not None:
+            self.before_update()
+        scale, lowest = loss_scale(self.engine), loss_scale_is_lowest(self.engine)
         self.engine.step()
-        self._bound_temperature()
-        self.refresh_scalars()
-        self._average_statistics()
-        return StepResult(value.detach(), statistics, features, norms, applied=self.engine.was_step_applied())
+        applied, skipped = self.engine.was_step_applied(), ""
+        sizes = gradients.sizes if gradients else {}
+        if applied:
+            self._bound_temperature()
+            self.refresh_scalars()
+            self._average_statistics()
+            if guard:
+                guard.accepted(step, loss, sizes)
+        else:
+            self._put_back_statistics()
+            if guard:
+                skipped = f"the gradients overflow at a loss scale of {scale:g}"
+                guard.overflowed(step, skipped, lowest)
+        return StepResult(done.value.detach(), done.statistics, done.features, norms, applied, skipped, loss, sizes)
+
+    def _left_out(
+        self,
+        done: _Forward,
+        step: int,
+        guard: Guard | None,
+        reason: str,
+        loss: float = math.nan,
+        gradients: Gradients | None = None,
+        *,
+        finite: bool = True,
+    ) -> StepResult:
+        """The result of a step that was not taken. The gradients, where there were any, are dropped already."""
+        self._put_back_statistics()
+        if not finite and not self.skip_nonfinite:
+            raise Fault(
+                f"step {step}: {reason}; nothing was changed. Lower optim.lr, look at the data of this step, or set"
+                " guard.nonfinite=skip"
+            )
+        if guard is not None:
+            guard.left_out(step, reason)
+        norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})
+        return StepResult(done.value.detach(), done.statistics, done.features, norms, False, reason, loss, sizes)
+
+    def _drop_gradients(self) -> None:
+        """DeepSpeed's own step with an optimiser that does nothing.
+
+        Each stage then clears its gradients, buffers and counters as after any step, and copies masters that have not
+        changed. (Where it finds the gradients not finite itself, it leaves the step out in the same way.)
+        """
+        optimizers = [base_optimizer(self.engine), getattr(self.engine.optimizer, "backup_optimizer", None)]
+        held = [optimizer for optimizer in optimizers if optimizer is not None]
+        for optimizer in held:
+            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            self.engine.step()
+        finally:
+            for optimizer in held:
+                del optimizer.step
 
     def _whole(
         self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """Forward and backward over all rows of this rank at once."""
+    ) -> _Forward:
+        """Forward over all rows of this rank at once."""
         seed_step(self.seed, step, self.place.rank)
         images, texts, *scalars = self._forward(image, tokens)
         value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
-        self.engine.backward(value, scale_wrt_gas=False)
-        return value, statistics, (images.detach(), texts.detach())
+        backward = partial(self.engine.backward, value, scale_wrt_gas=False)
+        return _Forward(value, statistics, (images.detach(), texts.detach()), backward)
 
     def _cached(
         self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    ) -> _Forward:
         """The same in micro-batches, exactly: features of all without gradients, the loss' gradient towards them, then
         each micro-batch once more, its random state replayed, against its share (Gao et al., arXiv:2101.06983, 3).
 
@@ -158,6 +280,17 @@ class Engine:
         del cached
         value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
         wanted = [images, texts, *(s for s in scalars if s is not None)]
+        backward = partial(self._backward_again, pieces, step, value, wanted)
+        return _Forward(value, statistics, (images.detach(), texts.detach()), backward)
+
+    def _backward_again(
+        self,
+        pieces: list[tuple[torch.Tensor, torch.Tensor]],
+        step: int,
+        value: torch.Tensor,
+        wanted: list[torch.Tensor],
+    ) -> None:
+        """The second half of _cached. wanted: image features, text features, t and the bias if there is one."""
         enlarged = loss_scale(self.engine)  # fp16 features have fp16 gradients, which vanish without it
         slopes = [slope.float() / enlarged for slope in torch.autograd.grad(value * enlarged, wanted)]
         image_slopes, text_slopes = (slope.split(self.micro_batch) for slope in slopes[:2])
@@ -171,7 +304,6 @@ class Engine:
                 for scalar, slope in zip((s for s in again if s is not None), slopes[2:]):
                     surrogate = surrogate + (scalar * slope / len(pieces)).sum()
                 self._accumulate(surrogate, last=micro == len(pieces) - 1)
-        return value, statistics, (images.detach(), texts.detach())
 
     def _accumulate(self, surrogate: torch.Tensor, last: bool) -> None:
         """Adds one micro-batch's gradients, in fp32; after the last one they are reduced over ranks.
@@ -275,6 +407,17 @@ class Engine:
             tensor.data.clamp_(max=self.logit_scale_max)
 
     @torch.no_grad()
+    def _keep_statistics(self) -> None:
+        """A step that is left out has gone through the forward pass, and may have taken inf or nan along."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics_before, self._statistics)
+
+    @torch.no_grad()
+    def _put_back_statistics(self) -> None:
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._statistics_before)
+
+    @torch.no_grad()
     def _average_statistics(self) -> None:
         """BatchNorm normalises over a micro-batch; its running statistics become the mean over ranks."""
         if not self._norms or self.place.world == 1:
@@ -285,6 +428,12 @@ class Engine:
         flat /= self.place.world
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
             buffer.copy_(mean.view_as(buffer))
+
+
+def _not_finite(gradients: Gradients) -> str:
+    names = gradients.not_finite
+    more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
+    return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"
 
 
 def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:

@@ -130,3 +130,17 @@ def loss_scaler(engine: Any) -> Any:
 
 def loss_scale(engine: Any) -> float:
     return float(getattr(loss_scaler(engine), "cur_scale", 1.0))
+
+
+def loss_scale_is_lowest(engine: Any) -> bool:
+    """Whether fp16's loss scale cannot fall any further; so in other precisions, which have none."""
+    scaler = loss_scaler(engine)
+    lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
+    return lowest is None or loss_scale(engine) <= float(lowest)
+
+
+def keep_on_at_lowest_scale(engine: Any) -> None:
+    """At its lowest fp16's loss scale would end the run with a traceback; what is to be done then, a guard says."""
+    scaler = loss_scaler(engine)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
