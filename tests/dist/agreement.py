@@ -1,0 +1,99 @@
+"""One rank of the proof that ranks find out what they do not have in common: at the start, and while they train.
+
+Words: precisions to train in, such as fp32 bf16.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from clipdist.config import load_config
+from clipdist.engine import distributed
+from clipdist.engine.engine import Engine
+from clipdist.engine.replicated import compare_replicas, replicated
+from clipdist.errors import Fault, UserError
+from clipdist.loss.make import make_loss
+from clipdist.model.dual_encoder import build_model
+from clipdist.survive.agreement import compare
+
+STRANGE = 1  # the rank that is made to differ
+BATCH = 12
+
+
+def check_facts(place: distributed.Place) -> None:
+    facts = {"package torch": "2.15.0", "clipdist/a.py": "01", "clipdist/b.py": "02"}
+    compare(facts, place)
+    if place.rank == STRANGE:
+        facts |= {"package torch": "2.14.0", "clipdist/b.py": "03"}
+    told = raised(compare, facts, place)
+    assert type(told) is UserError
+    assert f"package torch: rank {STRANGE} on " in str(told), told
+    assert "has 2.14.0, the others have 2.15.0" in str(told), told
+    assert "clipdist/b.py" in str(told), told
+    assert "clipdist/a.py" not in str(told), told
+
+
+def check_stage(stage: int, precision: str, place: distributed.Place) -> None:
+    """Three steps without a false alarm; then one bit is flipped on one rank."""
+    engine = trained(stage, precision, place)
+    compare_replicas(engine.engine, place, 3)
+    names = [name for name, _ in replicated(engine.engine)]
+    assert any(name.startswith("param/visual.") for name in names), names
+    assert any(name.endswith("running_mean") for name in names), names
+    assert any(name.startswith("exp_avg/") for name in names) == (stage == 0), names
+    parameters = [name for name in names if name.startswith("param/")]
+    for target in (parameters[-1], names[-1 - len(names) // 3]):
+        (tensor,) = (tensor for name, tensor in replicated(engine.engine) if name == target)
+        flip(tensor, place)
+        told = raised(compare_replicas, engine.engine, place, 3)
+        assert type(told) is Fault
+        assert f"step 3: rank {STRANGE} on " in str(told), told
+        assert f"in 1 of {len(names)} tensors, first in {target}." in str(told), told
+        flip(tensor, place)
+        compare_replicas(engine.engine, place, 3)
+    engine.engine.destroy()
+
+
+def flip(tensor: torch.Tensor, place: distributed.Place) -> None:
+    """The lowest bit of the last element: a change far below any tolerance."""
+    if place.rank == STRANGE:
+        tensor.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+
+
+def trained(stage: int, precision: str, place: distributed.Place) -> Engine:
+    words = [
+        "model.name=configs/models/tiny_rn.json",
+        f"engine.zero_stage={stage}",
+        f"train.precision={precision}",
+        f"train.global_batch={BATCH}",
+        f"train.micro_batch={BATCH // place.world // (2 if stage in (1, 3) else 1)}",
+    ]
+    config = load_config(None, words)
+    torch.manual_seed(0)
+    engine = Engine(build_model(config.model, config.loss), make_loss(config.loss), config, place)
+    share = BATCH // place.world
+    for step in range(3):
+        torch.manual_seed(100 * step + place.rank)
+        image = torch.randint(0, 256, (share, 3, 32, 32), dtype=torch.uint8)
+        tokens = torch.randint(1, 2000, (share, 16))
+        engine.train_step(image, tokens, torch.ones(share, dtype=torch.bool), None, step=step, lr=0.01)
+    return engine
+
+
+def raised(call, *args) -> Exception:
+    try:
+        call(*args)
+    except UserError as error:
+        return error
+    raise AssertionError(f"{call.__name__} found nothing")
+
+
+if __name__ == "__main__":
+    here = distributed.start("cpu")
+    check_facts(here)
+    for wanted in sys.argv[1:]:
+        for zero in range(4):
+            check_stage(zero, wanted, here)
+    distributed.stop()
