@@ -18,6 +18,7 @@ from clipdist.errors import UserError
 
 DEFAULT_RECIPE = "configs/flickr8k_rn50.yaml"
 REPOSITORY = Path(__file__).resolve().parents[1]
+SNAPSHOT = "snapshot.json"  # lies in REPOSITORY where the code is the copy that a job runs (launch/snapshot.py)
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,27 @@ class Train:
     epochs: int = 30
     steps: int = 0  # instead of epochs
     samples: int = 0  # instead of epochs: pairs in all, rounded up to a step; a mixture has no epochs of its own
-    nonfinite: Literal["stop", "skip"] = "stop"  # where a tower gives inf or nan: end the run, or leave the step out
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     seed: int = 0  # of the initial weights and of dropout
     resume: str = "auto"  # auto: the newest good checkpoint of the run folder, if any; never; or a checkpoint folder
     save_every: int = 0  # steps between checkpoints; 0: once an epoch. The last step always saves
+    save_minutes: float = 30.0  # and where so many minutes have gone by without one; 0: by steps alone
     keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # beside them those of every so many steps; 0: none
+    keep_best: str = ""  # beside them the best one by a validation's metric, such as t2i_r1 (loss: the lowest)
     log_every: int = 10  # steps between lines and metrics
+    compare_every: int = 100  # steps between comparisons of what all ranks hold alike; 0: never
+    hang_s: float = 600.0  # without progress for so long the run ends with the stacks of all ranks; 0: never
+
+
+@dataclass(frozen=True)
+class Guard:
+    nonfinite: Literal["skip", "stop"] = "skip"  # a loss or gradient that is inf or nan: leave the step out, or end
+    loss_spike: float = 8.0  # leave a step out whose loss is so many deviations above the last ones'; 0: never
+    update_spike: float = 8.0  # or whose update of a tower is so many times the last ones'; 0: never
+    window: int = 100  # steps that "the last ones" are; no spike is looked for before so many
+    patience: int = 3  # steps left out within a window until the run goes back to a checkpoint; 0: never goes back
+    rollbacks: int = 3  # times that a run goes back before it ends
 
 
 @dataclass(frozen=True)
@@ -141,16 +156,24 @@ class Eval:
 class Launch:
     nodes: int = 1
     gpus: int = 1  # per node; with device=cpu it counts CPU ranks
-    cluster: Literal["slurm", "local"] = "slurm"
+    cluster: Literal["slurm", "local", "debug"] = "slurm"  # local: processes here; debug: one, in the foreground
     partition: str = ""
     account: str = ""
     qos: str = ""
     constraint: str = ""
+    exclude: str = ""  # nodes that Slurm shall not give
+    dependency: str = ""  # as sbatch has it, such as afterok:1234
+    comment: str = ""
+    container: str = ""  # image, for sites with pyxis
     time_min: int = 24 * 60
     mem_gb: int = 0  # per node; 0: the site's default
-    cpus_per_gpu: int = 8
+    cpus_per_gpu: int = 0  # 0: the loader's threads and one more
     setup: list[str] = field(default_factory=list)  # shell lines before the job (modules, virtual environment)
     slurm: dict[str, Any] = field(default_factory=dict)  # further sbatch options, by their long names
+    signal_s: int = 120  # so long before its time limit a job is told, saves and is queued again
+    max_restarts: int = 3  # after a fault; preemptions and time limits do not count
+    device_gb: float = 0.0  # memory of one GPU, for the plan; 0: that of this machine's
+    samples_per_s: float = 0.0  # of the whole job, for the plan's wall time; 0: not known
 
 
 @dataclass(frozen=True)
@@ -163,23 +186,30 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     engine: Engine = field(default_factory=Engine)
     train: Train = field(default_factory=Train)
+    guard: Guard = field(default_factory=Guard)
     eval: Eval = field(default_factory=Eval)
     launch: Launch = field(default_factory=Launch)
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, site: str | Path | None = None
+) -> Config:
     """Reads a recipe and the overrides on top of the defaults, and checks what can be checked without data.
 
     Args:
         path: YAML with differences from the defaults; None: the defaults alone.
         overrides: "section.key=value" words, as on a command line; values are YAML.
+        site: YAML of a site's own defaults, below the recipe; a launch section and nothing else.
 
     Raises:
         UserError: a misspelt key, a wrong type, or values that do not go together.
     """
-    where = str(path) if path else "the defaults"
+    where = str(site) if site else "the defaults"
     try:
         merged = OmegaConf.structured(Config)
+        if site is not None:
+            merged = OmegaConf.merge(merged, _scalars_to_lists(_read_site(Path(site))))
+        where = str(path) if path else "the defaults"
         if path is not None:
             merged = OmegaConf.merge(merged, _scalars_to_lists(_read_yaml(Path(path))))
         where = "the command line"
@@ -233,6 +263,19 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"--config {path}: not YAML: {error}") from None
 
 
+def _read_site(path: Path) -> Any:
+    """A site's own defaults: how jobs are launched there, and nothing that changes what is trained."""
+    try:
+        tree = OmegaConf.load(path)
+    except OmegaConfBaseException:
+        raise
+    except Exception as error:  # no such file, or the YAML parser's own
+        raise UserError(f"site file {path}: cannot be read: {error}") from None
+    if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
+        raise UserError(f"site file {path}: must hold a launch section and nothing else")
+    return tree
+
+
 def _parse_override(word: str) -> Any:
     key, equals, _ = word.partition("=")
     if not equals or not key:
@@ -263,7 +306,8 @@ def _check(config: Config) -> None:
         if not ok:
             raise UserError(f"{key}={value}: must {must}")
 
-    train, data, optim, loss, launch = config.train, config.data, config.optim, config.loss, config.launch
+    train, data, optim, loss = config.train, config.data, config.optim, config.loss
+    guard, launch = config.guard, config.launch
     plain = config.run.name not in ("", ".", "..") and "/" not in config.run.name
     need(plain, "run.name", repr(config.run.name), "be a plain name")
     need(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "lie in [0, 1)")
@@ -274,6 +318,11 @@ def _check(config: Config) -> None:
     need(train.global_batch >= 1, "train.global_batch", train.global_batch, "be at least 1")
     need(train.epochs >= 1, "train.epochs", train.epochs, "be at least 1")
     need(train.keep >= 1, "train.keep", train.keep, "be at least 1")
+    for name in ("save_minutes", "keep_every", "compare_every", "hang_s"):
+        need(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "not be negative")
+    for name in ("loss_spike", "update_spike", "patience", "rollbacks"):
+        need(getattr(guard, name) >= 0, f"guard.{name}", getattr(guard, name), "not be negative")
+    need(guard.window >= 10, "guard.window", guard.window, "be at least 10")
     need(train.log_every >= 1, "train.log_every", train.log_every, "be at least 1")
     need(optim.lr > 0, "optim.lr", optim.lr, "be above 0")
     need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
@@ -308,6 +357,8 @@ def _check(config: Config) -> None:
     need(config.eval.batch >= 1, "eval.batch", config.eval.batch, "be at least 1")
     need(launch.nodes >= 1, "launch.nodes", launch.nodes, "be at least 1")
     need(launch.gpus >= 1, "launch.gpus", launch.gpus, "be at least 1")
+    for name in ("cpus_per_gpu", "max_restarts", "signal_s", "mem_gb", "device_gb", "samples_per_s"):
+        need(getattr(launch, name) >= 0, f"launch.{name}", getattr(launch, name), "not be negative")
     for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr"):
         need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")
     for key, value in (

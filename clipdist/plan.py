@@ -6,14 +6,17 @@ The launcher calls check_launch before it queues a job; every rank calls make_pl
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
 from clipdist.errors import UserError
+from clipdist.survive.rollback import skipped_ranges
 
 REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
@@ -33,6 +36,7 @@ class Plan:
     resume: CheckpointReader | None
     notes: list[str]  # what the user should hear, such as a damaged checkpoint that was passed over
     order_record: dict[str, Any]  # what the checkpoint keeps, to go on with the same order or refuse
+    skipped: list[list[int]]  # ranges of data steps that this run leaves out: see clipdist.survive.rollback
 
     @property
     def start_step(self) -> int:
@@ -107,15 +111,18 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"run folder {folder}: cannot be written ({reason}); set run.root or run.name") from None
 
 
-def make_plan(config: Config, world: int) -> Plan:
+def make_plan(config: Config, world: int, passed_over: Mapping[Path, str] = MappingProxyType({})) -> Plan:
     """Everything before the model.
+
+    Args:
+        passed_over: checkpoints that were found to be damaged, and how.
 
     Raises:
         UserError: see check_launch; or a checkpoint that does not fit this configuration.
     """
     catalog, val = check_launch(config, world)
     notes: list[str] = []
-    resume = find_start(config, notes)
+    resume = find_start(config, notes, passed_over)
     fingerprint = catalog.fingerprint()
     if resume:
         key = _order_of(config, fingerprint, resume)
@@ -126,7 +133,9 @@ def make_plan(config: Config, world: int) -> Plan:
         key = first_order(config, catalog, world)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
     steps_per_epoch = len(catalog) // key.global_batch
-    return Plan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, notes, record)
+    skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
+    skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
+    return Plan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, notes, record, skipped)
 
 
 def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
@@ -161,10 +170,14 @@ def length(config: Config, steps_per_epoch: int) -> int:
     return train.steps or train.epochs * steps_per_epoch
 
 
-def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
+def find_start(
+    config: Config, notes: list[str], passed_over: Mapping[Path, str] = MappingProxyType({})
+) -> CheckpointReader | None:
     """The checkpoint to go on from. The rule, whatever ended the last run:
 
-    auto: the newest checkpoint of the run folder whose files are whole, else none.
+    auto: the newest checkpoint of the run folder whose files are whole, else none. Their sizes are looked at here,
+        their checksums by all ranks together (clipdist.survive.start), which then ask again and name in `passed_over`
+        what is damaged.
     FOLDER: that checkpoint to begin with; once the run folder has checkpoints of its own they count as with auto, so
         that the same command goes on. A checkpoint of the run folder itself must be its newest: going back would lose
         or hide what came after.
@@ -173,7 +186,7 @@ def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
     Raises:
         UserError: the named checkpoint is unfit, or the wish would overwrite others.
     """
-    from clipdist.checkpoint import CheckpointReader, list_checkpoints
+    from clipdist.checkpoint import list_checkpoints
 
     wanted, run_dir = config.train.resume, config.run.dir
     folders = list_checkpoints(run_dir)
@@ -185,9 +198,9 @@ def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
                 " elsewhere first, or choose another run.name"
             )
         if own or not folders:
-            reader = CheckpointReader(wanted)
-            reader.verify()
-            return reader
+            if Path(wanted) in passed_over:
+                raise UserError(passed_over[Path(wanted)])
+            return _open(Path(wanted))
     if wanted == "never":
         if folders:
             raise UserError(
@@ -196,14 +209,22 @@ def find_start(config: Config, notes: list[str]) -> CheckpointReader | None:
         return None
     for folder in reversed(folders):
         try:
-            reader = CheckpointReader(folder)
-            reader.verify()
-            return reader
+            if folder in passed_over:
+                raise UserError(passed_over[folder])
+            return _open(folder)
         except UserError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
     if folders:
         raise UserError(f"{run_dir}/checkpoints: none of {len(folders)} checkpoints is whole; choose another run.name")
     return None
+
+
+def _open(folder: Path) -> CheckpointReader:
+    from clipdist.checkpoint import CheckpointReader
+
+    reader = CheckpointReader(folder)
+    reader.check_sizes()
+    return reader
 
 
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:

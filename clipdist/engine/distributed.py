@@ -6,11 +6,14 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from clipdist.errors import UserError
+
+AFTER_THE_WATCH_S = 120
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,13 @@ def resolve_precision(wanted: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def start(device: str) -> Place:
-    """Joins the process group through DeepSpeed (gloo on CPU, NCCL on GPUs). A single process needs no launcher."""
+def start(device: str, hang_s: float = 0.0) -> Place:
+    """Joins the process group through DeepSpeed (gloo on CPU, NCCL on GPUs). A single process needs no launcher.
+
+    Args:
+        hang_s: seconds after which the watch over the ranks ends a run that hangs, and says why; 0: never. The
+            communication's own limit, which says less, must come later.
+    """
     os.environ["DS_ACCELERATOR"] = device  # before the first import of deepspeed
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
@@ -81,7 +89,8 @@ def start(device: str) -> Place:
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        limit = timedelta(seconds=hang_s + AFTER_THE_WATCH_S) if hang_s else timedelta(days=30)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
     return Place(rank, world, local_rank, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
 
 

@@ -119,7 +119,7 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     spec = ModelSpec.from_dict(manifest.state["model"])
     weights = load_full_weights(folder)
     loss = config.Loss(name="sigmoid" if "logit_bias" in weights else "infonce")
-    with _NothingDrawn():  # all weights come from the checkpoint
+    with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, loss, tower_weights=False)
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
@@ -131,7 +131,7 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest)
 
 
-class _NothingDrawn(TorchFunctionMode):
+class NothingDrawn(TorchFunctionMode):
     """Leaves initial weights undrawn, which takes seconds for a large model."""
 
     def __torch_function__(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist import config
-from clipdist.config import REPOSITORY
+from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.errors import UserError
 
 BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
@@ -114,12 +114,14 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
 
 
 def find_model_json(name: str) -> Path:
-    """The file of a model JSON: as named from here, else from the repository's root.
+    """The file of a model JSON: as named from here, else from the repository's root; in a job, whose code and JSONs are
+    a snapshot, from there first.
 
     Raises:
         UserError: it is in neither place; near names of configs/models are given.
     """
-    for path in (Path(name), REPOSITORY / name):
+    places = [Path(name), REPOSITORY / name]
+    for path in reversed(places) if (REPOSITORY / SNAPSHOT).is_file() else places:
         if path.is_file():
             return path
     shipped = sorted(f"configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json"))

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 # Records past the resumed step come again with the steps that are run again, except how attempts began and ended.
-KEPT_ON_RESUME = ("restart", "interrupted")
+KEPT_ON_RESUME = ("restart", "interrupted", "rollback", "save_failed", "fault")
 
 
 class Metrics:
@@ -23,17 +23,22 @@ class Metrics:
 
     Args:
         start_step: the step that training goes on from; later records of an earlier, interrupted attempt are dropped.
+
+    Attributes:
+        validated_at: the step of the last validation that is kept; 0: none.
     """
 
     def __init__(self, run_dir: Path, rank: int, start_step: int = 0) -> None:
         self._file = None
+        self.validated_at = 0
         if rank != 0:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            _drop_after(path, start_step)
+            kept = _drop_after(path, start_step)
+            self.validated_at = max([0, *(record["step"] for record in kept if record["type"] == "val")])
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._board = SummaryWriter(str(run_dir), purge_step=start_step + 1)
 
@@ -120,20 +125,22 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _drop_after(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _keep(line, step)]
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites the file. Returns the records that stay."""
+    records = [record for line in path.read_text(encoding="utf-8").splitlines() if (record := _parse(line))]
+    kept = [record for record in records if record["step"] <= step or record.get("event") in KEPT_ON_RESUME]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)
+    return kept
 
 
-def _keep(line: str, step: int) -> bool:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-        return record["step"] <= step or record.get("event") in KEPT_ON_RESUME
-    except (ValueError, KeyError):
-        return False  # the line that a kill cut short
+        return record if {"step", "type"} <= record.keys() else None
+    except (ValueError, AttributeError):
+        return None  # the line that a kill cut short
 
 
 def _clock(seconds: float) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
 
-from clipdist.config import REPOSITORY
+from clipdist.config import REPOSITORY, SNAPSHOT
 
 
 def commit() -> str | None:
     """Of the code that runs here, with "-dirty" where it was changed since; None outside a repository."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads((REPOSITORY / SNAPSHOT).read_text())["commit"]
     words = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None

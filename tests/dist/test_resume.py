@@ -62,7 +62,7 @@ def undisturbed(shards, tmp_path_factory) -> Path:
 def test_after_a_signal(shards, undisturbed, tmp_path):
     out = run_ranks("training.py", 2, "sigterm", "4", *words(shards, tmp_path, "run"), expect=75)
     assert "go on with" in out
-    assert newest_checkpoint(tmp_path / "run").name == "step-00000005"
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000004"
     run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run"))
     assert_same(tmp_path / "run", undisturbed)
 

@@ -21,8 +21,8 @@ if __name__ == "__main__":
     accident, step, *words = sys.argv[1:]
     load = Loader.next
 
-    def load_with_accident(loader):
-        batch = load(loader)
+    def load_with_accident(loader, interrupted=None):
+        batch = load(loader, interrupted)
         if batch.position == int(step):
             if accident == "kill":
                 while any(thread.name == WRITER for thread in threading.enumerate()):

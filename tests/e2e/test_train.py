@@ -103,9 +103,9 @@ def test_features_that_are_not_finite_end_the_run_or_are_skipped_and_counted(sha
     ended = run("deepspeed", *words, "run.name=stop")
     assert ended.returncode == 1
     assert "error: step 1: features are not finite: rank 0: 8 rows of the image tower" in ended.stderr
-    assert "train.nonfinite=skip" in ended.stderr
+    assert "guard.nonfinite=skip" in ended.stderr
     assert "Traceback" not in ended.stderr
-    ended = run("deepspeed", *words, "run.name=skip", "train.nonfinite=skip", "engine.zero_stage=3")
+    ended = run("deepspeed", *words, "run.name=skip", "guard.nonfinite=skip", "engine.zero_stage=3")
     assert ended.returncode == 0, ended.stderr
     events = [event for event in records(tmp_path / "skip", "event") if event["event"] == "skip"]
     assert [event["step"] for event in events] == [2, 3, 4]

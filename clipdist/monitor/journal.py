@@ -1,0 +1,187 @@
+"""What a run says and writes down of itself: results of steps in; lines, metrics.jsonl and TensorBoard out.
+
+Collective where it says so: the ranks' numbers are brought together before rank 0 writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clipdist.config import Config, flat, to_yaml
+from clipdist.data.loader import HASH_MODULUS, Batch, ids_hash
+from clipdist.engine.distributed import Place
+from clipdist.engine.optim import learning_rate
+from clipdist.errors import UserError
+from clipdist.loss.collectives import all_reduce_max, all_reduce_sum
+from clipdist.loss.contrastive import batch_accuracy
+from clipdist.loss.exact import global_statistics
+from clipdist.monitor.bad_samples import BadSamples
+from clipdist.monitor.metrics import Metrics, Progress, memory_gb
+from clipdist.monitor.provenance import commit
+from clipdist.plan import Plan
+
+if TYPE_CHECKING:
+    from clipdist.engine.engine import Engine, StepResult
+    from clipdist.evals.validation import Findings, Validation
+
+
+class Journal:
+    """
+    Attributes:
+        results: the newest value of every measure, for the table of hyper-parameters.
+    """
+
+    def __init__(self, config: Config, plan: Plan, place: Place) -> None:
+        self.config, self.plan, self.place = config, plan, place
+        self.results: dict[str, float] = {}
+        self.bad = BadSamples()
+        self.metrics = Metrics(config.run.dir, place.rank, plan.start_step)
+        self.progress = Progress(plan.steps, plan.start_step, place.rank)
+
+    def announce(self, engine: Engine, model: str, loader: Any) -> None:
+        """How the run begins."""
+        config, plan, place = self.config, self.plan, self.place
+        if place.rank == 0:
+            (config.run.dir / "config.yaml").write_text(to_yaml(config))
+            (config.run.dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        self.metrics.settings(flat(config), to_yaml(config))
+        for note in plan.notes:
+            self.say(f"note: {note}")
+        parameters = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in engine.engine.module.parameters())
+        self.say(
+            f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
+            f" {plan.steps} steps of {plan.order.global_batch} pairs on {place.world} x {place.device.type},"
+            f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
+        )
+        how = {"world": place.world, "steps": plan.steps}
+        if plan.resume:
+            self.say(f"goes on from {plan.resume.folder}")
+            self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)
+        else:
+            self.event(plan.start_step, "start", **how)
+
+    def say(self, text: str) -> None:
+        self.progress.say(text)
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        self.metrics.write("event", step, self._samples(step), event=event, **values)
+
+    def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, clock: Clock) -> None:
+        """Collective: the numbers of a logged step. `step` counts the steps that are done."""
+        valid, group_id = batch.valid, batch.group_id if self.config.loss.group_positives else None
+        accuracy = batch_accuracy(*result.features, valid=valid, group_id=group_id)
+        values: dict[str, Any] = global_statistics(result.value, result.statistics | accuracy)
+        steps, seconds, waited = clock.lap(step)
+        values |= {
+            "logit_scale": engine.logit_scale(),
+            **({} if (bias := engine.logit_bias()) is None else {"logit_bias": bias}),
+            "lr": learning_rate(self.config.optim, step - 1, self.plan.steps),
+            **{f"grad_norm/{part}": norm for part, norm in result.grad_norms.items()},
+            **{f"update_size/{part}": size for part, size in result.update_sizes.items()},
+            "samples_per_s": steps * self.plan.order.global_batch / seconds,
+            "wait_share": float(all_reduce_max(torch.tensor(waited / seconds, device=self.place.device))),
+            "bad_samples": sum(self.bad.totals.values()),
+            "memory_gb": memory_gb(self.place.device),
+            "epoch": step / self.plan.steps_per_epoch,
+            "batch_hash": self._batch_hash(batch),
+        }
+        self.metrics.write("train", step, self._samples(step), **values)
+        self.results |= {"loss": values["loss"]}
+        shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
+        self.progress.show(step, {name: values[name] for name in shown})
+
+    def bad_samples(self, step: int, reader: Any) -> None:
+        """Collective: counts and names the samples that no rank could use since the last call.
+
+        Raises:
+            UserError: they are more than data.max_bad_share.
+        """
+        new, named = self.bad.share(self.place.device)
+        for sample_id, reason in named if self.place.rank == 0 else ():
+            where = {"shard": reader.shard_name(sample_id), "key": reader.key(sample_id)}
+            self.event(step, "bad_sample", reason=reason, **where)
+        total = sum(self.bad.totals.values())
+        if new:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.totals.items())
+            self.event(step, "bad_samples", new=new, total=total, counts=self.bad.totals)
+            self.say(f"note: {new} samples could not be used, named in metrics.jsonl (in all: {reasons})")
+        seen = (step - self.plan.start_step) * self.plan.order.global_batch
+        share = total / max(seen, min(len(self.plan.catalog), 1000))  # a few samples say nothing of the rest
+        if share > self.config.data.max_bad_share:
+            raise UserError(
+                f"{100 * share:.2g} % of the samples cannot be used, more than data.max_bad_share="
+                f"{self.config.data.max_bad_share}; {self.config.run.dir}/metrics.jsonl names them (event bad_sample)"
+            )
+
+    def validation(self, step: int, findings: Findings, validation: Validation) -> None:
+        """On rank 0: the numbers of a validation, and its picture sheet."""
+        if not findings.values or self.place.rank:
+            return
+        self.metrics.write("val", step, self._samples(step), **findings.values)
+        self.results |= findings.values
+        names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
+        shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
+        self.say(f"validation at step {step}: {shown}")
+        sheet = validation.sheet(findings)
+        if sheet is not None:
+            self.metrics.picture("val/retrieval", sheet, step)
+            sheet.save(self.config.run.dir / "validation.png")
+
+    def finished(self) -> None:
+        self.metrics.outcome(self.results)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.progress.close()
+
+    def _samples(self, step: int) -> int:
+        return step * self.plan.order.global_batch
+
+    def _batch_hash(self, batch: Batch) -> str:
+        """Of the sample ids of the global batch and their rows: the same for any number of ranks."""
+        own = ids_hash(batch.sample_id.cpu(), self.place.rank * len(batch.sample_id))
+        total = all_reduce_sum(own.reshape(1).to(self.place.device))
+        return f"{int(total) % HASH_MODULUS:012x}"
+
+
+class Clock:
+    """Seconds of training and of waiting for data; validation and checkpoints stop it."""
+
+    def __init__(self, loader: Any, step: int) -> None:
+        self._loader, self._step = loader, step
+        self._began, self._waited, self._pause = time.perf_counter(), loader.waited_s, 0.0
+
+    def lap(self, step: int) -> tuple[int, float, float]:
+        """(steps, seconds, seconds waited) since the lap before."""
+        now = time.perf_counter()
+        lap = step - self._step, max(1e-9, now - self._began - self._pause), self._loader.waited_s - self._waited
+        self._began, self._waited, self._pause, self._step = now, self._loader.waited_s, 0.0, step
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - began
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and command line of this process."""
+    packages = ("clipdist", "torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
+    return {
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: version(name) for name in packages},
+    }

@@ -1,0 +1,57 @@
+"""What a rank tells the batch script of its job: how it ended, and whether to queue it again. Files in, files out.
+
+The batch script (launch/after.sh) acts on it once srun has returned. A rank does not call scontrol itself: Slurm would
+kill the other ranks while they still leave, and inside a container there is no scontrol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+# What a batch script's --signal names, to be sent ahead of a time limit or a preemption: ours, and many others.
+WARNINGS = ("SIGUSR2", "SIGUSR1")
+
+
+def requeue(reason: str) -> bool:
+    """Rank 0, after the checkpoint of a stop and before any rank leaves: has the job queued again where that is right.
+
+    Args:
+        reason: name of the signal that asked for the stop.
+
+    Returns:
+        Whether the job will be queued again: it was warned. SIGTERM and Ctrl-C are a user's wish to end it,
+        or a preemption without a warning, which the batch script tells from one another. False outside of a batch job.
+    """
+    files = job_files()
+    if reason not in WARNINGS or files is None or "SLURM_JOB_ID" not in os.environ:
+        return False
+    try:
+        files.with_name(f"{files.name}.again").write_text(f"{reason}\n")
+    except OSError:
+        return False
+    return True
+
+
+def restarts() -> int:
+    """How often this job was started before: by Slurm, or by submit.py with --cluster local."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("CLIPDIST_RESTARTS") or 0)
+
+
+def note_exit(code: int) -> None:
+    """Keeps the exit code of the first rank that ended by itself with 2 or 75.
+
+    srun kills the ranks that outlive the first one to fail, and then returns the largest code, that of the kill.
+    """
+    files = job_files()
+    if code not in (2, 75) or files is None:
+        return
+    with contextlib.suppress(OSError), open(files.with_name(f"{files.name}.code"), "x") as file:
+        file.write(f"{code}\n")
+
+
+def job_files() -> Path | None:
+    """The prefix of a job's notes, as its batch script set it; None where there is no such script."""
+    prefix = os.environ.get("CLIPDIST_JOB_FILES")
+    return Path(prefix) if prefix else None
