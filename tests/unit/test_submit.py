@@ -1,4 +1,4 @@
-"""launch/submit.py: the script that Slurm gets, what is refused before the queue, and real runs on this machine."""
+"""launch/submit.py: the script that Slurm gets, what is refused before the queue, and what every rank is given."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import clipdist.train
-from clipdist.config import load_config
 from clipdist.errors import UserError
-from launch import submit
+from launch import rank, submit
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/tiny.yaml")
@@ -98,6 +96,79 @@ def test_memory_setup_lines_and_further_options_reach_the_script(capsys, words):
     asked = options(script)
     assert (asked["mem"], asked["reservation"], asked["exclusive"]) == ("64GB", "clip", "")
     assert script.index("module load cuda") < script.index("srun ")
+    flags = ["--mem", "32", "--setup", "module load a", "--setup", "export B='c d'", "--slurm", "mail-user=me@x.org"]
+    flags += ["--slurm", "exclusive=false", "--exclude", "n[1-2]", "--dependency", "afterok:7", "--comment", "a b"]
+    _, script = dry_run(capsys, [*words, *more, *flags])
+    asked = options(script)
+    assert (asked["mem"], asked["mail-user"], asked["reservation"]) == ("32GB", "me@x.org", "clip")
+    assert (asked["exclude"], asked["dependency"], asked["comment"]) == ("'n[1-2]'", "afterok:7", "'a b'")
+    assert "exclusive" not in asked
+    assert "module load cuda" not in script
+    assert "\nmodule load a\nexport B='c d'\n" in script
+
+
+def test_a_job_is_warned_queued_again_and_restarted(capsys, words):
+    _, script = dry_run(capsys, [*words, "--max-restarts", "5", "launch.signal_s=90"])
+    asked = options(script)
+    assert (asked["signal"], asked["requeue"], asked["open-mode"]) == ("USR2@90", "", "append")
+    assert script.splitlines()[-1].endswith('launch/after.sh "$?" "$CLIPDIST_JOB_FILES" 5')
+
+
+def test_cores_are_those_of_the_loader_and_one_more(capsys, words):
+    assert options(dry_run(capsys, [*words, "launch.cpus_per_gpu=0"])[1])["cpus-per-task"] == "8"
+    assert options(dry_run(capsys, [*words, "launch.cpus_per_gpu=0", "data.threads=3"])[1])["cpus-per-task"] == "4"
+
+
+def test_only_the_ranks_run_in_the_container(capsys, words):
+    more = ["--container", "nvcr.io/x:1", "--slurm", "container-mounts=/data"]
+    _, script = dry_run(capsys, [*words, *more])
+    assert "container" not in "".join(options(script))
+    (srun,) = [line for line in script.splitlines() if line.startswith("srun ")]
+    assert "--container-mounts=/data --container-image=nvcr.io/x:1" in srun
+
+
+def test_site_defaults_lie_below_the_recipe(capsys, words, tmp_path, monkeypatch):
+    site = tmp_path / "site.yaml"
+    site.write_text("launch:\n  partition: gpu\n  account: group\n  time_min: 7\n  setup: module load cuda\n")
+    monkeypatch.setenv("CLIPDIST_SITE", str(site))
+    configuration, script = dry_run(capsys, [*words, "launch.account=mine"])
+    asked = options(script)
+    assert configuration.startswith(f"# site defaults: {site}\n")
+    assert (asked["partition"], asked["account"], asked["time"]) == ("gpu", "mine", "10")  # the recipe has 10 minutes
+    assert "module load cuda" in script
+    for text in ("optim:\n  lr: 1\n", "- launch\n"):
+        site.write_text(text)
+        with pytest.raises(UserError, match=r"site.yaml: must hold a launch section and nothing else"):
+            submit.main([*words, "--dry-run"])
+    site.write_text("launch:\n  partitoin: gpu\n")
+    with pytest.raises(UserError, match=r"site.yaml: launch.partitoin.*Did you mean"):
+        submit.main([*words, "--dry-run"])
+
+
+def test_the_example_of_a_site_file_is_one(capsys, words, monkeypatch):
+    monkeypatch.setenv("CLIPDIST_SITE", str(ROOT / "slurm/site.example.yaml"))
+    _, script = dry_run(capsys, words)
+    assert options(script)["account"] == "my_group"
+
+
+def test_a_sweep_is_one_array_of_named_runs(capsys, words, tmp_path, monkeypatch):
+    words = [*words, "--sweep", "optim.lr=1e-3,2e-3", "data.seed=1,2"]
+    configuration, script = dry_run(capsys, words)
+    assert options(script)["array"] == "0-3%4"
+    assert configuration.count("# run ") == 4
+    monkeypatch.setenv("PATH", slurm_stub(tmp_path, "echo Submitted batch job 4711"))
+    assert submit.main(words) == 0
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["tiny", *(f"tiny-lr{lr}-seed{seed}" for lr in ("1e-3", "2e-3") for seed in (1, 2))]
+    (line,) = (tmp_path / "runs/tiny-lr2e-3-seed1/jobs.jsonl").read_text().splitlines()
+    assert json.loads(line)["job"] == "4711_2"
+
+
+def test_a_sweep_is_checked_as_a_whole_before_any_is_queued(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", slurm_stub(tmp_path, f"touch {tmp_path}/queued; echo Submitted batch job 1"))
+    with pytest.raises(UserError, match=r"fewer than train.global_batch=128"):
+        submit.main([*words, "--sweep", "train.global_batch=16,128"])
+    assert not (tmp_path / "queued").exists()
 
 
 def test_a_dry_run_does_without_the_data_and_leaves_nothing_behind(capsys, words, tmp_path):
@@ -113,7 +184,8 @@ def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, mon
     _, script = dry_run(capsys, words)
     monkeypatch.setenv("PATH", slurm_stub(tmp_path, f'cp "$1" {tmp_path}/got; echo Submitted batch job 4711'))
     assert submit.main(words) == 0
-    assert (tmp_path / "got").read_text() == script.removesuffix("\n")
+    (snapshot,) = (tmp_path / "runs/tiny/code").iterdir()  # a dry run takes none
+    assert (tmp_path / "got").read_text() == script.removesuffix("\n").replace("/code/HASH/", f"/code/{snapshot.name}/")
     said = capsys.readouterr().out
     assert "job 4711" in said
     assert f"{tmp_path}/runs/tiny/submitit/4711_0_log.out" in said
@@ -132,6 +204,8 @@ def test_the_refusal_of_sbatch_is_passed_on(words, tmp_path, monkeypatch):
     [
         (["--nodes", "3", "--gpus", "8"], "train.global_batch=16 .* 24 ranks"),
         (["optim.lrr=1"], "Did you mean"),
+        (["--slurm", "reservation"], "--slurm reservation: expected KEY=VALUE"),
+        (["--sweep", "optim.lrr=1,2"], "Did you mean"),
         (["data.train=nowhere"], "data.train: no shards match nowhere"),
         (["data.val=nowhere"], "data.val: no shards match nowhere"),
         (["train.global_batch=128"], "70 samples, fewer than train.global_batch=128"),
@@ -146,6 +220,21 @@ def test_refused_before_submission(words, more, message):
         submit.main([*words, *more])
 
 
+def test_the_plan_is_shown_alone_on_demand_and_in_short_before_the_queue(capsys, words, tmp_path, monkeypatch):
+    assert submit.main([*words, "data.train=/nowhere", "--plan"]) == 0
+    printed = capsys.readouterr()
+    assert "parameters" in printed.out
+    assert printed.err.startswith("note: data.train: no shards match /nowhere")
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("PATH", slurm_stub(tmp_path, f"touch {tmp_path}/queued; echo Submitted batch job 4711"))
+    with pytest.raises(UserError, match=r"needs about .* GB"):
+        submit.main([*words, "launch.device_gb=0.001"])
+    assert not (tmp_path / "queued").exists()
+    assert submit.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.index("parameters") < said.index("job 4711")
+
+
 def test_without_config_and_shards_the_command_that_makes_them_is_named(tmp_path):
     """As typed at the repository's root; a copy of the recipe, because shards may lie in the checkout."""
     (tmp_path / "configs").mkdir()
@@ -158,8 +247,7 @@ def test_without_config_and_shards_the_command_that_makes_them_is_named(tmp_path
     assert ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch, code):
+def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch):
     given = {
         "SUBMITIT_EXECUTOR": "slurm",
         "SLURM_JOB_ID": "31234567",
@@ -169,36 +257,24 @@ def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch, code):
         "SLURM_NODEID": "1",
         "SLURM_PROCID": "11",
         "SLURM_LOCALID": "3",
+        "SLURM_CPUS_PER_TASK": "6",
     }
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "PATH")
-    for name in (*names, "OMP_NUM_THREADS"):
+    for name in (*names, "PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the rank sets is undone
     monkeypatch.delenv("OMP_NUM_THREADS")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    seen = {}
-
-    def train(config, resume_command):
-        seen.update({name: os.environ[name] for name in (*names, "OMP_NUM_THREADS")}, resume=resume_command)
-        return code
-
-    monkeypatch.setattr(clipdist.train, "train", train)
-    config = load_config(TINY, ["launch.cpus_per_gpu=6"])
-    if code:
-        with pytest.raises(RuntimeError, match="exit code 3"):
-            submit.train_rank(config, ["launch/submit.py", "--nodes", "2"])
-    else:
-        submit.train_rank(config, ["launch/submit.py", "--nodes", "2"])
-    assert [seen[name] for name in names[:6]] == ["11", "16", "3", "8", "8", "gpu07"]
-    assert seen["MASTER_PORT"] == "24567"
-    assert seen["PATH"].startswith(str(Path(sys.executable).parent))
-    assert seen["OMP_NUM_THREADS"] == "6"
-    assert seen["resume"] == "python launch/submit.py --nodes 2"
+    rank.set_environment()
+    assert [os.environ[name] for name in names[:6]] == ["11", "16", "3", "8", "8", "gpu07"]
+    assert os.environ["MASTER_PORT"] == "24567"
+    assert os.environ["PATH"].startswith(str(Path(sys.executable).parent))
+    assert os.environ["PYTHONPATH"].startswith(str(ROOT))
+    assert os.environ["OMP_NUM_THREADS"] == "6"
 
 
 def test_the_port_is_free_for_users_whatever_the_job_is_called():
-    assert all(10000 <= submit.rendezvous_port(job) < 30000 for job in ("1", "29999", "99999999", "123_45"))
+    assert all(10000 <= rank.rendezvous_port(job) < 30000 for job in ("1", "29999", "99999999", "123_45"))
 
 
 def local(words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
@@ -218,21 +294,12 @@ def test_local_trains_with_one_process_per_rank(words, tmp_path):
     assert json.loads((run / "environment.json").read_text())["command"][0] == "launch/submit.py"
 
 
-def test_local_ends_with_the_error_of_its_ranks(words, tmp_path):
-    ended = local(words, "--gpus", "2", f"train.resume={tmp_path}/lost")
-    assert ended.returncode == 2, ended.stdout + ended.stderr
-    assert ended.stdout.startswith("2 processes on this machine")
-    assert ended.stderr.startswith(f"error: {tmp_path}/lost")
-    assert ended.stderr.count("\n") == 1
-    assert "done:" not in ended.stdout
-
-
 def test_the_template_gives_every_rank_the_same_environment(tmp_path):
     """slurm/train.sbatch under stand-ins for srun and scontrol, with a stand-in for the trainer."""
     shown = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $OMP_NUM_THREADS"
     stubs = {
         "scontrol": 'echo gpu07; echo gpu08; test "$3" = "gpu[07-08]"',
-        "srun": 'shift 2; for n in 0 11; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 8)) "$@"; done',
+        "srun": 'shift 3; for n in 0 11; do SLURM_PROCID=$n SLURM_LOCALID=$((n % 8)) "$@"; done',
         "python": f'echo {shown} "$@"',
     }
     for name, body in stubs.items():
@@ -252,6 +319,6 @@ def test_the_template_gives_every_rank_the_same_environment(tmp_path):
     assert (ended.returncode, ended.stderr) == (0, "")
     words = "clipdist/train.py --config a b.yaml optim.lr=1"
     assert ended.stdout.splitlines() == [
-        f"0 0 16 8 gpu07:{submit.rendezvous_port('31234567')} 6 {words}",
-        f"11 3 16 8 gpu07:{submit.rendezvous_port('31234567')} 6 {words}",
+        f"0 0 16 8 gpu07:{rank.rendezvous_port('31234567')} 6 {words}",
+        f"11 3 16 8 gpu07:{rank.rendezvous_port('31234567')} 6 {words}",
     ]

@@ -1,0 +1,33 @@
+#!/bin/bash
+# The end of a batch script: srun's exit code in, that of the job out; where it helps, the job is queued again first.
+#   after.sh CODE FILES MAX_RESTARTS
+# FILES is the prefix of the job's notes: FILES.code and FILES.again are the ranks' (clipdist/survive/slurm.py),
+# FILES.faults has a line for every restart after a fault.
+# 0 done, 2 bad input: never again. 75 interrupted with a checkpoint: again where Slurm gave the warning or preempts the
+# job. All else is a fault, and the job starts again up to MAX_RESTARTS times; nothing counts but faults.
+code=$1 files=$2 most=$3
+# Not by SLURM_JOB_ID alone: one element of an array has the number of the whole array.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}
+
+[ ! -s "$files.code" ] || read -r code <"$files.code"
+# A rank that was warned (SIGUSR1, SIGUSR2) before training had begun ends by the signal itself: nothing is lost.
+[ "$code" != 138 ] && [ "$code" != 140 ] || { code=75; : >"$files.again"; }
+[ "$code" != 0 ] && [ "$code" != 2 ] || exit "$code"
+
+state=$(scontrol show job --oneliner "$job")
+# A job that a user cancels, or whose time is up, is RUNNING no more: requeue would bring it back.
+[[ $state == *" JobState=RUNNING "* ]] || exit "$code"
+if [ "$code" = 75 ]; then
+    [ -e "$files.again" ] || [[ $state =~ \ PreemptTime=[0-9] ]] || exit 75
+    echo "interrupted with a checkpoint: job $job is queued again"
+else
+    faults=$(wc -l 2>/dev/null <"$files.faults" || echo 0)
+    if ((faults >= most)); then
+        echo "fault (exit code $code): $faults of $most restarts are used up; the job ends" >&2
+        exit "$code"
+    fi
+    echo "$(date +%FT%T) exit code $code" >>"$files.faults"
+    echo "fault (exit code $code): job $job starts again, restart $((faults + 1)) of $most" >&2
+fi
+scontrol requeue "$job"
+exit "$code"

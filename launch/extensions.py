@@ -1,0 +1,74 @@
+"""In: a configuration. Out: the compiled parts of DeepSpeed that it needs, built once per type of node.
+
+Only the optimiser of an offloaded run is compiled (-march=native, so a build serves one type of processor). Without
+this every rank would look into one folder of the home directory, and a build that was killed would leave a lock there
+on which all later runs wait for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from clipdist.config import Config
+from clipdist.monitor.provenance import cpu_name
+
+
+def prepare_extensions(config: Config) -> None:
+    """Builds what the run will load, or waits until another rank has. Nothing where nothing is offloaded."""
+    zero = config.engine.deepspeed.get("zero_optimization") or {}
+    if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
+        return
+    from clipdist.engine.distributed import resolve_device
+
+    device = resolve_device(config.device)
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / node_type(device))))
+    os.environ["DS_ACCELERATOR"] = device  # before the first import of deepspeed
+    with one_at_a_time(folder):
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        CPUAdamBuilder().load(verbose=False)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """The others wait. The kernel gives the lock back where its holder is killed, on whatever node.
+
+    torch's own lock, a file that exists, does not go with its process: whoever is let in here alone removes it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".building", "w") as file:
+        with suppress(OSError):  # a file system without locks: torch's own must do, and its leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for stale in folder.rglob("lock"):
+                stale.unlink(missing_ok=True)
+        yield
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipdist" / "extensions"
+
+
+def node_type(device: str) -> str:
+    """A folder name that differs where a build of one node would not serve another."""
+    parts = [cpu_name(), platform.machine(), platform.python_version(), version("torch"), version("deepspeed")]
+    if device == "cuda":
+        parts.append(gpu_name())
+    label = re.sub(r"[^A-Za-z0-9]+", "-", parts[-1] if device == "cuda" else parts[0]).strip("-")
+    return f"{label}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:8]}"
+
+
+def gpu_name() -> str:
+    """By nvidia-smi: asking torch would open a context on the first GPU in every rank."""
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
+    with suppress(OSError):
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "gpu"
+    return "gpu"

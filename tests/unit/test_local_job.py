@@ -1,0 +1,133 @@
+"""--cluster local with a stand-in for the trainer: exit codes, restarts, Ctrl-C, and the code that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stand_in import make_repository, write_trainer
+
+LIMIT_S = 120
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return make_repository(tmp_path / "repository")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The run folder, in which a file named end says how the trainer shall end."""
+    folder = tmp_path / "runs/tiny"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def launch(repository: Path, shards: Path, run: Path) -> Iterator:
+    """Starts launch/submit.py with two ranks here; ends what a test left running."""
+    started: list[subprocess.Popen] = []
+
+    def start(*more: str) -> subprocess.Popen:
+        words = ["--config", "configs/tiny.yaml", "--cluster", "local", "--gpus", "2", f"run.root={run.parent}"]
+        process = subprocess.Popen(
+            [sys.executable, "launch/submit.py", *words, f"data.train={shards}/train", *more],
+            cwd=repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        for pid in [process.pid, *(int(file.read_text()) for file in run.parent.glob("*/pid-*"))]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.communicate()
+
+
+def wait_for_ranks(run: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not all((run / f"pid-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_all_start_again(launch, run):
+    (run / "end").write_text("1:die once")
+    process = launch()
+    said, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, errors
+    assert "rank 1 failed: exit code -9; see " in errors
+    assert "starting again, restart 1 of 3" in errors
+    assert "begin one restarts 1" in said
+
+
+def test_the_restarts_are_limited(launch, run):
+    (run / "end").write_text("1:die")
+    process = launch("--max-restarts", "1")
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert errors.count("rank 1 failed: exit code -9") == 2
+    assert errors.count("starting again") == 1
+
+
+def test_bad_input_of_one_rank_ends_all_without_a_restart(launch, run):
+    (run / "end").write_text("1:refuse")
+    process = launch()
+    said, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (2, "error: no such thing\n")
+    assert "done:" not in said
+
+
+def test_ctrl_c_ends_all_ranks_with_a_checkpoint(launch, run):
+    process = launch()
+    wait_for_ranks(run)
+    time.sleep(0.5)  # the flag is set up right before the ranks note their process ids; this is for the launcher
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (75, "")
+    assert "writing a checkpoint" in said
+    assert "stopped by SIGINT" in said
+
+
+def test_the_job_runs_the_code_of_its_submission(launch, run, repository):
+    """The first start is killed, the code is changed meanwhile, and the restart still runs what was submitted."""
+    process = launch()
+    wait_for_ranks(run)
+    write_trainer(repository, "two")
+    (repository / "configs/tiny.yaml").write_text("device: nonsense\n")
+    (run / "end").write_text("done")
+    os.kill(int((run / "pid-0").read_text()), signal.SIGKILL)
+    said, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, errors
+    assert "begin one restarts 1" in said
+    assert "begin two" not in said
+    (line,) = (run / "jobs.jsonl").read_text().splitlines()
+    snapshot = Path(json.loads(line)["snapshot"])
+    assert snapshot.parent == run / "code"
+    assert "'one'" in (snapshot / "clipdist/train.py").read_text()
+
+
+def test_a_sweep_runs_one_after_another(launch, run):
+    for lr in ("1e-3", "2e-3"):
+        folder = run.parent / f"tiny-lr{lr}"
+        folder.mkdir()
+        (folder / "end").write_text("done")
+    process = launch("--sweep", "optim.lr=1e-3,2e-3", "data.seed=5")
+    said, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, errors
+    begun = [line for line in said.splitlines() if line.startswith("begin")]
+    assert begun == ["begin one restarts 0 lr 0.001", "begin one restarts 0 lr 0.002"]
