@@ -1,0 +1,190 @@
+"""A model and a batch size in; the bytes that live beside its weights during a forward and a backward pass out.
+
+The real model runs on torch's meta device, whose tensors have shapes and no memory, while every storage that an
+operation makes is counted from its birth to its end. Where a tower does not run there (code that looks at values), it
+runs on the CPU with one pair and with two, and a line through both gives the rest.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clipdist.config import Config
+from clipdist.errors import UserError
+from clipdist.model.dual_encoder import DualEncoder, assemble
+from clipdist.model.spec import ModelSpec, resolve_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one forward and backward pass, weights and the batch itself left out.
+
+    Attributes:
+        saved: what is alive when the forward pass has ended and the backward pass begins.
+        peak: the most at any time, gradients of weights left out once they are complete.
+        peak_with_gradients: the most at any time when these gradients stay where they are.
+        measured_on: "meta", or "cpu" where two small real runs were needed.
+    """
+
+    saved: int
+    peak: int
+    peak_with_gradients: int
+    measured_on: str
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live.
+
+    Attributes:
+        now, peak, peak_with_gradients: as in Activations; `now` includes gradients.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.gradients = self.peak = self.peak_with_gradients = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}  # the caller keeps them alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def complete(self, parameter: torch.Tensor) -> None:
+        """A parameter has its gradient, which is an activation no more."""
+        assert parameter.grad is not None
+        self.gradients += parameter.grad.untyped_storage().nbytes()
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        size = storage.nbytes()
+        weakref.finalize(storage, self._end, key, size)
+        self.now += size
+        self.peak = max(self.peak, self.now - self.gradients)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.now)
+
+    def _end(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention on meta tensors as devices compute it: no matrix of all weights is kept.
+
+    The function is replaced where all towers call it. A TorchFunctionMode would not see the call inside of torch's own
+    multi-head attention.
+    """
+    real = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _fused_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+def _fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    # The CPU's kernel stands for all. CUDA's keep the same: queries, keys, values, the output and one sum a row.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
+    """The configured model, locks and checkpointing included, on the meta device: no weights are drawn or read.
+
+    Raises:
+        UserError: as clipdist.model.dual_encoder.build_model.
+    """
+    spec = resolve_spec(config.model)
+    try:
+        with torch.device("meta"):
+            model = assemble(spec, config.loss, tower_weights=False)
+    except UserError:  # some towers look at values while they are built
+        model = assemble(spec, config.loss, tower_weights=False).to("meta")
+    return _finished(model, config), spec
+
+
+def _finished(model: DualEncoder, config: Config) -> DualEncoder:
+    if config.model.lock_image:
+        model.lock_image_tower(config.model.image_unlocked_groups)
+    if config.model.lock_text:
+        model.lock_text_tower(config.model.text_unlocked_layers)
+    if config.engine.activation_checkpointing:
+        model.set_activation_checkpointing()
+    return model
+
+
+def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> Activations:
+    """One forward and backward pass of `batch` pairs.
+
+    Args:
+        model: as meta_model gives it; it is cast to the precision.
+        precision: fp32, bf16 or fp16.
+    """
+    try:
+        return one_pass(model.to(DTYPES[precision]), batch)
+    except (RuntimeError, NotImplementedError):  # torch's, for a tensor without values whose values are asked for
+        return _from_small_runs(config, model.spec, batch, precision)
+
+
+def one_pass(model: DualEncoder, batch: int) -> Activations:
+    """As measure, on the device that the model is on."""
+    device = next(model.parameters()).device
+    side, length = model.spec.image_size, model.spec.context_length
+    image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
+    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+    tokens[:, -1:] = 1
+    model.train()
+    live = Live([*model.parameters(), *model.buffers(), image, tokens])
+    hooks = [p.register_post_accumulate_grad_hook(live.complete) for p in model.parameters() if p.requires_grad]
+    attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
+    try:
+        with attention, live:
+            outputs = [x for x in model(image, tokens) if x is not None and x.requires_grad]
+            saved = live.now
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        return Activations(saved, live.peak, live.peak_with_gradients, device.type)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.zero_grad(set_to_none=True)
+
+
+def _from_small_runs(config: Config, spec: ModelSpec, batch: int, precision: str) -> Activations:
+    model: nn.Module = assemble(spec, config.loss, tower_weights=False)
+    run = partial(one_pass, _finished(model, config).to(DTYPES[precision]))  # type: ignore[arg-type]
+    one, two = run(1), run(2)
+    saved, peak, peak_with = (a + (b - a) * (batch - 1) for a, b in zip(_bytes(one), _bytes(two)))
+    return Activations(saved, peak, peak_with, measured_on="cpu")
+
+
+def _bytes(found: Activations) -> tuple[int, int, int]:
+    return found.saved, found.peak, found.peak_with_gradients

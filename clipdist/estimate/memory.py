@@ -1,0 +1,204 @@
+"""Sizes of a model, a batch and an engine in; the memory of one rank at its fullest moment out, named part by part.
+
+A step has three moments that may be the fullest: the start of the backward pass, when activations are alive; the
+reduction of the gradients, when DeepSpeed holds them and a flat copy; and the optimiser's step, when it makes fp32
+gradients of its own partition. What DeepSpeed allocates at each of them was read in its source (0.19.8:
+runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py, fp16/unfused_optimizer.py, engine.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clipdist.estimate.activations import Activations
+
+BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size where engine.deepspeed says nothing
+PERSISTENT = 100_000  # elements up to which stage 3 leaves a parameter whole
+LIVE = 1_000_000_000  # elements that stage 3 keeps gathered
+PREFETCH = 50_000_000  # elements that stage 3 gathers ahead
+CUDA_OVERHEAD = 1_000_000_000  # assumed: context, NCCL, cuBLAS workspaces, the allocator's rounding
+CPU_OVERHEAD = 95_000_000  # measured: growth of a process that trains a model of 0.1 M parameters
+WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimiser", "DeepSpeed's buffers"
+ACTIVATIONS, FEATURES, TILES, BATCH = "activations", "features", "loss tiles", "batch"
+OVERHEAD = "framework"
+PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS, FEATURES, TILES, BATCH, OVERHEAD)
+MOMENTS = ("backward pass", "reduction", "optimiser step")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model: elements of trained and of locked parameters and of small ones, bytes of buffers, feature width."""
+
+    trained: int
+    locked: int
+    small: int  # elements of the parameters that stage 3 does not divide
+    buffer_bytes: int
+    width: int
+
+    @property
+    def all(self) -> int:
+        return self.trained + self.locked
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out on a rank.
+
+    Attributes:
+        share: pairs of a rank.  micro: of one forward pass.
+        itemsize: bytes of a weight, an activation and a gradient: 4 in fp32, else 2.
+        bucket: elements of DeepSpeed's reduce bucket.
+        cpu: the rank's device; there, memory that is allocated and never written to counts for nothing.
+        offload: masters and moments live in the host's memory.
+    """
+
+    stage: int
+    world: int
+    share: int
+    micro: int
+    itemsize: int
+    bfloat16: bool
+    bucket: int
+    cpu: bool
+    offload: bool
+
+    @property
+    def pieces(self) -> int:
+        return self.share // self.micro
+
+    @property
+    def bf16_wrapper(self) -> bool:
+        """Whether DeepSpeed's BF16_Optimizer serves, which keeps fp32 gradients of everything on every rank."""
+        return self.stage == 1 and self.bfloat16 and self.pieces > 1 and not self.offload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank by part, at the moment that needs the most, and what the host holds beside it."""
+
+    moment: str
+    parts: dict[str, int]
+    offloaded: int  # of the host
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def peak_memory(sizes: Sizes, layout: Layout, activations: Activations, rest: dict[str, int]) -> Memory:
+    """The fullest of the three moments.
+
+    Args:
+        rest: bytes of FEATURES, TILES and BATCH, which are there throughout.
+    """
+    held = optimizer_bytes(sizes, layout)
+    fixed = rest | {
+        WEIGHTS: weight_bytes(sizes, layout),
+        OPTIMIZER: 0 if layout.offload else held,
+        OVERHEAD: CPU_OVERHEAD if layout.cpu else CUDA_OVERHEAD,
+    }
+    moments = _stage_3(sizes, layout, activations) if layout.stage == 3 else _stages_0_to_2(sizes, layout, activations)
+    found = [
+        Memory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
+        for name, moment in zip(MOMENTS, moments)
+    ]
+    return max(found, key=lambda memory: memory.total)
+
+
+def weight_bytes(sizes: Sizes, layout: Layout) -> int:
+    """What the module reads: all of it, or under stage 3 this rank's shares and the small parameters whole."""
+    if layout.stage < 3:
+        return sizes.all * layout.itemsize + sizes.buffer_bytes
+    whole = sizes.small * layout.itemsize if layout.world > 1 else 0
+    return -(-sizes.all // layout.world) * layout.itemsize + whole + sizes.buffer_bytes
+
+
+def optimizer_bytes(sizes: Sizes, layout: Layout) -> int:
+    """fp32 masters and two fp32 moments of the elements that this rank steps.
+
+    No masters where the weights themselves are stepped, which is fp32 in stage 0 alone: stage 3 means to share them
+    there as well, but compares a device with its name and copies.
+    """
+    stepped = sizes.trained if layout.stage == 0 else -(-sizes.trained // layout.world)
+    return stepped * (8 if layout.itemsize == 4 and layout.stage == 0 else 12)
+
+
+Moment = dict[str, int]
+
+
+def _stages_0_to_2(sizes: Sizes, layout: Layout, activations: Activations) -> tuple[Moment, Moment, Moment]:
+    trained, size = sizes.trained, layout.itemsize
+    gradients, chunk = trained * size, min(trained, layout.bucket if layout.stage else BUCKET) * size
+    bucket = 0 if layout.stage == 0 or layout.bf16_wrapper else layout.bucket * size
+    summed = _kept_between_micro_batches(sizes, layout)
+    empty = chunk if layout.cpu else bucket  # of the bucket, pages that were never written to are no memory on a CPU
+    if layout.stage == 2:
+        # Gradients move into the bucket as they come.
+        during = {ACTIVATIONS: activations.peak, GRADIENTS: summed, BUFFERS: bucket}
+        if layout.cpu:
+            during = _gradients_as_they_come(activations) | {BUFFERS: summed}
+        reduction = {GRADIENTS: summed, BUFFERS: empty + chunk}
+    else:
+        during = _gradients_as_they_come(activations)
+        if layout.pieces > 1:  # from the second micro-batch on all of them are there from the start
+            during = {ACTIVATIONS: activations.peak, GRADIENTS: summed + (gradients if layout.itemsize == 2 else 0)}
+        during |= {BUFFERS: 0 if layout.cpu else bucket}
+        reduction = {GRADIENTS: gradients, BUFFERS: chunk}
+        if layout.stage == 1 and not layout.cpu:
+            reduction[BUFFERS] = bucket
+        if layout.bf16_wrapper:
+            reduction = {GRADIENTS: summed + gradients, BUFFERS: summed + trained * 2}
+    return during, reduction, {GRADIENTS: _gradients_of_step(sizes, layout)}
+
+
+def _gradients_as_they_come(activations: Activations) -> Moment:
+    """While activations go gradients come: their share of the fullest moment is what it is more than without them."""
+    return {
+        ACTIVATIONS: activations.peak,
+        GRADIENTS: activations.peak_with_gradients - activations.peak,
+    }
+
+
+def _kept_between_micro_batches(sizes: Sizes, layout: Layout) -> int:
+    """Bytes in which gradients of several micro-batches are added up."""
+    if layout.pieces == 1:
+        return 0
+    return sizes.trained * 4 if layout.stage < 2 else -(-sizes.trained // layout.world) * 4
+
+
+def _gradients_of_step(sizes: Sizes, layout: Layout) -> int:
+    """Bytes of gradients in the optimiser's step: as they were reduced, flattened, and in fp32."""
+    trained, size = sizes.trained, layout.itemsize
+    if layout.stage == 0:
+        return trained * (4 if size == 4 else 2 + 4)
+    if layout.offload:
+        return 0
+    if layout.bf16_wrapper:
+        return trained * (4 + 2)
+    share = -(-trained // layout.world)
+    if size == 2 and layout.pieces > 1:
+        return share * 4  # one flat fp32 buffer from the start
+    return share * (8 if size == 4 else 2 + 2 + 4)
+
+
+def _stage_3(sizes: Sizes, layout: Layout, activations: Activations) -> tuple[Moment, Moment, Moment]:
+    trained, size = sizes.trained, layout.itemsize
+    share = -(-trained // layout.world)
+    chunk = min(trained, layout.bucket) * size
+    bucket = chunk if layout.cpu else layout.bucket * size  # allocated once and for all
+    wide = 4 if layout.pieces > 1 else size
+    kept = 0 if layout.offload else share * wide
+    gathered = ahead = 0
+    if layout.world > 1:
+        gathered = min(sizes.all, LIVE) * size
+        ahead = min(sizes.all, PREFETCH) * size
+    during = {ACTIVATIONS: activations.peak, GRADIENTS: kept, BUFFERS: bucket + gathered + ahead}
+    reduction = {GRADIENTS: kept, BUFFERS: bucket + chunk}
+    flat = 0 if layout.offload else share * (4 if wide == 4 else 2 + 4)
+    return during, reduction, {GRADIENTS: kept + flat, BUFFERS: bucket}
+
+
+def by_stage(sizes: Sizes, layout: Layout, activations: Activations, rest: dict[str, int]) -> dict[int, Memory]:
+    """The same run under every ZeRO stage; offloading is left out where a stage has none."""
+    layouts = [replace(layout, stage=stage, offload=layout.offload and stage > 0) for stage in range(4)]
+    return {one.stage: peak_memory(sizes, one, activations, rest) for one in layouts}

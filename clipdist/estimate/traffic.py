@@ -1,0 +1,39 @@
+"""A model and its layout in; bytes that a rank sends in one step out, by name.
+
+Collectives at their optimum, which rings reach, as clipdist.loss.wire has it: an all-reduce of a bytes sends
+2 (W-1)/W a, a gather or a scatter of a bytes in all (W-1)/W a. DeepSpeed's stages 1 and 2 reduce their buckets by an
+all-reduce (use_multi_rank_bucket_allreduce), not by a reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from clipdist.estimate.memory import LIVE, Layout, Sizes
+from clipdist.loss.wire import clipdist_bytes
+
+
+def wire_bytes(sizes: Sizes, layout: Layout, op: str, dtype: str) -> dict[str, float]:
+    """Bytes by name; empty where there is one rank.
+
+    Args:
+        op: infonce or sigmoid.  dtype: fp32, bf16 or fp16.
+    """
+    if layout.world == 1:
+        return {}
+    part = (layout.world - 1) / layout.world
+    weights, gradients = sizes.all * layout.itemsize, sizes.trained * layout.itemsize
+    found = {
+        "loss: features, their gradients, sums": clipdist_bytes(op, layout.world, layout.share, sizes.width, dtype)
+    }
+    if layout.stage < 3:
+        times = layout.pieces if layout.stage == 2 else 1  # stage 2 reduces after every micro-batch
+        found["gradients: all-reduce"] = 2 * part * gradients * times
+    if layout.stage in (1, 2):
+        found["weights: all-gather after the step"] = part * gradients
+    if layout.stage == 3:
+        # What was gathered stays until its backward pass where all of it fits; cached features need one pass more.
+        passes = 1 if 2 * sizes.all <= LIVE else 2
+        found["gradients: reduce-scatter"] = part * gradients * layout.pieces
+        found["weights: all-gather for the passes"] = (
+            part * weights * (passes * layout.pieces + (layout.pieces if layout.pieces > 1 else 0))
+        )
+    return found

@@ -1,0 +1,61 @@
+"""One rank of two: builds engines of tiny_vit in several stages and precisions and takes a step with each. Prints JSON:
+[stage, precision, bytes of fp32 weights and moments, bytes of the weights that the module reads] of every engine."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+
+from clipdist.audit import DrawnPairs
+from clipdist.config import load_config
+from clipdist.engine import distributed
+from clipdist.engine.engine import Engine
+from clipdist.engine.fragments import base_optimizer
+from clipdist.loss.make import make_loss
+from clipdist.model.dual_encoder import build_model
+
+CELLS = ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+
+
+def state_bytes(engine, stage: int, precision: str) -> int:
+    """Moments, and the weights that are stepped where they are not the module's own."""
+    total = 0
+    for group in base_optimizer(engine).param_groups:
+        for parameter in group["params"]:
+            state = base_optimizer(engine).state[parameter]
+            total += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+            total += 0 if (stage, precision) == (0, "fp32") else parameter.nbytes
+    if stage == 3:  # whose groups are filled during the step alone
+        flats = engine.optimizer.fp32_partitioned_groups_flat
+        states = [base_optimizer(engine).state[flat] for flat in flats]
+        total = sum(flat.nbytes for flat in flats)
+        total += sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
+        own = {p.data_ptr() for p in engine.optimizer.fp16_partitioned_groups_flat}
+        total -= sum(flat.nbytes for flat in flats if flat.data_ptr() in own)
+    return total
+
+
+def main() -> None:
+    place = distributed.start("cpu")
+    found = []
+    for stage, precision in CELLS:
+        words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
+        config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
+        torch.manual_seed(0)
+        model = build_model(config.model, config.loss)
+        pairs = DrawnPairs(config, model.spec).pairs(0)
+        rows = slice(place.rank * 4, place.rank * 4 + 4)
+        engine = Engine(model, make_loss(config.loss), config, place)
+        engine.train_step(pairs.image[rows], pairs.tokens[rows], pairs.valid[rows], None, step=0, lr=1e-4)
+        module = engine.engine.module
+        weights = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())
+        found.append([stage, precision, state_bytes(engine.engine, stage, precision), weights])
+    distributed.stop()
+    if int(os.environ["RANK"]) == 0:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

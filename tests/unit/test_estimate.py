@@ -1,0 +1,198 @@
+"""The plan before the queue: its parts against real models, real passes, and figures worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipdist.config import Config, load_config, to_yaml
+from clipdist.errors import UserError
+from clipdist.estimate import activations, make_estimate
+from clipdist.estimate.activations import Activations, meta_model, one_pass
+from clipdist.estimate.memory import ACTIVATIONS, Layout, Sizes, by_stage, optimizer_bytes, weight_bytes
+from clipdist.estimate.traffic import wire_bytes
+from clipdist.model.dual_encoder import build_model
+
+TINY = ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", "device=cpu"]
+RESNET = ["model.name=configs/models/tiny_rn.json", "train.global_batch=16", "device=cpu"]
+CBOW = ["model.name=configs/models/tiny_cbow.json", "train.global_batch=16", "device=cpu"]
+
+
+def configured(*words: str, base: list[str] = TINY) -> Config:
+    return load_config(None, [*base, *words])
+
+
+def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
+    """What autograd keeps of a real forward pass on the CPU, each storage once, parameters and buffers left out."""
+    model = build_model(config.model, config.loss).to(dtype).train()
+    image = torch.zeros(batch, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
+    tokens = torch.ones(batch, model.spec.context_length, dtype=torch.int64)
+    known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), image, tokens]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(image, tokens)
+    total = sum(storage.nbytes() for storage in kept.values())
+    del outputs
+    return total
+
+
+@pytest.mark.parametrize("base", [TINY, RESNET, CBOW], ids=["vit", "resnet", "cbow"])
+def test_parameters_are_those_of_the_real_model(base: list[str]) -> None:
+    found = make_estimate(configured("model.lock_image=true", base=base))
+    model = build_model(found.config.model, found.config.loss)
+    assert found.sizes.all == sum(p.numel() for p in model.parameters())
+    assert found.sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < found.sizes.trained < found.sizes.all
+    assert found.models.counts["text"] == sum(p.numel() for p in model.text.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("base", [TINY, RESNET], ids=["vit", "resnet"])
+def test_activations_are_what_a_real_forward_pass_saves(base: list[str], dtype: torch.dtype) -> None:
+    config = configured(base=base)
+    found = one_pass(meta_model(config)[0].to(dtype), 8)
+    assert found.measured_on == "meta"
+    assert found.saved == pytest.approx(saved_bytes(config, 8, dtype), rel=0.05)
+    assert found.saved <= found.peak <= found.peak_with_gradients
+
+
+def test_meta_and_real_passes_agree() -> None:
+    config = configured()
+    assert one_pass(build_model(config.model, config.loss), 8).peak == pytest.approx(
+        one_pass(meta_model(config)[0], 8).peak, rel=0.05
+    )
+
+
+def test_checkpointing_keeps_less() -> None:
+    whole = one_pass(meta_model(configured())[0], 8)
+    again = one_pass(meta_model(configured("engine.activation_checkpointing=true"))[0], 8)
+    assert again.saved < whole.saved / 3
+    assert again.peak < whole.peak
+
+
+def test_a_model_that_needs_values_is_measured_in_two_small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured()
+    model = meta_model(config)[0]
+    expected = one_pass(build_model(config.model, config.loss), 8)
+
+    def refuse_meta(model: Any, batch: int) -> Activations:
+        if next(model.parameters()).is_meta:
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        return one_pass(model, batch)
+
+    monkeypatch.setattr(activations, "one_pass", refuse_meta)
+    found = activations.measure(config, model, 8, "fp32")
+    assert found.measured_on == "cpu"
+    assert found.saved == pytest.approx(expected.saved, rel=0.02)
+
+
+def layout(**changes: Any) -> Layout:
+    plain = Layout(stage=1, world=4, share=8, micro=8, itemsize=2, bfloat16=True, bucket=1000, cpu=False, offload=False)
+    return replace(plain, **changes)
+
+
+SIZES = Sizes(trained=4000, locked=400, small=100, buffer_bytes=40, width=32)
+
+
+def test_weights_and_optimiser_by_hand() -> None:
+    assert weight_bytes(SIZES, layout()) == 4400 * 2 + 40
+    assert weight_bytes(SIZES, layout(stage=3)) == 1100 * 2 + 100 * 2 + 40
+    assert optimizer_bytes(SIZES, layout(stage=0)) == 4000 * 12
+    assert optimizer_bytes(SIZES, layout(stage=0, itemsize=4)) == 4000 * 8  # the weights themselves are stepped
+    assert optimizer_bytes(SIZES, layout()) == 1000 * 12
+
+
+def test_the_fullest_moment_depends_on_the_batch() -> None:
+    none = dict[str, int]()
+    small = by_stage(SIZES, layout(), Activations(1, 1, 1, "meta"), none)[1]
+    large = by_stage(SIZES, layout(), Activations(10**6, 10**6, 10**6 + 10, "meta"), none)[1]
+    assert small.moment != "backward pass"
+    assert small.parts[ACTIVATIONS] == 0
+    assert large.moment == "backward pass"
+    assert large.parts[ACTIVATIONS] == 10**6
+
+
+def test_offloading_moves_the_optimiser_to_the_host() -> None:
+    act = Activations(1, 1, 1, "meta")
+    here, there = (by_stage(SIZES, layout(offload=offload), act, {})[2] for offload in (False, True))
+    assert there.offloaded == here.parts["optimiser"] == 12_000
+    assert there.parts["optimiser"] == 0
+    assert there.total < here.total
+
+
+def test_bytes_on_the_wire_by_hand() -> None:
+    assert wire_bytes(SIZES, layout(world=1), "infonce", "bf16") == {}
+    one = wire_bytes(SIZES, layout(), "infonce", "bf16")
+    assert one["gradients: all-reduce"] == 2 * 3 / 4 * 8000
+    assert one["weights: all-gather after the step"] == 3 / 4 * 8000
+    pieces = wire_bytes(SIZES, layout(stage=2, micro=2), "infonce", "bf16")
+    assert pieces["gradients: all-reduce"] == 4 * one["gradients: all-reduce"]
+    assert "gradients: reduce-scatter" in wire_bytes(SIZES, layout(stage=3), "infonce", "bf16")
+
+
+def test_length_time_and_disk() -> None:
+    catalog: Any = type("Seventy", (), {"__len__": lambda self: 70})()
+    found = make_estimate(configured("train.epochs=3", "train.save_every=4", "launch.samples_per_s=8"), catalog)
+    assert (found.steps, found.samples, found.epochs) == (12, 192, 3)
+    assert found.seconds == 24
+    assert found.checkpoints_kept == 3
+    assert make_estimate(configured("train.epochs=3")).steps is None
+    best = make_estimate(configured("train.steps=100", "train.keep_every=10", "train.keep_best=t2i_r1"))
+    assert best.checkpoints_kept == 2 + 10 + 1 + 1
+    assert "not known" in make_estimate(configured()).table()
+
+
+def test_the_rate_comes_from_the_newest_run_of_the_same_recipe(tmp_path: Path) -> None:
+    config = configured("train.steps=100", f"run.root={tmp_path}")
+    for name, words, rate in (("same", [], 50.0), ("other", ["train.global_batch=32"], 900.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(to_yaml(configured(*words, f"run.name={name}")))
+        record = {"type": "train", "step": 1, "samples": 16, "samples_per_s": rate}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + '\n{"type": "tra')
+    found = make_estimate(config)
+    assert (found.rate, found.rate_source) == (50.0, f"measured in {tmp_path / 'same'}")
+
+
+def test_what_does_not_fit_is_refused_with_the_first_setting_that_does() -> None:
+    config = configured("train.global_batch=4096")
+    whole = make_estimate(config)
+    limit = whole.total / 1.3
+    with pytest.raises(UserError, match=r"launch.device_gb.*set train.micro_batch=\d+: ") as refusal:
+        make_estimate(configured("train.global_batch=4096", f"launch.device_gb={limit / 1e9}")).refuse()
+    word = next(word for word in str(refusal.value).split() if word.startswith("train.micro_batch="))
+    assert make_estimate(configured("train.global_batch=4096", word.rstrip(":"))).total <= limit
+
+
+def test_within_fifteen_per_cent_is_let_pass() -> None:
+    total = make_estimate(configured()).total / 1e9
+    make_estimate(configured(f"launch.device_gb={total / 1.14}")).refuse()
+    with pytest.raises(UserError, match="nothing that was tried"):
+        make_estimate(configured("launch.device_gb=0.001")).refuse()
+
+
+def test_an_unknown_device_refuses_nothing() -> None:
+    found = make_estimate(configured())
+    found.refuse()
+    assert found.limit is None
+    assert "nothing is refused" in found.short()
+
+
+def test_everything_is_told() -> None:
+    found = make_estimate(configured("launch.gpus=4", "train.steps=10", "engine.zero_stage=2"))
+    text = found.table()
+    for word in ("ZeRO 2*", "weights", "gradients", "optimiser", "activations", "features", "loss tiles", "all-reduce"):
+        assert word in text
+    assert len(found.short().splitlines()) == 3
+    assert json.loads(json.dumps(found.to_dict()))["memory"]["zero_2"]["total"] == found.memory.total
