@@ -2,7 +2,7 @@
 # The first two install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test lint install clean
+.PHONY: demo test slurm-test fault-test lint install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,10 +17,19 @@ demo: install
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Jobs on a Slurm cluster of two nodes that the tests start on this machine; skipped, with the reason, where that fails.
+slurm-test: install
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+
+# Runs that are killed at random moments and at named points, beside undisturbed ones; a long run's memory and files.
+KILLS ?= 40
+fault-test: install
+	@$(BIN)/python tools/fault_test.py --kills $(KILLS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy clipdist launch tools
+	$(BIN)/mypy clipdist launch tools slurm/cluster
 
 install: $(VENV)/.installed
 

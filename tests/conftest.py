@@ -1,9 +1,9 @@
-"""What all tests share: a set of shards; tests whose hardware is missing are skipped."""
+"""What all tests share: a set of shards; tests whose hardware or Slurm is missing are skipped."""
 
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,25 +24,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for marker, there, reason in (
-        ("gpu", cuda_there, "no CUDA device"),
-        ("slurm", slurm_there, "no Slurm: srun and sbatch are not on PATH"),
-    ):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker, why_not in (("gpu", why_no_cuda), ("slurm", why_no_slurm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and not there():
+        if marked and (reason := why_not(config)):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def cuda_there() -> bool:
+def why_no_cuda(config: pytest.Config) -> str:
     import torch
 
-    return torch.cuda.is_available()
+    return "" if torch.cuda.is_available() else "no CUDA device"
 
 
-def slurm_there() -> bool:
-    return shutil.which("srun") is not None and shutil.which("sbatch") is not None
+def why_no_slurm(config: pytest.Config) -> str:
+    """Minutes of jobs on a cluster of this machine: only for those who ask for them, and where it can be."""
+    if "slurm" not in config.option.markexpr:
+        return "make slurm-test runs them"
+    probe = subprocess.run(
+        [sys.executable, "slurm/cluster", "probe"], cwd=config.rootpath, capture_output=True, text=True
+    )
+    return "" if probe.returncode == 0 else probe.stderr.strip().splitlines()[-1]
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

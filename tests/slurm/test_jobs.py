@@ -1,0 +1,161 @@
+"""Training on two nodes: one run is left alone, another has everything happen to it, and both are the same run.
+
+The tests of the disturbed run are in the order in which things happen to it; each stands for itself, because each waits
+until the run trains (and submits it again where nothing works on it).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.onehost import ROOT, OneHost, Run
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 200
+SAVE_EVERY = 20
+RANK_GONE_S = 60.0  # so long a job may go on without one of its ranks
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneHost]:
+    cluster = OneHost(tmp_path_factory.mktemp("c") / "c")
+    cluster.call("--ttl", "1800", "start")
+    yield cluster
+    cluster.call("stop")
+
+
+@pytest.fixture(scope="module")
+def settings(shards: Path) -> list[str]:
+    """What all runs have in common."""
+    words = [f"data.train={shards / 'train'}", "data.val=", f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}"]
+    return ["--config", "configs/tiny.yaml", "device=cpu", *words]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: OneHost, settings: list[str], runs: Path):
+    """Makes a run that launch/submit.py queues, on 2 nodes with 2 ranks each."""
+
+    def make(name: str, *more: str) -> Run:
+        command = [sys.executable, "launch/submit.py", "--nodes", "2", "--gpus", "2", *settings, *more]
+        return Run(cluster, runs / name, [*command, f"run.root={runs}", f"run.name={name}"])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(submitted) -> Run:
+    """Queued by the first test that asks, so that it trains beside the disturbed one's pauses."""
+    run = submitted("undisturbed")
+    run.submit()
+    return run
+
+
+@pytest.fixture(scope="module")
+def disturbed(submitted) -> Run:
+    return submitted("disturbed", "--partition", "spare")
+
+
+def test_cancelled_with_a_signal_it_saves_and_ends_75(undisturbed, disturbed):
+    step = disturbed.until_it_trains()
+    disturbed.cluster.exec("scancel", "--signal=TERM", disturbed.number)
+    ended = disturbed.until_ended()
+    assert ended["ExitCode"] == "75:0"
+    assert int(ended["Restarts"]) == 0
+    assert "launch/submit.py" in disturbed.log().partition("go on with:")[2]  # how to resume it
+    disturbed.submit()
+    disturbed.until_it_trains()
+    assert disturbed.resumed_at() >= step  # nothing is lost
+
+
+def test_preempted_by_a_job_of_a_higher_partition_it_saves_and_waits(disturbed):
+    step, starts = disturbed.until_it_trains(), disturbed.starts
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    other = disturbed.cluster.exec(*urgent, "--wrap=true").strip()
+    disturbed.wait_for("other job's turn", lambda: disturbed.cluster.job(other)["JobState"] == "COMPLETED")
+    disturbed.until_started_again(starts)
+    disturbed.until_it_trains()
+    assert disturbed.resumed_at() >= step
+
+
+def test_warned_of_its_time_limit_it_saves_and_queues_itself_again(disturbed):
+    step, starts = disturbed.until_it_trains(), disturbed.starts
+    disturbed.cluster.exec("scancel", "--signal=USR2", disturbed.number)
+    disturbed.until_started_again(starts)
+    disturbed.until_it_trains()
+    assert disturbed.resumed_at() >= step
+
+
+def test_requeued_by_hand_it_goes_on(disturbed):
+    step, starts = disturbed.until_it_trains(), disturbed.starts
+    disturbed.cluster.exec("scontrol", "requeue", disturbed.number)
+    disturbed.until_started_again(starts)
+    disturbed.until_it_trains()
+    assert disturbed.resumed_at() >= step - 2 * SAVE_EVERY  # the last checkpoint may not have been whole
+
+
+def test_trains_across_both_nodes(undisturbed):
+    """Here, and not at the top, because it runs beside the tests above; nothing that follows may reach it."""
+    ended = undisturbed.until_ended()
+    assert ended["JobState"] == "COMPLETED", undisturbed.log()[-6000:]
+    assert ended["NodeList"] == "node[1-2]"
+    manifest = json.loads((undisturbed.folder / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
+    assert manifest["world"] == 4
+    assert sorted(undisturbed.curve()) == list(range(1, STEPS + 1))
+
+
+def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(disturbed):
+    step, starts = disturbed.until_it_trains(), disturbed.starts
+    disturbed.cluster.call("kill-node", "2")
+    disturbed.wait_for("requeue", lambda: disturbed.state == "PENDING")
+    disturbed.cluster.call("start-node", "2")
+    disturbed.until_started_again(starts)
+    disturbed.until_it_trains()
+    assert disturbed.resumed_at() >= step - 2 * SAVE_EVERY
+
+
+def test_the_disturbed_run_is_the_undisturbed_one(undisturbed, disturbed):
+    assert disturbed.until_ended()["JobState"] == "COMPLETED", disturbed.log()[-6000:]
+    assert len(disturbed.records("event", event="restart")) >= 5
+    assert disturbed.curve() == undisturbed.curve()
+
+
+@pytest.fixture(scope="module")
+def template(cluster: OneHost, settings: list[str], runs: Path) -> Iterator[Run]:
+    """The run of slurm/train.sbatch on 2 nodes with one rank each."""
+    folder = runs / "template"
+    folder.mkdir()  # Slurm does not make the log's
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
+    options += [f"--output={folder}/%j_0_log.out", f"--export=ALL,PYTHON={sys.executable}"]
+    words = [*settings, f"run.root={runs}", "run.name=template"]
+    run = Run(cluster, folder, ["sbatch", *options, "slurm/train.sbatch", *words])
+    yield run
+    for notes in ROOT.glob(f"clipdist-{run.number}.*"):  # where the script keeps them
+        notes.unlink()
+
+
+def test_the_sbatch_template_starts_again_after_a_killed_rank(template):
+    template.until_it_trains()
+    starts = template.starts
+    template.kill_rank(1, "node2")
+    template.wait_for("end of the other rank", lambda: template.starts > starts, RANK_GONE_S)
+    assert re.search(r"node2.*(rank|task) 1\b|(rank|task) 1\b.*node2", template.log())
+    assert template.until_ended()["JobState"] == "COMPLETED", template.log()[-6000:]
+    assert template.starts == starts + 1
+
+
+def test_the_template_s_run_on_half_the_ranks_has_the_same_batches(template, undisturbed):
+    """And the same losses, but for the rounding of sums."""
+    mine, reference = template.curve(), undisturbed.curve()
+    assert {step: ids for step, (ids, _) in mine.items()} == {step: ids for step, (ids, _) in reference.items()}
+    assert mine[STEPS][1] == pytest.approx(reference[STEPS][1], rel=1e-4)
