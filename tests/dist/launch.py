@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# A process with threads cannot be forked safely.
+ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+@functools.cache
+def warm() -> subprocess.Popen[str]:
+    """One warm.py for all tests of this process: the imports of a rank take ten seconds, its fork one."""
+    env = os.environ | ALONE | {"PYTHONPATH": str(HERE.parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
+    )
+    atexit.register(process.kill)
+    return process
 
 
 def run_ranks(script: str, world: int, *args: str, timeout_s: float = 300, expect: int = 0) -> str:
@@ -19,29 +36,17 @@ def run_ranks(script: str, world: int, *args: str, timeout_s: float = 300, expec
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, str(HERE / script), *args]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=timeout_s)[0])
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [f"rank {rank}:\n{text[-4000:]}" for rank, text in enumerate(outputs) if processes[rank].returncode != expect]
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"script": str(HERE / script), "args": [str(word) for word in args], "world": world, "port": port}
+        server = warm()
+        assert server.stdin
+        assert server.stdout
+        server.stdin.write(json.dumps({**request, "folder": folder, "timeout_s": timeout_s}) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())["codes"]
+        outputs = [(Path(folder) / f"{rank}.txt").read_text(errors="replace") for rank in range(world)]
+    failed = [
+        f"rank {rank}: {codes[rank]}\n{text[-4000:]}" for rank, text in enumerate(outputs) if codes[rank] != expect
+    ]
     assert not failed, "\n".join(failed)
     return outputs[0]
