@@ -18,23 +18,29 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clipdist.errors import UserError
+from clipdist.data.patience import Patience, reason
+from clipdist.errors import Fault, UserError
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"  # the manifest's own; one that was written before there were any has none
 CHUNK_BYTES = 4 << 20
 POLL_S = 0.01
+_STEP_NAME = re.compile(r"step-([0-9]{8,})")
+_NO_SUCH_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DTYPES = {  # the names of the safetensors format
     torch.float64: "F64",
     torch.float32: "F32",
@@ -51,6 +57,10 @@ _DTYPES = {  # the names of the safetensors format
 
 class PartMissing(Exception):
     """A rank's part of a checkpoint did not come in time, or that rank gave up."""
+
+
+class _Missing(Exception):
+    """A file that is not there, while the storage is."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +97,51 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = Path(run_dir).glob(f"checkpoints/step-*/{MANIFEST}")
-    return sorted((path.parent for path in found), key=lambda folder: folder.name)
+def step_of(folder: Path) -> int | None:
+    """The step that a folder's name says; None where it is no name of a checkpoint: a copy, a note, what users add."""
+    named = _STEP_NAME.fullmatch(folder.name)
+    return int(named[1]) if named else None
+
+
+def step_folders(run_dir: str | Path, prefix: str = "") -> list[Path]:
+    """Folders of a run's checkpoints, complete or not, oldest first; or those with a prefix before such a name.
+
+    Raises:
+        OSError: the storage refuses. A folder that is missing holds none.
+    """
+    try:
+        names = os.listdir(Path(run_dir) / "checkpoints")
+    except _NO_SUCH_FILE:
+        return []
+    steps = {name: step_of(Path(name.removeprefix(prefix))) for name in names if name.startswith(prefix)}
+    found = sorted((step, name) for name, step in steps.items() if step is not None)
+    return [Path(run_dir) / "checkpoints" / name for _, name in found]
+
+
+def complete_folders(run_dir: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first.
+
+    Raises:
+        OSError: the storage refuses: whether there are any is not known.
+    """
+    return [folder for folder in step_folders(run_dir) if _is_complete(folder)]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        os.stat(folder / MANIFEST)  # not Path.exists, which in some versions takes any refusal for absence
+    except _NO_SUCH_FILE:
+        return False
+    return True
+
+
+def list_checkpoints(run_dir: str | Path, patience_s: float = 0.0) -> list[Path]:
+    """complete_folders, with patience.
+
+    Raises:
+        Fault: the storage refuses, for longer than patience_s.
+    """
+    return _outlast(Path(run_dir) / "checkpoints", partial(complete_folders, run_dir), patience_s)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -98,25 +149,61 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, patience_s: float = 0.0) -> Manifest:
     """Reads manifest.json.
+
+    Args:
+        patience_s: what the storage refuses is tried again for so long.
 
     Raises:
         UserError: missing, damaged, or of another format version.
+        Fault: the storage refuses.
     """
     path = Path(folder) / MANIFEST
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(_outlast(path, partial(_present, path, path.read_bytes), patience_s))
         if record.get("version") != FORMAT_VERSION:
             raise UserError(f"{path}: format version {record.get('version')}, this program reads {FORMAT_VERSION}")
         stated = record.pop(CHECKSUM, None)
         if stated is not None and stated != _checksum(record):
             raise UserError(f"{path}: damaged, its checksum does not fit what it says; take an older checkpoint")
         return Manifest(**record)
-    except FileNotFoundError:
+    except _Missing:
         raise UserError(f"{folder}: not a checkpoint (no {MANIFEST})") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as a manifest ({error}); take an older checkpoint") from None
+
+
+def _present(path: Path, read: Callable[[], T], sure: bool = False) -> T:
+    """What `read` gives of a file.
+
+    Args:
+        sure: the file's folder was there a moment ago: where it is not, the storage is away.
+
+    Raises:
+        _Missing: there is no such file.
+        OSError: the storage refuses, which says nothing against the file.
+    """
+    try:
+        return read()
+    except _NO_SUCH_FILE:
+        with suppress(*(() if sure else _NO_SUCH_FILE)):
+            os.listdir(path.parent)
+        raise _Missing from None
+
+
+def _outlast(path: Path, read: Callable[[], T], patience_s: float) -> T:
+    """What `read` gives, as soon as it raises no OSError.
+
+    Raises:
+        Fault: it did so for longer than patience_s.
+    """
+    try:
+        return read()
+    except OSError as error:
+        if not patience_s:
+            raise Fault(f"{path}: cannot be read ({reason(str(path), error)})") from None
+        return Patience(patience_s).outlast(str(path), error, read)
 
 
 def _checksum(record: dict[str, Any]) -> str:
@@ -173,8 +260,7 @@ def write_manifest(folder: Path, manifest: Manifest, attempt: str, timeout_s: fl
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
     deadline = time.monotonic() + timeout_s
-    for rank in range(manifest.world):
-        note = _wait_for_note(folder, rank, attempt, deadline)
+    for note in _wait_for_notes(folder, manifest.world, attempt, deadline):
         files[note["file"]] = {"bytes": note["bytes"], "sha256": note["sha256"]}
         for name, (shape, dtype, start, numel) in note["pieces"].items():
             entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "pieces": []})
@@ -250,12 +336,28 @@ def _bytes_of(data: torch.Tensor) -> memoryview:
 
 
 class CheckpointReader:
-    """Reads slices of the tensors of one checkpoint folder."""
+    """Reads slices of the tensors of one checkpoint folder.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        patience_s: what the storage refuses is tried again for so long, file by file.
+
+    Raises:
+        UserError: no checkpoint, or its manifest is damaged.
+        Fault: the storage refuses. This holds for every method that reads.
+    """
+
+    def __init__(self, folder: str | Path, patience_s: float = 0.0) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.patience_s = patience_s
+        self.manifest = read_manifest(self.folder, patience_s)
         self._open: dict[str, safe_open] = {}  # opening a file reads its whole table of tensors
+
+    def close(self) -> None:
+        """Gives the files back, so that a checkpoint that is removed frees its room. Another read opens them again.
+
+        What read_full returned keeps its file mapped as long as it lives.
+        """
+        self._open.clear()
 
     def check_sizes(self) -> None:
         """A quick look: every file is there, and as long as it was.
@@ -265,10 +367,7 @@ class CheckpointReader:
         """
         for name, about in self.manifest.files.items():
             path = self.folder / name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise _damaged(path, f"missing or not readable ({error.strerror})") from None
+            size = self._outlast(path, partial(os.stat, path)).st_size
             if size != about["bytes"]:
                 raise _damaged(path, f"{size} bytes instead of {about['bytes']}")
 
@@ -283,12 +382,14 @@ class CheckpointReader:
         self.check_sizes()
         for name, about in list(self.manifest.files.items())[rank::world]:
             path = self.folder / name
-            try:
-                same = _sha256(path) == about["sha256"]
-            except OSError as error:
-                raise _damaged(path, f"cannot be read ({error.strerror})") from None
-            if not same:
+            if self._outlast(path, partial(_sha256, path)) != about["sha256"]:
                 raise _damaged(path, "its content does not fit its SHA-256")
+
+    def _outlast(self, path: Path, read: Callable[[], T]) -> T:
+        try:
+            return _outlast(path, partial(_present, path, read, sure=True), self.patience_s)
+        except _Missing:
+            raise _damaged(path, "missing") from None
 
     def names(self, prefix: str = "") -> list[str]:
         return [name for name in self.manifest.tensors if name.startswith(prefix)]
@@ -332,17 +433,28 @@ class CheckpointReader:
 
     @contextmanager
     def _file(self, name: str) -> Iterator[safe_open]:
+        path = self.folder / name
         try:
             if name not in self._open:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
+                self._open[name] = self._outlast(path, partial(_map, path))
             yield self._open[name]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.folder / name}: cannot be read ({error})") from None
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def load_full_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The dual encoder's parameters (fp32) and buffers, whole, by their names in the module."""
-    reader = CheckpointReader(folder)
+def _map(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # torch's word for what the system refuses
+        raise OSError(str(error)) from None
+
+
+def load_full_weights(folder: str | Path, patience_s: float = 0.0) -> dict[str, torch.Tensor]:
+    """The dual encoder's parameters (fp32) and buffers, whole, by their names in the module.
+
+    Where they lie in one piece they are mapped from the files, which take up room as long as the tensors live.
+    """
+    reader = CheckpointReader(folder, patience_s)
     weights = {}
     for prefix in ("param/", "buffer/"):
         for name in reader.names(prefix):
@@ -358,19 +470,36 @@ def _note_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"
 
 
-def _wait_for_note(folder: Path, rank: int, attempt: str, deadline: float) -> dict[str, Any]:
-    path = _note_path(folder, rank)
+def _wait_for_notes(folder: Path, world: int, attempt: str, deadline: float) -> list[dict[str, Any]]:
+    """All ranks' notes of this attempt, by rank.
+
+    One listing serves all ranks that are waited for. It is needed: NFS remembers for a while that a file was missing,
+    unless its folder is listed.
+    """
+    notes: dict[int, dict[str, Any]] = {}
     while True:
-        with suppress(OSError, ValueError, KeyError):  # not there yet, or the storage is away
-            os.listdir(folder)  # NFS remembers for a while that a file was missing, unless its folder is listed
-            record = json.loads(path.read_text())
-            if record["attempt"] == attempt:
-                if "failed" in record:
-                    raise PartMissing(f"rank {rank}: {record['failed']}")
-                return record
+        with suppress(OSError):  # the folder is not there yet, or the storage is away
+            listed = set(os.listdir(folder))
+            for rank in range(world):
+                if rank not in notes and _note_path(folder, rank).name in listed:
+                    notes |= _note_of(folder, rank, attempt)
+        if len(notes) == world:
+            return [notes[rank] for rank in range(world)]
         if time.monotonic() > deadline:
-            raise PartMissing(f"{path}: this rank's part of the checkpoint did not come")
+            missing = next(rank for rank in range(world) if rank not in notes)
+            raise PartMissing(f"{_note_path(folder, missing)}: this rank's part of the checkpoint did not come")
         time.sleep(POLL_S)
+
+
+def _note_of(folder: Path, rank: int, attempt: str) -> dict[int, dict[str, Any]]:
+    """{rank: its note}; empty where that is of another attempt, or cannot be read now."""
+    with suppress(OSError, ValueError, KeyError):
+        record = json.loads(_note_path(folder, rank).read_text())
+        if record["attempt"] == attempt:
+            if "failed" in record:
+                raise PartMissing(f"rank {rank}: {record['failed']}")
+            return {rank: record}
+    return {}
 
 
 def _sha256(path: Path) -> str:

@@ -357,7 +357,10 @@ def _check(config: Config) -> None:
     need(config.eval.batch >= 1, "eval.batch", config.eval.batch, "be at least 1")
     need(launch.nodes >= 1, "launch.nodes", launch.nodes, "be at least 1")
     need(launch.gpus >= 1, "launch.gpus", launch.gpus, "be at least 1")
-    for name in ("cpus_per_gpu", "max_restarts", "signal_s", "mem_gb", "device_gb", "samples_per_s"):
+    need(launch.signal_s >= 1, "launch.signal_s", launch.signal_s, "be at least 1")
+    enough = launch.time_min == 0 or 60 * launch.time_min > launch.signal_s
+    need(enough, "launch.time_min", launch.time_min, f"be longer than launch.signal_s={launch.signal_s} seconds")
+    for name in ("cpus_per_gpu", "time_min", "max_restarts", "signal_s", "mem_gb", "device_gb", "samples_per_s"):
         need(getattr(launch, name) >= 0, f"launch.{name}", getattr(launch, name), "not be negative")
     for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr"):
         need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")

@@ -17,6 +17,7 @@ from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
 from clipdist.errors import UserError
 from clipdist.survive.rollback import skipped_ranges
+from clipdist.survive.slurm import restarts
 
 REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
@@ -182,6 +183,7 @@ def find_start(
         that the same command goes on. A checkpoint of the run folder itself must be its newest: going back would lose
         or hide what came after.
     never: none, and a run folder that holds checkpoints is refused rather than overwritten.
+    A job that was queued again goes on as with auto.
 
     Raises:
         UserError: the named checkpoint is unfit, or the wish would overwrite others.
@@ -190,6 +192,8 @@ def find_start(
 
     wanted, run_dir = config.train.resume, config.run.dir
     folders = list_checkpoints(run_dir)
+    if restarts() and folders:
+        wanted = "auto"  # what was asked for was done at the job's first start
     if wanted not in ("auto", "never"):
         own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
         if own and folders and Path(wanted).name < folders[-1].name:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ from clipdist.errors import run_main
 RUNNING = 1000  # stands for the exit code of a process that has none yet
 LOOK_S = 0.02
 OTHERS_END_S = 60  # from a rank's death to the end of the others, at most
+
+# What a run imports, part of it late.
+IMPORTED = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "omegaconf._impl",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "clipdist.train",
+    "clipdist.trainer",
+    "clipdist.survive.agreement",
+)
 
 
 class Failed(Exception):
@@ -86,8 +99,10 @@ def warm_up() -> None:
     Raises:
         RuntimeError: there are threads nevertheless.
     """
-    for name in ("deepspeed", "torch.utils.tensorboard", "clipdist.trainer", "clipdist.survive.agreement"):
+    for name in IMPORTED:
         importlib.import_module(name)
+    with suppress(AttributeError):
+        importlib.import_module("deepspeed.ops").__compatible_ops__  # noqa: B018  looks for compilers, once
     if threading.active_count() > 1:
         raise RuntimeError(f"threads after the imports: {threading.enumerate()}")
 

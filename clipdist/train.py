@@ -19,20 +19,27 @@ import argparse
 import fcntl
 import gc
 import os
+import resource
 import shlex
+import signal
+import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.errors import EXIT_INTERRUPTED, Fault, UserError, run_main
 from clipdist.plan import make_plan
 from clipdist.survive.signals import StopFlag, die_with_launcher
+from clipdist.survive.slurm import restarts
 
 if TYPE_CHECKING:
     from clipdist.engine.distributed import Place
     from clipdist.plan import Plan
     from clipdist.trainer import Outcome, Trainer
 
+LOCK_S = 150.0  # that a job which was queued again waits for the run folder
+BRIEFLY_S = 1.0  # launch/status.py looks at the lock
 EXAMPLE = """examples:
   python clipdist/train.py --config configs/flickr8k_vit_tiny.yaml
   deepspeed --num_accelerators 2 clipdist/train.py --config configs/demo.yaml optim.lr=2e-3 run.name=faster
@@ -88,13 +95,27 @@ def train(config: Config, resume_command: str = "") -> int:
             print(f"{config.run.dir}: finished at step {plan.start_step}; for more, raise train.epochs or train.steps")
         return 0
     stop = StopFlag()
+    stop.on_stop = leave_before_training
     try:
+        allow_many_files()
         place = distributed.start(device, config.train.hang_s)
         code = _train_together(config, plan, place, stop, resume_command)
         distributed.stop()
         return code
     finally:
         stop.restore()
+
+
+def leave_before_training(reason: str) -> None:
+    """Ends this process as the signal alone would: the ranks may wait for one another for long, and nothing is lost."""
+    print(f"{reason} before training began", file=sys.stderr, flush=True)
+    os._exit(128 + signal.Signals[reason])
+
+
+def allow_many_files() -> None:
+    """Raises the soft limit of open files: connections between ranks, and shards."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, resume_command: str) -> int:
@@ -105,14 +126,14 @@ def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, re
     from clipdist.survive.start import open_watch, settle
     from clipdist.trainer import Trainer
 
-    control = Control(place)
+    control = Control(place, config.train.hang_s)
     with open_watch(config, place, control) as watch, ExitStack() as held:
         # Even a rank that waits in a collective for ever ends within this time of a signal.
         stop.on_stop = lambda _: watch.stopping(config.launch.signal_s)
         if stop.set:
             watch.stopping(config.launch.signal_s)
         if place.rank == 0:
-            held.enter_context(lock_run_folder(config.run.dir))
+            held.enter_context(lock_run_folder(config.run.dir, LOCK_S if restarts() else 0))
         with watch.phase("start"):
             plan = settle(config, plan, place, control)
             compare(facts(config, plan), place)
@@ -143,13 +164,13 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
     from clipdist.survive.start import settle
 
     place, control = trainer.place, trainer.control
-    times = rollbacks(config.run.dir)
+    times = int(control.tell(str(rollbacks(config.run.dir))))
     trouble = f"data steps {outcome.since} to {outcome.step - 1}: {trainer.last_skip}"
     if times >= config.guard.rollbacks:
         trainer.journal.event(outcome.step, "fault", error=trouble)
         trainer.close()
         raise Fault(
-            f"{trouble}. The run went back to a checkpoint {times} times already (guard.rollbacks): lower optim.lr, or"
+            f"{trouble}. The run went back to a checkpoint already (guard.rollbacks={times}): lower optim.lr, or"
             " look at the data of these steps"
         )
     trainer.journal.event(outcome.step, "rollback", first=outcome.since, end=outcome.step, reason=trouble)
@@ -158,19 +179,32 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
     if place.rank == 0:
         record_rollback(config.run.dir, outcome.since, outcome.step)
     control.meet()
-    return settle(config, make_plan(config, place.world), place, control)
+    if config.engine.zero_stage == 3:  # DeepSpeed never gives an engine's memory back
+        raise Fault(f"{trouble}. With ZeRO 3 going back takes a new process: the same command goes back")
+    trainer.engine.close()
+    again = replace(config, train=replace(config.train, resume="auto"))
+    return settle(again, make_plan(again, place.world), place, control)
 
 
-def lock_run_folder(folder: Path) -> IO[str]:
-    """Keeps other runs out of the folder while the file that is returned stays open."""
+def lock_run_folder(folder: Path, patience_s: float = 0.0) -> IO[str]:
+    """Keeps other runs out of the folder while the file that is returned stays open.
+
+    Args:
+        patience_s: a network file system holds the lock of a node that was lost for a minute or two.
+    """
     file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    deadline = time.monotonic() + max(patience_s, BRIEFLY_S)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
+            time.sleep(0.2)
+            continue
+        except OSError:
+            pass  # a file system without locks
+        return file
 
 
 if __name__ == "__main__":

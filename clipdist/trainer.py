@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from clipdist.checkpoint import Manifest, load_full_weights
 from clipdist.config import Config, to_dict
@@ -85,7 +86,8 @@ class Trainer:
         self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, place)
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""  # why a step was left out
-        keep = Keep(config.train.keep, config.train.keep_every, config.train.keep_best)
+        back = config.guard.window if config.guard.patience else 0
+        keep = Keep(config.train.keep, config.train.keep_every, config.train.keep_best, back)
         self.saver = Saver(config.run.dir, keep, place.rank, control.token(), config.data.patience_s)
         self.saver.prepare(self.engine.engine)
         self.engine.before_update = self.saver.wait_copied
@@ -121,7 +123,8 @@ class Trainer:
             Fault: data that cannot be read, numbers that do not recover, ranks that differ, a last save that failed.
         """
         try:
-            return self._loop(stop)
+            with self.watch.phase("between steps"):
+                return self._loop(stop)
         except UserError as error:
             self.journal.event(self.step, "fault", error=str(error))
             self._linger(LAST_PARTS_S)
@@ -161,17 +164,18 @@ class Trainer:
                 return self.loader.next(interrupted=lambda: stop.set).to(self.place.device), None
             except Interrupted:
                 return None, None
-            except Fault as fault:
-                return None, fault
+            except UserError as error:  # of a file that was good when the run began
+                return None, Fault(str(error))
 
     def _agree(self, stop: StopFlag, trouble: Fault | None) -> Common:
-        return self.control.agree(
-            stop=stop.set,
-            trouble=trouble is not None,
-            overdue=self.place.rank == 0 and time.monotonic() > self._save_by,
-            busy=self.saver.busy,
-            failed=bool(self.saver.failed),
-        )
+        with self.watch.phase("waiting for the other ranks"):
+            return self.control.agree(
+                stop=stop.set,
+                trouble=trouble is not None,
+                overdue=self.place.rank == 0 and time.monotonic() > self._save_by,
+                busy=self.saver.busy,
+                failed=bool(self.saver.failed),
+            )
 
     def _train(self, batch: Batch, clock: Clock) -> None:
         self.journal.bad.add(batch.bad)
@@ -188,6 +192,7 @@ class Trainer:
         if not result.applied:
             self.last_skip = result.skipped
             self.journal.event(done, "skip", reason=result.skipped)
+            self.journal.say(f"note: data step {done - 1} is left out: {result.skipped or 'the gradients overflow'}")
         elif log:
             self.journal.step(done, result, batch, self.engine, clock)
         if self._passes(self.config.train.compare_every):
@@ -229,7 +234,11 @@ class Trainer:
 
     def _validate(self) -> None:
         with self.watch.phase("validation"):
-            findings = self.validation.run(self.engine)
+            findings = self.validation.run(_Watched(self.engine, self.watch))
+        best = self.config.train.keep_best
+        if best and self.place.rank == 0 and best not in findings.values:
+            names = ", ".join(findings.values) or "nothing (data.val and eval.labelled are empty)"
+            raise UserError(f"train.keep_best={best}: validation does not measure it; it measures {names}")
         self._validated_at = self.step
         self._newest_metrics = findings.values
         self.journal.validation(self.step, findings, self.validation)
@@ -239,8 +248,13 @@ class Trainer:
             self._report_failed_save()
         if not (common.overdue or self._due(self.config.train.save_every, self._save_from)):
             return
-        if not common.busy:  # else at the next step: training does not wait for a disk
+        if not common.busy or self._stays():  # else at the next step: training does not wait for a disk
             self._save()
+
+    def _stays(self) -> bool:
+        """Whether a checkpoint of this very step is wanted: one of the next step would not be kept in its place."""
+        measured = bool(self.config.train.keep_best) and self._validated_at == self.step
+        return measured or self._passes(self.config.train.keep_every)
 
     def _save(self) -> None:
         manifest = Manifest(
@@ -269,7 +283,7 @@ class Trainer:
 
     def _report_failed_save(self) -> None:
         """The run goes on without that checkpoint, and tries again a minute later."""
-        reason = self.saver.failed or "on another rank"
+        reason = self.control.first(self.saver.failed)
         self.journal.event(self.step, "save_failed", reason=reason)
         self.journal.say(f"note: a checkpoint could not be written ({reason}); the run goes on")
         self._save_by = self._deadline(RETRY_SAVE_S)
@@ -314,7 +328,7 @@ class Trainer:
                 self._save()
                 written = self._written()
         if not written:
-            reason = self.saver.failed or "on another rank"
+            reason = self.control.first(self.saver.failed)
             raise Fault(f"run folder {self.config.run.dir}: no checkpoint of step {self.step} ({reason})")
 
     def _written(self) -> bool:
@@ -326,6 +340,7 @@ class Trainer:
     def close(self) -> None:
         """Ends threads, closes files; nothing is lost of a checkpoint that is being written."""
         self._written()
+        self.watch.linger = None  # it holds this trainer, and with it the engine, beside the next one
         self.loader.close()
         self.journal.close()
 
@@ -333,6 +348,20 @@ class Trainer:
         """Before a forced end: the writer may finish."""
         with suppress(Exception):
             self.saver.wait(seconds)
+
+
+class _Watched:
+    """An engine whose every encoding is progress: a validation may be long."""
+
+    def __init__(self, engine: Engine, watch: Watch) -> None:
+        self._engine, self._watch = engine, watch
+
+    def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        self._watch.progress()
+        return self._engine.encode(image, tokens)
+
+    def logit_scale(self) -> float:
+        return self._engine.logit_scale()
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:

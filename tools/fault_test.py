@@ -109,10 +109,10 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("kills", "steps", "seed"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    if args.out and not args.out.parent.is_dir():
-        raise UserError(f"--out {args.out}: no such folder")
-    if args.keep and args.keep.exists() and any(args.keep.iterdir()):
-        raise UserError(f"--keep {args.keep}: not empty")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out}: a folder, or in one that does not exist; name a file")
+    if args.keep and args.keep.exists() and (not args.keep.is_dir() or any(args.keep.iterdir())):
+        raise UserError(f"--keep {args.keep}: not an empty folder")
     return args
 
 

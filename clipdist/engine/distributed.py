@@ -59,12 +59,16 @@ def resolve_precision(wanted: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def time_limit(hang_s: float) -> timedelta:
+    """Of a collective: the watch over the ranks ends a run that hangs, and says why; this says less and comes later."""
+    return timedelta(seconds=hang_s + AFTER_THE_WATCH_S) if hang_s else timedelta(days=30)
+
+
 def start(device: str, hang_s: float = 0.0) -> Place:
     """Joins the process group through DeepSpeed (gloo on CPU, NCCL on GPUs). A single process needs no launcher.
 
     Args:
-        hang_s: seconds after which the watch over the ranks ends a run that hangs, and says why; 0: never. The
-            communication's own limit, which says less, must come later.
+        hang_s: as train.hang_s; see time_limit.
     """
     os.environ["DS_ACCELERATOR"] = device  # before the first import of deepspeed
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -89,8 +93,9 @@ def start(device: str, hang_s: float = 0.0) -> Place:
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        limit = timedelta(seconds=hang_s + AFTER_THE_WATCH_S) if hang_s else timedelta(days=30)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=limit)
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_limit(hang_s)
+        )
     return Place(rank, world, local_rank, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
 
 

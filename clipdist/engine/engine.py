@@ -344,6 +344,10 @@ class Engine:
         assert exact[0] is not None
         return images, texts, exact[0], exact[1]
 
+    def close(self) -> None:
+        """Gives the memory back: DeepSpeed's hooks on the weights hold it otherwise. At stage 3 some of it stays."""
+        self.engine.destroy()
+
     @torch.no_grad()
     def encode(
         self, image: torch.Tensor | None, tokens: torch.Tensor | None

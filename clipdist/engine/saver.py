@@ -238,10 +238,11 @@ def scaler_state(engine: Any) -> dict[str, float]:
 def restore(engine: Any, reader: CheckpointReader) -> None:
     """Puts the fp32 weights, moments and counters of a checkpoint into an engine of any rank count and ZeRO stage.
 
-    The module's own weights and buffers must have been loaded before the engine was built.
+    The module's own weights and buffers must have been loaded before the engine was built. The reader is closed.
 
     Raises:
         UserError: a parameter is missing or has another shape.
+        Fault: the storage refuses.
     """
     optimizer = base_optimizer(engine)
     step = reader.manifest.optimizer_step
@@ -266,6 +267,7 @@ def restore(engine: Any, reader: CheckpointReader) -> None:
     for name, value in reader.manifest.state.get("scaler", {}).items():
         if hasattr(scaler, name):
             setattr(scaler, name, value)
+    reader.close()  # the run would keep the checkpoint's room on the disk, even when it is pruned
 
 
 def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

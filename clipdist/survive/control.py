@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipdist.engine.distributed import Place
+from clipdist.engine.distributed import Place, time_limit
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class Common:
 class Control:
     """Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, hang_s: float = 0.0) -> None:
         self._rank, self._world = place.rank, place.world
-        self.group: Any = None if place.world == 1 or place.device.type == "cpu" else dist.new_group(backend="gloo")
+        self.group: Any = None
+        if place.world > 1 and place.device.type != "cpu":
+            self.group = dist.new_group(backend="gloo", timeout=time_limit(hang_s))
 
     def agree(self, *, stop: bool, trouble: bool, overdue: bool, busy: bool, failed: bool) -> Common:
         """Brings the ranks' flags together.

@@ -36,9 +36,11 @@ def record_rollback(run_dir: Path, first: int, end: int) -> None:
     records = [*_records(run_dir), {"first": first, "end": end, "time": time.time()}]
     temporary = path.with_suffix(".tmp")
     try:
+        # First: a start after a kill in between meets the same trouble again. The other way round it would go on from
+        # weights that the trouble has changed.
+        set_aside(run_dir, first)
         temporary.write_text(json.dumps(records, indent=1) + "\n")
         temporary.replace(path)
-        set_aside(run_dir, first)
     except OSError as error:
         raise Fault(f"{path}: cannot be written ({error.strerror or error})") from None
 

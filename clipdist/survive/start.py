@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from clipdist.checkpoint import MANIFEST
@@ -47,6 +49,12 @@ def settle(config: Config, plan: Plan, place: Place, control: Control) -> Plan:
     Raises:
         UserError: a checkpoint that was asked for by name is damaged, or none is whole.
     """
+    plan = _verified(config, plan, place, control)
+    # A network file system may show RUN/skipped.json late.
+    return replace(plan, skipped=json.loads(control.tell(json.dumps(plan.skipped))))
+
+
+def _verified(config: Config, plan: Plan, place: Place, control: Control) -> Plan:
     passed_over: dict[Path, str] = {}
     while True:
         chosen = control.tell_path(plan.resume.folder if plan.resume else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -152,8 +153,16 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     held = lock_run_folder(tmp_path)
     with pytest.raises(UserError, match="another run is writing"):
         lock_run_folder(tmp_path)
-    held.close()
-    lock_run_folder(tmp_path).close()
+    threading.Timer(1.5, held.close).start()  # as the lock of a lost node, or a look of launch/status.py
+    lock_run_folder(tmp_path, patience_s=60).close()
+
+
+def test_a_job_that_is_queued_again_goes_on_whatever_it_was_told_at_first(shards, tmp_path, monkeypatch):
+    first = fake_checkpoint(configured(shards, tmp_path), 2)
+    fake_checkpoint(configured(shards, tmp_path), 4)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for wanted in ("never", first):
+        assert make_plan(configured(shards, tmp_path, f"train.resume={wanted}"), 1).start_step == 4
 
 
 def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):

@@ -106,3 +106,27 @@ def test_leftovers_make_room_and_the_one_at_work_stays(tmp_path):
     assert remove_leftovers(tmp_path, writing=checkpoint_dir(tmp_path, 3))
     assert left(tmp_path) == ["step-00000001", "step-00000003"]
     assert not remove_leftovers(tmp_path, writing=checkpoint_dir(tmp_path, 3))
+
+
+@pytest.mark.parametrize("every", [1, 30, 70, 100, 1000])
+def test_there_is_always_one_to_go_back_to(tmp_path, every):
+    """Older than the window, unless the run is younger; and not older than two windows and two saves."""
+    keep, there = Keep(last=2, back=100), []
+    for step in range(every, 60 * every + 300, every):
+        there = [*there, Saved(tmp_path / str(step), step, {})]
+        stay = kept(there, keep)
+        there = [saved for saved in there if saved.folder in stay]
+        assert len(there) <= 4
+        old = [saved.step for saved in there if saved.step <= step - 100]
+        if step - every >= 100:
+            assert old
+            assert step - max(old) <= 200 + 2 * every
+        else:
+            assert there[0].step == every
+
+
+def test_going_back_leaves_the_oldest(tmp_path):
+    for step in (6, 9):
+        write(tmp_path, step)
+    assert [path.name for path in set_aside(tmp_path, 3)] == ["rolled-back-step-00000009"]
+    assert left(tmp_path) == ["rolled-back-step-00000009", "step-00000006"]
