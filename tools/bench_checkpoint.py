@@ -77,8 +77,8 @@ class Result:
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, [f"train.global_batch={args.batch}", *args.overrides])
-    if args.batch < 1 or args.saves < 1:
-        raise UserError("--batch and --saves must be at least 1")
+    if args.batch < 1 or args.saves < 1 or args.steps < 1:
+        raise UserError("--batch, --saves and --steps must be at least 1")
     with workspace(args.work):  # that it can be written is known before the long imports
         pass
 
