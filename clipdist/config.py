@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -273,7 +274,13 @@ def _read_site(path: Path) -> Any:
         raise UserError(f"site file {path}: cannot be read: {error}") from None
     if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
         raise UserError(f"site file {path}: must hold a launch section and nothing else")
-    return tree
+    plain = OmegaConf.to_container(tree)
+    launch = plain.get("launch") if isinstance(plain, dict) else None
+    if isinstance(launch, dict) and isinstance(launch.get("setup"), (str, list)):
+        lines = [launch["setup"]] if isinstance(launch["setup"], str) else launch["setup"]
+        # ${HOME} is for the shell; to OmegaConf it would be one of its own keys.
+        launch["setup"] = [re.sub(r"(?<!\\)\$\{", r"\\${", str(line)) for line in lines]
+    return OmegaConf.create(plain)
 
 
 def _parse_override(word: str) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.config import Config
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 from clipdist.survive.rollback import skipped_ranges
 from clipdist.survive.slurm import restarts
 
@@ -188,15 +188,16 @@ def find_start(
     Raises:
         UserError: the named checkpoint is unfit, or the wish would overwrite others.
     """
-    from clipdist.checkpoint import list_checkpoints
+    from clipdist.checkpoint import list_checkpoints, step_of
 
     wanted, run_dir = config.train.resume, config.run.dir
-    folders = list_checkpoints(run_dir)
+    patience_s = config.data.patience_s
+    folders = list_checkpoints(run_dir, patience_s)
     if restarts() and folders:
         wanted = "auto"  # what was asked for was done at the job's first start
     if wanted not in ("auto", "never"):
         own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
-        if own and folders and Path(wanted).name < folders[-1].name:
+        if own and folders and (step_of(Path(wanted)) or 0) < (step_of(folders[-1]) or 0):
             raise UserError(
                 f"train.resume={wanted}: {run_dir} holds newer checkpoints, up to {folders[-1].name}; move those"
                 " elsewhere first, or choose another run.name"
@@ -204,7 +205,7 @@ def find_start(
         if own or not folders:
             if Path(wanted) in passed_over:
                 raise UserError(passed_over[Path(wanted)])
-            return _open(Path(wanted))
+            return _open(Path(wanted), patience_s)
     if wanted == "never":
         if folders:
             raise UserError(
@@ -215,7 +216,9 @@ def find_start(
         try:
             if folder in passed_over:
                 raise UserError(passed_over[folder])
-            return _open(folder)
+            return _open(folder, patience_s)
+        except Fault:  # storage that refuses is no damage
+            raise
         except UserError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
     if folders:
@@ -223,10 +226,10 @@ def find_start(
     return None
 
 
-def _open(folder: Path) -> CheckpointReader:
+def _open(folder: Path, patience_s: float) -> CheckpointReader:
     from clipdist.checkpoint import CheckpointReader
 
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, patience_s)
     reader.check_sizes()
     return reader
 

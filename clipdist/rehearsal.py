@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -213,9 +214,12 @@ def _fork(words: list[str], rank: int, world: int, port: int, log: Path, prepare
         if prepare:
             prepare(rank)
         code = _train(words)
+    except BaseException:  # the traceback that Python prints comes after `finally`, which ends the process
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
 
 

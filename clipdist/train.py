@@ -31,7 +31,7 @@ from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.errors import EXIT_INTERRUPTED, Fault, UserError, run_main
 from clipdist.plan import make_plan
 from clipdist.survive.signals import StopFlag, die_with_launcher
-from clipdist.survive.slurm import restarts
+from clipdist.survive.slurm import note_start, restarts
 
 if TYPE_CHECKING:
     from clipdist.engine.distributed import Place
@@ -85,6 +85,8 @@ def train(config: Config, resume_command: str = "") -> int:
         UserError: bad input; before any model is built where that can be known then.
         Fault: what ended the run although its input was good.
     """
+    if int(os.environ.get("RANK", "0")) == 0:
+        note_start(config.run.dir)
     from clipdist.engine import distributed
 
     device = distributed.resolve_device(config.device)

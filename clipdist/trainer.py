@@ -107,7 +107,7 @@ class Trainer:
         with NothingDrawn() if resume else nullcontext():
             model = build_model(config.model, config.loss, restored=restored)
         if resume:
-            _load(model, load_full_weights(resume.folder), str(resume.folder))
+            _load(model, load_full_weights(resume.folder, config.data.patience_s), str(resume.folder))
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
         engine = Engine(model.to(self.place.device), make_loss(config.loss), config, self.place)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clipdist.config import DEFAULT_RECIPE, REPOSITORY, Config, load_config
 from clipdist.errors import UserError
+from launch.setup_lines import escape
 from launch.sweep import Point, points
 
 EXAMPLES = """examples:
@@ -64,6 +65,8 @@ def read_arguments(argv: list[str] | None) -> Request:
     """
     args = make_parser().parse_intermixed_args(argv)
     given = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
+    if "setup" in given:
+        given["setup"] = [escape(line) for line in given["setup"]]
     words = [*args.overrides, *(f"launch.{key}={json.dumps(value)}" for key, value in given.items())]
     words += [f"launch.slurm.{_pair(word)}" for word in args.slurm]
     site = site_file()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +20,8 @@ from clipdist.config import Config
 from clipdist.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, UserError
 
 FOLLOW_S = 0.2  # between two looks at the log
-GRACE_S = 2.0  # from the first rank's failure to the end of the others
+GRACE_S = 30.0  # from the first rank's failure to the kill of the others, who wait up to 20 s for a checkpoint
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NO_LIMIT_MIN = 10 * 365 * 24 * 60  # submitit ends local jobs after five minutes unless told a time
 
 
@@ -25,19 +29,26 @@ def run_here(config: Config, folder: Path, command: list[str]) -> int:
     """Trains with one process per GPU (or CPU rank), and shows the first one's log. Starts again after a fault.
 
     Returns:
-        0; 1 where a rank failed and the restarts are used up; 75 after Ctrl-C and a checkpoint.
+        0; 1 where a rank failed and the restarts are used up; 75 after Ctrl-C, SIGTERM or SIGHUP and a checkpoint.
 
     Raises:
         UserError: the ranks ended with one.
     """
+    with stop_signals() as stop:
+        return run_until_done(config, folder, command, stop)
+
+
+def run_until_done(config: Config, folder: Path, command: list[str], stop: Stop) -> int:
     most = config.launch.max_restarts
     for restart in range(most + 1):
         os.environ["CLIPDIST_RESTARTS"] = str(restart)
         job = start(config, folder, command)
         print(f"{job.num_tasks} processes on this machine, log {job.paths.stdout}", flush=True)
-        stopped = watch(job)
+        wait_for(job, command, stop)
         codes = [exit_code(job, rank) for rank in range(job.num_tasks)]
         code = verdict(codes)
+        if stop.first is not None and code == EXIT_FAULT and set(codes) <= {0, -signal.SIGTERM}:
+            return EXIT_INTERRUPTED  # before training had begun: nothing is lost
         if code == 0:
             print(f"done: {config.run.dir}")
         if code == EXIT_BAD_INPUT:
@@ -45,8 +56,9 @@ def run_here(config: Config, folder: Path, command: list[str]) -> int:
         if code != EXIT_FAULT:
             return code
         for rank, ended in enumerate(codes):
-            print(f"rank {rank} failed: exit code {ended}; see {job.task(rank).paths.stderr}", file=sys.stderr)
-        if stopped:
+            if ended != 0:
+                print(f"rank {rank} failed: exit code {ended}; see {job.task(rank).paths.stderr}", file=sys.stderr)
+        if stop.first is not None:
             return code
         if restart < most:
             print(f"starting again, restart {restart + 1} of {most}", file=sys.stderr, flush=True)
@@ -60,54 +72,84 @@ def start(config: Config, folder: Path, command: list[str]) -> Job[int]:
         tasks_per_node=config.launch.gpus, gpus_per_node=gpus, timeout_min=NO_LIMIT_MIN, setup=config.launch.setup
     )
     # The ranks look after Ctrl-C themselves: they inherit "ignored" and set a handler when training starts.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal's SIGHUP would end submitit's processes in between.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         return executor.submit(subprocess.call, command)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def watch(job: Job[int]) -> bool:
-    """Until all ranks ended. Returns whether Ctrl-C ended them."""
-    log = Log(job.paths.stdout)
+class Stop:
+    """Signals that ask this process to end: the first one, and whether Ctrl-C came once more after it."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.at_once = False
+
+    def note(self, number: int, frame: object) -> None:
+        if self.first is None:
+            self.first = signal.Signals(number)
+        elif number == signal.SIGINT:  # batch systems repeat the others
+            self.at_once = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Takes SIGINT, SIGTERM and SIGHUP over; the last one not where nohup ignores it."""
+    stop = Stop()
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    taken = [number for number in STOPPING if number != signal.SIGHUP or before[number] != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, stop.note)
     try:
-        wait_for(job, log)
-    except KeyboardInterrupt:
-        leave_with_checkpoint(job, log)
-        return True
-    return False
+        yield stop
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
-def wait_for(job: Job[int], log: Log) -> None:
-    """Shows the first rank's log until all ranks ended; ends the others where one failed."""
+def wait_for(job: Job[int], command: list[str], stop: Stop) -> None:
+    """Shows the first rank's log until all ranks ended. Passes a stop on, and ends what outlives a failed rank."""
+    log, told, deadline = Log(job.paths.stdout), set[int](), math.inf
     while not job.done():
         time.sleep(FOLLOW_S)
+        if stop.first is not None:
+            if not told:
+                say("interrupted: writing a checkpoint; Ctrl-C again ends at once")
+            # The terminal may have sent it to them already; to a rank, SIGHUP says no more than SIGTERM.
+            number = signal.SIGINT if stop.first == signal.SIGINT else signal.SIGTERM
+            told |= signal_ranks(job, command, number, told)
+        if stop.at_once or time.monotonic() > deadline:
+            signal_ranks(job, command, signal.SIGKILL)
         log.show()
-        if any(exit_code(job, rank) not in (0, None) for rank in range(job.num_tasks)):
-            time.sleep(GRACE_S)  # mostly all fail alike, and each may say why
-            signal_ranks(job, signal.SIGKILL)  # the others would wait for the lost rank in a collective
+        # A rank that lost another ends by itself, but first lets a checkpoint be written to its end.
+        if deadline == math.inf and any(exit_code(job, rank) not in (0, None) for rank in range(job.num_tasks)):
+            deadline = time.monotonic() + GRACE_S
     log.show()
 
 
-def leave_with_checkpoint(job: Job[int], log: Log) -> None:
-    """After Ctrl-C: the ranks finish their step and save; a second Ctrl-C ends them at once."""
-    print("\ninterrupted: writing a checkpoint; Ctrl-C again ends at once", flush=True)
-    try:
-        signal_ranks(job, signal.SIGINT)  # a terminal has sent it to them already, `kill -INT` has not
-        wait_for(job, log)
-    except KeyboardInterrupt:
-        signal_ranks(job, signal.SIGKILL)
-        wait_for(job, log)
+def say(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone: that is what SIGHUP says
+        print(f"\n{text}", flush=True)
 
 
-def signal_ranks(job: Job[int], number: int) -> None:
-    """To the ranks themselves: the children of submitit's tasks, which are children of its controller."""
-    try:
-        for task in psutil.Process(int(job.job_id)).children():
-            for rank in task.children() or ([task] if number == signal.SIGKILL else []):
-                rank.send_signal(number)
-    except psutil.NoSuchProcess:  # it ended in the meantime
-        pass
+def signal_ranks(job: Job[int], command: list[str], number: int, but: Collection[int] = ()) -> set[int]:
+    """To the ranks themselves, the children of submitit's tasks. Returns the process ids that got it.
+
+    SIGKILL also ends a task that has not started its rank yet.
+    """
+    sent = set()
+    with suppress(psutil.NoSuchProcess):  # all have ended in the meantime
+        for process in psutil.Process(int(job.job_id)).children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                is_rank = process.cmdline() == command and process.parent().cmdline() != command
+                wanted = is_rank or (number == signal.SIGKILL and not process.children())
+                if wanted and process.pid not in but:
+                    process.send_signal(number)
+                    sent.add(process.pid)
+    return sent
 
 
 def exit_code(job: Job[int], rank: int) -> int | None:

@@ -16,7 +16,10 @@ if __name__ == "__main__":  # ahead of an installed clipdist
 
 from clipdist.config import REPOSITORY, Config, load_config
 from clipdist.errors import Fault, UserError, run_main
-from clipdist.survive.slurm import note_exit
+from clipdist.survive.slurm import note_exit, restarts
+from launch.setup_lines import as_written
+
+PORT_STRIDE = 7919  # far from the ports of the next jobs, and prime: 20000 starts until one comes again
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_environment()
     try:
-        code = train_rank(load_config(args.config), args.resume_command)
+        config = load_config(args.config)
+        code = train_rank(as_written(config), args.resume_command)
     except Fault:
         raise
     except UserError:
@@ -60,7 +64,7 @@ def set_environment() -> None:
         LOCAL_WORLD_SIZE=str(local_world),
         LOCAL_SIZE=str(local_world),  # DeepSpeed's name for it
         MASTER_ADDR=env.hostnames[0],
-        MASTER_PORT=str(rendezvous_port(env.job_id)),
+        MASTER_PORT=str(rendezvous_port(env.job_id, restarts())),
         PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         # Where DeepSpeed compiles (offloading), it looks for ninja there. PYTHONPATH is for what a rank starts.
         PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -69,9 +73,12 @@ def set_environment() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
 
 
-def rendezvous_port(job_id: str) -> int:
-    """The same on all nodes of a job, mostly another one for another job, and below the ports that systems hand out."""
-    return 10000 + int("".join(filter(str.isdigit, job_id))) % 20000
+def rendezvous_port(job_id: str, restarts: int) -> int:
+    """The same on all nodes of a job, mostly another one for another job, and below the ports that systems hand out.
+
+    Another one at each start, too: where a program holds the port, a restart helps. slurm/*.sbatch compute the same.
+    """
+    return 10000 + (int("".join(filter(str.isdigit, job_id))) + PORT_STRIDE * restarts) % 20000
 
 
 if __name__ == "__main__":

@@ -158,9 +158,10 @@ def judge(
     done = "finished" in (event.get("event") for event in events) or re.search(r"^finished \d+ steps", end, re.M)
     if done or (step is not None and step == steps):
         return "finished"
-    if events and events[-1].get("event") == "interrupted":
+    given_up = re.search(r"^fault \(", end, re.M)  # the last word of launch/after.sh
+    if events and events[-1].get("event") == "interrupted" and not given_up:
         return "interrupted"
-    if re.search(r"^(error\b|Traceback|fault \()", end, re.M) or word in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY"):
+    if given_up or re.search(r"^(error\b|Traceback)", end, re.M) or word in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY"):
         return "failed"
     if word in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
         return "interrupted"

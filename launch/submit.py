@@ -19,6 +19,7 @@ from clipdist.config import Config, to_yaml
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.plan import check_data, check_launch, check_ranks
 from launch.arguments import Request, read_arguments
+from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot
 
 
@@ -94,7 +95,7 @@ def show(request: Request) -> None:
     print(f"# site defaults: {request.site or 'none'}")
     for run in request.runs if len(request.runs) > 1 else []:
         print(f"# run {run.config.run.dir}: {' '.join(run.point.words)}")
-    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(first)}")
+    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(as_written(first))}")
     if first.launch.cluster == "slurm":
         from launch.slurm_job import batch_script
 
@@ -151,7 +152,7 @@ def debug(request: Request, words: list[str]) -> int:
     if len(request.runs) > 1:
         raise UserError("--sweep: --cluster debug runs a single configuration")
     config = request.runs[0].config
-    return debug_here(config, config.run.dir / "submitit", resume_command(words))
+    return debug_here(as_written(config), config.run.dir / "submitit", resume_command(words))
 
 
 def rank_command(snapshot: Path, resume: str) -> list[str]:

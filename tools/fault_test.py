@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -83,6 +82,8 @@ def main() -> int:
             ]
     except Failed as failed:
         print(f"FAIL: {failed}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"good": False, "error": str(failed)}))
         return 1
     table = render(findings)
     print(table)
@@ -133,7 +134,8 @@ def workplace(keep: Path | None) -> Iterator[Path]:
 
 
 def random_kills(folder: Path, kills: int, draw: random.Random) -> list[Finding]:
-    """One rank, or all, at moments that are spread over start-up, steps and the writing of checkpoints."""
+    """One rank, or all, at moments that are spread over start-up, steps and the writing of checkpoints: from when the
+    ranks have met on. One that is lost before is its launcher's to notice."""
     if not kills:
         return []
     words = command(folder, steps=RANDOM_STEPS, stage=2, model="tiny_rn", save_every=3)
@@ -148,8 +150,7 @@ def random_kills(folder: Path, kills: int, draw: random.Random) -> list[Finding]
             finished = False
             while not finished and len(ends) < kills:
                 victims = [0, 1] if draw.random() < 0.5 else [draw.randrange(2)]
-                moment = draw.uniform(0.3 * first_step_s, first_step_s + 3)
-                during = partial(kill_after, victims, moment)
+                during = KillLater(run, victims, draw.uniform(0, first_step_s + 2.5))
                 ended = attempt([*words, f"run.name={run.name}"], 2, log_of(run), during=during)
                 finished = ended.codes == [0, 0]
                 if not finished:
@@ -261,10 +262,21 @@ def log_of(run: Path) -> Path:
     return run.with_suffix(".log")
 
 
-def kill_after(victims: list[int], moment_s: float, pids: list[int], seconds: float) -> None:
-    if seconds > moment_s:
-        for rank in victims:
-            os.kill(pids[rank], signal.SIGKILL)
+class KillLater:
+    """To be called while a run goes on: kills some ranks once the ranks have met, and so many seconds have gone by."""
+
+    def __init__(self, run: Path, victims: list[int], after_s: float) -> None:
+        self._lock, self._victims, self._after_s = run / ".lock", victims, after_s
+        self._before = self._touched()
+
+    def __call__(self, pids: list[int], seconds: float) -> None:
+        met = self._touched()  # rank 0 takes the run folder's lock as soon as all ranks are there
+        if met > self._before and time.time() - met > self._after_s:
+            for rank in self._victims:
+                os.kill(pids[rank], signal.SIGKILL)
+
+    def _touched(self) -> float:
+        return self._lock.stat().st_mtime if self._lock.exists() else 0.0
 
 
 def half_written(run: Path) -> bool:

@@ -10,17 +10,18 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipdist.config import Config, flat, to_yaml
+from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, Batch, ids_hash
 from clipdist.engine.distributed import Place
 from clipdist.engine.optim import learning_rate
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 from clipdist.loss.collectives import all_reduce_max, all_reduce_sum
 from clipdist.loss.contrastive import batch_accuracy
 from clipdist.loss.exact import global_statistics
@@ -48,11 +49,21 @@ class Journal:
         self.progress = Progress(plan.steps, plan.start_step, place.rank)
 
     def announce(self, engine: Engine, model: str, loader: Any) -> None:
-        """How the run begins."""
+        """How the run begins.
+
+        Raises:
+            Fault: the run folder cannot be written.
+        """
         config, plan, place = self.config, self.plan, self.place
         if place.rank == 0:
-            (config.run.dir / "config.yaml").write_text(to_yaml(config))
-            (config.run.dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            try:
+                (config.run.dir / "config.yaml").write_text(to_yaml(config))
+                (config.run.dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            except OSError as error:
+                raise Fault(
+                    f"run folder {config.run.dir}: cannot be written ({error.strerror or error}); mend it, or make"
+                    " room, and start again"
+                ) from None
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
             self.say(f"note: {note}")
@@ -107,7 +118,7 @@ class Journal:
         """
         new, named = self.bad.share(self.place.device)
         for sample_id, reason in named if self.place.rank == 0 else ():
-            where = {"shard": reader.shard_name(sample_id), "key": reader.key(sample_id)}
+            where = {"shard": reader.shard_name(sample_id), "key": _key(reader, sample_id)}
             self.event(step, "bad_sample", reason=reason, **where)
         total = sum(self.bad.totals.values())
         if new:
@@ -131,10 +142,23 @@ class Journal:
         names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
         self.say(f"validation at step {step}: {shown}")
+        try:
+            self._show_sheet(step, findings, validation)
+        except (OSError, BadSample, UserError) as error:  # storage that is away for a moment must not end the run
+            self.say(f"note: the picture sheet of step {step} is left out ({error})")
+
+    def _show_sheet(self, step: int, findings: Findings, validation: Validation) -> None:
         sheet = validation.sheet(findings)
-        if sheet is not None:
-            self.metrics.picture("val/retrieval", sheet, step)
-            sheet.save(self.config.run.dir / "validation.png")
+        if sheet is None:
+            return
+        self.metrics.picture("val/retrieval", sheet, step)
+        temporary = self.config.run.dir / "validation.tmp"  # a full disk leaves the last whole one
+        try:
+            sheet.save(temporary, format="PNG")
+            temporary.replace(self.config.run.dir / "validation.png")
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
     def finished(self) -> None:
         self.metrics.outcome(self.results)
@@ -172,6 +196,14 @@ class Clock:
         began = time.perf_counter()
         yield
         self._pause += time.perf_counter() - began
+
+
+def _key(reader: Any, sample_id: int) -> str:
+    """A sample's key in its shard, or its number where the shard's table cannot be read now."""
+    try:
+        return reader.key(sample_id)
+    except (OSError, UserError):
+        return f"sample id {sample_id}"
 
 
 def environment() -> dict[str, Any]:

@@ -34,6 +34,21 @@ def requeue(reason: str) -> bool:
     return True
 
 
+def note_start(run_dir: Path) -> None:
+    """Rank 0, before training: where the checkpoints lie, and the newest there is; after.sh looks for a newer one.
+
+    The note's two lines are the run folder and the manifest, absolute; the second is empty without a checkpoint.
+    """
+    files = job_files()
+    if files is None:
+        return
+    manifests = sorted((run_dir.resolve() / "checkpoints").glob("step-*/manifest.json"))
+    with contextlib.suppress(OSError):
+        files.with_name(f"{files.name}.start").write_text(
+            f"{run_dir.resolve()}\n{manifests[-1] if manifests else ''}\n"
+        )
+
+
 def restarts() -> int:
     """How often this job was started before: by Slurm, or by submit.py with --cluster local."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("CLIPDIST_RESTARTS") or 0)

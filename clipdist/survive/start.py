@@ -12,7 +12,7 @@ from pathlib import Path
 from clipdist.checkpoint import MANIFEST
 from clipdist.config import Config
 from clipdist.engine.distributed import Place
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 from clipdist.plan import Plan, make_plan
 from clipdist.retention import set_aside
 from clipdist.survive.control import Control
@@ -65,6 +65,8 @@ def _verified(config: Config, plan: Plan, place: Place, control: Control) -> Pla
         try:
             plan.resume.verify(place.rank, place.world)
             damage = ""
+        except Fault:
+            raise
         except UserError as error:
             damage = str(error)
         damage = control.first(damage)

@@ -418,6 +418,23 @@ def one_rank_is_warned(theatre: Theatre) -> None:
     theatre.goes_on("warned")
 
 
+def stopped_at_the_start(theatre: Theatre) -> None:
+    """A rank that waits for the others, before there is anything to save, ends as the signal alone would end it."""
+
+    def late(rank: int) -> None:
+        if rank == 1:
+            time.sleep(60)
+
+    def stop(pids: list[int], seconds: float) -> None:
+        if seconds > 4:
+            for pid in pids:
+                os.kill(pid, signal.SIGTERM)
+
+    ended = theatre.start("early", [128 + signal.SIGTERM, -signal.SIGTERM], prepare=[late], during=stop)
+    need_lines(ended, "SIGTERM before training began")
+    need(ended.others_s < 10, f"the last rank ended {ended.others_s:.0f} s later", ended)
+
+
 def damaged_checkpoint(theatre: Theatre) -> None:
     """Passed over, said, and gone in the end."""
     theatre.start("sound", [KILLED, 1], prepare=[before_batch(8, die_after_writing, 0)])
@@ -657,6 +674,7 @@ SCENARIOS: dict[str, Callable[[Theatre], None]] = {
         data_away_for_a_moment,
         stopped_while_data_is_missing,
         one_rank_is_warned,
+        stopped_at_the_start,
         damaged_checkpoint,
         full_disk,
         full_disk_at_the_end,

@@ -21,6 +21,7 @@ SCENARIOS = (
     "data_away_for_a_moment",
     "stopped_while_data_is_missing",
     "one_rank_is_warned",
+    "stopped_at_the_start",
     "damaged_checkpoint",
     "full_disk",
     "full_disk_at_the_end",

@@ -1,7 +1,7 @@
 """Forks ranks from a process that has imported everything: one JSON request per line in, one answer per line out.
 
 Request: {"script", "args", "world", "port", "folder", "timeout_s"}. Answer: {"codes": exit codes by rank}. Rank r
-prints to folder/r.txt.
+prints to folder/r.out and folder/r.err.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ def fork(rank: int, request: dict) -> int:
         return pid
     code = 1
     try:
-        descriptor = os.open(Path(request["folder"]) / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(descriptor, number)
+        for number, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(Path(request["folder"]) / f"{rank}.{kind}", os.O_WRONLY | os.O_CREAT), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(request["port"])}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import records, run
+from commands import records
+from dist.launch import train
 from pairs import write_pairs
 from storage import Storage, Thing
 
@@ -40,11 +41,11 @@ def test_remote_shards_give_the_run_that_local_ones_give(shards, storage, tmp_pa
         f"data.cache={tmp_path / 'cache'}",
         "data.cache_gb=0.1",
     ]
-    local = run("torchrun", *common, f"data.train={shards / 'train'}", "train.steps=6", "run.name=local")
+    local = train(2, *common, f"data.train={shards / 'train'}", "train.steps=6", "run.name=local")
     assert local.returncode == 0, local.stderr
     # Stopped in the second epoch and gone on, by two ranks that share the cache.
     for steps in (5, 6):
-        ended = run("torchrun", *common, *remote, f"train.steps={steps}", "run.name=remote")
+        ended = train(2, *common, *remote, f"train.steps={steps}", "run.name=remote")
         assert ended.returncode == 0, ended.stderr
     assert "goes on from" in ended.stdout
     assert losses(tmp_path / "remote") == losses(tmp_path / "local")
@@ -55,7 +56,7 @@ def test_remote_shards_give_the_run_that_local_ones_give(shards, storage, tmp_pa
 
 def test_an_address_without_an_index_is_bad_input(shards, storage, tmp_path):
     storage.things["/00000.tar"] = Thing((shards / "train" / "00000.tar").read_bytes())
-    ended = run("python", f"data.train={storage.url('/00000.tar')}", "data.val=", f"run.root={tmp_path}")
+    ended = train(1, f"data.train={storage.url('/00000.tar')}", "data.val=", f"run.root={tmp_path}")
     assert ended.returncode == 2
     assert "tools/index_shards.py" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -65,15 +66,15 @@ def test_a_mixture_goes_on_where_it_was(shards, tmp_path):
     other = write_pairs(tmp_path / "other", 24)
     words = [f"data.train=[{shards / 'train'},{other}]", "data.weights=[3,1]", "data.val=", f"run.root={tmp_path}"]
     words += ["train.samples=95", "optim.warmup_steps=0", "optim.min_lr=1e-3"]  # a constant rate
-    whole = run("torchrun", *words, "run.name=whole")
+    whole = train(2, *words, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
     assert "6 steps of 16 pairs" in whole.stdout
     for samples in ("train.samples=48", "train.samples=96"):
-        ended = run("python", *words, "run.name=parts", samples)
+        ended = train(1, *words, "run.name=parts", samples)
         assert ended.returncode == 0, ended.stderr
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    refused = run("python", *words, "run.name=parts", "train.samples=200", "data.weights=[1,1]")
+    refused = train(1, *words, "run.name=parts", "train.samples=200", "data.weights=[1,1]")
     assert refused.returncode == 2
     assert "data.weights=[3, 1], here [1, 1]" in refused.stderr
-    refused = run("python", *words, "run.name=new", "data.weights=[1]")
+    refused = train(1, *words, "run.name=new", "data.weights=[1]")
     assert "one for each of the 2 entries" in refused.stderr

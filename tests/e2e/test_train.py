@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import LAUNCHERS, records, run
+from dist.launch import train
 from pairs import write_pairs
 from PIL import Image
 
@@ -69,14 +70,14 @@ def test_a_misspelt_key_is_one_line_and_exit_2(launcher, shards, tmp_path):
 def test_bad_samples_are_masked_counted_and_named(tmp_path):
     write_pairs(tmp_path / "train", 70, bad={5: b"", 30: b"junk"})
     words = [f"data.train={tmp_path / 'train'}", f"run.root={tmp_path}", "data.val=", "train.steps=4"]
-    ended = run("python", *words, "data.max_bad_share=0.2", "run.name=tolerant")
+    ended = train(1, *words, "data.max_bad_share=0.2", "run.name=tolerant")
     assert ended.returncode == 0, ended.stderr
     events = [record for record in records(tmp_path / "tolerant", "event") if record["event"] == "bad_sample"]
     named = {(event["reason"], event["shard"], event["key"]) for event in events}
-    train = records(tmp_path / "tolerant", "train")
+    trained = records(tmp_path / "tolerant", "train")
     assert named <= {("missing image", "00000.tar", "000000005"), ("not an image", "00001.tar", "000010012")}
-    assert len(events) == 4 * 16 - sum(record["valid"] for record in train) > 0
-    ended = run("python", *words, "data.max_bad_share=0.001", "run.name=strict")
+    assert len(events) == 4 * 16 - sum(record["valid"] for record in trained) > 0
+    ended = train(1, *words, "data.max_bad_share=0.001", "run.name=strict")
     assert ended.returncode == 2
     assert "data.max_bad_share=0.001" in ended.stderr
 
@@ -90,7 +91,7 @@ def test_the_sigmoid_loss_in_micro_batches_trains_as_on_whole_ones(shards, tmp_p
         "train.steps=4",
     ]
     for name, more in (("whole", []), ("micro", ["train.micro_batch=2"])):
-        ended = run("deepspeed", *words, f"run.name={name}", *more)
+        ended = train(2, *words, f"run.name={name}", *more)
         assert ended.returncode == 0, ended.stderr
     whole, micro = (records(tmp_path / name, "train") for name in ("whole", "micro"))
     assert [r["loss"] for r in micro] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
@@ -100,12 +101,12 @@ def test_the_sigmoid_loss_in_micro_batches_trains_as_on_whole_ones(shards, tmp_p
 
 def test_features_that_are_not_finite_end_the_run_or_are_skipped_and_counted(shards, tmp_path):
     words = [f"data.train={shards / 'train'}", "data.val=", f"run.root={tmp_path}", "optim.lr=1e30", "train.steps=4"]
-    ended = run("deepspeed", *words, "run.name=stop")
+    ended = train(2, *words, "run.name=stop", "guard.nonfinite=stop")
     assert ended.returncode == 1
     assert "error: step 1: features are not finite: rank 0: 8 rows of the image tower" in ended.stderr
     assert "guard.nonfinite=skip" in ended.stderr
     assert "Traceback" not in ended.stderr
-    ended = run("deepspeed", *words, "run.name=skip", "guard.nonfinite=skip", "engine.zero_stage=3")
+    ended = train(2, *words, "run.name=skip", "engine.zero_stage=3")
     assert ended.returncode == 0, ended.stderr
     events = [event for event in records(tmp_path / "skip", "event") if event["event"] == "skip"]
     assert [event["step"] for event in events] == [2, 3, 4]
@@ -120,13 +121,13 @@ def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
             for number in range(count):
                 Image.new("RGB", (24, 24), tuple(c - number for c in colour)).save(folder / f"{number}.png")
     words = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={tmp_path}", "train.steps=4"]
-    asked = run("torchrun", *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true")
+    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true")
     assert asked.returncode == 0, asked.stderr
     last = records(tmp_path / "tiny", "val")[-1]
     assert last["probe/accuracy"] == 100  # two colours: any tower that sees tells them apart
     assert last["zero_shot/top1"] in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
     assert last["zero_shot/chance"] == 50
     assert "probe/accuracy 100.00" in asked.stdout
-    refused = run("python", *words, "run.name=other", "eval.probe=true")
+    refused = train(1, *words, "run.name=other", "eval.probe=true")
     assert refused.returncode == 2
     assert "eval.labelled" in refused.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.survive.slurm import note_exit, requeue, restarts
+from clipdist.survive.slurm import note_exit, note_start, requeue, restarts
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None"
@@ -30,8 +30,10 @@ def after(tmp_path):
         given = {"PATH": f"{tmp_path}{os.pathsep}{os.defpath}", "SLURM_JOB_ID": "7"} | env
         words = ["bash", str(ROOT / "launch/after.sh"), str(code), str(tmp_path / "job"), str(most)]
         ended = subprocess.run(words, env=given, capture_output=True, text=True)
+        (tmp_path / "errors").write_text(ended.stderr)
         return ended.returncode, queued.read_text().strip() if queued.exists() else ""
 
+    run.errors = (tmp_path / "errors").read_text
     return run
 
 
@@ -47,6 +49,48 @@ def test_a_warned_job_is_queued_again_and_no_restart_is_used_up(after, job):
     for _ in range(3):
         assert after(75) == (75, "7")
     assert after(1) == (1, "7")  # still the first fault
+
+
+def save(run: Path, step: int) -> None:
+    folder = run / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+
+
+def test_warnings_without_a_new_checkpoint_end_the_job(after, job, tmp_path):
+    """A start that takes longer than the job's time would come again for ever."""
+    run = tmp_path / "a run"
+    save(run, 20)
+    requeue("SIGUSR2")
+    for step in (40, 60):  # with progress the count begins anew
+        for _ in range(2):
+            note_start(run)
+            assert after(75, most=2) == (75, "7")
+        note_start(run)
+        save(run, step)
+        assert after(75, most=2) == (75, "7")
+    for _ in range(2):
+        note_start(run)
+        assert after(75, most=2) == (75, "7")
+    assert after(75, most=2) == (1, "")
+    assert "was warned of its end 3 times in a row before it had one" in after.errors()
+    assert "launch.time_min" in after.errors()
+    assert (tmp_path / "job.code").read_text() == "1\n"  # for launch/status.py
+    assert not (tmp_path / "job.faults").exists()
+
+
+def test_a_half_written_checkpoint_is_no_progress(after, job, tmp_path):
+    requeue("SIGUSR2")
+    note_start(tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-00000020").mkdir(parents=True)
+    assert after(75, most=0) == (1, "")
+
+
+def test_preemptions_do_not_count_however_early(after, job, tmp_path):
+    requeue("SIGUSR2")
+    note_start(tmp_path)
+    assert [after(75, PREEMPTED, most=0) for _ in range(2)] == [(75, "7")] * 2
+    assert after(140, PREEMPTED, most=0) == (75, "7")
 
 
 def test_a_stop_that_the_user_asked_for_is_obeyed(after, job):
@@ -81,6 +125,7 @@ def test_the_first_rank_to_end_says_the_exit_code(after, job):
 def test_a_warning_before_training_queues_again(after, tmp_path):
     assert after(140) == (75, "7")
     assert not (tmp_path / "job.faults").exists()
+    assert after(138) == (1, "")  # twice in a row, and one restart is granted
 
 
 def test_of_an_array_one_element_is_queued_again(after):

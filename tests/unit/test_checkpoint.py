@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from clipdist import checkpoint as module
 from clipdist.checkpoint import (
     MANIFEST,
     CheckpointReader,
@@ -22,7 +28,7 @@ from clipdist.checkpoint import (
     write_manifest,
     write_part,
 )
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 
 SHAPES = {"param/visual.a": (5, 7), "param/text.b": (11,), "buffer/visual.mean": (3,), "exp_avg/visual.a": (5, 7)}
 
@@ -203,3 +209,130 @@ def test_no_pickle_anywhere(tmp_path):
     folder = write(tmp_path, 1)
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     json.loads((folder / MANIFEST).read_text())
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """Refuses to read files whose name holds a text, so many times: a list of (text, times, error number)."""
+    refusals = []
+
+    def refuse(path):
+        for refusal in refusals:
+            if refusal[0] in os.fspath(path) and refusal[1] > 0:
+                refusal[1] -= 1
+                raise OSError(refusal[2], os.strerror(refusal[2]), os.fspath(path))
+
+    real_stat, real_open, real_map = os.stat, io.open, module.safe_open
+
+    def stat(path, **settings):
+        refuse(path) if isinstance(path, Path) else None  # not a descriptor
+        return real_stat(path, **settings)
+
+    def opened(path, *mode, **settings):
+        refuse(path)
+        return real_open(path, *mode, **settings)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(io, "open", opened)  # Path.read_bytes
+    monkeypatch.setattr(module, "open", opened, raising=False)
+    monkeypatch.setattr(module, "safe_open", lambda path, **k: (refuse(path), real_map(path, **k))[1])
+    return refusals
+
+
+def test_a_refusal_is_outlasted(tmp_path, storage, capsys):
+    folder = write(tmp_path, 3)
+    storage += [[MANIFEST, 2, errno.EIO], ["rank-00000", 1, errno.ESTALE], ["rank-00001", 1, errno.EACCES]]
+    reader = CheckpointReader(folder, patience_s=30)
+    reader.verify()
+    storage += [["rank-00001", 1, errno.ENOTCONN]]
+    assert torch.equal(reader.read("param/text.b"), whole("param/text.b"))
+    assert all(times == 0 for _, times, _ in storage)
+    assert "rank-00000.safetensors: can be read again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.3])
+def test_a_refusal_that_lasts_is_no_damage(tmp_path, storage, patience_s):
+    folder = write(tmp_path, 3)
+    reader = CheckpointReader(folder, patience_s)
+    storage += [["rank-00001", 10**9, errno.EIO], [MANIFEST, 10**9, errno.EACCES]]
+    for work in (reader.check_sizes, reader.verify, lambda: reader.read("param/text.b")):
+        with pytest.raises(Fault, match=r"rank-00001.*Input/output error"):
+            work()
+    for work in (lambda: read_manifest(folder, patience_s), lambda: list_checkpoints(tmp_path, patience_s)):
+        with pytest.raises(Fault, match="Permission denied"):
+            work()
+
+
+def test_a_folder_that_is_gone_means_storage_that_is_away(tmp_path):
+    folder = write(tmp_path, 3)
+    reader = CheckpointReader(folder)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(Fault, match="No such file"):
+        reader.verify()
+
+
+@pytest.mark.parametrize("where", ["nowhere", "runs/x/checkpoints/step-00000001"])
+def test_a_mistyped_folder_is_bad_input_at_once(tmp_path, where):
+    with pytest.raises(UserError, match="not a checkpoint") as raised:
+        CheckpointReader(tmp_path / where, patience_s=600)
+    assert not isinstance(raised.value, Fault)
+
+
+def test_what_is_damaged_stays_bad_input_with_patience(tmp_path):
+    folder = write(tmp_path, 3)
+    (folder / "rank-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"rank-00002.*missing") as raised:
+        CheckpointReader(folder, patience_s=600).verify()
+    assert not isinstance(raised.value, Fault)
+
+
+def test_names_that_users_give_are_no_checkpoints(tmp_path):
+    for step in (3, 100_000_000, 99_999_999):
+        write(tmp_path, step)
+    for stray in ("step-00000100-good", "step-12", "step-", "good-step-00000100", "step-00000100.bak"):
+        write(tmp_path, 3).rename(tmp_path / "checkpoints" / stray)
+    write(tmp_path, 3)
+    names = [folder.name for folder in list_checkpoints(tmp_path)]
+    assert names == ["step-00000003", "step-99999999", "step-100000000"]
+
+
+def mapped(folder):
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+def test_closed_and_loaded_files_are_given_back(tmp_path):
+    folder = write(tmp_path, 3, world=1)
+    reader = CheckpointReader(folder)
+    for _ in range(2):  # again after close()
+        assert torch.equal(reader.read("param/text.b"), whole("param/text.b"))
+        assert mapped(folder)
+        reader.close()
+        assert not mapped(folder)
+    module_of = torch.nn.Linear(7, 5, bias=False)
+    weights = load_full_weights(folder)
+    module_of.load_state_dict({"weight": weights["visual.a"]})
+    assert mapped(folder)
+    del weights
+    gc.collect()
+    assert not mapped(folder)
+    assert torch.equal(module_of.weight.data, whole("param/visual.a").view(5, 7))
+
+
+def test_one_listing_serves_all_ranks(tmp_path, monkeypatch):
+    folder, world = checkpoint_dir(tmp_path, 1), 60
+    for rank in range(world - 1):
+        write_part(folder, rank, [], attempt="t")
+    listings = []
+    real = os.listdir
+
+    def listdir(path):
+        listings.append(path)
+        if len(listings) == 3:
+            write_part(folder, world - 1, [], attempt="t")
+        return real(path)
+
+    monkeypatch.setattr(module.os, "listdir", listdir)
+    write_manifest(folder, Manifest(1, 1, 8, world, {}, {}, {}), attempt="t", timeout_s=60)
+    assert len(CheckpointReader(folder).manifest.files) == world
+    assert len([path for path in listings if path == folder]) <= 3 + 1  # cleaning up lists once more

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from stand_in import make_repository, write_trainer
 
@@ -19,7 +20,17 @@ LIMIT_S = 120
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    return make_repository(tmp_path / "repository")
+    """With little patience for ranks that outlive a failed one: the stand-ins never end by themselves."""
+    folder = make_repository(tmp_path / "repository")
+    set_grace(folder, "30.0", "0.5")
+    return folder
+
+
+def set_grace(repository: Path, old: str, new: str) -> None:
+    file = repository / "launch/local_job.py"
+    before = file.read_text()
+    assert f"GRACE_S = {old}" in before
+    file.write_text(before.replace(f"GRACE_S = {old}", f"GRACE_S = {new}"))
 
 
 @pytest.fixture
@@ -65,12 +76,23 @@ def wait_for_ranks(run: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_all_start_again(launch, run):
+def test_all_start_again_once_the_other_ranks_have_written_their_checkpoint(launch, run, repository):
+    set_grace(repository, "0.5", "30.0")
     (run / "end").write_text("1:die once")
     process = launch()
+    wait_for_ranks(run)
+    lost, other = (int((run / f"pid-{rank}").read_text()) for rank in (1, 0))
+    deadline = time.monotonic() + LIMIT_S
+    while psutil.pid_exists(lost):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)
+    assert psutil.pid_exists(other)
+    (run / "end").write_text("done")
     said, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, errors
     assert "rank 1 failed: exit code -9; see " in errors
+    assert "rank 0 failed" not in errors
     assert "starting again, restart 1 of 3" in errors
     assert "begin one restarts 1" in said
 
@@ -81,6 +103,7 @@ def test_the_restarts_are_limited(launch, run):
     _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert errors.count("rank 1 failed: exit code -9") == 2
+    assert errors.count("rank 0 failed: exit code -9") == 2  # it would wait for ever
     assert errors.count("starting again") == 1
 
 
@@ -92,15 +115,24 @@ def test_bad_input_of_one_rank_ends_all_without_a_restart(launch, run):
     assert "done:" not in said
 
 
-def test_ctrl_c_ends_all_ranks_with_a_checkpoint(launch, run):
-    process = launch()
+@pytest.mark.parametrize(
+    ("number", "reason", "more"),
+    [
+        (signal.SIGINT, "SIGINT", ()),
+        (signal.SIGTERM, "SIGTERM", ("--setup", "export A=${HOME}/a")),  # a shell stands in between
+        (signal.SIGHUP, "SIGTERM", ()),
+    ],
+)
+def test_a_stop_ends_all_ranks_with_a_checkpoint(launch, run, number, reason, more):
+    process = launch(*more)
     wait_for_ranks(run)
     time.sleep(0.5)  # the flag is set up right before the ranks note their process ids; this is for the launcher
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (75, "")
     assert "writing a checkpoint" in said
-    assert "stopped by SIGINT" in said
+    assert f"stopped by {reason}" in said
+    assert not any(psutil.pid_exists(int((run / f"pid-{rank}").read_text())) for rank in (0, 1))
 
 
 def test_the_job_runs_the_code_of_its_submission(launch, run, repository):

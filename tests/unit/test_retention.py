@@ -6,7 +6,9 @@ import math
 
 import pytest
 
+from clipdist import retention
 from clipdist.checkpoint import MANIFEST, Manifest, checkpoint_dir, list_checkpoints, write_manifest, write_part
+from clipdist.errors import Fault
 from clipdist.retention import Keep, Saved, kept, prune, remove_leftovers, set_aside
 
 
@@ -130,3 +132,29 @@ def test_going_back_leaves_the_oldest(tmp_path):
         write(tmp_path, step)
     assert [path.name for path in set_aside(tmp_path, 3)] == ["rolled-back-step-00000009"]
     assert left(tmp_path) == ["rolled-back-step-00000009", "step-00000006"]
+
+
+def test_what_users_add_is_left_alone(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    strays = ["rolled-back-step-00000001-mine", "step-00000001-good", "step-00000009-half", "step-7", "step-notes"]
+    for stray in strays:
+        (tmp_path / "checkpoints" / stray).mkdir()
+    prune(tmp_path, Keep(last=1))
+    assert left(tmp_path) == [strays[0], "step-00000001-good", "step-00000006", *strays[2:]]
+    assert not remove_leftovers(tmp_path, writing=checkpoint_dir(tmp_path, 8))
+    set_aside(tmp_path, after_step=0)
+    assert set(strays) <= set(left(tmp_path))
+
+
+def test_nothing_goes_while_it_is_not_known_which_is_the_best(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step, {"t2i_r1": 10.0 - step})
+
+    def refused(folder):
+        raise Fault(f"{folder}: cannot be read (Input/output error)")
+
+    monkeypatch.setattr(retention, "read_manifest", refused)
+    with pytest.raises(OSError, match="Input/output error"):
+        prune(tmp_path, Keep(last=1, best="t2i_r1"))
+    assert len(left(tmp_path)) == 3

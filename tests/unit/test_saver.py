@@ -179,3 +179,12 @@ def test_restored_as_saved(tmp_path, engine):
     assert_same(
         {k: v for k, v in ours.items() if "buffer" not in k}, {k: v for k, v in expected.items() if "buffer" not in k}
     )
+
+
+def test_restoring_gives_the_files_back(tmp_path, engine):
+    saver = saver_of(tmp_path)
+    saver.save(engine, manifest(1))
+    saver.wait()
+    restore(engine, CheckpointReader(newest_checkpoint(tmp_path)))
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()

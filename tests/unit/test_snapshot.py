@@ -34,6 +34,13 @@ def test_it_holds_the_code_as_it_is_and_the_resolved_configuration(repository, t
     assert json.loads((folder / "snapshot.json").read_text())["hash"] == folder.name
 
 
+def test_shell_lines_come_back_as_they_were(repository, tmp_path):
+    lines = ["export A=${HOME}/bin:$PATH", "b ${C:-'d e'} \"${F}\""]
+    wanted = config(tmp_path, f"launch.setup={json.dumps([line.replace('${', chr(92) + '${') for line in lines])}")
+    assert wanted.launch.setup == lines
+    assert load_config(take_snapshot(wanted, repository) / "config.yaml") == wanted
+
+
 def test_the_same_contents_are_one_snapshot_and_others_another(repository, tmp_path):
     first = take_snapshot(config(tmp_path), repository)
     inode = first.stat().st_ino

@@ -101,6 +101,13 @@ def test_a_job_that_left_with_a_checkpoint_has_not_failed(tmp_path, monkeypatch)
     assert status.status(run).state == "interrupted"
 
 
+def test_a_job_that_is_not_queued_again_any_more_has_failed(tmp_path):
+    """Its ranks left with a checkpoint, but the batch script's last word is that it made no progress."""
+    said = "fault (no new checkpoint): job 7 was warned of its end 4 times in a row\n"
+    found = status.status(write_run(tmp_path / "run", events=({"event": "interrupted"},), log=said))
+    assert (found.state, found.error) == ("failed", said.strip())
+
+
 def test_events_and_faults_are_counted_and_the_last_error_is_told(tmp_path):
     events = ({"event": "restart"}, {"event": "rollback"}, {"event": "skip"}, {"event": "skip"})
     run = write_run(tmp_path / "run", events=events, log="error: first\nstep 3/10\nerror: last words\n")

@@ -27,6 +27,20 @@ def words(shards, tmp_path, monkeypatch):
     return ["--config", TINY, f"data.train={shards}/train", f"run.root={tmp_path}/runs"]
 
 
+@pytest.fixture
+def no_plan(monkeypatch):
+    """Leaves the estimate out, which runs a model; what it says is shown in a test of its own."""
+
+    class Plan:
+        def refuse(self) -> None:
+            pass
+
+        def short(self) -> str:
+            return ""
+
+    monkeypatch.setattr("clipdist.estimate.make_estimate", lambda *given: Plan())
+
+
 def slurm_stub(folder: Path, sbatch: str) -> str:
     """A PATH on which srun exists and sbatch is the given shell script."""
     for name, body in (("srun", "exit 1"), ("sbatch", sbatch)):
@@ -107,6 +121,18 @@ def test_memory_setup_lines_and_further_options_reach_the_script(capsys, words):
     assert "\nmodule load a\nexport B='c d'\n" in script
 
 
+def test_shell_variables_in_setup_lines_are_the_shells(capsys, words, tmp_path, monkeypatch):
+    line = "export PATH=${HOME}/bin:$PATH A=${B:-'c d'} \"${E:+x}\""
+    configuration, script = dry_run(capsys, [*words, "--setup", line])
+    assert f"\n{line}\n" in script
+    assert list(OmegaConf.create(configuration).launch.setup) == [line]
+    site = tmp_path / "site.yaml"
+    for setup in ("export A=${HOME}/x", "\n    - export A=${HOME}/x"):
+        site.write_text(f"launch:\n  setup: {setup}\n")
+        monkeypatch.setenv("CLIPDIST_SITE", str(site))
+        assert "\nexport A=${HOME}/x\n" in dry_run(capsys, words)[1]
+
+
 def test_a_job_is_warned_queued_again_and_restarted(capsys, words):
     _, script = dry_run(capsys, [*words, "--max-restarts", "5", "launch.signal_s=90"])
     asked = options(script)
@@ -151,7 +177,7 @@ def test_the_example_of_a_site_file_is_one(capsys, words, monkeypatch):
     assert options(script)["account"] == "my_group"
 
 
-def test_a_sweep_is_one_array_of_named_runs(capsys, words, tmp_path, monkeypatch):
+def test_a_sweep_is_one_array_of_named_runs(capsys, words, tmp_path, monkeypatch, no_plan):
     words = [*words, "--sweep", "optim.lr=1e-3,2e-3", "data.seed=1,2"]
     configuration, script = dry_run(capsys, words)
     assert options(script)["array"] == "0-3%4"
@@ -179,7 +205,7 @@ def test_a_dry_run_does_without_the_data_and_leaves_nothing_behind(capsys, words
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, monkeypatch):
+def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, monkeypatch, no_plan):
     words = [*words, "--nodes", "2", "--gpus", "4", "--partition", "long"]
     _, script = dry_run(capsys, words)
     monkeypatch.setenv("PATH", slurm_stub(tmp_path, f'cp "$1" {tmp_path}/got; echo Submitted batch job 4711'))
@@ -192,7 +218,7 @@ def test_the_dry_run_shows_exactly_what_sbatch_gets(capsys, words, tmp_path, mon
     assert (tmp_path / "runs/tiny/submitit/4711_submitted.pkl").is_file()
 
 
-def test_the_refusal_of_sbatch_is_passed_on(words, tmp_path, monkeypatch):
+def test_the_refusal_of_sbatch_is_passed_on(words, tmp_path, monkeypatch, no_plan):
     refuse = 'echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1'
     monkeypatch.setenv("PATH", slurm_stub(tmp_path, refuse))
     with pytest.raises(UserError, match=r"^sbatch refused the job: .*invalid partition specified: nowhere$"):
@@ -215,7 +241,7 @@ def test_the_refusal_of_sbatch_is_passed_on(words, tmp_path, monkeypatch):
         ([], "no srun on PATH"),
     ],
 )
-def test_refused_before_submission(words, more, message):
+def test_refused_before_submission(words, more, message, no_plan):
     with pytest.raises(UserError, match=message):
         submit.main([*words, *more])
 
@@ -235,16 +261,13 @@ def test_the_plan_is_shown_alone_on_demand_and_in_short_before_the_queue(capsys,
     assert said.index("parameters") < said.index("job 4711")
 
 
-def test_without_config_and_shards_the_command_that_makes_them_is_named(tmp_path):
-    """As typed at the repository's root; a copy of the recipe, because shards may lie in the checkout."""
+def test_without_config_and_shards_the_command_that_makes_them_is_named(tmp_path, monkeypatch):
+    """As at the repository's root; a copy of the recipe, because shards may lie in the checkout."""
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs/flickr8k_rn50.yaml", tmp_path / "configs")
-    command = [sys.executable, str(ROOT / "launch/submit.py"), "--nodes", "2", "--gpus", "8"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: data.train: no shards match data/flickr8k/train")
-    assert "python tools/shard_flickr8k.py" in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data.train: no shards match data/flickr8k/train.*tools/shard_flickr8k.py"):
+        submit.main(["--nodes", "2", "--gpus", "8"])
 
 
 def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch):
@@ -263,32 +286,35 @@ def test_every_rank_gets_the_environment_of_a_launcher(monkeypatch):
     for name in (*names, "PYTHONPATH", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the rank sets is undone
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     rank.set_environment()
     assert [os.environ[name] for name in names[:6]] == ["11", "16", "3", "8", "8", "gpu07"]
     assert os.environ["MASTER_PORT"] == "24567"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    rank.set_environment()
+    assert os.environ["MASTER_PORT"] == str(10000 + (31234567 + 7919) % 20000)
     assert os.environ["PATH"].startswith(str(Path(sys.executable).parent))
     assert os.environ["PYTHONPATH"].startswith(str(ROOT))
     assert os.environ["OMP_NUM_THREADS"] == "6"
 
 
 def test_the_port_is_free_for_users_whatever_the_job_is_called():
-    assert all(10000 <= rank.rendezvous_port(job) < 30000 for job in ("1", "29999", "99999999", "123_45"))
+    assert all(10000 <= rank.rendezvous_port(job, 3) < 30000 for job in ("1", "29999", "99999999", "123_45"))
 
 
-def local(words: list[str], *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/submit.py", *words, "--cluster", "local", "train.steps=1", *more]
-    env = os.environ | {"PATH": os.defpath}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+def test_every_start_of_a_job_has_another_port():
+    assert len({rank.rendezvous_port("4711", restarts) for restarts in range(1000)}) == 1000
+    near = [rank.rendezvous_port(str(job), restarts) for job in range(4711, 4811) for restarts in range(8)]
+    assert len(set(near)) == len(near)  # nor does it meet the next jobs'
 
 
-def test_local_trains_with_one_process_per_rank(words, tmp_path):
-    ended = local(words, "--gpus", "2")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    run = tmp_path / "runs/tiny"
-    assert ended.stdout.endswith(f"done: {run}\n")
-    assert "step 1/1" in ended.stdout
+def test_local_trains_with_one_process_per_rank(capsys, words, tmp_path, no_plan):
+    assert submit.main([*words, "--cluster", "local", "train.steps=1", "--gpus", "2"]) == 0
+    run, said = tmp_path / "runs/tiny", capsys.readouterr().out
+    assert said.endswith(f"done: {run}\n")
+    assert "step 1/1" in said
     checkpoint = run / "checkpoints/step-00000001"
     assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= {path.name for path in checkpoint.iterdir()}
     assert json.loads((run / "environment.json").read_text())["command"][0] == "launch/submit.py"
@@ -318,7 +344,7 @@ def test_the_template_gives_every_rank_the_same_environment(tmp_path):
     ended = subprocess.run(command, env=given, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     words = "clipdist/train.py --config a b.yaml optim.lr=1"
-    assert ended.stdout.splitlines() == [
-        f"0 0 16 8 gpu07:{rank.rendezvous_port('31234567')} 6 {words}",
-        f"11 3 16 8 gpu07:{rank.rendezvous_port('31234567')} 6 {words}",
-    ]
+    port = rank.rendezvous_port("31234567", 0)
+    assert ended.stdout.splitlines() == [f"0 0 16 8 gpu07:{port} 6 {words}", f"11 3 16 8 gpu07:{port} 6 {words}"]
+    again = subprocess.run(command, env=given | {"SLURM_RESTART_COUNT": "2"}, capture_output=True, text=True)
+    assert f"gpu07:{rank.rendezvous_port('31234567', 2)} " in again.stdout
