@@ -23,8 +23,9 @@ slurm-test: install
 
 # Runs that are killed at random moments and at named points, beside undisturbed ones; a long run's memory and files.
 KILLS ?= 40
+SOAK ?= 2000
 fault-test: install
-	@$(BIN)/python tools/fault_test.py --kills $(KILLS)
+	@$(BIN)/python tools/fault_test.py --kills $(KILLS) --steps $(SOAK)
 
 lint: install
 	$(BIN)/ruff check .
