@@ -125,7 +125,7 @@ class Train:
     save_minutes: float = 30.0  # and where so many minutes have gone by without one; 0: by steps alone
     keep: int = 2  # newest checkpoints that stay
     keep_every: int = 0  # beside them those of every so many steps; 0: none
-    keep_best: str = ""  # beside them the best one by a validation's metric, such as t2i_r1 (loss: the lowest)
+    keep_best: str = ""  # and the best by a validation's metric, such as t2i_r1: each validation then saves, too
     log_every: int = 10  # steps between lines and metrics
     compare_every: int = 100  # steps between comparisons of what all ranks hold alike; 0: never
     hang_s: float = 600.0  # without progress for so long the run ends with the stacks of all ranks; 0: never

@@ -246,15 +246,19 @@ class Trainer:
     def _save_if_due(self, common: Common) -> None:
         if common.failed and self._on_disk >= 0:
             self._report_failed_save()
-        if not (common.overdue or self._due(self.config.train.save_every, self._save_from)):
+        due = common.overdue or self._due(self.config.train.save_every, self._save_from)
+        if not (due or self._measured()) or self._save_from == self.step:
             return
         if not common.busy or self._stays():  # else at the next step: training does not wait for a disk
             self._save()
 
+    def _measured(self) -> bool:
+        """Whether this step may turn out to be the best."""
+        return bool(self.config.train.keep_best) and self._validated_at == self.step
+
     def _stays(self) -> bool:
         """Whether a checkpoint of this very step is wanted: one of the next step would not be kept in its place."""
-        measured = bool(self.config.train.keep_best) and self._validated_at == self.step
-        return measured or self._passes(self.config.train.keep_every)
+        return self._measured() or self._passes(self.config.train.keep_every)
 
     def _save(self) -> None:
         manifest = Manifest(
