@@ -123,6 +123,7 @@ def allow_many_files() -> None:
 def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, resume_command: str) -> int:
     """From the first collective to the last: one Trainer after another, where numbers that do not recover send the run
     back to a checkpoint."""
+    from clipdist.checkpoint import newest_checkpoint
     from clipdist.survive.agreement import compare, facts
     from clipdist.survive.control import Control
     from clipdist.survive.start import open_watch, settle
@@ -136,6 +137,9 @@ def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, re
             watch.stopping(config.launch.signal_s)
         if place.rank == 0:
             held.enter_context(lock_run_folder(config.run.dir, LOCK_S if restarts() else 0))
+            newest = newest_checkpoint(config.run.dir)
+            if newest is not None and (plan.resume is None or plan.resume.folder != newest):
+                plan = make_plan(config, place.world)  # whoever held the folder until now may have saved meanwhile
         with watch.phase("start"):
             plan = settle(config, plan, place, control)
             compare(facts(config, plan), place)

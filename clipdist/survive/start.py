@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ def open_watch(config: Config, place: Place, control: Control) -> Watch:
     """
     listener = open_listener() if place.rank == 0 else None
     port = control.tell(str(listener.getsockname()[1] if listener else ""))
-    token = control.tell(str(secrets.randbits(60)))
     return Watch(
         place.rank,
         place.world,
@@ -36,7 +34,7 @@ def open_watch(config: Config, place: Place, control: Control) -> Watch:
         config.train.hang_s,
         host=os.environ["MASTER_ADDR"],
         port=int(port),
-        token=int(token),
+        token=int(control.token(), 16),
         listener=listener,
     )
 
