@@ -166,12 +166,13 @@ class Estimate:
 
     @property
     def checkpoints_kept(self) -> int | None:
-        """At the end, and one that is being written; None where the number of steps is not known."""
-        train = self.config.train
+        """At most, one that is being written among them; None where the number of steps is not known."""
+        train, guard = self.config.train, self.config.guard
         if train.keep_every and self.steps is None:
             return None
         regular = self.steps // train.keep_every if train.keep_every and self.steps else 0
-        return train.keep + regular + bool(train.keep_best) + 1
+        back = 2 if guard.patience and (self.save_every or guard.window) < guard.window else 0  # see retention.Keep
+        return train.keep + regular + bool(train.keep_best) + back + 1
 
     def _batch_bytes(self) -> int:
         side, length = self.models.spec.image_size, self.models.spec.context_length

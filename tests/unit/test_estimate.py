@@ -147,7 +147,9 @@ def test_length_time_and_disk() -> None:
     found = make_estimate(configured("train.epochs=3", "train.save_every=4", "launch.samples_per_s=8"), catalog)
     assert (found.steps, found.samples, found.epochs) == (12, 192, 3)
     assert found.seconds == 24
-    assert found.checkpoints_kept == 3
+    assert found.checkpoints_kept == 2 + 2 + 1  # two for going back, as saves are closer than guard.window
+    never = configured("train.epochs=3", "train.save_every=4", "guard.patience=0")
+    assert make_estimate(never, catalog).checkpoints_kept == 2 + 1
     assert make_estimate(configured("train.epochs=3")).steps is None
     best = make_estimate(configured("train.steps=100", "train.keep_every=10", "train.keep_best=t2i_r1"))
     assert best.checkpoints_kept == 2 + 10 + 1 + 1
