@@ -91,6 +91,9 @@ def start(device: str, hang_s: float = 0.0) -> Place:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Stage 1 in bf16 with accumulation prints a dozen lines of memory figures when it is built, whatever the log level.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    # DeepSpeed asks of every optimiser whether it is Muon, and to have an answer wraps Muon's kernels in torch.compile,
+    # whose imports are a fifth of a start on a CPU. This is its own stand-in for a torch without compile.
+    deepspeed.runtime.compiler.compile = lambda: deepspeed.runtime.compiler.dummy_decorator
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
         deepspeed.init_distributed(

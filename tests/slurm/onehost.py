@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-POLL_S = 0.3
+POLL_S = 1.0  # every look is two starts of programs on a machine that has better things to do
 # Generous: a start of four ranks takes 20 s of an idle machine with two cores, and a lost node is noticed after 15 s.
 PATIENCE_S = 240.0
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "PREEMPTED", "NODE_FAIL", "REQUEUED")
@@ -28,7 +28,7 @@ class OneHost:
     def call(self, *words: str, check: bool = True) -> str:
         """Runs slurm/cluster with these words. Returns what it printed on stdout."""
         command = [sys.executable, "slurm/cluster", "--folder", str(self.folder), *words]
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
         assert not check or ended.returncode == 0, f"{' '.join(words)}: {ended.stdout}{ended.stderr}"
         return ended.stdout
@@ -47,22 +47,27 @@ class OneHost:
         return dict(line.split() for line in lines)
 
 
+def submit(cluster: OneHost, command: list[str]) -> list[str]:
+    """Runs a command that queues jobs. Returns their numbers, those of an array's elements one by one."""
+    said = cluster.exec(*command)
+    numbers = re.findall(r"^(?:Submitted batch )?job (\d+(?:_\d+)?)", said, re.MULTILINE)
+    assert numbers, said
+    return numbers
+
+
 class Run:
     """One training run: a run folder, and the job that works on it at present.
 
     Args:
         submit: the command that queues it; what it prints names the job.
+        number: the job's, where it is queued already.
     """
 
-    def __init__(self, cluster: OneHost, folder: Path, submit: list[str]) -> None:
-        self.cluster, self.folder, self._submit = cluster, folder, submit
-        self.number = ""
+    def __init__(self, cluster: OneHost, folder: Path, submit: list[str], number: str = "") -> None:
+        self.cluster, self.folder, self._submit, self.number = cluster, folder, submit, number
 
     def submit(self) -> None:
-        said = self.cluster.exec(*self._submit)
-        found = re.search(r"\bjob (\d+)", said)
-        assert found, said
-        self.number = found[1]
+        (self.number,) = submit(self.cluster, self._submit)
 
     @property
     def job(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Training on two nodes: one run is left alone, another has everything happen to it, and both are the same run.
 
 The tests of the disturbed run are in the order in which things happen to it; each stands for itself, because each waits
-until the run trains (and submits it again where nothing works on it).
+until the run trains (and submits it again where nothing works on it). Some other jobs are queued to train meanwhile,
+because the disturbed one often waits for Slurm.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm.onehost import ROOT, OneHost, Run
+from slurm.onehost import ROOT, OneHost, Run, submit
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 200
-SAVE_EVERY = 20
+STEPS = 120
+SAVE_EVERY = 10
 RANK_GONE_S = 60.0  # so long a job may go on without one of its ranks
 
 
@@ -43,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def submitted(cluster: OneHost, settings: list[str], runs: Path):
+def submitted(cluster: OneHost, settings: list[str], runs: Path) -> Callable[..., Run]:
     """Makes a run that launch/submit.py queues, on 2 nodes with 2 ranks each."""
 
     def make(name: str, *more: str) -> Run:
@@ -54,8 +55,26 @@ def submitted(cluster: OneHost, settings: list[str], runs: Path):
 
 
 @pytest.fixture(scope="module")
+def from_script(cluster: OneHost, settings: list[str], runs: Path) -> Iterator[Callable[..., Run]]:
+    """Makes a run that a script of slurm/ queues, on 2 nodes with one rank each."""
+    made = []
+
+    def make(script: str, *options: str) -> Run:
+        folder = runs / script
+        folder.mkdir()  # Slurm does not make the log's
+        options = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10", *options)
+        command = ["sbatch", *options, f"--output={folder}/%j_0_log.out", f"slurm/{script}.sbatch", *settings]
+        made.append(Run(cluster, folder, [*command, f"run.root={runs}", f"run.name={script}"]))
+        return made[-1]
+
+    yield make
+    for run in made:
+        for notes in ROOT.glob(f"clipdist-{run.number}.*"):  # where the scripts keep them
+            notes.unlink()
+
+
+@pytest.fixture(scope="module")
 def undisturbed(submitted) -> Run:
-    """Queued by the first test that asks, so that it trains beside the disturbed one's pauses."""
     run = submitted("undisturbed")
     run.submit()
     return run
@@ -64,6 +83,27 @@ def undisturbed(submitted) -> Run:
 @pytest.fixture(scope="module")
 def disturbed(submitted) -> Run:
     return submitted("disturbed", "--partition", "spare")
+
+
+@pytest.fixture(scope="module")
+def launcher(from_script) -> Run:
+    run = from_script("deepspeed", "--export=ALL,RANKS_PER_NODE=1")
+    run.submit()
+    return run
+
+
+@pytest.fixture(scope="module")
+def template(from_script) -> Run:
+    return from_script("train", "--ntasks-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def sweep(cluster: OneHost, settings: list[str], runs: Path) -> list[Run]:
+    """An array of two runs without an end, with one rank each, on the node that is not to be lost."""
+    command = [sys.executable, "launch/submit.py", "--nodes", "1", "--gpus", "1", "--exclude", "node2", *settings]
+    words = ["train.steps=1000000", f"run.root={runs}", "run.name=sweep", "--sweep", "data.seed=1,2"]
+    numbers = submit(cluster, [*command, *words])
+    return [Run(cluster, runs / f"sweep-seed{seed}", [], number) for seed, number in zip((1, 2), numbers)]
 
 
 def test_cancelled_with_a_signal_it_saves_and_ends_75(undisturbed, disturbed):
@@ -88,7 +128,7 @@ def test_preempted_by_a_job_of_a_higher_partition_it_saves_and_waits(disturbed):
     assert disturbed.resumed_at() >= step
 
 
-def test_warned_of_its_time_limit_it_saves_and_queues_itself_again(disturbed):
+def test_warned_of_its_time_limit_it_saves_and_queues_itself_again(disturbed, launcher):
     step, starts = disturbed.until_it_trains(), disturbed.starts
     disturbed.cluster.exec("scancel", "--signal=USR2", disturbed.number)
     disturbed.until_started_again(starts)
@@ -114,7 +154,7 @@ def test_trains_across_both_nodes(undisturbed):
     assert sorted(undisturbed.curve()) == list(range(1, STEPS + 1))
 
 
-def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(disturbed):
+def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(disturbed, sweep):
     step, starts = disturbed.until_it_trains(), disturbed.starts
     disturbed.cluster.call("kill-node", "2")
     disturbed.wait_for("requeue", lambda: disturbed.state == "PENDING")
@@ -124,24 +164,25 @@ def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(disturbed):
     assert disturbed.resumed_at() >= step - 2 * SAVE_EVERY
 
 
+def test_one_run_of_a_sweep_is_warned_and_then_the_sweep_is_cancelled(sweep):
+    warned, other = sweep
+    step, starts = warned.until_it_trains(), warned.starts
+    warned.cluster.exec("scancel", "--signal=USR2", warned.number)
+    warned.until_started_again(starts)
+    warned.until_it_trains()
+    assert warned.resumed_at() >= step
+    other.until_it_trains()
+    assert other.starts == 0
+    warned.cluster.exec("scancel", warned.number.partition("_")[0])  # the whole array
+    for run in sweep:
+        assert run.until_ended()["JobState"] == "CANCELLED"
+        assert run.records("event", event="interrupted")[-1]["step"] == max(run.curve())  # saved, even so
+
+
 def test_the_disturbed_run_is_the_undisturbed_one(undisturbed, disturbed):
     assert disturbed.until_ended()["JobState"] == "COMPLETED", disturbed.log()[-6000:]
     assert len(disturbed.records("event", event="restart")) >= 5
     assert disturbed.curve() == undisturbed.curve()
-
-
-@pytest.fixture(scope="module")
-def template(cluster: OneHost, settings: list[str], runs: Path) -> Iterator[Run]:
-    """The run of slurm/train.sbatch on 2 nodes with one rank each."""
-    folder = runs / "template"
-    folder.mkdir()  # Slurm does not make the log's
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--time=10"]
-    options += [f"--output={folder}/%j_0_log.out", f"--export=ALL,PYTHON={sys.executable}"]
-    words = [*settings, f"run.root={runs}", "run.name=template"]
-    run = Run(cluster, folder, ["sbatch", *options, "slurm/train.sbatch", *words])
-    yield run
-    for notes in ROOT.glob(f"clipdist-{run.number}.*"):  # where the script keeps them
-        notes.unlink()
 
 
 def test_the_sbatch_template_starts_again_after_a_killed_rank(template):
@@ -154,7 +195,12 @@ def test_the_sbatch_template_starts_again_after_a_killed_rank(template):
     assert template.starts == starts + 1
 
 
-def test_the_template_s_run_on_half_the_ranks_has_the_same_batches(template, undisturbed):
+def test_the_deepspeed_launcher_s_run_is_the_template_s(launcher, template):
+    assert launcher.until_ended()["JobState"] == "COMPLETED", launcher.log()[-6000:]
+    assert launcher.curve() == template.curve()
+
+
+def test_half_the_ranks_have_the_same_batches(template, undisturbed):
     """And the same losses, but for the rounding of sums."""
     mine, reference = template.curve(), undisturbed.curve()
     assert {step: ids for step, (ids, _) in mine.items()} == {step: ids for step, (ids, _) in reference.items()}
