@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.checkpoint import CheckpointReader, newest_checkpoint
-from clipdist.errors import run_main
+from clipdist.errors import exit_code
 
 RUNNING = 1000  # stands for the exit code of a process that has none yet
 LOOK_S = 0.02
@@ -31,9 +31,7 @@ OTHERS_END_S = 60  # from a rank's death to the end of the others, at most
 # What a run imports, part of it late.
 IMPORTED = (
     "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "omegaconf._impl",
-    "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
     "clipdist.train",
     "clipdist.trainer",
@@ -226,11 +224,7 @@ def _fork(words: list[str], rank: int, world: int, port: int, log: Path, prepare
 def _train(words: list[str]) -> int:
     from clipdist.train import main
 
-    try:
-        run_main(lambda: main(words))
-    except SystemExit as leave:
-        return int(leave.code or 0)
-    return 0
+    return exit_code(lambda: main(words))
 
 
 def _wait(pids: list[int], during: Callable[[list[int], float], None] | None, limit_s: float) -> Attempt:

@@ -23,7 +23,8 @@ import resource
 import shlex
 import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING
 
@@ -85,6 +86,21 @@ def train(config: Config, resume_command: str = "") -> int:
         UserError: bad input; before any model is built where that can be known then.
         Fault: what ended the run although its input was good.
     """
+    with without_collection():
+        return _train(config, resume_command)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Nothing of what imports make is garbage, and looking for it is a tenth of their time: until training begins."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _train(config: Config, resume_command: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         note_start(config.run.dir)
     from clipdist.engine import distributed
@@ -129,6 +145,8 @@ def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, re
     from clipdist.survive.start import open_watch, settle
     from clipdist.trainer import Trainer
 
+    gc.freeze()  # nor is it looked through later: in training, one rank's pause is a pause of all
+    gc.enable()
     control = Control(place, config.train.hang_s)
     with open_watch(config, place, control) as watch, ExitStack() as held:
         # Even a rank that waits in a collective for ever ends within this time of a signal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-POLL_S = 1.0  # every look is two starts of programs on a machine that has better things to do
+ASK_S = 1.0  # between two questions to Slurm: each is two starts of programs, where the CPUs have better things to do
+LOOK_S = 0.2  # between two looks at a file
 # Generous: a start of four ranks takes 20 s of an idle machine with two cores, and a lost node is noticed after 15 s.
 PATIENCE_S = 240.0
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "PREEMPTED", "NODE_FAIL", "REQUEUED")
@@ -105,13 +107,15 @@ class Run:
         """Waits for a step from now on; submits the run where no job works on it. Returns the step."""
         if not self.number or self.state not in ACTIVE:
             self.submit()
-        now = time.time()
+        now, looks = time.time(), itertools.count(1)
 
         def fresh() -> bool:
-            assert self.state in ACTIVE, f"the job ended: {self.state}"
-            return any(record["time"] > now for record in self.records("train")[-1:])
+            if any(record["time"] > now for record in self.records("train")[-1:]):
+                return True
+            assert next(looks) % 20 or self.state in ACTIVE, f"the job ended: {self.state}"
+            return False
 
-        self.wait_for("a training step", fresh)
+        self.wait_for("a training step", fresh, look_s=LOOK_S)
         return self.records("train")[-1]["step"]
 
     def until_started_again(self, starts: int) -> None:
@@ -128,12 +132,12 @@ class Run:
         self.wait_for("the job's end", lambda: self.state not in ACTIVE)
         return self.job
 
-    def wait_for(self, what: str, true: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
+    def wait_for(self, what: str, true: Callable[[], bool], limit_s: float = PATIENCE_S, look_s: float = ASK_S) -> None:
         until = time.monotonic() + limit_s
         try:
             while not true():
                 assert time.monotonic() < until, f"{limit_s:.0f} s were too short"
-                time.sleep(POLL_S)
+                time.sleep(look_s)
         except AssertionError as error:
             raise AssertionError(f"no {what}: {error}\n{self.job}\n{self.log()[-6000:]}") from None
 

@@ -18,7 +18,7 @@ from slurm.onehost import ROOT, OneHost, Run, submit
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 120
+STEPS = 80
 SAVE_EVERY = 10
 RANK_GONE_S = 60.0  # so long a job may go on without one of its ranks
 
@@ -99,11 +99,19 @@ def template(from_script) -> Run:
 
 @pytest.fixture(scope="module")
 def sweep(cluster: OneHost, settings: list[str], runs: Path) -> list[Run]:
-    """An array of two runs without an end, with one rank each, on the node that is not to be lost."""
+    """An array of two runs without an end, with one rank each, on the node that is not lost."""
     command = [sys.executable, "launch/submit.py", "--nodes", "1", "--gpus", "1", "--exclude", "node2", *settings]
     words = ["train.steps=1000000", f"run.root={runs}", "run.name=sweep", "--sweep", "data.seed=1,2"]
     numbers = submit(cluster, [*command, *words])
     return [Run(cluster, runs / f"sweep-seed{seed}", [], number) for seed, number in zip((1, 2), numbers)]
+
+
+@pytest.fixture(scope="module")
+def lost(disturbed) -> tuple[Run, int, int]:
+    """The disturbed run, one of whose nodes has just lost its power; its last step, and how often it was started."""
+    step, starts = disturbed.until_it_trains(), disturbed.starts
+    disturbed.cluster.call("kill-node", "2")
+    return disturbed, step, starts
 
 
 def test_cancelled_with_a_signal_it_saves_and_ends_75(undisturbed, disturbed):
@@ -154,17 +162,8 @@ def test_trains_across_both_nodes(undisturbed):
     assert sorted(undisturbed.curve()) == list(range(1, STEPS + 1))
 
 
-def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(disturbed, sweep):
-    step, starts = disturbed.until_it_trains(), disturbed.starts
-    disturbed.cluster.call("kill-node", "2")
-    disturbed.wait_for("requeue", lambda: disturbed.state == "PENDING")
-    disturbed.cluster.call("start-node", "2")
-    disturbed.until_started_again(starts)
-    disturbed.until_it_trains()
-    assert disturbed.resumed_at() >= step - 2 * SAVE_EVERY
-
-
-def test_one_run_of_a_sweep_is_warned_and_then_the_sweep_is_cancelled(sweep):
+def test_one_run_of_a_sweep_is_warned_and_then_the_sweep_is_cancelled(lost, sweep):
+    """While Slurm finds out about the lost node."""
     warned, other = sweep
     step, starts = warned.until_it_trains(), warned.starts
     warned.cluster.exec("scancel", "--signal=USR2", warned.number)
@@ -179,10 +178,13 @@ def test_one_run_of_a_sweep_is_warned_and_then_the_sweep_is_cancelled(sweep):
         assert run.records("event", event="interrupted")[-1]["step"] == max(run.curve())  # saved, even so
 
 
-def test_the_disturbed_run_is_the_undisturbed_one(undisturbed, disturbed):
-    assert disturbed.until_ended()["JobState"] == "COMPLETED", disturbed.log()[-6000:]
-    assert len(disturbed.records("event", event="restart")) >= 5
-    assert disturbed.curve() == undisturbed.curve()
+def test_a_node_is_lost_and_the_run_goes_on_when_it_is_back(lost):
+    run, step, starts = lost
+    run.wait_for("requeue", lambda: run.state == "PENDING")
+    run.cluster.call("start-node", "2")
+    run.until_started_again(starts)
+    run.until_it_trains()
+    assert run.resumed_at() >= step - 2 * SAVE_EVERY
 
 
 def test_the_sbatch_template_starts_again_after_a_killed_rank(template):
@@ -193,6 +195,12 @@ def test_the_sbatch_template_starts_again_after_a_killed_rank(template):
     assert re.search(r"node2.*(rank|task) 1\b|(rank|task) 1\b.*node2", template.log())
     assert template.until_ended()["JobState"] == "COMPLETED", template.log()[-6000:]
     assert template.starts == starts + 1
+
+
+def test_the_disturbed_run_is_the_undisturbed_one(undisturbed, disturbed):
+    assert disturbed.until_ended()["JobState"] == "COMPLETED", disturbed.log()[-6000:]
+    assert len(disturbed.records("event", event="restart")) >= 5
+    assert disturbed.curve() == undisturbed.curve()
 
 
 def test_the_deepspeed_launcher_s_run_is_the_template_s(launcher, template):

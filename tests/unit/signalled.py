@@ -36,7 +36,9 @@ def main(what: str, *rest: str) -> int:
         stop.restore()
     say(f"ready {os.getpid()}")
     if what == "blocked":
-        ctypes.CDLL(None).sleep(60)
+        mutex = ctypes.create_string_buffer(64)  # zeros: one that nobody holds
+        for _ in range(2):  # to lock it twice takes for ever, and unlike a sleep goes on after a signal
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
     ended: list[str] = []
     threading.Thread(target=lambda: ended.append(sys.stdin.readline()), daemon=True).start()
     shown = False

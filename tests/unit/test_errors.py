@@ -71,3 +71,26 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path):
     line = f"'{sys.executable}' '{program}' | head -n 1"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
+
+
+def test_what_was_left_for_the_end_is_done():
+    program = (
+        "import atexit, sys, threading, time\n"
+        "from clipdist.errors import run_main\n"
+        "atexit.register(print, 'at exit')\n"
+        "def late():\n"
+        "    time.sleep(0.2)\n"
+        "    print('thread')\n"
+        "def main():\n"
+        "    print('main', end=' ')\n"
+        "    if sys.argv[1:]:\n"
+        "        threading.Thread(target=late).start()\n"
+        "    return 3\n"
+        "run_main(main)\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = [subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["thread"])]
+    assert [(run.returncode, run.stdout, run.stderr) for run in ended] == [
+        (3, "main at exit\n", ""),
+        (3, "main thread\nat exit\n", ""),
+    ]
