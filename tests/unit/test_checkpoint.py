@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import io
 import json
 import os
@@ -162,6 +163,14 @@ def test_a_flipped_bit_of_the_manifest_is_noticed(tmp_path):
         except UserError:
             noticed += 1
     assert noticed > 0.9 * len(good)
+
+
+def test_a_manifest_s_checksum_is_that_of_sorted_json(tmp_path):
+    """So that any program can compute it, however the file is laid out."""
+    record = json.loads((write(tmp_path, 1) / MANIFEST).read_text())
+    stated = record.pop("checksum")
+    assert stated == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    assert {} in record.values()  # empty ones are written in another way
 
 
 def test_a_manifest_without_a_checksum_still_loads(tmp_path):
