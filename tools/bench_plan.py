@@ -49,8 +49,11 @@ CELLS = {
     "batch 32 fp32": (1, WIDE),
     "batch 32 fp32 checkpointing": (1, [*WIDE, "engine.activation_checkpointing=true"]),
     "batch 32 fp32 micro-batches": (1, [*WIDE, "train.micro_batch=8"]),
-    "RN50 batch 8 fp32": (1, ["model.name=RN50", "train.global_batch=8", "engine.zero_stage=0"]),
-    "RN50 batch 8 bf16": (1, ["model.name=RN50", "train.global_batch=8", "train.precision=bf16"]),
+    **{
+        f"RN50 stage{s} fp32": (1, ["model.name=RN50", "train.global_batch=8", f"engine.zero_stage={s}"])
+        for s in (0, 1, 3)
+    },
+    "RN50 bf16": (1, ["model.name=RN50", "train.global_batch=8", "train.precision=bf16"]),
 }
 
 
