@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 fault; 2 bad input, one line on stderr and no traceback; 7
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -30,8 +31,11 @@ class Fault(UserError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and leaves the process with its exit code, as `exit_code` says. Not for a process that goes on."""
-    _leave(exit_code(main))
+    """Runs `main` and leaves the process with its exit code, as `exit_code` says. The last call of a program."""
+    code = exit_code(main)
+    if sys._getframe(1).f_back is None and not sys.flags.inspect:
+        _leave(code)
+    sys.exit(code)  # a profiler, a debugger or a test runs the program, and has something left to do
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -58,21 +62,24 @@ def exit_code(main: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:  # what was printed cannot be kept (a full disk): that is no fault of the run
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process as Python does, but without taking it apart: all modules of torch, one by one, take 2 s.
+    """Ends the process without taking it apart: all modules of torch, one by one, take 2 s.
 
-    Where a thread is still to be waited for, Python does all of it.
+    Files must have been closed: what only the end of Python would flush is lost, but for what was printed. Where a
+    thread is still to be waited for, Python does all of it.
     """
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        with suppress(AttributeError, OSError, ValueError):  # it may be none, full or closed
             stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what libraries print, such as NCCL its log
     os._exit(code)

@@ -1,8 +1,8 @@
 """Training on two nodes: one run is left alone, another has everything happen to it, and both are the same run.
 
-The tests of the disturbed run are in the order in which things happen to it; each stands for itself, because each waits
-until the run trains (and submits it again where nothing works on it). Some other jobs are queued to train meanwhile,
-because the disturbed one often waits for Slurm.
+The tests of the disturbed run are in the order in which things happen to it; each of them waits until the run trains,
+and submits it again where nothing works on it. Those that compare runs need the tests before them. Some other jobs are
+queued to train meanwhile, because the disturbed one often waits for Slurm.
 """
 
 from __future__ import annotations

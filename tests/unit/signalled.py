@@ -36,6 +36,7 @@ def main(what: str, *rest: str) -> int:
         stop.restore()
     say(f"ready {os.getpid()}")
     if what == "blocked":
+        signal.alarm(120)  # not for ever where the tests have died
         mutex = ctypes.create_string_buffer(64)  # zeros: one that nobody holds
         for _ in range(2):  # to lock it twice takes for ever, and unlike a sleep goes on after a signal
             ctypes.CDLL(None).pthread_mutex_lock(mutex)

@@ -73,24 +73,45 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path):
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
 
 
-def test_what_was_left_for_the_end_is_done():
-    program = (
-        "import atexit, sys, threading, time\n"
-        "from clipdist.errors import run_main\n"
-        "atexit.register(print, 'at exit')\n"
-        "def late():\n"
-        "    time.sleep(0.2)\n"
-        "    print('thread')\n"
-        "def main():\n"
-        "    print('main', end=' ')\n"
-        "    if sys.argv[1:]:\n"
-        "        threading.Thread(target=late).start()\n"
-        "    return 3\n"
-        "run_main(main)\n"
-    )
-    command = [sys.executable, "-c", program]
-    ended = [subprocess.run([*command, *more], capture_output=True, text=True) for more in ([], ["thread"])]
-    assert [(run.returncode, run.stdout, run.stderr) for run in ended] == [
-        (3, "main at exit\n", ""),
-        (3, "main thread\nat exit\n", ""),
-    ]
+LEAVING = """
+import atexit, ctypes, sys, threading, time
+from clipdist.errors import run_main
+atexit.register(print, "at exit")
+def late():
+    time.sleep(0.2)
+    print("thread")
+def main():
+    print("main")
+    if "thread" in sys.argv:
+        threading.Thread(target=late).start()
+    if "library" in sys.argv:
+        ctypes.CDLL(None).puts(b"library")
+    return 75
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        ([], ["main", "at exit"]),
+        (["thread"], ["main", "thread", "at exit"]),
+        (["library"], ["main", "at exit", "library"]),
+    ],
+)
+def test_what_was_left_for_the_end_is_done(words, out):
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "PYTHONUNBUFFERED")}
+    ended = subprocess.run([sys.executable, "-c", LEAVING, *words], capture_output=True, text=True, env=env)
+    assert (ended.returncode, ended.stdout.splitlines(), ended.stderr) == (75, out, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_without_a_place_to_print_to_the_exit_code_is_the_same(tmp_path, closed):
+    (tmp_path / "program.py").write_text(LEAVING)
+    assert subprocess.run(f"'{sys.executable}' program.py {closed}", shell=True, cwd=tmp_path).returncode == 75
+
+
+def test_a_profiler_still_writes_its_profile(tmp_path):
+    (tmp_path / "program.py").write_text(LEAVING)
+    subprocess.run([sys.executable, "-m", "cProfile", "-o", "profile", "program.py"], cwd=tmp_path, check=False)
+    assert (tmp_path / "profile").exists()
