@@ -110,18 +110,22 @@ def import_all() -> float:
 
 
 def measure(model: str, args: argparse.Namespace, place: Any) -> Result:
-    """A fresh start, steps and saves, and a start from the last checkpoint."""
+    """Steps and saves, then starts from the last checkpoint and fresh ones by turns: the quickest of either kind."""
     words = [f"train.global_batch={args.batch}", *args.overrides, f"model.name={model}"]
     config = load_config(args.config, words)
     with workspace(args.work) as run_dir:
-        engine, spec, fresh = start(config, place, None)
+        engine, spec, _ = start(config, place, None)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.engine.module.parameters())
         say(f"{model}: {parameters / 1e6:.1f} M parameters")
         saves, folder = save_by_turns(engine, spec, config, args, run_dir)
         size = sum(path.stat().st_size for path in folder.iterdir())
         del engine  # two at one time need not fit
-        gc.collect()
-        resumed = start(config, place, folder)[2]
+        starts: dict[Path | None, list[Start]] = {folder: [], None: []}
+        for _ in range(args.starts):
+            for source, times in starts.items():
+                gc.collect()
+                times.append(start(config, place, source)[2])
+    fresh, resumed = (min(starts[source], key=Start.total) for source in (None, folder))
     return Result(model, parameters, size, saves, fresh, resumed)
 
 
@@ -263,7 +267,8 @@ def report(results: list[Result], import_s: float, args: argparse.Namespace, dev
         f"The limit is the larger one of {LIMIT_SHARE:.0%} of a step and {1e3 * LIMIT_S:.0f} ms. The first save"
         " counts like the others.",
         "",
-        f"A start up to the end of the first step, seconds; before it {import_s:.1f} s of imports, alike for both.",
+        f"A start up to the end of the first step, seconds, the quickest of {args.starts} by turns; before it"
+        f" {import_s:.1f} s of imports, alike for both.",
         "",
         "| model | start | checksums | model | weights | engine | moments | first step | in all "
         "| with imports, / fresh |",
@@ -317,6 +322,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="pairs of a step (8)")
     parser.add_argument("--saves", type=int, default=4, metavar="N", help="checkpoints to save (4)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps without saving before each (3)")
+    parser.add_argument("--starts", type=int, default=3, metavar="N", help="of either kind, by turns (3)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="on the storage to be measured; default: temporary")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as markdown, too")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
