@@ -118,13 +118,13 @@ def test_the_last_good_checkpoint_survives_every_kill(tmp_path):
         turn, ended = Pipe(), Pipe()
         processes: list[tuple[int, ...]] = [(0, 1)] if number % 2 else [(0,), (1,)]
         pids = [forked(tmp_path, ranks, step + 1, f"kill-{number}", turn, ended) for ranks in processes]
+        usual_s = sorted(save_s)[len(save_s) // 2]
         try:
             for save in range(saves_before):
                 began = time.monotonic()
                 ended.hear()
                 if save:  # the first one has the start of a process in it
                     save_s.append(time.monotonic() - began)
-            usual_s = sorted(save_s)[len(save_s) // 2]
             time.sleep(moments.random() * usual_s)
         finally:
             moments.shuffle(pids)
