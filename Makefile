@@ -25,7 +25,7 @@ slurm-test: install
 KILLS ?= 40
 SOAK ?= 2000
 fault-test: install
-	@$(BIN)/python tools/fault_test.py --kills $(KILLS) --steps $(SOAK)
+	@$(BIN)/python tests/fault_test.py --kills $(KILLS) --steps $(SOAK)
 
 lint: install
 	$(BIN)/ruff check .

@@ -30,13 +30,13 @@ from typing import IO, TYPE_CHECKING
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.errors import EXIT_INTERRUPTED, Fault, UserError, run_main
-from clipdist.plan import make_plan
-from clipdist.survive.signals import StopFlag, die_with_launcher
-from clipdist.survive.slurm import note_start, restarts
+from clipdist.fault_tolerance.signals import StopFlag, die_with_launcher
+from clipdist.fault_tolerance.slurm import note_start, restarts
+from clipdist.run_plan import make_plan
 
 if TYPE_CHECKING:
-    from clipdist.engine.distributed import Place
-    from clipdist.plan import Plan
+    from clipdist.distributed.rank import Place
+    from clipdist.run_plan import Plan
     from clipdist.trainer import Outcome, Trainer
 
 LOCK_S = 150.0  # that a job which was queued again waits for the run folder
@@ -103,7 +103,7 @@ def without_collection() -> Iterator[None]:
 def _train(config: Config, resume_command: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         note_start(config.run.dir)
-    from clipdist.engine import distributed
+    from clipdist.distributed import rank as distributed
 
     device = distributed.resolve_device(config.device)
     distributed.resolve_precision(config.train.precision, device)
@@ -139,10 +139,10 @@ def allow_many_files() -> None:
 def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, resume_command: str) -> int:
     """From the first collective to the last: one Trainer after another, where numbers that do not recover send the run
     back to a checkpoint."""
-    from clipdist.checkpoint import newest_checkpoint
-    from clipdist.survive.agreement import compare, facts
-    from clipdist.survive.control import Control
-    from clipdist.survive.start import open_watch, settle
+    from clipdist.checkpoint.format import newest_checkpoint
+    from clipdist.distributed.consensus import Control
+    from clipdist.fault_tolerance.consistency import compare, facts
+    from clipdist.resume import open_watch, settle
     from clipdist.trainer import Trainer
 
     gc.freeze()  # nor is it looked through later: in training, one rank's pause is a pause of all
@@ -184,8 +184,8 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
     Raises:
         Fault: the run went back guard.rollbacks times already.
     """
-    from clipdist.survive.rollback import record_rollback, rollbacks
-    from clipdist.survive.start import settle
+    from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
+    from clipdist.resume import settle
 
     place, control = trainer.place, trainer.control
     times = int(control.tell(str(rollbacks(config.run.dir))))

@@ -16,30 +16,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipdist.checkpoint import Manifest, load_full_weights
+from clipdist.checkpoint.format import Manifest, load_full_weights
+from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.saver import Saver, restore, scaler_state
 from clipdist.config import Config, to_dict
 from clipdist.data.loader import Batch, Interrupted, open_loader
 from clipdist.data.order import next_position
 from clipdist.data.tokens import make_tokenizer
-from clipdist.engine.distributed import Place
-from clipdist.engine.engine import Engine, StepResult
+from clipdist.distributed.consensus import Common, Control
+from clipdist.distributed.rank import Place
 from clipdist.engine.optim import learning_rate
-from clipdist.engine.replicated import compare_replicas
-from clipdist.engine.saver import Saver, restore, scaler_state
+from clipdist.engine.step import Engine, StepResult
 from clipdist.errors import Fault, UserError
 from clipdist.evals.validation import Validation
-from clipdist.loss.make import make_loss
-from clipdist.model.dual_encoder import build_model
-from clipdist.model.load import NothingDrawn
-from clipdist.model.spec import ModelSpec
+from clipdist.fault_tolerance.guard import Guard
+from clipdist.fault_tolerance.replicas import compare_replicas
+from clipdist.fault_tolerance.signals import StopFlag
+from clipdist.fault_tolerance.slurm import requeue
+from clipdist.fault_tolerance.watchdog import Watch
+from clipdist.losses.make import make_loss
+from clipdist.models.dual_encoder import build_model
+from clipdist.models.load import NothingDrawn
+from clipdist.models.spec import ModelSpec
 from clipdist.monitor.journal import Clock, Journal
-from clipdist.plan import Plan
-from clipdist.retention import Keep
-from clipdist.survive.control import Common, Control
-from clipdist.survive.guard import Guard
-from clipdist.survive.signals import StopFlag
-from clipdist.survive.slurm import requeue
-from clipdist.survive.watch import Watch
+from clipdist.run_plan import Plan
 
 RETRY_SAVE_S = 60  # after a checkpoint that could not be written
 LAST_PARTS_S = 20  # that a run which ends in a fault waits for the checkpoint that is being written

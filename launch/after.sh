@@ -2,7 +2,7 @@
 # The end of a batch script: srun's exit code in, that of the job out; where it helps, the job is queued again first.
 #   after.sh CODE FILES MAX_RESTARTS
 # FILES is the prefix of the job's notes: FILES.code, FILES.again and FILES.start are the ranks'
-# (clipdist/survive/slurm.py), FILES.faults has a line for every restart after a fault, FILES.vain one for every warned
+# (clipdist/fault_tolerance/slurm.py), FILES.faults has a line for every restart after a fault, FILES.vain one for every warned
 # start in a row that brought no new checkpoint.
 # 0 done, 2 bad input: never again. 75 interrupted with a checkpoint: again where Slurm gave the warning or preempts the
 # job; a start that is warned before it has a new checkpoint would be so for ever, and comes again up to MAX_RESTARTS

@@ -27,7 +27,7 @@ def prepare_extensions(config: Config) -> None:
     zero = config.engine.deepspeed.get("zero_optimization") or {}
     if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
         return
-    from clipdist.engine.distributed import resolve_device
+    from clipdist.distributed.rank import resolve_device
 
     device = resolve_device(config.device)
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / node_type(device))))

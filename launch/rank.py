@@ -16,7 +16,7 @@ if __name__ == "__main__":  # ahead of an installed clipdist
 
 from clipdist.config import REPOSITORY, Config, load_config
 from clipdist.errors import Fault, UserError, run_main
-from clipdist.survive.slurm import note_exit, restarts
+from clipdist.fault_tolerance.slurm import note_exit, restarts
 from launch.setup_lines import as_written
 
 PORT_STRIDE = 7919  # far from the ports of the next jobs, and prime: 20000 starts until one comes again

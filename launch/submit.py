@@ -17,7 +17,7 @@ import time
 
 from clipdist.config import Config, to_yaml
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
-from clipdist.plan import check_data, check_launch, check_ranks
+from clipdist.run_plan import check_data, check_launch, check_ranks
 from launch.arguments import Request, read_arguments
 from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot
@@ -50,7 +50,7 @@ def check(config: Config) -> None:
     if launch.cluster == "local" and launch.nodes != 1:
         raise UserError(f"launch.nodes={launch.nodes}: --cluster local has one node, this machine")
     check_ranks(config, 1 if launch.cluster == "debug" else launch.nodes * launch.gpus)
-    from clipdist.model.spec import resolve_spec  # slow to import: last
+    from clipdist.models.spec import resolve_spec  # slow to import: last
 
     resolve_spec(config.model)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipdist.data.shards import Sample, sample_key, shard_name, shard_sizes, write_shard
+from clipdist.datasets.shard_writer import Sample, sample_key, shard_name, shard_sizes, write_shard
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 PLACES = {"left": (0, 12), "right": (20, 12), "top": (12, 0), "bottom": (12, 20)}

@@ -10,8 +10,8 @@ TRAINER = '''
 import os, time
 from clipdist.config import Config
 from clipdist.errors import UserError
-from clipdist.survive.signals import StopFlag
-from clipdist.survive.slurm import requeue, restarts
+from clipdist.fault_tolerance.signals import StopFlag
+from clipdist.fault_tolerance.slurm import requeue, restarts
 
 def train(config, resume_command=""):
     """Steps until the run folder holds a file that says how to end; "<rank>:<what>" is for one rank alone."""
@@ -57,7 +57,7 @@ def make_repository(folder: Path, version: str = "one") -> Path:
     for name in ("clipdist", "launch", "configs", "slurm"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     write_trainer(folder, version)
-    (folder / "clipdist/model/spec.py").write_text("def resolve_spec(cfg):\n    return None\n")
+    (folder / "clipdist/models/spec.py").write_text("def resolve_spec(cfg):\n    return None\n")
     (folder / "clipdist/estimate/__init__.py").write_text(ESTIMATE)
     return folder
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.errors import UserError, run_main
-from clipdist.plan import check_ranks
+from clipdist.run_plan import check_ranks
 
 if TYPE_CHECKING:
-    from clipdist.audit import Audit, Row
+    from clipdist.evals.audit import Audit, Row
 
 EXAMPLES = """examples:
   python tools/audit_gradients.py --config configs/demo.yaml --ranks 2
@@ -48,9 +48,9 @@ def main() -> int:
 
 def run_rank(config: Config, args: argparse.Namespace) -> int:
     """One rank of the audit. Rank 0 prints and returns 1 where a part fails."""
-    from clipdist.audit import Audit, open_source
-    from clipdist.engine import distributed
-    from clipdist.peers.audit import audit_peers
+    from clipdist.distributed import rank as distributed
+    from clipdist.evals.audit import Audit, open_source
+    from tools.bench.peers.audit import audit_peers
 
     place = distributed.start(distributed.resolve_device(config.device))
     try:
@@ -116,7 +116,7 @@ def _verdict(row: Row) -> str:
 
 def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
     """Notes and verdict. Returns the exit code."""
-    from clipdist.audit import IMPL
+    from clipdist.evals.audit import IMPL
 
     passed = all(row.passed for row in rows if row.impl == IMPL)
     notes = audit.notes()
@@ -151,7 +151,7 @@ def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed:
 
 def check_device(config: Config, ranks: int) -> str:
     """Returns the device. Raises UserError for what cannot run here."""
-    from clipdist.engine.distributed import resolve_device, resolve_precision
+    from clipdist.distributed.rank import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
     resolve_precision(config.train.precision, device)

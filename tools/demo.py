@@ -190,7 +190,7 @@ def explain(failure: StepFailed) -> int:
 
 def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The content of summary.json, flat; rates and accuracies are percentages."""
-    from clipdist.checkpoint import newest_checkpoint
+    from clipdist.checkpoint.format import newest_checkpoint
 
     retrieval = results["retrieval"]
     recalls = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from clipdist.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from clipdist.engine.distributed import Place
+    from clipdist.distributed.rank import Place
     from clipdist.evals.embed import Embeddings
     from clipdist.evals.protocols import Protocol
     from clipdist.evals.retrieval import Ranks
@@ -37,7 +37,7 @@ def main() -> None:
     # a misspelt folder is heard of before torch is imported
     catalog = None if args.embeddings else Catalog.open(args.shards, what="SHARDS")
 
-    from clipdist.engine.distributed import resolve_device
+    from clipdist.distributed.rank import resolve_device
     from clipdist.evals.embed import joined_ranks
 
     with joined_ranks(resolve_device(args.device)) as place:
@@ -81,7 +81,7 @@ def embed(args: argparse.Namespace, catalog, place: Place) -> tuple[Embeddings, 
     from clipdist.data.loader import default_threads
     from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
     from clipdist.evals.protocols import CAPTIONS, PROTOCOLS, read_test_names, require_whole, select_samples
-    from clipdist.model.load import load_model
+    from clipdist.models.load import load_model
 
     protocol = PROTOCOLS.get(args.protocol)
     where = " ".join(args.shards)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import run_main
 
 if TYPE_CHECKING:
-    from clipdist.model.load import LoadedModel
+    from clipdist.models.load import LoadedModel
 
 EXAMPLES = """examples:
   python tools/export.py runs/demo --out demo.safetensors
@@ -21,7 +21,7 @@ EXAMPLES = """examples:
 def main() -> int:
     args = parse_args()
 
-    from clipdist.model.load import load_model
+    from clipdist.models.load import load_model
 
     loaded = load_model(args.run, weights=args.weights, trust_weights=args.trust_weights, step=args.step)
     write = {"open_clip": to_open_clip, "hugging_face": to_hugging_face, "torch_export": to_programs}[args.format]
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def to_open_clip(loaded: LoadedModel, out: Path) -> tuple[list[str], dict[str, Any]]:
-    from clipdist.model.export import export_model
+    from clipdist.models.export import export_model
 
     export = export_model(loaded.model, out, {"label": loaded.label, "step": loaded.step})
     beside = {key: str(path) if path else None for key, path in (("config", export.config), ("merges", export.merges))}
@@ -48,7 +48,7 @@ def to_open_clip(loaded: LoadedModel, out: Path) -> tuple[list[str], dict[str, A
 
 
 def to_hugging_face(loaded: LoadedModel, out: Path) -> tuple[list[str], dict[str, Any]]:
-    from clipdist.model.export import export_hugging_face
+    from clipdist.models.export import export_hugging_face
 
     export = export_hugging_face(loaded.model, out)
     if export.left_out:
@@ -57,7 +57,7 @@ def to_hugging_face(loaded: LoadedModel, out: Path) -> tuple[list[str], dict[str
 
 
 def to_programs(loaded: LoadedModel, out: Path) -> tuple[list[str], dict[str, Any]]:
-    from clipdist.model.export import export_programs
+    from clipdist.models.export import export_programs
 
     export = export_programs(loaded.model, out)
     return export.lines(), {"files": [str(export.image), str(export.text)], "max_difference": export.max_difference}

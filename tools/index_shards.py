@@ -19,10 +19,10 @@ from tqdm import tqdm
 from clipdist.data import consolidated
 from clipdist.data.catalog import name_shards
 from clipdist.data.consolidated import Consolidated, Part, write_parts
-from clipdist.data.examine import DEFECT, MOST_NAMED, Examined, Source, Task, examine_shard, in_order
 from clipdist.data.fetch import Fetcher, is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
-from clipdist.data.pictures import open_pool
+from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, Source, Task, examine_shard, in_order
+from clipdist.datasets.images import open_pool
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
 EXAMPLE = f"""examples:

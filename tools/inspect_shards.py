@@ -17,11 +17,11 @@ from tqdm import tqdm
 from clipdist.data.catalog import name_shards
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.describe import choose_samples, describe_members, describe_samples, open_shards
-from clipdist.data.examine import MOST_NAMED, Source, Task, examine_shard, in_order
 from clipdist.data.fetch import Fetcher, safe_name
-from clipdist.data.pictures import open_pool
 from clipdist.data.reader import Reader, open_reader
+from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
+from clipdist.datasets.examine import MOST_NAMED, Source, Task, examine_shard, in_order
+from clipdist.datasets.images import open_pool
 from clipdist.errors import EXIT_FAULT, UserError, run_main
 from clipdist.evals.sheet import Row, contact_sheet, first_caption
 

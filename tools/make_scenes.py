@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clipdist.data.scenes import SCENES_VERSION, write_labelled, write_scenes
+from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
 from clipdist.errors import UserError, run_main
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"

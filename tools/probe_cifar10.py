@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from clipdist.data.labelled import LabelledSet
+    from clipdist.datasets.labelled import LabelledSet
     from clipdist.evals.features import Features
     from clipdist.evals.probe import Probe
 
@@ -45,13 +45,13 @@ class Context:
 def main() -> None:
     args = parse_args()
 
-    from clipdist.data.labelled import open_labelled
+    from clipdist.datasets.labelled import open_labelled
 
     data = open_labelled(args.data)  # a damaged file is heard of before the model is loaded
     check_data(data, args)
 
     from clipdist.data.loader import default_threads
-    from clipdist.engine import distributed
+    from clipdist.distributed import rank as distributed
 
     device = distributed.resolve_device(args.device)
     world = distributed.world_size()
@@ -79,8 +79,8 @@ def probe_model(context: Context) -> None:
     from clipdist.evals.features import random_twin
     from clipdist.evals.probe import require_unchanged
     from clipdist.evals.results import keep_result
-    from clipdist.model.load import load_model
-    from clipdist.model.weights import weights_checksum
+    from clipdist.models.load import load_model
+    from clipdist.models.weights import weights_checksum
 
     args, data = context.args, context.data
     loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
@@ -254,7 +254,7 @@ def published_accuracy(context: Context) -> tuple[str, float] | None:
 
 def write_picture(context: Context, probe: Probe, run_dir: Path | None) -> Path | None:
     """The confusion matrix, where it is asked for or there is a run to lay it in."""
-    from clipdist.evals.confusion import MOST_CLASSES, confusion_matrix, confusion_picture
+    from clipdist.report.confusion import MOST_CLASSES, confusion_matrix, confusion_picture
 
     wanted = Path(context.args.picture) if context.args.picture else run_dir and run_dir / "probe_confusion.png"
     if not wanted or len(probe.classes) > MOST_CLASSES:

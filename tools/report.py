@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from clipdist.errors import UserError, run_main
-from clipdist.monitor.history import read_runs
-from clipdist.monitor.report import report_page, run_figures
+from clipdist.report.history import read_runs
+from clipdist.report.report import report_page, run_figures
 
 EXAMPLES = """examples:
   python tools/report.py runs/demo

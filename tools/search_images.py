@@ -21,13 +21,13 @@ if TYPE_CHECKING:  # torch comes in seconds, a misspelt word should be heard of 
 
     from clipdist.data.catalog import Catalog
     from clipdist.data.reader import Reader
-    from clipdist.engine.distributed import Place
+    from clipdist.distributed.rank import Place
     from clipdist.evals.approximate import ApproximateIndex
     from clipdist.evals.embed import Embeddings, Encode
-    from clipdist.evals.page import Answer
     from clipdist.evals.search import Hit, Query
     from clipdist.evals.sheet import Row
-    from clipdist.model.load import LoadedModel
+    from clipdist.models.load import LoadedModel
+    from clipdist.report.search_page import Answer
 
 EXAMPLES = """A query that ends like a picture's file (cat.jpg) is that file. The pictures' features are kept in
 RUN/embeddings: the next search of the same checkpoint in the same shards takes no forward pass over pictures.
@@ -78,7 +78,7 @@ def main() -> None:
     began = time.perf_counter()
 
     from clipdist.data.reader import open_reader
-    from clipdist.engine.distributed import resolve_device
+    from clipdist.distributed.rank import resolve_device
     from clipdist.evals.approximate import require_faiss
     from clipdist.evals.embed import joined_ranks
 
@@ -109,7 +109,7 @@ def prepare(args: argparse.Namespace, catalog: Catalog, place: Place) -> Session
     """Everything that can be wrong is looked at before the long work."""
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.search import read_queries, read_query
-    from clipdist.model.load import load_model
+    from clipdist.models.load import load_model
 
     queries = [read_query(words) for words in args.query] + (read_queries(args.queries) if args.queries else [])
     loaded = load_model(args.run, weights=args.weights, trust_weights=args.trust_weights)
@@ -233,8 +233,8 @@ def draw(session: Session, result: Result, reader: Reader) -> None:
     Raises:
         UserError: they cannot be written, or a picture is no longer what it was when its features were made.
     """
-    from clipdist.evals.page import search_page
     from clipdist.evals.sheet import contact_sheet
+    from clipdist.report.search_page import search_page
 
     shown = zip(session.queries[:SHOWN], result.hits)
     answers = [answer_of(reader, query, hits) for query, hits in shown]
@@ -256,7 +256,7 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
         UserError: a picture is no longer what it was when its features were made.
     """
     from clipdist.data.decode import BadSample, decode_pixels
-    from clipdist.evals.page import Answer
+    from clipdist.report.search_page import Answer
 
     pixels = []
     for hit in hits:

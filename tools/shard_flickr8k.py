@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from clipdist.data.flickr8k import (
+from clipdist.datasets.flickr8k import (
     NOT_COMPARABLE,
     SPLITS,
     Defects,
@@ -18,8 +18,8 @@ from clipdist.data.flickr8k import (
     random_splits,
     read_source,
 )
-from clipdist.data.pictures import Checked, check_pictures, open_pool, write_splits
-from clipdist.data.shards import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, staging, write_json
+from clipdist.datasets.images import Checked, check_pictures, open_pool, write_splits
+from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, staging, write_json
 from clipdist.errors import UserError, run_main
 
 FORMAT = 1  # of what is written: raise it when the same source would give other bytes

@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from clipdist.data.pair_lists import PairList, Survey, open_list, survey
-from clipdist.data.pair_shards import PackCaptions, Plan, Totals, write_pairs
-from clipdist.data.pictures import open_pool
-from clipdist.data.shards import MAX_SHARD_SIZE, hold_folder
+from clipdist.datasets.images import open_pool
+from clipdist.datasets.pair_lists import PairList, Survey, open_list, survey
+from clipdist.datasets.pair_shards import PackCaptions, Plan, Totals, write_pairs
+from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
 from clipdist.errors import run_main
 
 EXAMPLE = """examples:
@@ -102,7 +102,7 @@ def tokens_for(model: str | None) -> tuple[PackCaptions | None, str]:
         return None, ""
     from clipdist import config
     from clipdist.data.tokens import make_tokenizer, pack_tokens, token_kind
-    from clipdist.model.spec import resolve_spec
+    from clipdist.models.spec import resolve_spec
 
     tokenizer = make_tokenizer(resolve_spec(config.Model(name=model)))
     return functools.partial(pack_tokens, tokenizer), token_kind(tokenizer)

@@ -14,9 +14,9 @@ from clipdist.errors import UserError, run_main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipdist.data.labelled import LabelledSet, Split
+    from clipdist.datasets.labelled import LabelledSet, Split
     from clipdist.evals.perturb import Classify, Universal
-    from clipdist.model.dual_encoder import DualEncoder
+    from clipdist.models.dual_encoder import DualEncoder
 
 EXAMPLES = """examples:
   python tools/universal_perturbation.py runs/demo --data data/demo/cifar-10-batches-py --out v.png
@@ -40,15 +40,15 @@ def main() -> None:
     from clipdist.evals.prompts import find_classes, find_templates
 
     templates = find_templates(args.templates)  # what is misspelt is heard of before torch is imported
-    from clipdist.data.labelled import open_labelled
+    from clipdist.datasets.labelled import open_labelled
 
     data = open_labelled(args.data)
     names = find_classes(args.classes, data.classes)
 
-    from clipdist.engine.distributed import resolve_device
+    from clipdist.distributed.rank import resolve_device
     from clipdist.evals.perturb import default_xi
     from clipdist.evals.results import keep_result
-    from clipdist.model.load import load_model
+    from clipdist.models.load import load_model
 
     device = resolve_device(args.device)
     loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights, device=device)

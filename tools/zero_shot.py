@@ -14,9 +14,9 @@ from clipdist.errors import UserError, run_main
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clipdist.data.labelled import LabelledSet
+    from clipdist.datasets.labelled import LabelledSet
     from clipdist.evals.features import SplitFeatures
-    from clipdist.model.load import LoadedModel
+    from clipdist.models.load import LoadedModel
 
 EXAMPLES = """examples:
   python tools/zero_shot.py runs/demo --data data/demo/cifar-10-batches-py --templates cifar10 --confusion demo.png
@@ -32,18 +32,18 @@ def main() -> None:
     from clipdist.evals.prompts import find_classes, find_templates
 
     templates = find_templates(args.templates)  # what is misspelt is heard of before torch is imported
-    from clipdist.data.labelled import open_labelled
+    from clipdist.datasets.labelled import open_labelled
 
     data = open_labelled(args.data)
     names = find_classes(args.classes, data.classes)
     check_picture(args.confusion, len(names))
 
     from clipdist.data.loader import default_threads
-    from clipdist.engine import distributed
+    from clipdist.distributed import rank as distributed
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.features import embed_split
     from clipdist.evals.zero_shot import zero_shot_classifier
-    from clipdist.model.load import load_model
+    from clipdist.models.load import load_model
 
     device, rank, world = distributed.resolve_device(args.device), 0, distributed.world_size()
     if world > 1:
@@ -69,9 +69,9 @@ def report(
     templates: int,
 ) -> None:
     """The table, the picture and the JSON object; `templates` is their number."""
-    from clipdist.evals.confusion import confusion_matrix, confusion_picture
     from clipdist.evals.results import keep_result
     from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_metrics
+    from clipdist.report.confusion import confusion_matrix, confusion_picture
 
     labels, scale = test.labels, loaded.model.logit_scale
     metrics = zero_shot_metrics(test.image, labels, classifier, scale)
@@ -113,7 +113,7 @@ def check_picture(path: Path | None, classes: int) -> None:
     """Raises UserError where the picture could not be written once the work is done."""
     if path is None:
         return
-    from clipdist.evals.confusion import MOST_CLASSES
+    from clipdist.report.confusion import MOST_CLASSES
 
     if classes > MOST_CLASSES:
         raise UserError(

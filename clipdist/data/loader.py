@@ -20,18 +20,18 @@ import numpy as np
 import torch
 
 from clipdist import config
-from clipdist.data.ahead import Scout, check_cache, shards_at_once
 from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_parameters, train_image
 from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
-from clipdist.data.patience import AWAY, reason
+from clipdist.data.prefetch import Scout, check_cache, shards_at_once
 from clipdist.data.reader import Reader, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault
+from clipdist.storage import AWAY, reason
 
 _PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
 _SLICE_S = 0.1  # of a wait that may be interrupted

@@ -20,8 +20,8 @@ from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
 from clipdist.data.index import PICTURE_KINDS, ShardIndex, Unreadable
-from clipdist.data.patience import AWAY, Patience
 from clipdist.errors import Fault, UserError
+from clipdist.storage import AWAY, Patience
 
 # Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256

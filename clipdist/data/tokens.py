@@ -16,7 +16,7 @@ import torch
 from tokenizers.models import BPE
 
 from clipdist.errors import UserError
-from clipdist.model.spec import BPE_VOCABULARY, ModelSpec
+from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
 
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
 _MARKS = ("<start_of_text>", "<end_of_text>")

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from clipdist.config import Config
 from clipdist.errors import UserError
-from clipdist.model.dual_encoder import DualEncoder, assemble
-from clipdist.model.spec import ModelSpec, resolve_spec
+from clipdist.models.dual_encoder import DualEncoder, assemble
+from clipdist.models.spec import ModelSpec, resolve_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -121,7 +121,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     """The configured model, locks and checkpointing included, on the meta device: no weights are drawn or read.
 
     Raises:
-        UserError: as clipdist.model.dual_encoder.build_model.
+        UserError: as clipdist.models.dual_encoder.build_model.
     """
     spec = resolve_spec(config.model)
     try:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from clipdist import plan
+from clipdist import run_plan
 from clipdist.config import Config
 from clipdist.errors import UserError
 from clipdist.estimate.rate import expected_rate
@@ -37,7 +37,7 @@ def make_estimate(
     """
     if world is None:
         world = 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
-    plan.check_ranks(config, world)
+    run_plan.check_ranks(config, world)
     per_epoch = len(catalog) // config.train.global_batch if catalog is not None else 0
     known = catalog is not None or config.train.steps or config.train.samples
     device = _device(config)
@@ -48,7 +48,7 @@ def make_estimate(
         world=world,
         device=device,
         precision=_precision(config, device),
-        steps=plan.length(config, per_epoch) if known else None,
+        steps=run_plan.length(config, per_epoch) if known else None,
         steps_per_epoch=per_epoch or None,
         rate=rate,
         rate_source=source,
@@ -198,7 +198,7 @@ class Estimate:
         """Of the logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
         if self.device == "cuda" and self.config.loss.implementation in ("auto", "kernel"):
             return 0
-        from clipdist.loss.tiles import Tile, choose_tile
+        from clipdist.losses.tiles import Tile, choose_tile
 
         given = Tile(self.config.loss.tile_rows, self.config.loss.tile_columns) if self.config.loss.tile_rows else None
         if given is None and self.device == "cuda":

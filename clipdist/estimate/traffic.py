@@ -1,6 +1,6 @@
 """A model and its layout in; bytes that a rank sends in one step out, by name.
 
-Collectives at their optimum, which rings reach, as clipdist.loss.wire has it: an all-reduce of a bytes sends
+Collectives at their optimum, which rings reach, as clipdist.losses.wire has it: an all-reduce of a bytes sends
 2 (W-1)/W a, a gather or a scatter of a bytes in all (W-1)/W a. DeepSpeed's stages 1 and 2 reduce their buckets by an
 all-reduce (use_multi_rank_bucket_allreduce), not by a reduce-scatter.
 """
@@ -8,7 +8,7 @@ all-reduce (use_multi_rank_bucket_allreduce), not by a reduce-scatter.
 from __future__ import annotations
 
 from clipdist.estimate.memory import LIVE, Layout, Sizes
-from clipdist.loss.wire import clipdist_bytes
+from clipdist.losses.wire import clipdist_bytes
 
 
 def wire_bytes(sizes: Sizes, layout: Layout, op: str, dtype: str) -> dict[str, float]:

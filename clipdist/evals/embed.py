@@ -19,7 +19,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
-from clipdist.engine.distributed import Place, world_size
+from clipdist.distributed.rank import Place, world_size
 from clipdist.errors import UserError
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipdist.data.decode import BadSample, eval_pixels
-from clipdist.data.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
 from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
-from clipdist.model.dual_encoder import DualEncoder, assemble
-from clipdist.model.weights import weights_checksum
+from clipdist.models.dual_encoder import DualEncoder, assemble
+from clipdist.models.weights import weights_checksum
 
 Kind = Literal["projected", "tower"]
 PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from clipdist.data.augment import UNIFORMS, random_crop
 from clipdist.data.decode import BadSample, resize
-from clipdist.data.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import AHEAD
 from clipdist.evals.features import Kind, embed_split, image_features
 from clipdist.evals.probe import Probe, statistics
-from clipdist.model.dual_encoder import DualEncoder
+from clipdist.models.dual_encoder import DualEncoder
 
 CROP_SCALE_MIN = 0.25
 FLIP = 0.5

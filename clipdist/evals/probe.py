@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipdist.data.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import Encode
 from clipdist.evals.features import embed_set
-from clipdist.model.weights import weights_checksum
+from clipdist.models.weights import weights_checksum
 
 Solver = Literal["lbfgs", "sgd"]
 

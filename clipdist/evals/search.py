@@ -23,7 +23,7 @@ from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings, Encode
 from clipdist.evals.sheet import first_caption
 from clipdist.evals.store import load_embeddings, save_embeddings
-from clipdist.model.load import LoadedModel
+from clipdist.models.load import LoadedModel
 
 SLOT = "{}"  # where a prompt takes the sentence
 TILE_PICTURES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from clipdist import config
 from clipdist.data.catalog import Catalog
-from clipdist.data.labelled import open_labelled
 from clipdist.data.tokens import Tokenizer
-from clipdist.engine.distributed import Place
+from clipdist.datasets.labelled import open_labelled
+from clipdist.distributed.rank import Place
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings, embed_catalog
 from clipdist.evals.probe import probe_of

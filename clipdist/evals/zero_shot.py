@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from clipdist.data.labelled import LabelledSet
+from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import UserError
 from clipdist.evals.embed import Encode
 from clipdist.evals.features import embed_split, share_of, sum_over_ranks

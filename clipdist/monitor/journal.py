@@ -19,19 +19,19 @@ import torch
 from clipdist.config import Config, flat, to_yaml
 from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, Batch, ids_hash
-from clipdist.engine.distributed import Place
+from clipdist.distributed.collectives import all_reduce_max, all_reduce_sum
+from clipdist.distributed.rank import Place
 from clipdist.engine.optim import learning_rate
 from clipdist.errors import Fault, UserError
-from clipdist.loss.collectives import all_reduce_max, all_reduce_sum
-from clipdist.loss.contrastive import batch_accuracy
-from clipdist.loss.exact import global_statistics
+from clipdist.losses.global_batch import global_statistics
+from clipdist.losses.infonce import batch_accuracy
 from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit
-from clipdist.plan import Plan
+from clipdist.run_plan import Plan
 
 if TYPE_CHECKING:
-    from clipdist.engine.engine import Engine, StepResult
+    from clipdist.engine.step import Engine, StepResult
     from clipdist.evals.validation import Findings, Validation
 
 

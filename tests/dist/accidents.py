@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-# Processes with threads cannot be forked safely: see clipdist.rehearsal.
+# Processes with threads cannot be forked safely: see rehearsal.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import importlib
@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipdist.checkpoint import MANIFEST, CheckpointReader, checkpoint_dir, list_checkpoints
-from clipdist.rehearsal import Attempt, Failed, Point, attempt, differences, expect, history, records, warm_up
+from rehearsal import Attempt, Failed, Point, attempt, differences, expect, history, records, warm_up
+
+from clipdist.checkpoint.format import MANIFEST, CheckpointReader, checkpoint_dir, list_checkpoints
 
 STEPS = 12
 KILLED = -signal.SIGKILL
@@ -148,7 +149,7 @@ def put(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 def speak_soon(rank: int) -> None:
     """There is no launcher here that ends the other ranks while they wait for rank 0's error."""
-    for module in ("clipdist.errors", "clipdist.survive.watch"):
+    for module in ("clipdist.errors", "clipdist.fault_tolerance.watchdog"):
         importlib.import_module(module).RANK_0_FIRST_S = 0.3  # type: ignore[attr-defined]
 
 
@@ -190,7 +191,7 @@ def poisoned(nan: set[int], spikes: Iterable[int] = ()) -> Prepare:
     """Rank 1's loss of some data steps is nan, or a thousandfold."""
 
     def prepare(rank: int) -> None:
-        from clipdist.engine.engine import Engine
+        from clipdist.engine.step import Engine
 
         real = Engine._whole
 
@@ -245,7 +246,7 @@ def disk_full(step: int, *ranks: int) -> Prepare:
     """Nothing can be opened for writing in one step's checkpoint."""
 
     def prepare(rank: int) -> None:
-        from clipdist import checkpoint
+        from clipdist.checkpoint import format as checkpoint
 
         def refuse(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
             if f"step-{step:08d}" in str(path) and mode[0] in "wax":
@@ -260,7 +261,7 @@ def disk_full(step: int, *ranks: int) -> Prepare:
 
 def slow_disk(seconds: float, *ranks: int) -> Prepare:
     def prepare(rank: int) -> None:
-        from clipdist import checkpoint
+        from clipdist.checkpoint import format as checkpoint
 
         real = checkpoint._write_safetensors
 
@@ -283,7 +284,7 @@ def wait_for_writer() -> None:
     """Until this rank's part of a checkpoint is on disk."""
     import threading
 
-    from clipdist.engine.saver import WRITER
+    from clipdist.checkpoint.saver import WRITER
 
     while any(thread.name == WRITER for thread in threading.enumerate()):
         time.sleep(0.01)
@@ -315,7 +316,10 @@ def rollback(theatre: Theatre) -> None:
     need_lines(ended, "data steps 13 to 15: ", "going back to the checkpoint before")
     theatre.same("rollback", by_hand)
 
-    for module, function in (("clipdist.retention", "set_aside"), ("clipdist.survive.rollback", "record_rollback")):
+    for module, function in (
+        ("clipdist.checkpoint.retention", "set_aside"),
+        ("clipdist.fault_tolerance.rollback", "record_rollback"),
+    ):
         point = Point(function, module, function, rank=0, call=1, after=True)
         theatre.start("rollback-killed", [KILLED, 1], settings, [poison, point.lay])
         kept = steps_kept(theatre.run("rollback-killed"))
@@ -534,7 +538,7 @@ def what_is_kept(theatre: Theatre) -> None:
 
 def hang(theatre: Theatre) -> None:
     def sleep_in_a_step(rank: int) -> None:
-        from clipdist.engine.engine import Engine
+        from clipdist.engine.step import Engine
 
         real = Engine._whole
 
@@ -570,7 +574,7 @@ def flipped_bit_in_memory(theatre: Theatre) -> None:
     def prepare(rank: int) -> None:
         import torch
 
-        from clipdist.engine.engine import Engine
+        from clipdist.engine.step import Engine
 
         real = Engine.train_step
 
@@ -638,7 +642,7 @@ def asked_again_and_again(theatre: Theatre) -> None:
 
 
 def resume_rule(theatre: Theatre) -> None:
-    """train.resume=FOLDER of another run, and never: as clipdist.plan.find_start says."""
+    """train.resume=FOLDER of another run, and never: as clipdist.run_plan.find_start says."""
     other = theatre.whole()  # with train.resume=never, in a new folder
     folder = checkpoint_dir(other, 6)
     settings: dict[str, object] = {"train.resume": folder}

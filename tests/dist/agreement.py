@@ -10,13 +10,13 @@ import sys
 import torch
 
 from clipdist.config import load_config
-from clipdist.engine import distributed
-from clipdist.engine.engine import Engine
-from clipdist.engine.replicated import compare_replicas, replicated
+from clipdist.distributed import rank as distributed
+from clipdist.engine.step import Engine
 from clipdist.errors import Fault, UserError
-from clipdist.loss.make import make_loss
-from clipdist.model.dual_encoder import build_model
-from clipdist.survive.agreement import compare
+from clipdist.fault_tolerance.consistency import compare
+from clipdist.fault_tolerance.replicas import compare_replicas, replicated
+from clipdist.losses.make import make_loss
+from clipdist.models.dual_encoder import build_model
 
 STRANGE = 1  # the rank that is made to differ
 BATCH = 12

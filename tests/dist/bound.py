@@ -7,9 +7,9 @@ import math
 import torch
 
 from clipdist.config import load_config
-from clipdist.engine import distributed
-from clipdist.engine.engine import Engine
-from clipdist.model.dual_encoder import build_model
+from clipdist.distributed import rank as distributed
+from clipdist.engine.step import Engine
+from clipdist.models.dual_encoder import build_model
 
 
 def upward(image_features, text_features, logit_scale, logit_bias=None, **_):

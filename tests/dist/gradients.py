@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from deepspeed import comm as deepspeed_comm
 
 from clipdist import config
-from clipdist.audit import Audit, Pairs
 from clipdist.config import load_config
-from clipdist.engine import distributed
-from clipdist.loss.make import LossFunction, make_loss
-from clipdist.model.spec import ModelSpec
+from clipdist.distributed import rank as distributed
+from clipdist.evals.audit import Audit, Pairs
+from clipdist.losses.make import LossFunction, make_loss
+from clipdist.models.spec import ModelSpec
 
 BATCH = 16
 FIRST_STEP = 7

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from clipdist.config import load_config
-from clipdist.engine import distributed
-from clipdist.engine.engine import Engine
-from clipdist.engine.fragments import base_optimizer, fragments
+from clipdist.distributed import rank as distributed
+from clipdist.engine.step import Engine
+from clipdist.engine.zero import base_optimizer, fragments
 from clipdist.errors import Fault
-from clipdist.loss.make import LossFunction, make_loss
-from clipdist.model.dual_encoder import build_model
-from clipdist.survive.guard import Guard
+from clipdist.fault_tolerance.guard import Guard
+from clipdist.losses.make import LossFunction, make_loss
+from clipdist.models.dual_encoder import build_model
 
 BATCH, STEPS = 16, 18
 VIT, RESNET = "configs/models/tiny_vit.json", "configs/models/tiny_rn.json"  # the ResNet has running statistics

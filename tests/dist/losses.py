@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from clipdist.errors import UserError
-from clipdist.loss.contrastive import batch_accuracy, info_nce
-from clipdist.loss.exact import NonFiniteFeatures
-from clipdist.loss.sigmoid import sigmoid_loss
-from clipdist.loss.tiles import Tile
+from clipdist.losses.global_batch import NonFiniteFeatures
+from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.sigmoid import sigmoid_loss
+from clipdist.losses.tiles import Tile
 
 LOSSES = (info_nce, sigmoid_loss)
 

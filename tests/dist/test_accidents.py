@@ -42,7 +42,7 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     """What each scenario found; the script's processes end with it."""
     folder = tmp_path_factory.mktemp("accidents")
     words = [sys.executable, str(SCRIPT), str(shards), str(folder), *SCENARIOS]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     errors = folder / "errors.txt"
     with errors.open("w") as file:
         ended = subprocess.run(

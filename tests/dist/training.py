@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 
+from clipdist.checkpoint.saver import WRITER
 from clipdist.data.loader import Loader
-from clipdist.engine.saver import WRITER
 from clipdist.errors import run_main
 from clipdist.train import main
 

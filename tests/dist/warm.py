@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from clipdist.rehearsal import warm_up
+from rehearsal import warm_up
 
 
 def fork(rank: int, request: dict) -> int:

@@ -8,13 +8,13 @@ import os
 
 import torch
 
-from clipdist.audit import DrawnPairs
 from clipdist.config import load_config
-from clipdist.engine import distributed
-from clipdist.engine.engine import Engine
-from clipdist.engine.fragments import base_optimizer
-from clipdist.loss.make import make_loss
-from clipdist.model.dual_encoder import build_model
+from clipdist.distributed import rank as distributed
+from clipdist.engine.step import Engine
+from clipdist.engine.zero import base_optimizer
+from clipdist.evals.audit import DrawnPairs
+from clipdist.losses.make import make_loss
+from clipdist.models.dual_encoder import build_model
 
 CELLS = ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clipdist.audit import Measured, compare
 from clipdist.config import Config
+from clipdist.evals.audit import Measured, compare
 from tools.audit_gradients import report
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_catalog.py"
+TOOL = Path(__file__).parents[2] / "tools/bench/catalog.py"
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:

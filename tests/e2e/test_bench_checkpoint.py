@@ -1,4 +1,4 @@
-"""tools/bench_checkpoint.py: what it answers. No time is asserted."""
+"""tools/bench/checkpoint.py: what it answers. No time is asserted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench_checkpoint.py"
+TOOL = ROOT / "tools/bench/checkpoint.py"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

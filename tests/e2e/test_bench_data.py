@@ -1,4 +1,4 @@
-"""tools/bench_data.py: what it answers and what it refuses. No time is asserted."""
+"""tools/bench/data.py: what it answers and what it refuses. No time is asserted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from PIL import Image
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.reader import Reader
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 pytest.importorskip("open_clip_train")
-TOOL = Path(__file__).parents[2] / "tools/bench_data.py"
+TOOL = Path(__file__).parents[2] / "tools/bench/data.py"
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.loss.wire import clipdist_bytes, open_clip_bytes
+from clipdist.losses.wire import clipdist_bytes, open_clip_bytes
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_loss.py"
+TOOL = Path(__file__).parents[2] / "tools/bench/loss.py"
 KEYS = {"impl", "op", "n", "d", "dtype", "world", "time_s", "extra_bytes", "grad_error", "wire_bytes"}
 
 
@@ -60,7 +60,7 @@ def test_measured_bytes_are_the_models(result):
 def test_out_holds_the_table_and_the_plot(result):
     _, out = result
     table = (out / "table.md").read_text()
-    assert "python tools/bench_loss.py --n 256" in table
+    assert "python tools/bench/loss.py --n 256" in table
     assert "| sigmoid | open_clip SigLipLoss | 2 |" in table
     assert "| infonce | 64 | 4 |" in table  # the model reaches beyond what ran
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")

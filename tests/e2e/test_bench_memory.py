@@ -1,4 +1,4 @@
-"""tools/bench_memory.py: its answer, and that a step in micro-batches takes a fraction of a whole batch's memory."""
+"""tools/bench/memory.py: its answer, and that a step in micro-batches takes a fraction of a whole batch's memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from clipdist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench_memory.py"
+TOOL = ROOT / "tools/bench/memory.py"
 MICRO, BATCH = 16, 256
 
 

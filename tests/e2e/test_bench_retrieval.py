@@ -1,4 +1,4 @@
-"""tools/bench_retrieval.py at small sizes: the same recalls as open_clip, exact ranks, memory that the tile bounds."""
+"""tools/bench/retrieval.py at small sizes: the same recalls as open_clip, exact ranks, memory that the tile bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench_retrieval.py"
+TOOL = ROOT / "tools/bench/retrieval.py"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_search.py"
+TOOL = Path(__file__).parents[2] / "tools/bench/search.py"
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:

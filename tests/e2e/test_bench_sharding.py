@@ -1,4 +1,4 @@
-"""tools/bench_sharding.py: its answer for both tools, and that it refuses what cannot be measured."""
+"""tools/bench/sharding.py: its answer for both tools, and that it refuses what cannot be measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/bench_sharding.py", *map(str, words)]
+    command = [sys.executable, "tools/bench/sharding.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

@@ -1,4 +1,4 @@
-"""tools/bench_train.py: what it answers, and that clipdist and open_clip_train train alike. No time is asserted."""
+"""tools/bench/train.py: what it answers, and that clipdist and open_clip_train train alike. No time is asserted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("open_clip_train")
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench_train.py"
+TOOL = ROOT / "tools/bench/train.py"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_shards_that_leave_a_loader_without_a_batch_are_refused(tool, shards, mo
 
 def test_a_missing_open_clip_train_is_told(monkeypatch):
     from clipdist.errors import UserError
-    from clipdist.peers.trainer import import_peer
+    from tools.bench.peers.trainer import import_peer
 
     monkeypatch.setitem(sys.modules, "open_clip_train", None)
     with pytest.raises(UserError, match="open_clip_train is not installed"):

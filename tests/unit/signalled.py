@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from clipdist.survive.signals import StopFlag, asked_to_stop, die_with_launcher
+from clipdist.fault_tolerance.signals import StopFlag, asked_to_stop, die_with_launcher
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""launch/after.sh and clipdist/survive/slurm.py: which endings of a job lead to another start."""
+"""launch/after.sh and clipdist/fault_tolerance/slurm.py: which endings of a job lead to another start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.survive.slurm import note_exit, note_start, requeue, restarts
+from clipdist.fault_tolerance.slurm import note_exit, note_start, requeue, restarts
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNING = "JobId=7 JobName=x JobState=RUNNING Reason=None PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None"

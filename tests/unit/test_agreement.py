@@ -10,8 +10,8 @@ import torch
 
 import clipdist
 from clipdist.config import Config, Data, Model, Optim, Run
-from clipdist.engine.replicated import checksums, divergence
-from clipdist.survive.agreement import code_facts, config_facts, disagreement
+from clipdist.fault_tolerance.consistency import code_facts, config_facts, disagreement
+from clipdist.fault_tolerance.replicas import checksums, divergence
 
 NODES = ["node1", "node1", "node2", "node2"]
 

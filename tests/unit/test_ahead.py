@@ -17,7 +17,6 @@ from pairs import write_pairs
 from storage import FOREVER, Storage, Thing
 
 from clipdist.config import Data
-from clipdist.data.ahead import Scout, shards_at_once
 from clipdist.data.cache import ShardCache
 from clipdist.data.catalog import Catalog, Shard
 from clipdist.data.consolidated import write_consolidated
@@ -25,6 +24,7 @@ from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
 from clipdist.data.loader import open_loader
 from clipdist.data.order import Order, OrderKey
+from clipdist.data.prefetch import Scout, shards_at_once
 from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
 from clipdist.errors import UserError
 

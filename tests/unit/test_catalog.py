@@ -13,7 +13,7 @@ from clipdist.data import catalog as catalog_module
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import write_consolidated
 from clipdist.data.index import load_index
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdist import checkpoint as module
-from clipdist.checkpoint import (
+from clipdist.checkpoint import format as module
+from clipdist.checkpoint.format import (
     MANIFEST,
     CheckpointReader,
     Manifest,

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from clipdist import checkpoint
-from clipdist.checkpoint import (
+from clipdist.checkpoint import format as checkpoint
+from clipdist.checkpoint.format import (
     MANIFEST,
     CheckpointReader,
     Manifest,
@@ -20,8 +20,8 @@ from clipdist.checkpoint import (
     list_checkpoints,
     write_part,
 )
-from clipdist.checkpoint_writer import CheckpointWriter, SaveFailed
-from clipdist.retention import Keep
+from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
 
 NUMEL = 1 << 18  # of fp32: 1 MiB
 
@@ -111,7 +111,7 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path, monkeypatch, code):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    monkeypatch.setattr("clipdist.checkpoint_writer.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("clipdist.checkpoint.writer.FIRST_PAUSE_S", 0.01)
     save(tmp_path, 1, patience_s=60)
     assert good(tmp_path) == [1]
     names = {os.path.basename(path) for path in failed}
@@ -138,7 +138,7 @@ def test_the_others_hear_of_a_rank_that_cannot_write(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_is_never_heard_of(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipdist.checkpoint_writer.OTHERS_S", 0.1)
+    monkeypatch.setattr("clipdist.checkpoint.writer.OTHERS_S", 0.1)
     with pytest.raises(SaveFailed, match=r"rank-00001.*did not come"):
         save(tmp_path, 2, rank=0, world=2)
     assert not checkpoint_dir(tmp_path, 2).exists()
@@ -147,7 +147,7 @@ def test_a_rank_that_is_never_heard_of(tmp_path, monkeypatch):
 def test_a_step_that_fails_when_saved_again_stays_as_it_was(tmp_path, monkeypatch):
     save_all(tmp_path, 1)
     before = sorted(path.name for path in checkpoint_dir(tmp_path, 1).iterdir())
-    monkeypatch.setattr("clipdist.checkpoint_writer.OTHERS_S", 0.1)
+    monkeypatch.setattr("clipdist.checkpoint.writer.OTHERS_S", 0.1)
     with pytest.raises(SaveFailed):
         save(tmp_path, 1, rank=0, world=2, attempt="again")
     assert good(tmp_path) == [1]

@@ -152,7 +152,7 @@ def test_the_temperature_starts_and_ends_as_in_the_clip_paper():
 
 
 def test_configuration_needs_no_torch():
-    program = "import sys, clipdist.config, clipdist.plan; sys.exit('torch' in sys.modules)"
+    program = "import sys, clipdist.config, clipdist.run_plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -165,7 +165,7 @@ def test_the_project_has_its_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_holds(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    from clipdist.model.spec import resolve_spec
+    from clipdist.models.spec import resolve_spec
 
     config = load_config(path)
     assert config.run.name == path.stem

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipdist.evals.confusion import DARK, EMPTY, PAPER, confusion_matrix, confusion_picture
+from clipdist.report.confusion import DARK, EMPTY, PAPER, confusion_matrix, confusion_picture
 
 
 def test_rows_are_true_classes_and_columns_predictions() -> None:

@@ -13,7 +13,7 @@ import pytest
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import Consolidated, make_part, write_consolidated, write_parts
 from clipdist.data.index import ShardIndex, load_index
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 

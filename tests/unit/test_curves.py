@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipdist.monitor.curves import (
+from clipdist.report.curves import (
     BOTTOM,
     HEIGHT,
     LEFT,

@@ -32,8 +32,8 @@ from clipdist.data.index import index_from_bytes, index_path, load_index
 from clipdist.data.loader import Batch, Loader, open_loader
 from clipdist.data.order import OrderKey, sample_uniforms
 from clipdist.data.reader import Reader
-from clipdist.data.shards import Sample, write_shard
 from clipdist.data.tokens import BPETokenizer, token_kind
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 SEED = 0

@@ -16,7 +16,7 @@ from clipdist.estimate import activations, make_estimate
 from clipdist.estimate.activations import Activations, meta_model, one_pass
 from clipdist.estimate.memory import ACTIVATIONS, Layout, Sizes, by_stage, optimizer_bytes, weight_bytes
 from clipdist.estimate.traffic import wire_bytes
-from clipdist.model.dual_encoder import build_model
+from clipdist.models.dual_encoder import build_model
 
 TINY = ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", "device=cpu"]
 RESNET = ["model.name=configs/models/tiny_rn.json", "train.global_batch=16", "device=cpu"]

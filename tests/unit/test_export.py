@@ -21,9 +21,9 @@ from clipdist.config import Loss, Model
 from clipdist.data.decode import eval_image
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.export import ProgramsExport, export_hugging_face, export_model, export_programs
-from clipdist.model.load import load_model
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.export import ProgramsExport, export_hugging_face, export_model, export_programs
+from clipdist.models.load import load_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
 VISION = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}

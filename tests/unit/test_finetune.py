@@ -12,14 +12,14 @@ import torch
 
 from clipdist import config
 from clipdist.data.decode import BadSample
-from clipdist.data.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import encode_images
 from clipdist.evals.features import Kind, frozen_encoder
 from clipdist.evals.finetune import Schedule, finetune, simclr_schedule
 from clipdist.evals.probe import Probe
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.weights import weights_checksum
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.weights import weights_checksum
 
 VIT = {"image_size": 16, "layers": 1, "width": 24, "head_width": 8, "patch_size": 8}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}

@@ -20,10 +20,10 @@ import webdataset
 from PIL import Image
 
 from clipdist.data.catalog import Catalog
-from clipdist.data.flickr8k import Defects, csv_rows, decode_text, random_splits, read_source, token_rows
 from clipdist.data.index import index_path, load_index, scan_shard
-from clipdist.data.pictures import LFS_POINTER, Picture, Place, check_picture, shrink
-from clipdist.data.shards import Sample, sample_key, shard_sizes, write_shard
+from clipdist.datasets.flickr8k import Defects, csv_rows, decode_text, random_splits, read_source, token_rows
+from clipdist.datasets.images import LFS_POINTER, Picture, Place, check_picture, shrink
+from clipdist.datasets.shard_writer import Sample, sample_key, shard_sizes, write_shard
 from clipdist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]

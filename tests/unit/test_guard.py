@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipdist import config
-from clipdist.engine.updates import look
-from clipdist.survive.guard import OVERFLOWS_IN_A_ROW, Guard
+from clipdist.engine.gradients import look
+from clipdist.fault_tolerance.guard import OVERFLOWS_IN_A_ROW, Guard
 
 WINDOW = 20
 SIZES = {"image": 1.0, "text": 0.9}

@@ -14,10 +14,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clipdist.config import Model
 from clipdist.errors import UserError
-from clipdist.model import hugging_face
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.load import load_model
-from clipdist.model.spec import ModelSpec, resolve_spec
+from clipdist.models import hugging_face
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.load import load_model
+from clipdist.models.spec import ModelSpec, resolve_spec
 
 WIDE = {"hidden_size": 16, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**WIDE, "vocab_size": 600, "max_position_embeddings": 8, "bos_token_id": 598, "eos_token_id": 599}

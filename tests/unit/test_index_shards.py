@@ -16,10 +16,10 @@ from PIL import Image
 from clipdist.data import decode
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import Consolidated
-from clipdist.data.examine import DEFECTS
 from clipdist.data.index import load_index, scan_shard, stored_index
 from clipdist.data.reader import Reader
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.examine import DEFECTS
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import EXIT_FAULT, Fault, UserError
 
 _spec = importlib.util.spec_from_file_location("index_shards", Path(__file__).parents[2] / "tools" / "index_shards.py")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipdist.data.consolidated import write_consolidated
 from clipdist.data.index import load_index
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import EXIT_FAULT, UserError
 
 _spec = importlib.util.spec_from_file_location(

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdist.loss import tiles
-from clipdist.loss.tiles import Logits, Tile
+from clipdist.losses import tiles
+from clipdist.losses.tiles import Logits, Tile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # By so much, relatively, may rounding to the features' dtype move a weight before it is multiplied.
@@ -90,7 +90,7 @@ def worst(found: torch.Tensor, expected: torch.Tensor, mass: torch.Tensor, facto
 
 
 def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
-    from clipdist.loss import kernels
+    from clipdist.losses import kernels
 
     logits, row_valid, column_valid = draw(case, dtype, device)
     found: dict[str, float] = {}
@@ -160,7 +160,7 @@ def test_kernels_on_a_gpu_compute_what_the_tiles_do(case, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_on_a_gpu_pass_their_trial_and_repeat_their_bits(dtype):
-    from clipdist.loss import kernels
+    from clipdist.losses import kernels
 
     assert kernels.available(torch.device("cuda"), DTYPES[dtype])
     logits, row_valid, column_valid = draw(Case(700, 1500, 512, Tile(512, 1024)), DTYPES[dtype], "cuda")
@@ -170,7 +170,7 @@ def test_kernels_on_a_gpu_pass_their_trial_and_repeat_their_bits(dtype):
 
 
 def test_kernels_are_not_for_the_cpu_nor_for_float64():
-    from clipdist.loss import kernels
+    from clipdist.losses import kernels
 
     assert not kernels.available(torch.device("cpu"), torch.float32)
     assert not kernels.available(torch.device("cuda"), torch.float64)
@@ -178,7 +178,7 @@ def test_kernels_are_not_for_the_cpu_nor_for_float64():
 
 def test_without_triton_the_module_imports_and_says_that_it_cannot_run():
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; from clipdist.loss import kernels;"
+        "import sys; sys.modules['triton'] = None; import torch; from clipdist.losses import kernels;"
         "assert not kernels.available(torch.device('cuda'), torch.float32)"
     )
     root = str(Path(__file__).parents[2])

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdist.data.cifar import LabelledImages, read_cifar10, read_cifar100, write_cifar10
 from clipdist.data.decode import BadSample, eval_image, eval_pixels
-from clipdist.data.labelled import LabelledSet, open_labelled
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.cifar import LabelledImages, read_cifar10, read_cifar100, write_cifar10
+from clipdist.datasets.labelled import LabelledSet, open_labelled
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 NAMES = ("circle", "square", "star")

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdist.errors import UserError
-from clipdist.loss.contrastive import batch_accuracy, info_nce
-from clipdist.loss.exact import NonFiniteFeatures, global_statistics
-from clipdist.loss.sigmoid import sigmoid_loss
-from clipdist.loss.tiles import Tile
+from clipdist.losses.global_batch import NonFiniteFeatures, global_statistics
+from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.sigmoid import sigmoid_loss
+from clipdist.losses.tiles import Tile
 
 LOSSES = {"infonce": info_nce, "sigmoid": sigmoid_loss}
 SMALL = Tile(16, 24)

@@ -15,10 +15,10 @@ import torch
 from clipdist.config import Loss, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
-from clipdist.model.cbow import CBOW
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.spec import ModelSpec, resolve_spec
-from clipdist.model.towers import BatchNormFp32Statistics
+from clipdist.models.cbow import CBOW
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.towers import BatchNormFp32Statistics
 
 TINY_VIT, TINY_RN, TINY_CBOW = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow"))
 TIMM = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipdist.model.norms import running_norms, statistics_once, statistics_still
+from clipdist.models.norms import running_norms, statistics_once, statistics_still
 
 
 def make(momentum: float | None) -> nn.Module:

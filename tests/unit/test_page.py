@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from clipdist.evals.page import SIDE, Answer, search_page
 from clipdist.evals.search import Hit
+from clipdist.report.search_page import SIDE, Answer, search_page
 
 NASTY = '<script>alert("1")</script> & {braces}'
 VOID = {"meta", "img"}

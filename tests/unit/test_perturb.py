@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from clipdist import config
-from clipdist.data.cifar import LabelledImages, write_cifar10
+from clipdist.datasets.cifar import LabelledImages, write_cifar10
 from clipdist.errors import UserError
 from clipdist.evals import perturb
 from clipdist.evals.perturb import (
@@ -269,7 +269,7 @@ def test_bad_input() -> None:
 
 
 def test_the_dual_encoder_is_frozen_and_takes_pixels_from_0_to_255() -> None:
-    from clipdist.model.dual_encoder import build_model
+    from clipdist.models.dual_encoder import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))
@@ -330,8 +330,8 @@ def test_tool(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from clipdist.data.tokens import make_tokenizer
-    from clipdist.model import load
-    from clipdist.model.dual_encoder import build_model
+    from clipdist.models import load
+    from clipdist.models.dual_encoder import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json"))).eval()

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipdist.checkpoint import Manifest, checkpoint_dir, write_manifest, write_part
+from clipdist.checkpoint.format import Manifest, checkpoint_dir, write_manifest, write_part
 from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex
 from clipdist.errors import UserError
-from clipdist.model.spec import resolve_spec
-from clipdist.plan import local_window, make_plan
+from clipdist.models.spec import resolve_spec
+from clipdist.run_plan import local_window, make_plan
 from clipdist.train import command_line, lock_run_folder, train
 
 
@@ -38,7 +38,7 @@ def fake_checkpoint(config, step=4, world=1):
 @pytest.fixture
 def no_model(monkeypatch):
     """Building a model is an error here."""
-    monkeypatch.setattr("clipdist.model.dual_encoder.assemble", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("clipdist.models.dual_encoder.assemble", lambda *_, **__: pytest.fail("a model was built"))
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from PIL import Image
 from torch import nn
 
 from clipdist import config
-from clipdist.data.cifar import FOLDER, LabelledImages, read_cifar10, write_cifar10
-from clipdist.data.labelled import LabelledSet, Split, open_labelled
+from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar10, write_cifar10
+from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
 from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
 from clipdist.evals.embed import Encode
@@ -44,9 +44,9 @@ from clipdist.evals.probe import (
     probe_of,
     require_unchanged,
 )
-from clipdist.model import load
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.weights import weights_checksum
+from clipdist.models import load
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.weights import weights_checksum
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = ("circle", "square", "star")

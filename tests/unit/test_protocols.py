@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipdist.data.catalog import Catalog
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings
 from clipdist.evals.protocols import (

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import rehearsal
+from rehearsal import Failed
 
-from clipdist import rehearsal
-from clipdist.rehearsal import Failed
-
-TOOL = Path(__file__).parents[2] / "tools" / "fault_test.py"
+TOOL = Path(__file__).parents[2] / "tests/fault_test.py"
 
 
 @pytest.fixture
 def fault_test(monkeypatch):
-    """tools/fault_test.py as a module, without what it sets for its own process."""
+    """tests/fault_test.py as a module, without what it sets for its own process."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # comes back after the test
     spec = importlib.util.spec_from_file_location("fault_test", TOOL)

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from clipdist import retention
-from clipdist.checkpoint import MANIFEST, Manifest, checkpoint_dir, list_checkpoints, write_manifest, write_part
+from clipdist.checkpoint import retention
+from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_dir, list_checkpoints, write_manifest, write_part
+from clipdist.checkpoint.retention import Keep, Saved, kept, prune, remove_leftovers, set_aside
 from clipdist.errors import Fault
-from clipdist.retention import Keep, Saved, kept, prune, remove_leftovers, set_aside
 
 
 def write(run_dir, step, metrics=None):

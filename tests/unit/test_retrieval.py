@@ -237,8 +237,8 @@ def write_shard(path: Path, captions: list[list[str]]) -> None:
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """The tool's main, in this process, on a tiny model with random weights under the name `tiny`."""
     from clipdist.data.tokens import make_tokenizer
-    from clipdist.model import load
-    from clipdist.model.dual_encoder import build_model
+    from clipdist.models import load
+    from clipdist.models.dual_encoder import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clipdist.checkpoint import CheckpointReader, Manifest, newest_checkpoint
-from clipdist.engine import saver as module
-from clipdist.engine.saver import Saver, restore
+from clipdist.checkpoint import saver as module
+from clipdist.checkpoint.format import CheckpointReader, Manifest, newest_checkpoint
+from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.saver import Saver, restore
 from clipdist.errors import Fault
-from clipdist.retention import Keep
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist.data import scenes
-from clipdist.data.cifar import read_cifar10
-from clipdist.data.flickr8k import Defects, read_source
-from clipdist.data.scenes import COLOURS, SHAPES, Scene, Thing, render_scene, sample_scene, write_captions
+from clipdist.datasets import scenes
+from clipdist.datasets.cifar import read_cifar10
+from clipdist.datasets.flickr8k import Defects, read_source
+from clipdist.datasets.scenes import COLOURS, SHAPES, Scene, Thing, render_scene, sample_scene, write_captions
 
 COUNTS = {"train": 12, "dev": 3, "test": 5}
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_scenes.py"

@@ -32,9 +32,9 @@ from clipdist.evals.search import (
     unit,
     write_cache,
 )
-from clipdist.model import load
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.load import LoadedModel
+from clipdist.models import load
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.load import LoadedModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipdist.data import pair_shards
 from clipdist.data.index import load_index
-from clipdist.data.pair_lists import Pair, Skip, open_list, survey
+from clipdist.datasets import pair_shards
+from clipdist.datasets.pair_lists import Pair, Skip, open_list, survey
 from clipdist.errors import Fault, UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "shard_pairs.py"
@@ -263,7 +263,7 @@ def test_quotes_as_plain_characters(tmp_path: Path, images: Path, tool: Tool) ->
 def test_tokens_are_those_of_the_captions(tmp_path: Path, images: Path, tool: Tool) -> None:
     from clipdist import config
     from clipdist.data.tokens import make_tokenizer, token_kind, unpack_tokens
-    from clipdist.model.spec import resolve_spec
+    from clipdist.models.spec import resolve_spec
 
     model = "configs/models/tiny_vit.json"
     tokenizer = make_tokenizer(resolve_spec(config.Model(name=model)))

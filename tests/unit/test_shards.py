@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clipdist.data.index import load_index, scan_shard
-from clipdist.data.shards import Sample, write_shard
+from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 
 

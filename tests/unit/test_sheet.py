@@ -126,8 +126,8 @@ def test_retrieval_sheet_frames_the_captions_own_picture(tmp_path: Path) -> None
 def run_search(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *arguments: str) -> None:
     """The tool's main, in this process, on a tiny model with random weights as if it came from a run."""
     from clipdist.data.tokens import make_tokenizer
-    from clipdist.model import load
-    from clipdist.model.dual_encoder import build_model
+    from clipdist.models import load
+    from clipdist.models.dual_encoder import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.survive.signals import SAME_KEY_S, StopFlag
+from clipdist.fault_tolerance.signals import SAME_KEY_S, StopFlag
 
 SCRIPT = str(Path(__file__).with_name("signalled.py"))
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 from clipdist.config import Model
 from clipdist.data.tokens import BPETokenizer, make_tokenizer
 from clipdist.errors import UserError
-from clipdist.model.spec import BPE_VOCABULARY, resolve_spec
+from clipdist.models.spec import BPE_VOCABULARY, resolve_spec
 
 TEXTS = [
     "A dog's 2 puppies run!",

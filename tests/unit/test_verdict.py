@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipdist.survive.verdict import Cause, RankState, _ranks, death, decide, hang
+from clipdist.fault_tolerance.verdict import Cause, RankState, _ranks, death, decide, hang
 
 
 def states(*phases: tuple[int, str, float]) -> dict[int, RankState]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.survive.peers import open_listener
-from clipdist.survive.watch import Watch
+from clipdist.fault_tolerance.heartbeat import open_listener
+from clipdist.fault_tolerance.watchdog import Watch
 
 ROOT = Path(__file__).parents[2]
 TOKEN = 0x5EED

@@ -15,16 +15,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clipdist import checkpoint
+from clipdist.checkpoint import format as checkpoint
 from clipdist.config import Loss, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
-from clipdist.model import weights as weights_module
-from clipdist.model.dual_encoder import DualEncoder, build_model
-from clipdist.model.export import export_model
-from clipdist.model.load import load_model
-from clipdist.model.spec import is_torchscript, resolve_spec
-from clipdist.model.weights import load_weights, openai_hashes
+from clipdist.models import weights as weights_module
+from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.export import export_model
+from clipdist.models.load import load_model
+from clipdist.models.spec import is_torchscript, resolve_spec
+from clipdist.models.weights import load_weights, openai_hashes
 
 VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from clipdist.loss.wire import clipdist_bytes, open_clip_bytes, written_bytes
+from clipdist.losses.wire import clipdist_bytes, open_clip_bytes, written_bytes
 
 
 @pytest.mark.parametrize(

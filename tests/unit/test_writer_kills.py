@@ -19,9 +19,9 @@ import traceback
 
 import torch
 
-from clipdist.checkpoint import MANIFEST, CheckpointReader, Manifest, Piece, checkpoint_dir, list_checkpoints
-from clipdist.checkpoint_writer import CheckpointWriter
-from clipdist.retention import Keep
+from clipdist.checkpoint.format import MANIFEST, CheckpointReader, Manifest, Piece, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.writer import CheckpointWriter
 
 KILLS = 200
 WORLD = 2

@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from clipdist import config
-from clipdist.data.cifar import LabelledImages, write_cifar10
 from clipdist.data.decode import BadSample
-from clipdist.data.labelled import LabelledSet, Split
+from clipdist.datasets.cifar import LabelledImages, write_cifar10
+from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
 from clipdist.evals.features import embed_split
 from clipdist.evals.prompts import CIFAR10_TEMPLATES, find_classes, find_templates, write_prompts
@@ -259,8 +259,8 @@ def test_ranks_share_the_work_with_equal_calls_and_agree_with_one_process(tmp_pa
 
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from clipdist.data.tokens import make_tokenizer
-    from clipdist.model import load
-    from clipdist.model.dual_encoder import build_model
+    from clipdist.models import load
+    from clipdist.models.dual_encoder import build_model
 
     folder = write_cifar10(tmp_path, coloured(10, 0), coloured(40, 1), COLOURS, batches=1)
     torch.manual_seed(0)
@@ -274,7 +274,7 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
 
-    from clipdist.data.labelled import open_labelled
+    from clipdist.datasets.labelled import open_labelled
     from clipdist.evals.embed import model_encoder
 
     encode, data = model_encoder(model, "cpu"), open_labelled(folder)

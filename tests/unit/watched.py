@@ -20,10 +20,10 @@ import threading
 import time
 from pathlib import Path
 
-import clipdist.survive.watch
+import clipdist.fault_tolerance.watchdog
 from clipdist.errors import Fault, UserError, run_main
-from clipdist.survive.peers import open_listener
-from clipdist.survive.watch import Watch
+from clipdist.fault_tolerance.heartbeat import open_listener
+from clipdist.fault_tolerance.watchdog import Watch
 
 ERRORS = {"UserError": UserError, "Fault": Fault, "RuntimeError": RuntimeError}
 
@@ -31,7 +31,7 @@ ERRORS = {"UserError": UserError, "Fault": Fault, "RuntimeError": RuntimeError}
 def main() -> None:
     do = json.loads(sys.argv[1])
     if do["act"] == "stuck":
-        clipdist.survive.watch.BACKSTOP_S = 1.0
+        clipdist.fault_tolerance.watchdog.BACKSTOP_S = 1.0
     os.environ["RANK"] = str(do["rank"])
     told: list[str] = []
     threading.Thread(target=lambda: told.extend(iter(sys.stdin.readline, "")), daemon=True).start()

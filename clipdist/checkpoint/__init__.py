@@ -1,0 +1,1 @@
+"""Checkpoints: their format, reading, writing, and which of them are kept."""

@@ -1,0 +1,40 @@
+"""The configuration of a run. Imports no torch."""
+
+from clipdist.config.load import flat, load_config, to_dict, to_yaml
+from clipdist.config.schema import (
+    DEFAULT_RECIPE,
+    REPOSITORY,
+    SNAPSHOT,
+    Config,
+    Data,
+    Engine,
+    Eval,
+    Guard,
+    Launch,
+    Loss,
+    Model,
+    Optim,
+    Run,
+    Train,
+)
+
+__all__ = [
+    "DEFAULT_RECIPE",
+    "REPOSITORY",
+    "SNAPSHOT",
+    "Config",
+    "Data",
+    "Engine",
+    "Eval",
+    "Guard",
+    "Launch",
+    "Loss",
+    "Model",
+    "Optim",
+    "Run",
+    "Train",
+    "flat",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,1 @@
+"""Making, inspecting and labelling data sets."""

@@ -1,0 +1,389 @@
+"""Shards in; their indices out, with checksums, columns for filters, and the defects of samples.
+
+Shards are not changed, and each process holds one at a time. Beside a shard its index keeps all samples, the defective
+ones marked; a consolidated index holds the good samples that pass the filters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import uuid
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import numpy as np
+
+from clipdist.data.consolidated import Consolidated, Part, make_part
+from clipdist.data.fetch import Fetcher, is_remote, safe_name
+from clipdist.data.filters import COLUMN_NAME, Condition
+from clipdist.data.index import (
+    ShardIndex,
+    check_fresh,
+    is_fresh,
+    keep_facts,
+    scan_whole_samples,
+    stored_index,
+    write_index,
+)
+from clipdist.errors import Fault, UserError
+
+if TYPE_CHECKING:
+    from clipdist.data.reader import Reader
+
+# The column `defect` of an index whose shard was verified holds places in this list: append only.
+DEFECTS = (
+    "",
+    "missing image",
+    "missing caption",
+    "truncated image",
+    "not an image",
+    "too many pixels",
+    "too large",
+    "not JSON",
+    "caption not UTF-8",
+    "wrong checksum",
+    "shard cut off",
+)
+DEFECT = "defect"
+MOST_NAMED = 20  # defective samples of a shard whose keys are told
+_MOST_COLUMNS = 256  # a .json with other fields in every sample would fill the memory: later names are passed over
+_WHOLE_NUMBERS = 2.0**53  # up to which float64 holds every integer
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One shard, and the consolidated index that holds it already, if it was named by one."""
+
+    tar: str
+    book: str = ""
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with every shard.
+
+    Attributes:
+        verify: read and decode everything.
+        conditions: what samples must meet to be kept.
+        output: write the index beside the shard, give it as a part of a consolidated one, or neither.
+        salvage: of a damaged shard take the whole samples before the damage.
+        force: pass over indices that are there.
+        reread: verify again what was verified, by its checksums.
+        folder: where remote shards lie while they are looked at.
+    """
+
+    verify: bool = False
+    conditions: tuple[Condition, ...] = ()
+    output: Literal["beside", "part", "nothing"] = "beside"
+    salvage: bool = False
+    force: bool = False
+    reread: bool = False
+    folder: Path = Path()
+    allow_pipe: bool = False
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one shard turned out to be.
+
+    Attributes:
+        samples: in the shard, without those after a damage, whose number nobody knows.
+        kept: without those that are defective or fail a condition.
+        tar_bytes: size of the shard.
+        kinds: of its members.
+        columns: names of the numeric columns.
+        passed: for each condition, how many of the samples without defects meet it; None: no such column.
+        made: whether the index was made now; False: a fresh one was there.
+        damage: "", or what is wrong with the shard.
+        defects: how many samples have each defect.
+        named: (key, defect) of the first of them.
+        part: of the samples kept, where Task.output asks for it and there are any.
+    """
+
+    tar: str
+    samples: int = 0
+    kept: int = 0
+    tar_bytes: int = 0
+    kinds: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    passed: tuple[int | None, ...] = ()
+    made: bool = True
+    damage: str = ""
+    defects: Counter[str] = field(default_factory=Counter)
+    named: tuple[tuple[str, str], ...] = ()
+    part: Part | None = None
+
+
+class _Unusable(Exception):
+    """Nothing of this shard can be used; the message says why."""
+
+
+def examine_shard(source: Source, task: Task) -> Examined:
+    """Indexes one shard, or takes the index that is there where it has all that is wanted.
+
+    Raises:
+        UserError, Fault: the index or the temporary copy cannot be written.
+    """
+    try:
+        index, damage, made = _index_of(source, task)
+    except _Unusable as error:
+        return Examined(source.tar, damage=str(error))
+    if damage and not task.salvage:
+        lost = Counter({"in a damaged shard": len(index)})
+        return Examined(source.tar, len(index), tar_bytes=index.tar_bytes, damage=damage, defects=lost)
+    if made and task.output == "beside":
+        _write_beside(index)
+    return _summed_up(index, task, damage, made)
+
+
+def _index_of(source: Source, task: Task) -> tuple[ShardIndex, str, bool]:
+    """The index with what the task wants, what is wrong with the shard, and whether it was made now."""
+    try:
+        stored = None if task.force and not source.book else _stored(source)
+        if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
+            return stored, "", False
+        with _at_hand(source.tar, task) as path:
+            if stored is not None and (source.book or is_fresh(stored)):
+                index, damage = replace(stored, tar=str(path)), ""
+            else:
+                index, damage = scan_whole_samples(path)
+                index, damage = keep_facts(index, stored), damage.replace(str(path), safe_name(source.tar))
+            if not damage or task.salvage:
+                index = _with_columns(index, task)
+    except Fault:
+        raise
+    except UserError as error:
+        raise _Unusable(str(error)) from None
+    if is_remote(source.tar):
+        index = replace(index, tar_mtime_ns=0)
+    return replace(index, tar=source.tar), damage, True
+
+
+def _stored(source: Source) -> ShardIndex | None:
+    if not source.book:
+        return None if is_remote(source.tar) else stored_index(source.tar)
+    index = _open_book(source.book).load(source.number)
+    if not is_remote(source.tar):
+        check_fresh(index)
+    return index
+
+
+@functools.lru_cache(maxsize=4)
+def _open_book(path: str) -> Consolidated:
+    return Consolidated(path)
+
+
+def _has_all(index: ShardIndex, task: Task) -> bool:
+    if DEFECT in index.columns and index.crc is not None:  # verified: a column that is not there is in no sample
+        return not (task.verify and (task.force or task.reread))
+    wanted = {name for condition in task.conditions for name in condition.columns}
+    return not task.verify and wanted <= index.columns.keys()
+
+
+@contextlib.contextmanager
+def _at_hand(tar: str, task: Task) -> Iterator[str | Path]:
+    """A local file with the shard's bytes; a remote one is fetched, and gone afterwards."""
+    if not is_remote(tar):
+        yield tar
+        return
+    path = task.folder / f"{uuid.uuid4().hex}.tar"
+    try:
+        try:
+            Fetcher(allow_pipe=task.allow_pipe).fetch(tar, path)
+        except UserError as error:  # one shard that cannot be had does not stop the others
+            raise _Unusable(str(error)) from None
+        except OSError as error:
+            raise Fault(
+                f"{task.folder}: cannot be written ({error.strerror}); name a larger place by --cache"
+            ) from None
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _with_columns(index: ShardIndex, task: Task) -> ShardIndex:
+    if task.verify:
+        return read_samples(index, decode=True)
+    wanted = {name for condition in task.conditions for name in condition.columns}
+    return index if wanted <= index.columns.keys() else read_samples(index, decode=False)
+
+
+def _write_beside(index: ShardIndex) -> None:
+    try:
+        write_index(index)
+    except OSError as error:
+        folder = os.path.dirname(index.tar) or "."
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); write one file elsewhere with --out"
+        ) from None
+
+
+def _summed_up(index: ShardIndex, task: Task, damage: str, made: bool) -> Examined:
+    defect = index.columns.get(DEFECT, np.zeros(len(index), dtype=np.int64)).astype(np.int64)
+    good = defect == 0
+    keep, passed = good, []
+    for condition in task.conditions:
+        passes = condition.passes(index.columns)
+        passed.append(None if passes is None else int((passes & good).sum()))
+        keep = keep & (np.zeros_like(good) if passes is None else passes)
+    bad = np.flatnonzero(~good)
+    reasons = [DEFECTS[code] if 0 < code < len(DEFECTS) else "defect" for code in defect[bad].tolist()]
+    return Examined(
+        index.tar,
+        len(index),
+        int(keep.sum()),
+        index.tar_bytes,
+        index.kinds,
+        tuple(index.columns),
+        tuple(passed),
+        made,
+        damage,
+        Counter(reasons),
+        tuple(zip(index.keys[bad[:MOST_NAMED]].tolist(), reasons)),
+        make_part(index.select(np.flatnonzero(keep))) if task.output == "part" and keep.any() else None,
+    )
+
+
+def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
+    """The index with what only the members' data tell, by the rules of training.
+
+    Args:
+        index: of a local shard. Checksums in it are compared, those that there are not are made where `decode` is True.
+        decode: read every member and decode every picture; else only pictures' headers, captions and .json.
+
+    Returns:
+        The index with columns [n]: every numeric field of the samples' .json; width and height of the picture, pixels;
+        caption_length, characters of the first caption; after decoding `defect`, a place in DEFECTS. NaN: not known.
+        Columns that were there stay, unless they are read anew.
+
+    Raises:
+        UserError: the shard cannot be read.
+    """
+    # Comes with torch: seconds in every process, which a scan of headers need not wait for.
+    from clipdist.data.catalog import Catalog, Shard
+    from clipdist.data.reader import Reader
+
+    table = _Table(len(index))
+    crc = np.zeros(index.size.shape, dtype=np.uint32)
+    reader = Reader(Catalog([Shard(index.tar, len(index), b"", lambda: index)]))
+    try:
+        for row in range(len(index)):
+            looked = _look(reader, row, index.kinds if decode else (), decode)
+            crc[row, : len(looked.crc)] = looked.crc
+            table.fill(row, looked.numbers)
+            if decode:
+                table.fill(row, {DEFECT: DEFECTS.index(looked.defect)})
+    except OSError as error:
+        raise UserError(f"{index.tar}: cannot be read ({error.strerror or error})") from None
+    finally:
+        reader.close()
+    old_crc = index.crc if index.crc is not None else (crc if decode else None)
+    return replace(index, crc=old_crc, columns={**index.columns, **table.columns()})
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one sample says: CRC-32 of each member, its numbers, and the first thing that is wrong with it."""
+
+    crc: list[int]
+    numbers: dict[str, float]
+    defect: str
+
+
+def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _Look:
+    reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
+    record, no_record = _try(lambda: reader.metadata(row))
+    captions, no_caption = _try(lambda: reader.captions(row))
+    size, no_picture = _try(lambda: _picture_size(reader.image(row), decode))
+    numbers = _numbers(record or {})
+    numbers["width"], numbers["height"] = size or (math.nan, math.nan)
+    numbers["caption_length"] = len(captions[0]) if captions else math.nan
+    wrong = [*(defect for _, defect in reads), no_record, no_picture, no_caption]
+    crc = [0 if data is None else zlib.crc32(data) for data, _ in reads]
+    return _Look(crc, numbers, next(filter(None, wrong), ""))
+
+
+def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What it gives, or the reason why it gives nothing."""
+    from clipdist.data.decode import BadSample
+
+    try:
+        return read(), ""
+    except BadSample as error:
+        return None, error.reason
+
+
+def _picture_size(data: bytes, decode: bool) -> tuple[int, int] | None:
+    """Width and height in pixels; None where the header does not tell them."""
+    from clipdist.data.decode import decode_pixels
+    from clipdist.datasets.images import Header, check_bytes
+
+    if decode:
+        height, width, _ = decode_pixels(data).shape
+        return width, height
+    header = check_bytes(data, decode=False)
+    return (header.width, header.height) if isinstance(header, Header) else None
+
+
+def _numbers(record: dict) -> dict[str, float]:
+    numbers = {}
+    for name, value in record.items():
+        if isinstance(value, (int, float)) and COLUMN_NAME.fullmatch(name):
+            with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+                numbers[name] = float(value)
+    return numbers
+
+
+class _Table:
+    """Columns of n numbers, which appear as samples name them."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._columns: dict[str, np.ndarray] = {}
+
+    def fill(self, row: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            column = self._columns.get(name)
+            if column is None:
+                own = name in ("width", "height", "caption_length", DEFECT)
+                if len(self._columns) >= _MOST_COLUMNS and not own:
+                    continue
+                column = self._columns[name] = np.full(self._n, np.nan)
+            column[row] = value
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """int64 where all are whole numbers, else float64."""
+        return {name: _narrowed(values) for name, values in self._columns.items()}
+
+
+def _narrowed(values: np.ndarray) -> np.ndarray:
+    whole = np.isfinite(values).all() and (np.abs(values) < _WHOLE_NUMBERS).all() and (values == np.floor(values)).all()
+    return values.astype(np.int64) if whole else values
+
+
+def in_order(
+    pool: Executor | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """As map, with at most `ahead` results that wait for their turn, so that few are in memory."""
+    if pool is None:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

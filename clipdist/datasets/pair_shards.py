@@ -1,0 +1,379 @@
+"""Pictures with captions, from a list, in; a folder of shards out that a run which was cut off can be finished with.
+
+A shard is a fixed range of the list, written by one process: the bytes depend neither on the number of processes nor on
+interruptions. plan.json says what decides the bytes; shards.jsonl has one line for every shard that is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clipdist.data.index import index_path
+from clipdist.datasets.images import check_bytes, shrink
+from clipdist.datasets.pair_lists import Pair, PairList, Skip
+from clipdist.datasets.shard_writer import (
+    Sample,
+    ShardFacts,
+    sample_key,
+    shard_name,
+    write_json,
+    write_shard,
+    write_side_files,
+)
+from clipdist.errors import Fault, UserError
+
+FORMAT = 1  # of what is written: raise it when the same list would give other bytes
+MAX_SHARDS = 100_000  # img2dataset's keys count shards with five digits
+MAX_PICTURE_BYTES = 1 << 28
+_AHEAD = 3  # shards per process that are prepared: enough that none waits, few rows in memory
+_TOOL = "shard_pairs"
+
+PackCaptions = Callable[[list[str]], bytes]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the bytes of the shards.
+
+    Attributes:
+        list: fingerprint of the list's content.
+        columns: of the picture and of the caption.
+        images_root: where relative file names start.
+        per_shard: pictures of the list per shard.
+        shrink: pixels of the shorter side at most; 0: bytes untouched.
+        verified: pictures are decoded before they are taken.
+        tokens: kind of the member with token ids; "": none.
+    """
+
+    list: str
+    columns: tuple[str, str]
+    images_root: str
+    per_shard: int
+    shrink: int
+    verified: bool
+    tokens: str
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard that is written; `facts` has 0 samples, and there is no file, where nothing of its range was usable."""
+
+    shard: int
+    captions: int
+    facts: ShardFacts
+    skipped: tuple[Skip, ...]
+
+
+@dataclass(frozen=True)
+class Totals:
+    samples: int
+    captions: int
+    shards: int
+    size_bytes: int
+    skipped: dict[str, int]
+    written_now: int
+
+
+# --- one shard, in a worker process ---
+
+
+@dataclass(frozen=True)
+class _Job:
+    out: Path
+    shard: int
+    entries: Sequence[Pair | Skip]
+    tokens: Sequence[bytes]  # of every Pair; empty without Plan.tokens
+    plan: Plan
+
+
+def _write(job: _Job) -> ShardDone:
+    """
+    Raises:
+        Fault: the shard cannot be written (disk full, ...).
+    """
+    skipped = [entry for entry in job.entries if isinstance(entry, Skip)]
+    pairs = [entry for entry in job.entries if isinstance(entry, Pair)]
+    captions = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal captions
+        row = 0
+        for number, pair in enumerate(pairs):
+            picture = _read_picture(os.path.join(job.plan.images_root, pair.file), job.plan)
+            if isinstance(picture, str):
+                skipped.append(Skip(pair.row, pair.file, picture))
+                continue
+            yield _sample(sample_key(job.shard, row), pair, picture, job, number)
+            captions += len(pair.captions)
+            row += 1
+
+    path = job.out / shard_name(job.shard)
+    try:
+        facts = write_shard(path, samples())
+        if not facts.samples:
+            path.unlink()
+            index_path(path).unlink()
+    except OSError as error:
+        raise Fault(f"{path}: cannot be written ({error.strerror or error}); the same command goes on later") from None
+    return ShardDone(job.shard, captions, facts, tuple(sorted(skipped, key=lambda skip: (skip.row, skip.file))))
+
+
+@dataclass(frozen=True)
+class _Picture:
+    data: bytes
+    kind: str
+    sizes: dict[str, int]
+
+
+def _read_picture(path: str, plan: Plan) -> _Picture | str:
+    """The picture as it is to be stored, or the reason why it is not."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or device would never end
+            return "not a file"
+        if status.st_size > MAX_PICTURE_BYTES:
+            return "file too large"
+        data = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
+        return "missing file"
+    except OSError:
+        return "unreadable file"
+    header = check_bytes(data, plan.verified)
+    if isinstance(header, str):
+        return header
+    sizes = {"width": header.width, "height": header.height}
+    if not plan.shrink or min(header.width, header.height) <= plan.shrink:
+        return _Picture(data, header.kind, sizes)
+    data, width, height = shrink(data, plan.shrink)
+    original = {f"original_{name}": pixels for name, pixels in sizes.items()}
+    return _Picture(data, "jpg", {"width": width, "height": height, **original})
+
+
+def _sample(key: str, pair: Pair, picture: _Picture, job: _Job, number: int) -> Sample:
+    record = {
+        "filename": pair.file.encode(errors="replace").decode(),
+        **pair.extra,  # a column may be named filename; what is measured here wins over columns
+        "key": key,
+        "caption": pair.captions[0],
+        "captions": pair.captions,
+        **picture.sizes,
+        "sha256": hashlib.sha256(picture.data).hexdigest(),
+    }
+    members = {
+        picture.kind: picture.data,
+        "txt": pair.captions[0].encode(),
+        "json": json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace"),
+    }
+    if job.plan.tokens:
+        members[job.plan.tokens] = job.tokens[number]
+    size = {name: picture.sizes[name] for name in ("width", "height")}
+    return Sample(key, members, {**size, "captions": len(pair.captions)})
+
+
+# --- all shards ---
+
+
+def write_pairs(
+    pairs: PairList,
+    pictures: int,
+    out: Path,
+    plan: Plan,
+    pool: Executor | None,
+    processes: int,
+    pack: PackCaptions | None,
+) -> Totals:
+    """Writes the shards that `out` lacks, then the side files; skipped.jsonl names all that was left out.
+
+    Args:
+        pictures: in the list, as its survey counted.
+        out: the folder, held by hold_folder.
+        pool: of open_pool(processes); None: this process does the work.
+        pack: captions of a picture -> the member named Plan.tokens; None where the plan has none.
+
+    Raises:
+        UserError: `out` is of another plan or not ours, or nothing of the list is usable.
+        Fault: a shard cannot be written, or a worker process was killed.
+    """
+    if -(-pictures // plan.per_shard) > MAX_SHARDS:
+        raise UserError(
+            f"--per-shard {plan.per_shard}: {pictures} pictures make more than {MAX_SHARDS} shards; raise it"
+        )
+    _check_plan(out, plan)
+    try:
+        journal = _Journal(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    before = len(journal.done)
+    jobs = _jobs(pairs, out, plan, pack, journal)
+    with tqdm(total=pictures, desc="write", unit="picture", disable=None) as bar:
+        bar.update(sum(min(plan.per_shard, pictures - shard * plan.per_shard) for shard in journal.done))
+        for job, done in _in_order(pool, jobs, _AHEAD * processes):
+            journal.add(done)
+            bar.update(sum(isinstance(entry, Pair) for entry in job.entries))
+    skipped = journal.write_skipped(out / "skipped.jsonl")
+    written = [journal.done[shard] for shard in sorted(journal.done)]
+    whole = [done.facts for done in written if done.facts.samples]
+    if not whole:
+        for name in ("plan.json", "shards.jsonl", "skipped.jsonl"):
+            (out / name).unlink()
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common())
+        raise UserError(
+            f"{pairs.source}: no picture of it can be used: {reasons}; relative names start at {plan.images_root} "
+            "(--images-root)"
+        )
+    write_side_files(out, pairs.source.absolute().stem, whole)
+    captions = sum(done.captions for done in written)
+    samples, size = sum(facts.samples for facts in whole), sum(facts.size_bytes for facts in whole)
+    return Totals(samples, captions, len(whole), size, dict(sorted(skipped.items())), len(written) - before)
+
+
+def _jobs(pairs: PairList, out: Path, plan: Plan, pack: PackCaptions | None, journal: _Journal) -> Iterator[_Job]:
+    for shard, entries in enumerate(_ranges(pairs, plan.per_shard)):
+        if shard not in journal.done:
+            tokens = [pack(list(entry.captions)) for entry in entries if isinstance(entry, Pair)] if pack else []
+            yield _Job(out, shard, entries, tokens, plan)
+
+
+def _ranges(pairs: Iterable[Pair | Skip], per_shard: int) -> Iterator[list[Pair | Skip]]:
+    """Runs of `per_shard` pictures; rows that name none ride along."""
+    entries: list[Pair | Skip] = []
+    pictures = 0
+    for entry in pairs:
+        if isinstance(entry, Pair):
+            if pictures == per_shard:
+                yield entries
+                entries, pictures = [], 0
+            pictures += 1
+        entries.append(entry)
+    yield entries
+
+
+def _in_order(pool: Executor | None, jobs: Iterable[_Job], ahead: int) -> Iterator[tuple[_Job, ShardDone]]:
+    """Results in the jobs' order, never more than `ahead` of them begun and not yet given."""
+    if pool is None:
+        for job in jobs:
+            yield job, _write(job)
+        return
+    waiting: deque = deque()
+    try:
+        for job in jobs:
+            waiting.append((job, pool.submit(_write, job)))
+            if len(waiting) >= ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    except BrokenProcessPool:
+        raise Fault("a worker process was killed, by want of memory perhaps; the same command goes on") from None
+
+
+# --- what a run that was cut off left ---
+
+
+def _check_plan(out: Path, plan: Plan) -> None:
+    """Notes the plan in a new folder; in one that has a plan it must be this one."""
+    path = out / "plan.json"
+    said = json.loads(json.dumps({"tool": _TOOL, "format": FORMAT, **asdict(plan)}))
+    if path.exists():
+        there = _read_plan(path)
+        differ = [
+            f"{name} was {there.get(name)!r}, now {said[name]!r}" for name in said if there.get(name) != said[name]
+        ]
+        if differ:
+            raise UserError(
+                f"--out {out}: was begun otherwise: {'; '.join(differ)}; choose another --out, or remove {out}"
+            )
+        return
+    foreign = sorted(file.name for file in out.glob("*") if file.suffix in (".tar", ".json", ".jsonl"))
+    if foreign:
+        raise UserError(f"{out / foreign[0]}: was not written by this tool; move it away or choose another --out")
+    try:
+        write_json(path, said)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if there["tool"] == _TOOL:
+            return there
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: was not written by this tool; move it away or choose another --out")
+
+
+class _Journal:
+    """shards.jsonl: a line for every shard that is done. In memory without the names of what was left out.
+
+    Attributes:
+        done: the shards whose files are there, whole, with their index.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._path = out, out / "shards.jsonl"
+        self.done: dict[int, ShardDone] = {}
+        self._offset: dict[int, int] = {}
+        end = 0
+        with open(self._path, "ab+") as file:
+            file.seek(0)
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
+                for line in file:
+                    done = _parse(line)
+                    if self._is_there(done):
+                        self._remember(done, end)
+                    end += len(line)
+            file.truncate(end)
+
+    def _is_there(self, done: ShardDone) -> bool:
+        path = self._out / done.facts.name
+        try:
+            whole = path.stat().st_size == done.facts.size_bytes and index_path(path).exists()
+        except OSError:
+            whole = False
+        return whole or not done.facts.samples
+
+    def _remember(self, done: ShardDone, offset: int) -> None:
+        self.done[done.shard] = ShardDone(done.shard, done.captions, done.facts, ())
+        self._offset[done.shard] = offset
+
+    def add(self, done: ShardDone) -> None:
+        with open(self._path, "ab") as file:
+            offset = file.tell()
+            file.write(json.dumps(asdict(done)).encode() + b"\n")
+        self._remember(done, offset)
+
+    def write_skipped(self, path: Path) -> Counter[str]:
+        """Writes what was left out, in the list's order; counts it by reason."""
+        counts: Counter[str] = Counter()
+        partial = path.with_name(path.name + ".tmp")
+        with open(self._path, "rb") as journal, open(partial, "w", encoding="utf-8", errors="replace") as file:
+            for shard in sorted(self._offset):
+                journal.seek(self._offset[shard])
+                for skip in _parse(journal.readline()).skipped:
+                    counts[skip.reason] += 1
+                    where = {"row": skip.row} if skip.row else {}
+                    file.write(
+                        json.dumps({**where, "file": skip.file, "reason": skip.reason}, ensure_ascii=False) + "\n"
+                    )
+        os.replace(partial, path)
+        return counts
+
+
+def _parse(line: bytes) -> ShardDone:
+    said = json.loads(line)
+    skipped = tuple(Skip(**skip) for skip in said["skipped"])
+    return ShardDone(said["shard"], said["captions"], ShardFacts(**said["facts"]), skipped)

@@ -1,0 +1,479 @@
+"""A seed in; captioned pictures of simple scenes out, in Flickr8k's original layout, and labelled ones in CIFAR-10's.
+
+A scene is a few coloured, textured shapes in a spatial relation on a background. Every picture comes with five
+sentences in different words, each of which says enough to tell it from the others. Picture n depends on (seed, n)
+alone, so that any number of processes writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from clipdist.datasets.cifar import SIDE, LabelledImages, write_cifar10
+from clipdist.datasets.images import open_pool
+
+SCENES_VERSION = 1  # of the drawing and the sentences: the same seed and version give the same bytes
+SCENE_SIDE = 96  # pixels
+OVERSAMPLING = 4  # outlines are drawn larger by this factor, then averaged down: smooth edges
+JPEG_QUALITY = 90
+SPLITS = ("train", "dev", "test")
+CAPTIONS = 5  # per picture
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon", "diamond", "flower")
+COLOURS = {
+    "red": (214, 39, 40),
+    "orange": (247, 129, 25),
+    "yellow": (247, 213, 40),
+    "green": (46, 148, 62),
+    "blue": (38, 98, 212),
+    "purple": (128, 58, 168),
+    "pink": (246, 122, 178),
+    "brown": (126, 78, 42),
+    "white": (250, 250, 250),
+    "black": (28, 28, 32),
+}
+BACKGROUNDS = {
+    "white": (244, 244, 242),
+    "gray": (158, 160, 164),
+    "black": (38, 38, 42),
+    "beige": (232, 216, 184),
+    "light blue": (176, 214, 240),
+    "light green": (190, 228, 188),
+    "lavender": (212, 200, 238),
+    "dark blue": (32, 46, 92),
+}
+TEXTURES = ("plain", "plain", "striped", "dotted")  # one in two is plain
+RELATIONS = {"left": 0.17, "right": 0.17, "above": 0.17, "below": 0.17, "inside": 0.08, "row": 0.07, "column": 0.05}
+RELATIONS |= {"alone": 0.12}  # share of the pictures
+HOLDERS = ("circle", "square", "diamond", "heart")  # shapes with room inside
+MIN_CONTRAST = 105.0  # Euclidean distance in RGB below which two colours are not put on one another
+
+_SHADOW = [value * 2 // 5 for value in range(256)]
+# The third part of a picture's seed: the two sets share no picture.
+_SCENE_STREAM, _LABELLED_STREAM = 0, 1
+_Made = TypeVar("_Made")
+# Radii are shares of the picture's side.
+RADIUS = {
+    "small": (0.1, 0.115),
+    "medium": (0.14, 0.155),
+    "large": (0.19, 0.215),
+    "free": (0.22, 0.32),
+    "any": (0.12, 0.3),
+}
+RADIUS_OF_HOLDER = (0.36, 0.4)
+REACH_ALONE, REACH_LABELLED = 0.12, 0.22  # how far from the middle a single shape may be
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape, or `count` equal ones."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`things[0]` stands in `relation` to `things[1]`; in a row (column) they go from left to right (top to bottom)."""
+
+    things: tuple[Thing, ...]
+    relation: str
+    background: str
+    checkered: bool
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """Draws a scene whose things have different colours, each well visible on what is behind it."""
+    relation = str(rng.choice(list(RELATIONS), p=list(RELATIONS.values())))
+    background = _pick(rng, tuple(BACKGROUNDS))
+    colours = [str(name) for name in rng.permutation(_visible_on(background))]
+    if relation == "alone":
+        things: tuple[Thing, ...] = (Thing(_pick(rng, SHAPES), colours[0], _pick(rng, TEXTURES), "free"),)
+    elif relation == "inside":
+        inner = next(name for name in colours[1:] if _contrast(COLOURS[name], COLOURS[colours[0]]) >= MIN_CONTRAST)
+        holder = Thing(_pick(rng, HOLDERS), colours[0], "plain", "large")
+        things = (Thing(_pick(rng, SHAPES), inner, _pick(rng, TEXTURES), "small"), holder)
+    elif relation in ("row", "column"):
+        things = tuple(Thing(_pick(rng, SHAPES), colour, _pick(rng, TEXTURES), "medium") for colour in colours[:3])
+    else:
+        things = tuple(_sample_thing(rng, colour) for colour in colours[:2])
+    return Scene(things, relation, background, checkered=bool(rng.random() < 0.35))
+
+
+def _sample_thing(rng: np.random.Generator, colour: str) -> Thing:
+    size = _pick(rng, ("small", "large"))
+    count = int(rng.integers(2, 5)) if size == "small" and rng.random() < 0.6 else 1
+    return Thing(_pick(rng, SHAPES), colour, _pick(rng, TEXTURES), size, count)
+
+
+def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
+    return names[int(rng.integers(len(names)))]
+
+
+def _visible_on(background: str) -> list[str]:
+    """The colours that stand out from a background."""
+    return [name for name in COLOURS if _contrast(COLOURS[name], BACKGROUNDS[background]) >= MIN_CONTRAST]
+
+
+def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    return math.dist(one, other)
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def render_scene(scene: Scene, rng: np.random.Generator, side: int = SCENE_SIDE) -> Image.Image:
+    """Draws the scene, RGB, side x side pixels; `rng` gives what no sentence tells (tilt, shade, exact places)."""
+    canvas = _draw_background(BACKGROUNDS[scene.background], scene.checkered, rng, side)
+    for thing, (x, y) in _places(scene, rng):
+        _draw_shape(canvas, thing, (x * side, y * side), _radius(scene, thing, rng) * side, rng)
+    return _with_grain(canvas, rng)
+
+
+def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tuple[float, float]]]:
+    """Yields (thing, centre of one of its shapes), back to front, in shares of the side."""
+    if scene.relation in ("inside", "alone"):
+        reach = 0.05 if scene.relation == "inside" else REACH_ALONE
+        centre = (0.5 + _spread(rng, reach), 0.5 + _spread(rng, reach))
+        for thing in reversed(scene.things):  # what holds is behind what it holds
+            yield thing, centre
+        return
+    along = 0 if scene.relation in ("left", "right", "row") else 1
+    order = scene.things[::-1] if scene.relation in ("right", "below") else scene.things
+    slots = (0.25, 0.75) if len(order) == 2 else (0.19, 0.5, 0.81)
+    for slot, thing in zip(slots, order, strict=True):
+        middle = [0.5 + _spread(rng, 0.12), 0.5 + _spread(rng, 0.12)]
+        middle[along] = slot + _spread(rng, 0.015)
+        if thing.count > 1:
+            middle[1 - along] = 0.5 + _spread(rng, 0.03)
+        for x, y in _group_offsets(thing.count, along):
+            yield thing, (middle[0] + x, middle[1] + y)
+
+
+def _group_offsets(count: int, along: int) -> list[tuple[float, float]]:
+    """Offsets of equal shapes around their common middle: a line across the relation, or two by two."""
+    step = 0.26
+    if count == 4:
+        return [(x * step / 2, y * step / 2) for y in (-1, 1) for x in (-1, 1)]
+    line = [(i - (count - 1) / 2) * step for i in range(count)]
+    return [(0.0, offset) if along == 0 else (offset, 0.0) for offset in line]
+
+
+def _radius(scene: Scene, thing: Thing, rng: np.random.Generator) -> float:
+    holds = scene.relation == "inside" and thing is scene.things[1]
+    low, high = RADIUS_OF_HOLDER if holds else RADIUS[thing.size]
+    return float(rng.uniform(low, high))
+
+
+def _spread(rng: np.random.Generator, reach: float) -> float:
+    return float(rng.uniform(-reach, reach))
+
+
+def _draw_background(colour: tuple[int, int, int], checkered: bool, rng: np.random.Generator, side: int) -> Image.Image:
+    """A wall that is a little brighter on one side, with two tones of squares where it is checkered."""
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    angle = rng.uniform(0, 2 * math.pi)
+    shade = 1 + 0.14 * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
+    if checkered:
+        cells = int(rng.integers(6, 9))
+        shade *= np.where((np.floor(x * cells) + np.floor(y * cells)) % 2 == 0, 1.04, 0.84)
+    return _to_image(_jitter(colour, rng, 5) * shade[..., None])
+
+
+def _draw_shape(
+    canvas: Image.Image, thing: Thing, centre: tuple[float, float], radius: float, rng: np.random.Generator
+) -> None:
+    """Draws one shape with its soft shadow onto the canvas, in place. `centre`, `radius`: pixels."""
+    half = math.ceil(radius * 1.25) + 2  # of the tile: room for the shadow's soft edge
+    corner = (math.floor(centre[0]) - half, math.floor(centre[1]) - half)
+    within = (centre[0] - corner[0], centre[1] - corner[1])
+    mask = _shape_mask(thing.shape, 2 * half, within, radius, math.radians(_spread(rng, 14)))
+    drop = max(1, canvas.width // 64)
+    shadow = mask.filter(ImageFilter.BoxBlur(drop)).point(_SHADOW)
+    canvas.paste((16, 16, 24), (corner[0] + drop // 2, corner[1] + drop), shadow)
+    canvas.paste(_fill(thing, 2 * half, radius, max(0.55 * radius, 0.075 * canvas.width), rng), corner, mask)
+
+
+def _shape_mask(shape: str, side: int, centre: tuple[float, float], radius: float, tilt: float) -> Image.Image:
+    mask = Image.new("L", (side * OVERSAMPLING, side * OVERSAMPLING), 0)
+    draw = ImageDraw.Draw(mask)
+    turn = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
+    for level, outline in zip((255, 0), _outlines(shape)):  # the second outline, if any, is a hole
+        points = (outline @ turn * radius + centre) * OVERSAMPLING
+        draw.polygon(points.ravel().tolist(), fill=level)
+    return mask.reduce(OVERSAMPLING)
+
+
+def _fill(thing: Thing, side: int, radius: float, period: float, rng: np.random.Generator) -> Image.Image:
+    """The tile that shows through the shape: its colour, lit from above, with light stripes or dots."""
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) - side / 2
+    base = _jitter(COLOURS[thing.colour], rng, 8)
+    light = (1.04 - 0.08 * y / radius)[..., None]
+    if thing.texture == "plain":
+        return _to_image(base * light)
+    second = base * 0.72 if base.mean() > 200 else base * 0.35 + 255 * 0.65  # white shapes take gray marks
+    angle = rng.uniform(0, math.pi)
+    u = (x * math.cos(angle) + y * math.sin(angle) + rng.uniform(0, period)) % period - period / 2
+    v = (y * math.cos(angle) - x * math.sin(angle) + rng.uniform(0, period)) % period - period / 2
+    inside = 0.22 * period - np.abs(u) if thing.texture == "striped" else 0.3 * period - np.hypot(u, v)  # pixels
+    marked = np.clip(inside + 0.5, 0, 1)[..., None]
+    return _to_image((base + (second - base) * marked) * light)
+
+
+def _jitter(colour: tuple[int, int, int], rng: np.random.Generator, reach: float) -> np.ndarray:
+    return np.asarray(colour, dtype=np.float32) + rng.uniform(-reach, reach, 3).astype(np.float32)
+
+
+def _with_grain(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    grain = rng.standard_normal((image.height, image.width, 1), dtype=np.float32)
+    return _to_image(np.asarray(image, dtype=np.float32) + 2 * grain)
+
+
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+@cache
+def _outlines(shape: str) -> tuple[np.ndarray, ...]:
+    """Closed outlines float64 [points, 2] within the unit circle, y down; the second one is a hole."""
+    around = np.linspace(0, 2 * math.pi, 73)[:-1]
+    match shape:
+        case "circle":
+            return (_polar(around, 0.92),)
+        case "ring":
+            return (_polar(around, 0.96), _polar(around, 0.52))
+        case "square":
+            return (_polar(np.arange(4) * math.pi / 2 + math.pi / 4, 1.1),)
+        case "diamond":
+            return (np.array([(0, -1.08), (0.66, 0), (0, 1.08), (-0.66, 0)]),)
+        case "triangle":
+            return (_polar(np.arange(3) * 2 * math.pi / 3 - math.pi / 2, 1.12) + (0, 0.18),)
+        case "star":
+            return (_polar(np.arange(10) * math.pi / 5 - math.pi / 2, np.tile((1.1, 0.46), 5)),)
+        case "flower":
+            return (_polar(around, 0.78 + 0.26 * np.cos(6 * around)), _polar(around, 0.2))
+        case "cross":
+            corner = np.array([(-0.34, -1), (0.34, -1), (0.34, -0.34)])
+            turns = [np.array([[0, 1], [-1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, -1], [1, 0]])]
+            return (np.concatenate([corner, *(corner @ turn for turn in turns)]),)
+        case "heart":
+            x = 16 * np.sin(around) ** 3
+            y = 13 * np.cos(around) - 5 * np.cos(2 * around) - 2 * np.cos(3 * around) - np.cos(4 * around)
+            return (np.stack([x, -y - 2.5], axis=1) / 15.5,)
+        case "moon":
+            outer = np.linspace(0.25 * math.pi, 1.75 * math.pi, 48)
+            inner = np.linspace(1.66 * math.pi, 0.34 * math.pi, 48)
+            return (np.concatenate([_polar(outer, 1.0), _polar(inner, 0.8) + (0.33, 0)]) + (0.15, 0),)
+    raise ValueError(f"unknown shape {shape!r}")
+
+
+def _polar(angle: np.ndarray, radius: float | np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angle) * radius, np.sin(angle) * radius], axis=1)
+
+
+# -------------------------------------------------------------------------------------------------- sentences
+
+_SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
+_TEXTURE_WORDS = {"striped": ("striped", "stripy"), "dotted": ("dotted", "spotted")}
+_TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots"}
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+_BESIDE = {
+    "left": ("to the left of", "on the left of"),
+    "right": ("to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    "inside": ("inside", "in the middle of"),
+}
+_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_PLACE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
+
+
+def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Five sentences about the scene, all different, in the manner of Flickr8k (a full stop after a space)."""
+    say = partial(_phrase, rng=rng)
+    bright = f"{'checkered ' if scene.checkered else ''}{scene.background}"
+    if scene.relation in ("row", "column"):
+        sentences = _captions_of_line(scene, bright, say)
+    elif scene.relation == "alone":
+        sentences = _captions_of_one(scene, bright, say)
+    elif scene.relation == "inside":
+        sentences = _captions_of_holder(scene, bright, say, rng)
+    else:
+        sentences = _captions_of_pair(scene, bright, say, rng)
+    return [f"{text[0].upper()}{text[1:]} ." for text in sentences]
+
+
+def _phrase(thing: Thing, rng: np.random.Generator, sized: bool = True) -> str:
+    """A noun phrase, such as "three small red stars with dots"; in other words at every call."""
+    words = [_NUMBERS[thing.count]] if thing.count > 1 else ["a"]
+    if sized and thing.size in _SIZE_WORDS:
+        words.append(_pick(rng, _SIZE_WORDS[thing.size]))
+    tail = []
+    if thing.texture != "plain":
+        if rng.random() < 0.4:
+            tail.append(_TEXTURE_TAILS[thing.texture])
+        else:
+            words.append(_pick(rng, _TEXTURE_WORDS[thing.texture]))
+    words.append(thing.colour)
+    words.append(_plural(thing.shape) if thing.count > 1 else thing.shape)
+    if words[0] == "a" and words[1][0] in "aeiou":
+        words[0] = "an"
+    return " ".join(words + tail)
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _captions_of_pair(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
+    first, second = scene.things
+    relation, opposite = scene.relation, _OPPOSITE[scene.relation]
+    verb = "are" if first.count > 1 else "is"
+    return [
+        f"{say(first)} {_pick(rng, _BESIDE[relation])} {say(second)} on a {bright} background",
+        f"{say(second)} {_pick(rng, _BESIDE[opposite])} {say(first)} in front of a {bright} wall",
+        f"there {verb} {say(first)} {_PLACE[relation]} and {say(second)} {_PLACE[opposite]} , all on {bright}",
+        f"{bright} picture with {say(second, sized=False)} {_PLACE[opposite]} and {say(first, sized=False)}",
+        f"{say(first)} can be seen {_pick(rng, _BESIDE[relation])} {say(second)}",
+    ]
+
+
+def _captions_of_holder(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
+    inner, holder = scene.things
+    return [
+        f"{say(inner)} {_pick(rng, _BESIDE['inside'])} {say(holder)} on a {bright} background",
+        f"{say(holder)} with {say(inner)} inside it in front of a {bright} wall",
+        f"there is {say(holder)} that holds {say(inner)} , all on {bright}",
+        f"{bright} picture with {say(inner, sized=False)} within {say(holder, sized=False)}",
+        f"{say(inner)} can be seen {_pick(rng, _BESIDE['inside'])} {say(holder)}",
+    ]
+
+
+def _captions_of_one(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
+    (thing,) = scene.things
+    return [
+        f"{say(thing)} on a {bright} background",
+        f"in front of a {bright} wall there is {say(thing)}",
+        f"just {say(thing)} , all on {bright}",
+        f"{bright} picture with nothing but {say(thing)}",
+        f"a {bright} background with {say(thing)} on it",
+    ]
+
+
+def _captions_of_line(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
+    across = scene.relation == "row"
+    start, end = ("left", "right") if across else ("top", "bottom")
+    names = scene.things
+    return [
+        f"{say(names[0])} , {say(names[1])} and {say(names[2])} in a {scene.relation} on a {bright} background",
+        f"from {end} to {start} : {say(names[2])} , {say(names[1])} , {say(names[0])} before a {bright} wall",
+        f"{say(names[1])} between {say(names[0])} and {say(names[2])} , all on {bright}",
+        f"{bright} picture with {say(names[0])} at the {start} , then {say(names[1])} , then {say(names[2])}",
+        f"{'side by side' if across else 'stacked'} : {say(names[0])} , {say(names[1])} and {say(names[2])}",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_scenes(
+    folder: Path,
+    seed: int,
+    counts: dict[str, int],
+    processes: int = 1,
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Writes captioned pictures in Flickr8k's original layout. The same arguments give the same bytes.
+
+    Args:
+        folder: gets Flicker8k_Dataset/ (sic), Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt.
+        counts: pictures per split, by the names in SPLITS.
+        progress: is told how many pictures were written since it was last told.
+    """
+    pictures = folder / "Flicker8k_Dataset"
+    pictures.mkdir(parents=True, exist_ok=True)
+    total = sum(counts[split] for split in SPLITS)
+    lines: list[str] = []
+    for captions in _in_parallel(partial(_write_picture, pictures, seed), total, processes, progress):
+        name = _picture_name(len(lines) // CAPTIONS)
+        lines.extend(f"{name}#{i}\t{caption}\n" for i, caption in enumerate(captions))
+    _write_text(folder / "Flickr8k.token.txt", lines)
+    first = 0
+    for split in SPLITS:
+        names = [_picture_name(number) + "\n" for number in range(first, first + counts[split])]
+        _write_text(folder / f"Flickr_8k.{split}Images.txt", names)
+        first += counts[split]
+
+
+def write_labelled(
+    folder: Path,
+    seed: int,
+    train: int,
+    test: int,
+    processes: int = 1,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Path:
+    """Writes pictures of one shape each, labelled with its colour, in CIFAR-10's python layout.
+
+    All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background
+    tells only which colour it is not.
+
+    Returns:
+        The folder with the batches, FOLDER/cifar-10-batches-py.
+    """
+    images = np.stack(list(_in_parallel(partial(_draw_labelled, seed), train + test, processes, progress)))
+    labels = np.arange(train + test) % len(COLOURS)
+    parts = [LabelledImages(images[rows], labels[rows]) for rows in (slice(train), slice(train, None))]
+    return write_cifar10(folder, parts[0], parts[1], tuple(COLOURS))
+
+
+def _write_picture(pictures: Path, seed: int, number: int) -> list[str]:
+    """Writes picture `number` and returns its captions."""
+    rng = np.random.default_rng((seed, number, _SCENE_STREAM))
+    scene = sample_scene(rng)
+    render_scene(scene, rng).save(pictures / _picture_name(number), "JPEG", quality=JPEG_QUALITY)
+    return write_captions(scene, rng)
+
+
+def _draw_labelled(seed: int, number: int) -> np.ndarray:
+    """Picture `number` of the labelled set, uint8 [3, SIDE, SIDE]."""
+    rng = np.random.default_rng((seed, number, _LABELLED_STREAM))
+    colour = tuple(COLOURS)[number % len(COLOURS)]
+    background = _pick(rng, tuple(name for name in BACKGROUNDS if colour in _visible_on(name)))
+    thing = Thing(_pick(rng, SHAPES), colour, _pick(rng, TEXTURES), "any")
+    canvas = _draw_background(BACKGROUNDS[background], bool(rng.random() < 0.35), rng, SIDE)
+    x, y = ((0.5 + _spread(rng, REACH_LABELLED)) * SIDE for _ in "xy")
+    _draw_shape(canvas, thing, (x, y), float(rng.uniform(*RADIUS["any"])) * SIDE, rng)
+    return np.ascontiguousarray(np.asarray(_with_grain(canvas, rng)).transpose(2, 0, 1))
+
+
+def _picture_name(number: int) -> str:
+    return f"scene_{number:05d}.jpg"
+
+
+def _in_parallel(
+    make: Callable[[int], _Made], total: int, processes: int, progress: Callable[[int], object]
+) -> Iterator[_Made]:
+    """make(0), make(1), ... in order, in several processes."""
+    chunk = 50
+    with open_pool(processes) as pool:
+        results = pool.map(make, range(total), chunksize=chunk) if pool else map(make, range(total))
+        for done, made in enumerate(results, start=1):
+            yield made
+            if done % chunk == 0 or done == total:
+                progress((done - 1) % chunk + 1)
+
+
+def _write_text(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")

@@ -1,0 +1,1 @@
+"""Ranks: joining them, their collectives, what they decide together."""

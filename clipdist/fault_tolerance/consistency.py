@@ -1,0 +1,157 @@
+"""What every rank must agree on before a run begins: configuration and plan in, facts out; or who has other ones.
+
+Ranks that run other code, other packages or other data than the rest would train without a word, and wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import clipdist
+from clipdist.checkpoint.format import MANIFEST
+from clipdist.config import Config, flat
+from clipdist.distributed.compare import all_equal, gather_json, who_has_what
+from clipdist.distributed.rank import Place
+from clipdist.errors import UserError
+from clipdist.run_plan import Plan
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "simplejpeg",
+    "pillow",
+)
+# Paths may be others on other nodes. What lies there is compared by content, or not at all (caches).
+_PLACES = ("run.root", "data.train", "data.val", "data.cache", "eval.labelled", "train.resume")
+_FILES = ("model.name", "model.weights", "model.word_vectors", "eval.templates")  # the name without its folder
+_CODE = "clipdist/"  # what the names of facts on code begin with
+_MOST_NAMED = 5
+
+
+def facts(config: Config, plan: Plan) -> dict[str, str]:
+    """What this rank would train with, by name. Neither paths nor the host's name are in it.
+
+    Raises:
+        UserError: no tokenizer; see make_tokenizer.
+    """
+    spec = _spec(config, plan)
+    order = {name: value for name, value in plan.order_record.items() if name != "fingerprint"}
+    return {
+        **{f"package {name}": _version(name) for name in PACKAGES},
+        "Python": platform.python_version(),
+        **code_facts(Path(clipdist.__file__).parent),
+        **config_facts(config),
+        "training data": short(plan.order_record["fingerprint"]),
+        "validation data": short(plan.val.fingerprint()) if plan.val else "none",
+        "data order": json.dumps(order, sort_keys=True),
+        "skipped ranges": str(plan.skipped),
+        "model": short(_digest(json.dumps(_without_places(spec), sort_keys=True).encode())),
+        "tokenizer": short(_tokenizer(spec)),
+        "start": _start(plan),
+    }
+
+
+def compare(facts: dict[str, str], place: Place) -> None:
+    """Compares the facts of all ranks. Collective.
+
+    Raises:
+        UserError: on all ranks, with what differs and who has it.
+    """
+    if place.world == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), place):
+        return
+    everyone = gather_json([socket.gethostname(), facts], place)
+    raise UserError(disagreement([own for _, own in everyone], [node for node, _ in everyone]))
+
+
+def disagreement(everyone: list[dict[str, str]], nodes: list[str]) -> str:
+    """What is to be said of ranks whose facts differ.
+
+    Args:
+        everyone: the facts of every rank, in rank order.
+    """
+    names = list(dict.fromkeys(name for own in everyone for name in own))
+    differing = [name for name in names if len({own.get(name) for own in everyone}) > 1]
+    files = [name for name in differing if name.startswith(_CODE)]
+    told = [name for name in differing if name not in files[1:]]  # of other code the first file tells enough
+    words = []
+    for name in told[:_MOST_NAMED]:
+        more = f" and {len(files) - 1} more files" if name in files[:1] and len(files) > 1 else ""
+        words.append(f"{name}{more}: {who_has_what([own.get(name, 'nothing') for own in everyone], nodes)}")
+    if len(told) > _MOST_NAMED:
+        words.append(f"and {len(told) - _MOST_NAMED} more differences")
+    return (
+        f"the ranks do not agree on what to train: {'; '.join(words)}. Start all nodes from the same code and packages"
+    )
+
+
+def code_facts(package: Path) -> dict[str, str]:
+    """The package's sources and data, by their names below its parent folder."""
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json"))
+    return {path.relative_to(package.parent).as_posix(): short(_digest(path.read_bytes())) for path in files}
+
+
+def config_facts(config: Config) -> dict[str, str]:
+    """All settings but those that name places of this node."""
+    found = {}
+    for name, value in flat(config).items():
+        if name in _FILES:
+            value = Path(value).name
+        if name not in _PLACES:
+            found[name] = json.dumps(value)
+    return found
+
+
+def _spec(config: Config, plan: Plan) -> dict[str, Any]:
+    """The model's description: the checkpoint's, where there is one."""
+    from clipdist.models.spec import resolve_spec
+
+    return plan.resume.manifest.state["model"] if plan.resume else resolve_spec(config.model).to_dict()
+
+
+def _without_places(tree: Any) -> Any:
+    """The same with file names in place of whole paths, as Hugging Face folders have them."""
+    if isinstance(tree, dict):
+        return {name: _without_places(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_without_places(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) else tree
+
+
+def _tokenizer(spec: dict[str, Any]) -> str:
+    from clipdist.data.tokens import make_tokenizer
+    from clipdist.models.spec import ModelSpec
+
+    return make_tokenizer(ModelSpec.from_dict(spec)).fingerprint()
+
+
+def _start(plan: Plan) -> str:
+    if plan.resume is None:
+        return "new weights"
+    return f"{plan.resume.folder.name} {short(_digest((plan.resume.folder / MANIFEST).read_bytes()))}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def short(digest: str) -> str:
+    """As much of a digest as a person compares."""
+    return digest[:16]

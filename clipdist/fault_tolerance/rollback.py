@@ -1,0 +1,60 @@
+"""Going back: numbers that do not recover in; an older checkpoint and a range of data steps to leave out, out.
+
+The order is a pure function, so the same batches would come again. RUN/skipped.json keeps the ranges from the moment at
+which they are decided; checkpoints written later hold them, too.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from clipdist.errors import Fault, UserError
+
+
+def skipped_ranges(run_dir: Path) -> list[list[int]]:
+    """[first, end) of the data steps that rollbacks of this run left out."""
+    return [[record["first"], record["end"]] for record in _records(run_dir)]
+
+
+def rollbacks(run_dir: Path) -> int:
+    return len(_records(run_dir))
+
+
+def record_rollback(run_dir: Path, first: int, end: int) -> None:
+    """On rank 0: leaves data steps first .. end out from now on, and sets aside the checkpoints that were written after
+    the trouble began.
+
+    Raises:
+        Fault: the record cannot be written.
+    """
+    from clipdist.checkpoint.retention import set_aside
+
+    path = _path(run_dir)
+    records = [*_records(run_dir), {"first": first, "end": end, "time": time.time()}]
+    temporary = path.with_suffix(".tmp")
+    try:
+        # First: a start after a kill in between meets the same trouble again. The other way round it would go on from
+        # weights that the trouble has changed.
+        set_aside(run_dir, first)
+        temporary.write_text(json.dumps(records, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise Fault(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    path = _path(run_dir)
+    try:
+        records = json.loads(path.read_text())
+        return [{**record, "first": int(record["first"]), "end": int(record["end"])} for record in records]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it to train on all data again") from None
+
+
+def _path(run_dir: Path) -> Path:
+    return run_dir / "skipped.json"

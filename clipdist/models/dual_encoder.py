@@ -1,0 +1,199 @@
+"""The dual encoder: uint8 pictures and token ids in, image and text features and the log scale out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipdist import config
+from clipdist.errors import UserError
+from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.towers import checkpoint_image_tower, frozen_subtrees, keep_statistics_fp32, lock
+
+
+class DualEncoder(nn.Module):
+    """An image tower, a text tower and the learned log scale t of the logits (CLIP, Radford et al. 2021, figure 3).
+
+    Everything that training needs happens in one forward call, the pixels' normalisation included: ZeRO stage 3
+    gathers parameters only for the module that the engine itself calls.
+
+    Attributes:
+        visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model.
+        text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
+        logit_scale: Parameter [1] (DeepSpeed cannot hold a 0-D one), t itself; logits are exp(t) * cosine + bias.
+        logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmaxes would cancel it.
+    """
+
+    image_mean: torch.Tensor
+    image_std: torch.Tensor
+
+    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, loss_cfg: config.Loss) -> None:
+        super().__init__()
+        self.spec = spec
+        self.visual = visual
+        self.text = text
+        self.logit_scale = nn.Parameter(torch.full([1], loss_cfg.first_log_scale))
+        bias = torch.full([1], loss_cfg.logit_bias_init)
+        self.logit_bias = nn.Parameter(bias) if loss_cfg.name == "sigmoid" else None
+        self._locked: list[nn.Module] = []
+        # A ResNet is faster on pixels whose channels lie together; a ViT has but one convolution, and is not.
+        self._convolutional = sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 1
+        self.register_buffer("image_mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.empty(1, 3, 1, 1), persistent=False)
+        self._restore_pixel_statistics()
+
+    def forward(
+        self, image: torch.Tensor | None, tokens: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Features as the projections give them, not normalised.
+
+        Args:
+            image: uint8 [b, 3, H, W], or None to leave the image tower out.
+            tokens: int64 [b, L], or None to leave the text tower out.
+
+        Returns:
+            image features [b, D] | None, text features [b, D] | None, the log scale t [1] (its bound is the loss'),
+            the logit bias [1] | None.
+        """
+        image_features = None if image is None else self.visual(self._normalise(image))
+        text_features = None if tokens is None else self.text(tokens)
+        # Copies: ZeRO stage 3 takes the parameters themselves away when the forward pass ends.
+        bias = None if self.logit_bias is None else self.logit_bias.clone()
+        return image_features, text_features, self.logit_scale.clone(), bias
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """As nn.Module's; what is locked stays in evaluation mode (no dropout, BatchNorm's statistics untouched)."""
+        super().train(mode)
+        for module in self._locked:
+            module.eval()
+        return self
+
+    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
+        """LiT (Zhai et al. 2022): freezes the image tower but for its last groups and a projection on top of timm's.
+
+        Raises:
+            UserError: the tower cannot be unlocked in part.
+        """
+        lock(self.visual, "model.image_unlocked_groups", unlocked_groups)
+        self._settle_locked()
+
+    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
+        """Freezes the text tower but for its last layers and a projection on top of a Hugging Face model.
+
+        Raises:
+            UserError: the tower cannot be unlocked in part.
+        """
+        lock(self.text, "model.text_unlocked_layers", unlocked_layers)
+        self._settle_locked()
+
+    def set_activation_checkpointing(self) -> None:
+        """Keeps only the residual blocks' inputs for the backward pass and computes the rest again.
+
+        Raises:
+            UserError: the image tower has no blocks that this is known to be exact for.
+        """
+        checkpoint_image_tower(self.visual)
+        if any(parameter.requires_grad for parameter in self.text.parameters()):
+            self.text.set_grad_checkpointing(True)  # type: ignore[operator]
+
+    def _settle_locked(self) -> None:
+        self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
+        self.train(self.training)
+
+    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+        pixels = (image.to(torch.float32) / 255 - self.image_mean) / self.image_std
+        layout = torch.channels_last if self._convolutional else torch.contiguous_format
+        return pixels.to(next(self.visual.parameters()).dtype, memory_format=layout)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
+        """Behind .to(), .half(), .bfloat16(): the pixel statistics follow the device but stay fp32."""
+        super()._apply(fn, recurse)
+        self._restore_pixel_statistics()
+        return self
+
+    def _restore_pixel_statistics(self) -> None:
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(getattr(self.spec, name), dtype=torch.float32).view(1, 3, 1, 1)
+            setattr(self, name, values.to(getattr(self, name).device))
+
+
+def build_model(
+    cfg: config.Model, loss_cfg: config.Loss | None = None, *, restored: ModelSpec | None = None
+) -> DualEncoder:
+    """Assembles the model that the configuration describes, with its weights, word vectors and locks.
+
+    Random weights come from torch's global generator: seed it before.
+
+    Args:
+        restored: what a checkpoint says of its model. The checkpoint's own weights follow then: none are read here,
+            and neither the model JSON nor the weights file need be there any more.
+
+    Raises:
+        UserError: a description that does not fit together, or weights that cannot be had.
+    """
+    spec = restored or resolve_spec(cfg)
+    model = assemble(spec, loss_cfg, tower_weights=not cfg.weights and not restored)
+    if cfg.word_vectors and not restored:
+        from clipdist.data.tokens import BPETokenizer
+
+        assert isinstance(model.text, CBOW)
+        load_word_vectors(model.text, cfg.word_vectors, BPETokenizer(model.text.vocab_size, spec.context_length))
+    if cfg.weights and not restored:
+        from clipdist.models.weights import load_weights
+
+        load_weights(model, cfg.weights, trust=cfg.trust_weights)
+    if cfg.lock_image:
+        model.lock_image_tower(cfg.image_unlocked_groups)
+    if cfg.lock_text:
+        model.lock_text_tower(cfg.text_unlocked_layers)
+    return model
+
+
+def assemble(spec: ModelSpec, loss_cfg: config.Loss | None = None, tower_weights: bool = True) -> DualEncoder:
+    """Builds the towers of a resolved description.
+
+    Args:
+        tower_weights: False: leave out timm's and Hugging Face's pre-trained weights where the description asks for
+            them, because weights of the whole model follow.
+
+    Raises:
+        UserError: the towers cannot be built, or their pre-trained weights cannot be had.
+    """
+    import open_clip
+
+    described = {**spec.model, "vision_cfg": dict(spec.model["vision_cfg"]), "text_cfg": dict(spec.model["text_cfg"])}
+    described.pop("custom_text", None)
+    for section in ("vision_cfg", "text_cfg"):
+        described[section]["output_tokens"] = False  # only a caption decoder wants them
+    if not tower_weights:
+        described["vision_cfg"]["timm_model_pretrained"] = False
+        described["text_cfg"]["hf_model_pretrained"] = False
+    if spec.cbow:
+        described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # built and thrown away
+    try:
+        towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
+    except Exception as error:  # timm, transformers and the hub raise many kinds; the description is at fault in all
+        raise UserError(_cannot_build(described, spec, error)) from error
+    keep_statistics_fp32(towers.visual)
+    text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
+    return DualEncoder(spec, towers.visual, text, loss_cfg or config.Loss())
+
+
+def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) -> str:
+    vision, text = described["vision_cfg"], described["text_cfg"]
+    wanted = []
+    if vision.get("timm_model_name") and vision.get("timm_model_pretrained"):
+        wanted.append(f"timm's ImageNet weights of {vision['timm_model_name']}")
+    if spec.hf_text:
+        what = "configuration and weights" if text.get("hf_model_pretrained", True) else "configuration"
+        wanted.append(f"{what} of {spec.hf_text}")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if not wanted:
+        return f"model.name={spec.name}: the towers cannot be built: {reason}"
+    return (
+        f"model.name={spec.name}: needs {' and '.join(wanted)} from a local folder or the Hugging Face hub (offline:"
+        f" HF_HUB_OFFLINE=1 and HF_HOME at a filled cache): {reason}"
+    )

@@ -1,0 +1,397 @@
+"""A dual encoder in; out, in three formats: a .safetensors file that open_clip loads, with a model JSON beside it where
+open_clip has no model of that description; a CLIPModel folder of transformers; a torch.export program of each tower.
+
+Each is loaded again by whom it is for, and its features compared, before it is called done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from clipdist import config
+from clipdist.data.tokens import make_tokenizer, truncated_merges
+from clipdist.errors import UserError
+from clipdist.models import hugging_face
+from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
+
+TOLERANCE = 1e-5  # of normalised features
+
+# encode(uint8 [b, 3, S, S], int64 [b, L]) -> image features [b, D], text features [b, D]
+Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+# open_clip
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how open_clip takes it.
+
+    Attributes:
+        name: for open_clip.create_model_and_transforms.
+        config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
+        merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
+        max_difference: largest difference of normalised features between the model and what open_clip loads.
+    """
+
+    file: Path
+    name: str
+    config: Path | None
+    merges: Path | None
+    spec: ModelSpec
+    max_difference: float
+
+    def lines(self) -> list[str]:
+        """The Python lines that load it."""
+        pixels = ""
+        if self.spec.image_mean != open_clip.OPENAI_DATASET_MEAN or self.spec.image_std != open_clip.OPENAI_DATASET_STD:
+            pixels = f", image_mean={self.spec.image_mean}, image_std={self.spec.image_std}"
+        register = [f'open_clip.add_model_config("{self.config}")'] if self.config else []
+        tokenizer = f'open_clip.get_tokenizer("{self.name}")'
+        if self.merges:
+            tokenizer = f'open_clip.SimpleTokenizer("{self.merges}", context_length={self.spec.context_length})'
+        arguments = f'"{self.name}", pretrained="{self.file}"{pixels}'
+        return [
+            "import open_clip",
+            *register,
+            f"model, _, preprocess = open_clip.create_model_and_transforms({arguments})",
+            f"tokenizer = {tokenizer}",
+        ]
+
+
+def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | None] | None = None) -> Export:
+    """Writes the file and what goes with it, then loads it with open_clip and compares.
+
+    Args:
+        model: fp32, on the CPU, in evaluation mode.
+        out: FILE.safetensors; FILE.json and FILE.bpe.txt.gz are written beside it where needed.
+        facts: further entries of the file's metadata, such as the step.
+
+    Raises:
+        UserError: a CBOW text tower (open_clip has none), another suffix, or a folder that cannot be written.
+        RuntimeError: open_clip's features differ from the model's by more than 1e-5.
+    """
+    spec = model.spec
+    if spec.cbow:
+        raise UserError(f"{spec.name}: open_clip has no CBOW text tower; take --format torch_export")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: must end in .safetensors")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder")
+    biased = model.logit_bias is not None
+    name = _name_in_open_clip(spec, biased)
+    description = None if name else out.with_suffix(".json")
+    merges = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write_weights(model, out, facts or {})
+        if description:
+            description.write_text(json.dumps(_open_clip_description(spec, biased), indent=4) + "\n", encoding="utf-8")
+        if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
+            merges = out.with_suffix(".bpe.txt.gz")
+            merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+    if description:
+        open_clip.add_model_config(description)
+    name = name or out.stem
+    return Export(
+        out, name, description, merges, spec, largest_difference(model, _open_clip_encoder(spec, name, out), str(out))
+    )
+
+
+def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
+    """The name under which open_clip builds exactly this model: the same, or the one of its QuickGELU variant."""
+    for name in (spec.name, f"{spec.name}-quickgelu"):
+        known = open_clip.get_model_config(name)
+        if known is None:
+            continue
+        if (known.pop("init_logit_bias", None) is not None) != biased:
+            continue
+        if bool(known.pop("quick_gelu", False)) == spec.quick_gelu and known == spec.model:
+            return name
+    return None
+
+
+def _open_clip_description(spec: ModelSpec, biased: bool) -> dict:
+    bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
+    return {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
+
+
+def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
+    """open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in _tensors(model).items():
+        tensors[name.removeprefix("text.") if model.spec.clip_class else name] = value
+    for name in ("logit_scale", "logit_bias"):
+        if name in tensors:
+            tensors[name] = tensors[name].reshape([])
+    metadata = {"format": "pt", "clipdist": json.dumps({**model.spec.to_dict(), **facts})}
+    temporary = out.with_name(out.name + ".tmp")
+    _save(tensors, temporary, metadata)
+    os.replace(temporary, out)
+
+
+def _open_clip_encoder(spec: ModelSpec, name: str, out: Path) -> Encoder:
+    theirs = open_clip.create_model(name, pretrained=str(out)).eval()
+
+    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens)
+
+    return encode
+
+
+# Hugging Face
+
+
+@dataclass(frozen=True)
+class FolderExport:
+    """A folder that transformers loads.
+
+    Attributes:
+        max_difference: largest difference of normalised features between the model and what transformers loads.
+        left_out: what of the model the folder does not hold; empty: nothing.
+    """
+
+    folder: Path
+    max_difference: float
+    left_out: str
+
+    def lines(self) -> list[str]:
+        """The Python lines that load it."""
+        return [
+            "from transformers import CLIPModel, CLIPProcessor",
+            f'model = CLIPModel.from_pretrained("{self.folder}")',
+            f'processor = CLIPProcessor.from_pretrained("{self.folder}")',
+        ]
+
+
+def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
+    """Writes a CLIPModel folder: config.json, model.safetensors, the tokenizer's files and preprocessor_config.json.
+
+    It is written under another name, loaded with transformers, compared, and renamed last.
+
+    Args:
+        model: fp32, on the CPU, in evaluation mode; a ViT and a causal text Transformer of open_clip's plain kind.
+        out: the folder; it must not be there yet, or be empty.
+
+    Raises:
+        UserError: towers that CLIPModel cannot be, a file or a filled folder in the way, or one that cannot be written.
+        RuntimeError: features or token ids differ.
+    """
+    spec = model.spec
+    if reason := hugging_face.inexpressible(spec):
+        raise UserError(
+            f"{spec.name}: has {reason}, for which Hugging Face's CLIPModel has no place; take --format open_clip or"
+            " torch_export"
+        )
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write_folder(model, temporary)
+        worst = largest_difference(model, _hugging_face_encoder(spec, temporary), str(out))
+        _check_tokenizer(spec, temporary)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return FolderExport(out, worst, "" if model.logit_bias is None else "logit_bias")
+
+
+def _write_folder(model: DualEncoder, folder: Path) -> None:
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    spec = model.spec
+    CLIPConfig(**hugging_face.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
+    _save(hugging_face.to_theirs(_tensors(model)), folder / "model.safetensors", {"format": "pt"})
+    hugging_face.make_tokenizer(spec).save_pretrained(folder)
+    side = spec.image_size
+    CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(spec.image_mean),
+        image_std=list(spec.image_std),
+    ).save_pretrained(folder)
+
+
+def _hugging_face_encoder(spec: ModelSpec, folder: Path) -> Encoder:
+    from transformers import CLIPConfig, CLIPModel
+
+    theirs = CLIPModel(CLIPConfig.from_pretrained(folder)).eval()
+    theirs.load_state_dict(load_file(folder / "model.safetensors"))  # strict: from_pretrained would only warn
+
+    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = theirs(input_ids=tokens, pixel_values=_normalised(spec, image))
+        return found.image_embeds, found.text_embeds
+
+    return encode
+
+
+def _check_tokenizer(spec: ModelSpec, folder: Path) -> None:
+    """Compares the ids of sentences up to the end mark; what pads after it is never looked at."""
+    from transformers import AutoTokenizer
+
+    sentences = ["A dog's 2 puppies run!", "two snow-boarders jump over a red car", "naïve café"]
+    theirs = AutoTokenizer.from_pretrained(folder)(sentences, truncation=True, max_length=spec.context_length)
+    for sentence, found, wanted in zip(sentences, theirs["input_ids"], make_tokenizer(spec)(sentences).tolist()):
+        if found != wanted[: len(found)]:
+            raise RuntimeError(f"{folder}: the tokenizer gives other ids than the model's for {sentence!r}")
+
+
+# torch.export
+
+
+@dataclass(frozen=True)
+class ProgramsExport:
+    """Two programs of torch.export, each with one tower's weights.
+
+    Attributes:
+        image: uint8 [b, 3, S, S], pixels as decoded (0 to 255), -> fp32 [b, D]; it normalises the pixels itself.
+        text: int64 [b, L], token ids, -> fp32 [b, D].
+        max_difference: largest difference of normalised features between the model and the programs.
+    """
+
+    image: Path
+    text: Path
+    max_difference: float
+
+    def lines(self) -> list[str]:
+        """The Python lines that load them."""
+        return [
+            "import torch",
+            f'encode_image = torch.export.load("{self.image}").module()  # uint8 [b, 3, S, S], 0 to 255',
+            f'encode_text = torch.export.load("{self.text}").module()  # int64 [b, L]',
+        ]
+
+
+class _ImageTower(nn.Module):
+    """The image half of a DualEncoder, the pixels' normalisation included, without the text tower's weights."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.encoder = DualEncoder(model.spec, model.visual, nn.Identity(), config.Loss())
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.encoder(image, None)[0]
+
+
+def export_programs(model: DualEncoder, out: Path) -> ProgramsExport:
+    """Writes OUT.image.pt2 and OUT.text.pt2; features are as the projections give them, the batch is of any size.
+
+    Args:
+        model: fp32, on the CPU, in evaluation mode; any towers that torch.export can trace.
+
+    Raises:
+        UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
+        RuntimeError: the programs' features differ from the model's by more than 1e-5.
+    """
+    targets = [out.with_name(f"{out.name}.{tower}.pt2") for tower in ("image", "text")]
+    for target in targets:
+        if target.is_dir():
+            raise UserError(f"--out {out}: {target} is a folder")
+    towers = (_ImageTower(model).eval(), model.text)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
+            files = [Path(scratch) / target.name for target in targets]
+            for tower, example, file in zip(towers, sample_inputs(model), files):
+                _write_program(model.spec, tower, example, file)
+            worst = largest_difference(model, _programs_encoder(files), str(out))
+            for file, target in zip(files, targets):
+                os.replace(file, target)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    return ProgramsExport(targets[0], targets[1], worst)
+
+
+@torch.no_grad()
+def _write_program(spec: ModelSpec, tower: nn.Module, example: torch.Tensor, file: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        program = torch.export.export(tower, (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # its compiler raises many kinds, all of them about this tower's code
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{spec.name}: torch.export cannot trace its {type(tower).__name__}: {reason}; take --format open_clip"
+        ) from error
+    program._example_inputs = None  # they would be pickled into the file; nothing else is
+    torch.export.save(program, file)
+
+
+def _programs_encoder(files: list[Path]) -> Encoder:
+    image_tower, text_tower = (torch.export.load(file).module() for file in files)
+
+    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return image_tower(image), text_tower(tokens)
+
+    return encode
+
+
+# Writing and comparing
+
+
+def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """save_file, which lets nobody but the owner read the file, with the permissions that the user's umask gives."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata=metadata)
+    file.chmod(mode)
+
+
+def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two random pictures, uint8 [2, 3, S, S], and two random texts, int64 [2, L]."""
+    spec = model.spec
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), generator=generator, dtype=torch.uint8)
+    vocabulary = spec.tokenizer.get("vocab_size") or model.text.vocab_size
+    assert isinstance(vocabulary, int)
+    end = spec.model["text_cfg"].get("eos_id", 2) if _reads_eos(spec) else vocabulary - 1
+    tokens = torch.randint(3, vocabulary - 2, (2, spec.context_length), generator=generator)
+    tokens[tokens == end] = 1
+    tokens[:, -1] = end  # the end mark, where CLIP's text tower is read
+    return image, tokens
+
+
+@torch.no_grad()
+def largest_difference(model: DualEncoder, encode: Encoder, where: str) -> float:
+    """Largest difference of the normalised features of two random pictures and texts.
+
+    Raises:
+        RuntimeError: more than 1e-5.
+    """
+    image, tokens = sample_inputs(model)
+    mine = model(image, tokens)[:2]
+    pairs = zip(mine, encode(image, tokens))
+    worst = max(float((F.normalize(a) - F.normalize(b)).abs().max()) for a, b in pairs)
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"{where}: its features differ from the model's by {worst:.1e}")
+    return worst
+
+
+def _reads_eos(spec: ModelSpec) -> bool:
+    return spec.model["text_cfg"].get("pool_type") == "eos"
+
+
+def _normalised(spec: ModelSpec, image: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.image_mean, spec.image_std))
+    return (image / 255 - mean) / std
+
+
+def _tensors(model: DualEncoder) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

@@ -1,0 +1,372 @@
+"""A Hugging Face CLIP folder in, our description and tensors out; and the other way: config.json's content and
+CLIPModel's tensor names out of a description and a state dict of ours. Writes nothing, builds no module.
+
+CLIPModel is one architecture: a ViT with a class token, a causal text Transformer, one linear projection on each. What
+open_clip can describe beyond that has no place in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipdist.errors import UserError
+from clipdist.models.spec import BPE_VOCABULARY, ModelSpec, is_hugging_face
+
+_DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
+_ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
+_MARKS = ("<|startoftext|>", "<|endoftext|>")
+_ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # hidden_act -> ModelSpec.quick_gelu
+
+# Fields of open_clip's sections that CLIPModel's configuration can say, and those without effect in such a tower.
+_SAID = {
+    "vision_cfg": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "pool_type"},
+}
+_WITHOUT_EFFECT = {
+    "vision_cfg": {"output_tokens", "patch_dropout", "attn_pooler_queries", "attn_pooler_heads"},
+    "text_cfg": {"output_tokens", "pad_id", "eos_id", "hf_tokenizer_name"},
+}
+
+# Of a folder's configuration: positions are interpolated; the projections' width is the top level's, and a shape; the
+# marks are the tokenizer's.
+_NOT_COMPARED = ("image_size", "projection_dim", "bos_token_id", "eos_token_id")
+
+# Parts of tensor names, CLIPModel's and ours; each pair is unambiguous in both directions.
+_NAMES = (
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_model.embeddings.token_embedding.", "text.token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
+    ("text_model.encoder.layers.", "text.transformer.resblocks."),
+    ("text_model.final_layer_norm.", "text.ln_final."),
+    ("text_projection.weight", "text.text_projection"),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".self_attn.", ".attn."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+_TRANSPOSED = ("visual.proj", "text.text_projection")  # Linear keeps [out, in], open_clip multiplies by [in, out]
+
+
+# Reading a folder
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
+
+    The tokenizer is CLIP's byte-pair encoding where the folder's vocabulary is exactly that, else the folder's own.
+
+    Raises:
+        UserError: another architecture, values that our towers cannot have, or no tokenizer.
+    """
+    cfg = _read_config(folder)
+    vision, text = cfg["vision_config"], cfg["text_config"]
+    described: dict[str, Any] = {
+        "embed_dim": cfg["projection_dim"],
+        "quick_gelu": _quick_gelu(folder, cfg),
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "width": vision["hidden_size"],
+            "layers": vision["num_hidden_layers"],
+            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+            "mlp_ratio": _mlp_ratio(vision),
+        },
+        "text_cfg": {
+            "context_length": text["max_position_embeddings"],
+            "vocab_size": text["vocab_size"],
+            "width": text["hidden_size"],
+            "layers": text["num_hidden_layers"],
+            "heads": text["num_attention_heads"],
+            "mlp_ratio": _mlp_ratio(text),
+        },
+    }
+    for section, values in (("vision_cfg", vision), ("text_cfg", text)):
+        if values["layer_norm_eps"] != _DEFAULT_EPS:
+            described[section]["norm_kwargs"] = {"eps": values["layer_norm_eps"]}
+    if text["eos_token_id"] not in (_ARGMAX_EOS, _end_mark(text["vocab_size"])):
+        described["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
+    if _read_vocabulary(folder) != _clip_encoding(text["vocab_size"])[0]:
+        described["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
+        described["custom_text"] = True
+    return described | _pixel_statistics(folder)
+
+
+def weights_facts(folder: Path) -> dict[str, Any]:
+    """What a folder says of its weights: {"quick_gelu", "mean", "std"}.
+
+    Raises:
+        UserError: not a folder of Hugging Face's CLIP.
+    """
+    if not is_hugging_face(folder):
+        raise UserError(
+            f"model.weights={folder}: a folder without config.json, so not one of Hugging Face's; of a run,"
+            " name what tools/export.py writes"
+        )
+    pixels = _pixel_statistics(folder)
+    facts: dict[str, Any] = {key.removeprefix("image_"): value for key, value in pixels.items()}
+    return facts | {"quick_gelu": _quick_gelu(folder, _read_config(folder))}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors, safetensors before pickled ones.
+
+    Raises:
+        UserError: there are none, or an index that names others than files of the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            mapped = _read_json(index).get("weight_map")
+            parts = sorted(set(mapped.values())) if isinstance(mapped, dict) and mapped else []
+            if not parts or any(Path(part).name != part for part in parts):
+                raise UserError(f"{index}: does not name this folder's weight files")
+            if lost := [part for part in parts if not (folder / part).is_file()]:
+                raise UserError(f"{folder}: {lost[0]}, which {index.name} names, is missing ({len(lost)} are)")
+            return [folder / part for part in parts]
+    raise UserError(f"{folder}: no weights in it (model.safetensors, or several with model.safetensors.index.json)")
+
+
+def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
+    """Compares what the tensors' shapes do not show as well, such as the number of heads. Picture sizes may differ.
+
+    Raises:
+        UserError: the folder holds another model than `spec` describes.
+    """
+    if reason := inexpressible(spec):
+        raise UserError(f"model.weights={folder}: holds Hugging Face's CLIPModel, but {spec.name} has {reason}")
+    theirs, ours = _read_config(folder), config_of(spec)
+    for section in ("vision_config", "text_config"):
+        for key, value in ours[section].items():
+            if key not in _NOT_COMPARED and theirs[section][key] != value:
+                found = theirs[section][key]
+                raise UserError(
+                    f"model.weights={folder}: does not fit {spec.name}: {section}.{key} is {found}, the model has"
+                    f" {value}; model.name={folder} takes the folder's own description"
+                )
+
+
+def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CLIPModel's tensors -> ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
+    renamed: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        if name.endswith(".position_ids"):  # a buffer 0, 1, 2 ... that early transformers wrote
+            continue
+        for theirs, ours in _NAMES:
+            name = name.replace(theirs, ours)
+        renamed[name] = value.T.contiguous() if name in _TRANSPOSED and value.ndim == 2 else value
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        parts = [name.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        if all(part in renamed for part in parts):
+            joined = torch.cat([renamed.pop(part) for part in parts])
+            renamed[name.replace(".q_proj.", ".in_proj_")] = joined
+    return renamed
+
+
+# The other way
+
+
+def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our tensors -> CLIPModel's: names, projections as Linear's, queries, keys and values apart, a 0-D log scale."""
+    renamed: dict[str, torch.Tensor] = {}
+    for ours, value in tensors.items():
+        if ours in _TRANSPOSED:
+            value = value.T
+        name = ours
+        for theirs, own in _NAMES:
+            name = name.replace(own, theirs)
+        if ".self_attn.in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                renamed[name.replace(".in_proj_", f".{letter}_proj.")] = part.clone()
+        elif name != "logit_bias":  # a constant, for which CLIPModel has no place
+            renamed[name] = value.reshape([]) if name == "logit_scale" else value.contiguous()
+    return renamed
+
+
+def inexpressible(spec: ModelSpec) -> str:
+    """What of a model CLIPModel has no place for, as the object of "has"; empty where it can hold all of it."""
+    import open_clip
+
+    vision, text = spec.model["vision_cfg"], spec.model["text_cfg"]
+    if spec.cbow:
+        return "a CBOW text tower"
+    if spec.hf_text:
+        return f"the Hugging Face text tower {spec.hf_text}"
+    if vision.get("timm_model_name"):
+        return f"timm's image tower {vision['timm_model_name']}"
+    if not isinstance(vision.get("layers", 12), int):
+        return "a ResNet image tower"
+    if spec.tokenizer["options"] or spec.tokenizer.get("mode"):
+        return "a tokenizer with options of its own"
+    for section, kind in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        for key, value in spec.model[section].items():
+            unused = key in _SAID[section] | _WITHOUT_EFFECT[section] or key.startswith(("timm_", "hf_"))
+            if not unused and value != defaults[key]:
+                return f"{section}.{key}={value!r}"
+        norm = spec.model[section].get("norm_kwargs") or {}
+        if set(norm) - {"eps"}:
+            return f"{section}.norm_kwargs={norm!r}"
+    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
+        return f"text_cfg.pool_type={text['pool_type']!r}"
+    return ""
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """CLIPConfig's arguments for a model that `inexpressible` has nothing against."""
+    import open_clip
+
+    vision = open_clip.CLIPVisionCfg(**spec.model["vision_cfg"])
+    text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
+    both = {"hidden_act": "quick_gelu" if spec.quick_gelu else "gelu", "projection_dim": spec.embed_dim}
+    end = _end_mark(text.vocab_size) if spec.tokenizer["kind"] == "bpe" else _ARGMAX_EOS
+    return {
+        "projection_dim": spec.embed_dim,
+        "vision_config": both
+        | {
+            "image_size": spec.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.width,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.width // vision.head_width,
+            "layer_norm_eps": (vision.norm_kwargs or {}).get("eps", _DEFAULT_EPS),
+        },
+        "text_config": both
+        | {
+            "max_position_embeddings": spec.context_length,
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "layer_norm_eps": (text.norm_kwargs or {}).get("eps", _DEFAULT_EPS),
+            "bos_token_id": _end_mark(text.vocab_size) - 1,
+            "eos_token_id": text.eos_id if text.pool_type == "eos" else end,
+        },
+    }
+
+
+def make_tokenizer(spec: ModelSpec) -> Any:
+    """transformers' tokenizer with the ids of the model's own."""
+    from transformers import AutoTokenizer, CLIPTokenizer
+
+    if spec.tokenizer["kind"] == "hf":
+        return AutoTokenizer.from_pretrained(spec.tokenizer["name"])
+    vocabulary, merges = _clip_encoding(spec.tokenizer["vocab_size"])
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=spec.context_length)  # type: ignore[arg-type]
+
+
+def _clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
+    import open_clip
+
+    from clipdist.data.tokens import truncated_merges
+
+    if vocab_size < 515:  # too small for the bytes: no such encoding
+        return {}, []
+    lines = gzip.decompress(truncated_merges(min(vocab_size, BPE_VOCABULARY))).decode("utf-8").split("\n")[1:]
+    merges = [(first, second) for first, second in (line.split() for line in lines if line)]
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), *_MARKS]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _end_mark(vocab_size: int) -> int:
+    return min(vocab_size, BPE_VOCABULARY) - 1
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json with all defaults filled in, checked for what any of our towers can be."""
+    from transformers import CLIPConfig
+
+    found = _read_json(folder / "config.json")
+    kind = found.get("model_type")
+    if kind != "clip":
+        raise UserError(
+            f"{folder}: holds Hugging Face's {kind or 'unnamed'} architecture; only clip (CLIPModel) is read"
+        )
+    try:
+        cfg = CLIPConfig.from_dict(found).to_dict()
+    except Exception as error:  # transformers' own checks raise several kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder}/config.json: not a configuration of CLIP: {reason}") from None
+    for section in ("vision_config", "text_config"):
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(cfg[section][key], int) or cfg[section][key] < 1:
+                raise UserError(f"{folder}/config.json: {section}.{key} is {cfg[section][key]}")
+    if cfg["vision_config"]["num_channels"] != 3:
+        raise UserError(f"{folder}/config.json: pictures of {cfg['vision_config']['num_channels']} channels, not 3")
+    return cfg
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def _quick_gelu(folder: Path, cfg: dict[str, Any]) -> bool:
+    names = [cfg[section]["hidden_act"] for section in ("vision_config", "text_config")]
+    if names[0] != names[1] or names[0] not in _ACTIVATIONS:
+        raise UserError(
+            f"{folder}/config.json: hidden_act is {names[0]} of the pictures, {names[1]} of the text; both must be"
+            f" {' or both '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[names[0]]
+
+
+def _mlp_ratio(section: dict[str, Any]) -> float:
+    width, hidden = section["hidden_size"], section["intermediate_size"]
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width  # open_clip rounds the product down
+
+
+def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
+    """image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
+    path = folder / "preprocessor_config.json"
+    said = _read_json(path) if path.is_file() else {}
+    found: dict[str, tuple[float, ...]] = {}
+    for key in ("image_mean", "image_std"):
+        values = said.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
+            raise UserError(f"{path}: {key} takes three numbers, one per channel")
+        found[key] = tuple(values)
+    return found
+
+
+def _read_vocabulary(folder: Path) -> dict[str, int]:
+    """Ids by token, of tokenizer.json or vocab.json."""
+    if (folder / "tokenizer.json").is_file():
+        content = _read_json(folder / "tokenizer.json")
+        try:
+            added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+            return {**content["model"]["vocab"], **added}
+        except (KeyError, TypeError):
+            raise UserError(f"{folder}/tokenizer.json: no vocabulary in it") from None
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _read_json(folder / "vocab.json")
+    raise UserError(
+        f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or train"
+        " from the weights alone: model.name=NAME model.weights=FOLDER"
+    )

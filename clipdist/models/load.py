@@ -1,0 +1,142 @@
+"""A run, a checkpoint, a Hugging Face folder or a model's name in; a model in evaluation mode and its tokenizer out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from clipdist import config
+from clipdist.checkpoint.format import MANIFEST, list_checkpoints, load_full_weights, read_manifest
+from clipdist.data.tokens import Tokenizer, make_tokenizer
+from clipdist.errors import UserError
+from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
+from clipdist.models.spec import ModelSpec, is_hugging_face, resolve_spec
+from clipdist.models.weights import model_fingerprint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode.
+
+    Attributes:
+        label: what a table calls it, such as "demo, step 1200" or "RN50 (openai)".
+        run_dir, step: where it was trained; None for a model that is not from a run.
+        manifest_sha256: of a checkpoint's manifest, which holds the checksums of all its parts; empty for a model that
+            is not from a checkpoint.
+    """
+
+    model: DualEncoder
+    tokenizer: Tokenizer
+    label: str
+    run_dir: Path | None
+    step: int | None
+    manifest_sha256: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change whenever the features might: a key for what is computed once and kept."""
+        return self.manifest_sha256[:16] or model_fingerprint(self.model)
+
+
+def load_model(
+    source: str,
+    weights: str = "",
+    trust_weights: bool = False,
+    device: str | torch.device = "cpu",
+    allow_random: bool = False,
+    step: int | None = None,
+) -> LoadedModel:
+    """Loads a model, fp32, in evaluation mode.
+
+    Args:
+        source: a run folder (its newest checkpoint, or the one of `step`), a checkpoint folder, the folder of a
+            Hugging Face CLIPModel, an open_clip name, or a model JSON.
+        weights: for a name or JSON: an open_clip tag, or a file.
+        trust_weights: run a TorchScript file that is not OpenAI's.
+        allow_random: take a name or JSON without weights as it is drawn.
+
+    Raises:
+        UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if weights:
+            kind = "a Hugging Face folder" if is_hugging_face(folder) else "a run"
+            raise UserError(f"{source}: {kind} has weights of its own; leave {weights} out, or name a model instead")
+        if is_hugging_face(folder):
+            return _load_hugging_face(folder, step, device)
+        return _load_checkpoint(checkpoint_of(folder, step), device)
+    if step is not None:
+        raise UserError(f"{source}: only a run folder has steps to choose from")
+    if "/" in source and not source.endswith(".json"):
+        raise UserError(f"{source}: no such run or checkpoint folder")
+    cfg = config.Model(name=source, weights=weights, trust_weights=trust_weights)
+    try:
+        resolve_spec(cfg)  # a misspelt name is the first thing to hear about
+    except UserError as error:
+        raise UserError(f"{source}: no run or checkpoint folder; taken as a model: {error}") from None
+    if not (weights or allow_random):
+        raise UserError(f"{source}: a model without weights; name an open_clip tag (such as openai) or a file")
+    model = build_model(cfg)
+    label = f"{Path(source).stem if source.endswith('.json') else source} ({weights or 'no weights'})"
+    return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
+
+
+def checkpoint_of(folder: Path, step: int | None = None) -> Path:
+    """The checkpoint folder that a run (or checkpoint) folder and a step name; the newest without a step.
+
+    Raises:
+        UserError: there is none, or none of that step.
+    """
+    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder}: no complete checkpoint in it; is this a run folder, and has it saved yet?")
+    if step is None:
+        return found[-1]
+    steps = {read_manifest(checkpoint).step: checkpoint for checkpoint in found}
+    if step not in steps:
+        raise UserError(f"{folder}: no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
+    return steps[step]
+
+
+def _load_hugging_face(folder: Path, step: int | None, device: str | torch.device) -> LoadedModel:
+    if step is not None:
+        raise UserError(f"{folder}: only a run folder has steps to choose from")
+    model = build_model(config.Model(name=str(folder), weights=str(folder)))
+    label = f"{folder.resolve().name} (Hugging Face)"
+    return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
+
+
+def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    manifest = read_manifest(folder)
+    spec = ModelSpec.from_dict(manifest.state["model"])
+    weights = load_full_weights(folder)
+    loss = config.Loss(name="sigmoid" if "logit_bias" in weights else "infonce")
+    with NothingDrawn():  # all weights come from the checkpoint
+        model = assemble(spec, loss, tower_weights=False)
+    strangers = model.state_dict().keys() ^ weights.keys()
+    if strangers:
+        raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
+    model.load_state_dict(weights, assign=True)  # mapped from the file: what is not used is not read
+    inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
+    run_dir = inside.parent if inside.name == "checkpoints" else None
+    label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
+    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest)
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Leaves initial weights undrawn, which takes seconds for a large model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,321 @@
+"""What a dual encoder is made of: the model section of the configuration in, a ModelSpec out. No weights, no modules.
+
+A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
+form, with two additions:
+text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
+pseudo-code, and "image_mean" / "image_std" where they are not OpenAI's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdist import config
+from clipdist.config import REPOSITORY, SNAPSHOT
+from clipdist.errors import UserError
+
+BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
+DEFAULT_CONTEXT = 77
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A resolved model description; JSON-able through to_dict and from_dict.
+
+    Attributes:
+        name: as the configuration gives it (an open_clip name, or the path of a JSON file or Hugging Face folder).
+        embed_dim: D, the width of both towers' features.
+        image_size: side of the square input, pixels.
+        context_length: L, tokens per text.
+        image_mean, image_std: of the channels, on the scale 0..1.
+        tokenizer: {"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options"}.
+        model: open_clip's model description {"embed_dim", "vision_cfg", "text_cfg", ...}, quick_gelu not included.
+        quick_gelu: x * sigmoid(1.702 x) instead of GELU in open_clip's transformers: OpenAI's weights need it.
+    """
+
+    name: str
+    embed_dim: int
+    image_size: int
+    context_length: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    tokenizer: dict[str, Any]
+    model: dict[str, Any]
+    quick_gelu: bool
+
+    @property
+    def cbow(self) -> dict[str, int] | None:
+        """Width, vocabulary and context of the bag-of-words text tower, where the model has one."""
+        return self.model["text_cfg"].get("cbow")
+
+    @property
+    def hf_text(self) -> str:
+        """Hub name or folder of a Hugging Face text tower; empty where the model has none."""
+        return self.model["text_cfg"].get("hf_model_name") or ""
+
+    @property
+    def clip_class(self) -> bool:
+        """Whether open_clip builds this model as its CLIP class (text parameters without the prefix "text.")."""
+        return not (self.model.get("custom_text") or self.hf_text or self.cbow)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
+        known = {**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])}
+        return cls(**known)
+
+
+def resolve_spec(cfg: config.Model) -> ModelSpec:
+    """Finds and checks the model description that the configuration names. Builds nothing, downloads nothing.
+
+    Raises:
+        UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
+            does not fit, an unknown weights tag, a missing weights file, or word vectors without a CBOW tower.
+    """
+    if cfg.name.endswith(".json"):
+        path = find_model_json(cfg.name)
+        description = _read_json(path)
+    elif is_hugging_face(Path(cfg.name)):
+        from clipdist.models.hugging_face import read_description
+
+        description = read_description(Path(cfg.name))
+    else:
+        description = _open_clip_config(cfg.name)
+    _check_description(cfg.name, description)
+    weights = _weights_facts(cfg)
+    mean, std = _pixel_statistics(cfg.name, description, weights)
+    text = description["text_cfg"]
+    spec = ModelSpec(
+        name=cfg.name,
+        embed_dim=description["embed_dim"],
+        image_size=_square(cfg.name, description["vision_cfg"].get("image_size", 224)),
+        context_length=(text.get("cbow") or text).get("context_length", DEFAULT_CONTEXT),
+        image_mean=mean,
+        image_std=std,
+        tokenizer=_tokenizer_description(text),
+        model={key: value for key, value in description.items() if key not in _NOT_OPEN_CLIPS},
+        quick_gelu=bool(description.get("quick_gelu") or weights.get("quick_gelu")),
+    )
+    if cfg.word_vectors and not spec.cbow:
+        raise UserError(
+            f"model.word_vectors={cfg.word_vectors}: only a CBOW text tower takes them, {cfg.name} has none"
+        )
+    if cfg.word_vectors and cfg.weights:
+        raise UserError("model.word_vectors: model.weights brings all weights, so these would be lost; leave one out")
+    return spec
+
+
+def find_model_json(name: str) -> Path:
+    """The file of a model JSON: as named from here, else from the repository's root; in a job, whose code and JSONs are
+    a snapshot, from there first.
+
+    Raises:
+        UserError: it is in neither place; near names of configs/models are given.
+    """
+    places = [Path(name), REPOSITORY / name]
+    for path in reversed(places) if (REPOSITORY / SNAPSHOT).is_file() else places:
+        if path.is_file():
+            return path
+    shipped = sorted(f"configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json"))
+    near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
+    raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether `folder` is one as transformers writes it."""
+    return (folder / "config.json").is_file()
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, the form of OpenAI's .pt files (reads the table of contents only)."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _is_openai_state_dict(path: Path) -> bool:
+    """Whether a torch file holds OpenAI's tensors, saved again by somebody: it then needs QuickGELU as they do."""
+    import torch
+
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)  # names only: no tensor is read
+    except Exception:  # torch raises many kinds for what is no such file; reading the weights will tell what is wrong
+        return False
+    nested = content.get("state_dict") if isinstance(content, dict) else None
+    content = nested if isinstance(nested, dict) else content
+    return isinstance(content, dict) and {str(name).removeprefix("module.") for name in content} >= OPENAI_FACTS
+
+
+# Numbers that stand among the tensors of OpenAI's files, and of nobody else's.
+OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
+
+# Keys of a description that are not handed to open_clip's constructors: ours, and what ModelSpec or the loss keeps.
+# A constant logit bias cancels in both softmaxes of InfoNCE.
+_NOT_OPEN_CLIPS = ("image_mean", "image_std", "quick_gelu", "init_logit_bias")
+
+
+def _open_clip_config(name: str) -> dict[str, Any]:
+    if ":" in name:
+        raise UserError(
+            f"model.name={name}: name the folder's open_clip_config.json instead, and its weights as model.weights=FILE"
+        )
+    import open_clip
+
+    description = open_clip.get_model_config(name)
+    if description is None:
+        known = {known.lower(): known for known in open_clip.list_models()}
+        near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.5)]
+        hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists the names"
+        raise UserError(f"model.name={name}: neither an open_clip model nor a .json file; {hint}")
+    return description
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name={path}: not a JSON file: {error}") from None
+    if isinstance(description, dict) and "model_cfg" in description:  # open_clip_config.json, as on the hub
+        pixels = description.get("preprocess_cfg", {})
+        statistics = {f"image_{key}": pixels[key] for key in ("mean", "std") if key in pixels}
+        description = {**description["model_cfg"], **statistics}
+    if isinstance(description, dict) and isinstance(description.get("text_cfg"), dict):
+        _localise(description["text_cfg"], path.parent)
+    return description
+
+
+def _localise(text: dict[str, Any], folder: Path) -> None:
+    """In a JSON file, a Hugging Face name may be a folder beside the file; its projection is linear unless it says."""
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if text.get(key) and (folder / text[key]).is_dir():
+            text[key] = str((folder / text[key]).resolve())
+    if text.get("hf_model_name"):
+        text.setdefault("hf_proj_type", "linear")
+
+
+def _check_description(name: str, description: Any) -> None:
+    """Raises UserError unless `description` has the form that the towers are built from."""
+    import open_clip
+
+    where = f"model.name={name}"
+    if not isinstance(description, dict):
+        raise UserError(f'{where}: expected a JSON object with "embed_dim", "vision_cfg" and "text_cfg"')
+    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+        if not isinstance(description.get(key), kind):
+            raise UserError(f"{where}: {key!r} is missing or of the wrong type (a {kind.__name__} is wanted)")
+    if "multimodal_cfg" in description:
+        raise UserError(f"{where}: CoCa has a caption decoder, which is not supported; take a model without one")
+    tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", *_NOT_OPEN_CLIPS}
+    fields = {
+        "": (description, tops),
+        "vision_cfg.": (description["vision_cfg"], {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}),
+        "text_cfg.": (description["text_cfg"], {f.name for f in dataclasses.fields(open_clip.CLIPTextCfg)} | {"cbow"}),
+    }
+    for prefix, (section, known) in fields.items():
+        for key in section:
+            if key not in known:
+                near = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+                raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
+    _check_cbow(where, description["text_cfg"].get("cbow"))
+
+
+def _check_cbow(where: str, cbow: Any) -> None:
+    if cbow is None:
+        return
+    wanted = {"width", "vocab_size", "context_length"}
+    if (
+        not isinstance(cbow, dict)
+        or set(cbow) != wanted
+        or not all(isinstance(v, int) and v > 0 for v in cbow.values())
+    ):
+        raise UserError(f"{where}: text_cfg.cbow takes exactly {', '.join(sorted(wanted))}, all positive integers")
+
+
+def _square(name: str, size: Any) -> int:
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        raise UserError(f"model.name={name}: image_size {size}: only square pictures are supported")
+    return side
+
+
+def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
+    options = dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if name and not text.get("cbow"):
+        return {"kind": "hf", "name": name, "mode": text.get("tokenizer_mode"), "options": options}
+    return {
+        "kind": "bpe",
+        "vocab_size": (text.get("cbow") or text).get("vocab_size", BPE_VOCABULARY),
+        "options": options,
+    }
+
+
+def _weights_facts(cfg: config.Model) -> dict[str, Any]:
+    """What is known of the weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
+    if not cfg.weights:
+        return {}
+    path = Path(cfg.weights)
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"model.weights={path}: a torch.export program computes one tower's features and cannot be trained from;"
+            " export the run with --format open_clip or hugging_face instead"
+        )
+    if path.is_file():
+        if is_torchscript(path):  # the form in which OpenAI publishes, and nobody else does
+            return {"quick_gelu": True}
+        if path.suffix == ".safetensors":
+            return _exported_facts(path)
+        return {"quick_gelu": True} if _is_openai_state_dict(path) else {}
+    if path.is_dir():
+        from clipdist.models.hugging_face import weights_facts
+
+        return weights_facts(path)
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in cfg.weights:
+        raise UserError(f"model.weights={cfg.weights}: no such file")
+    import open_clip
+
+    facts = open_clip.get_pretrained_cfg(cfg.name, cfg.weights)
+    if not facts:
+        tags = open_clip.list_pretrained_tags_by_model(cfg.name)
+        hint = f"its tags are {', '.join(tags)}" if tags else "it has no tags, name a file"
+        raise UserError(f"model.weights={cfg.weights}: neither a file nor a tag of {cfg.name}; {hint}")
+    return facts
+
+
+def _exported_facts(path: Path) -> dict[str, Any]:
+    """What tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), framework="np") as file:
+            head, names = file.metadata() or {}, set(file.keys())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"model.weights={path}: not a safetensors file: {error}") from None
+    if "clipdist" not in head:
+        return {"quick_gelu": True} if names >= OPENAI_FACTS else {}
+    spec = json.loads(head["clipdist"])
+    return {"quick_gelu": spec["quick_gelu"], "mean": spec["image_mean"], "std": spec["image_std"]}
+
+
+def _pixel_statistics(
+    name: str, description: dict[str, Any], weights: dict[str, Any]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
+    import open_clip
+
+    mean = description.get("image_mean") or weights.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = description.get("image_std") or weights.get("std") or open_clip.OPENAI_DATASET_STD
+    for key, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+            raise UserError(f"model.name={name}: {key} takes three numbers, one per channel")
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -1,0 +1,189 @@
+"""Weights from elsewhere: an open_clip tag, a file or a Hugging Face folder in, a DualEncoder with those weights out.
+
+Nothing is ever unpickled freely. OpenAI's .pt files are TorchScript archives, which are programs: they are only run
+when their SHA-256 is one that OpenAI publishes, or when the user says that the file is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clipdist.errors import UserError
+from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.hugging_face import check_same_architecture, to_ours, weight_files
+from clipdist.models.spec import OPENAI_FACTS, is_torchscript
+
+
+def load_weights(model: DualEncoder, weights: str, trust: bool = False) -> None:
+    """Loads both towers and the log scale, in place.
+
+    Args:
+        model: of the same architecture; only a ViT's picture size may differ (its positions are interpolated).
+        weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict (open_clip's
+            training checkpoints included), or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
+            CLIPModel.
+        trust: run a TorchScript archive although its SHA-256 is not one of OpenAI's.
+
+    Raises:
+        UserError: no such file or tag, a download that fails, an untrusted archive, or tensors that do not fit.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        check_same_architecture(path, model.spec)
+        found = to_ours({name: value for file in weight_files(path) for name, value in read_state_dict(file).items()})
+    else:
+        path = path if path.is_file() else _download(model.spec.name, weights)
+        found = read_state_dict(path, trust)
+        _refuse_hugging_face_names(path, found)
+    tensors = _to_dual_encoder(found, model)
+    _check_fit(model, tensors, path)
+    model.load_state_dict(tensors)
+
+
+def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
+    """Reads a weights file as it is, on the CPU.
+
+    Raises:
+        UserError: the file cannot be read safely, or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        return _without_facts(_read_safetensors(path))
+    if is_torchscript(path):
+        return _without_facts(_read_torchscript(path, trust))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"model.weights={path}: not a state dict that can be read safely: {_brief(error)}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # a training checkpoint of open_clip
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        raise UserError(f"model.weights={path}: holds no state dict (names and tensors)")
+    return _without_facts({name.removeprefix("module."): value for name, value in content.items()})
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: DualEncoder) -> str:
+    """16 hex digits over the weights and all of the description but its name: QuickGELU is no weight, yet decides."""
+    described = {**model.spec.to_dict(), "name": ""}
+    text = weights_checksum(model) + json.dumps(described, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def openai_hashes() -> set[str]:
+    """SHA-256 of the files that OpenAI publishes: they stand in the addresses that open_clip knows."""
+    import open_clip
+
+    addresses = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models()]
+    return {address.split("/")[-2] for address in addresses if "openaipublic" in address}
+
+
+def _download(name: str, tag: str) -> Path:
+    import open_clip
+
+    facts = open_clip.get_pretrained_cfg(name, tag)
+    if not facts:
+        raise UserError(f"model.weights={tag}: neither a file nor a tag of {name}")
+    try:
+        return Path(open_clip.download_pretrained(facts))
+    except Exception as error:  # the hub and urllib raise many kinds for "no network"
+        source = facts.get("hf_hub") or facts.get("url")
+        raise UserError(
+            f"model.weights={tag}: cannot be fetched from {source}: {_brief(error)}; fetch it on a machine with a"
+            " network and name the file, or set HF_HUB_OFFLINE=1 and HF_HOME to a filled cache"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"model.weights={path}: not a safetensors file: {error}") from error
+
+
+def _read_torchscript(path: Path, trust: bool) -> dict[str, torch.Tensor]:
+    if not trust:
+        digest = _sha256(path)
+        if digest not in openai_hashes():
+            raise UserError(
+                f"model.weights={path}: a TorchScript archive (a program) whose SHA-256 {digest[:12]}... is not one of"
+                " OpenAI's; model.trust_weights=true runs it nevertheless, if you trust its origin"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is on its way out, but these files stay as they are
+        try:
+            tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
+        except RuntimeError as error:
+            raise UserError(f"model.weights={path}: a damaged TorchScript archive: {_brief(error)}") from error
+    return tensors
+
+
+def _without_facts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tensors.items() if name not in OPENAI_FACTS}
+
+
+def _refuse_hugging_face_names(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    if any(name.startswith("vision_model.") for name in tensors):
+        raise UserError(
+            f"model.weights={path}: a file of a Hugging Face model; name its folder, whose config.json says what the"
+            " tensors do not"
+        )
+
+
+def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: DualEncoder) -> dict[str, torch.Tensor]:
+    """open_clip's and OpenAI's names, dtypes and shapes -> ours: visual.*, text.*, logit_scale [1], fp32."""
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+
+    tensors = convert_to_custom_text_state_dict(dict(tensors))
+    if model.logit_bias is None:
+        tensors.pop("logit_bias", None)  # a constant bias cancels in both softmaxes of InfoNCE
+    else:  # weights trained with InfoNCE have none: it starts as configured
+        tensors["logit_bias"] = tensors.get("logit_bias", model.logit_bias.detach()).reshape(1)
+    tensors.pop("text.transformer.embeddings.position_ids", None)  # written by transformers before 4.31
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    if "logit_scale" in tensors:
+        tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
+    resize_pos_embed(tensors, model)
+    return tensors
+
+
+def _check_fit(model: DualEncoder, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    where = f"model.weights={path}: does not fit {model.spec.name}"
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in tensors:
+            raise UserError(f"{where}: {name} is missing ({len(own.keys() - tensors.keys())} are)")
+        if value.shape != tensors[name].shape:
+            raise UserError(f"{where}: {name} is {list(tensors[name].shape)}, the model wants {list(value.shape)}")
+    strangers = sorted(tensors.keys() - own.keys())
+    if strangers:
+        raise UserError(f"{where}: {strangers[0]} is not of this model ({len(strangers)} such)")
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

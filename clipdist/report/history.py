@@ -1,0 +1,258 @@
+"""A run folder in; what it tells (records, configuration, environment, results) and what that comes to out."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from clipdist.config import Config, load_config
+from clipdist.errors import UserError
+from clipdist.evals.results import read_results
+from clipdist.report.curves import Point
+
+Record = dict[str, Any]
+MOST_STEPS = 1 << 53  # what a float holds exactly; a larger step is a damaged one
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """One run.
+
+    Attributes:
+        label: its name on the page, unlike those beside it.
+        records: of metrics.jsonl, in the order of the file.
+        config: None where it cannot be read: `notes` says why.
+        environment: of the last attempt; empty where it is missing.
+        results: what the tools found out, by tool.
+        notes: what is missing or cannot be read, a line each.
+    """
+
+    folder: Path
+    label: str
+    records: list[Record]
+    config: Config | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def of_type(self, kind: str) -> list[Record]:
+        """Records of the type train, val or event; of two train or val records of one step, the later stays."""
+        return self._sorted.get(kind, [])
+
+    @cached_property
+    def _sorted(self) -> dict[str, list[Record]]:
+        by_type: dict[str, list[Record]] = {}
+        for record in self.records:
+            by_type.setdefault(record["type"], []).append(record)
+        for kind in by_type.keys() - {"event"}:
+            by_step = {record["step"]: record for record in by_type[kind]}
+            by_type[kind] = [by_step[step] for step in sorted(by_step)]
+        return by_type
+
+    def points(self, kind: str, name: str, x: str = "step") -> list[Point]:
+        """(x, value) of the records that have the name; None for a value that is missing or not finite."""
+        return [
+            (place, number(record[name]))
+            for record in self.of_type(kind)
+            if name in record and (place := number(record.get(x))) is not None
+        ]
+
+    def events(self, name: str) -> list[Record]:
+        return [record for record in self.of_type("event") if record.get("event") == name]
+
+    def attempts(self) -> list[list[Record]]:
+        """The records of every start of the run; a restart begins the next one."""
+        parts: list[list[Record]] = [[]]
+        for record in self.records:
+            if record.get("event") == "restart" and parts[-1]:
+                parts.append([])
+            parts[-1].append(record)
+        return parts
+
+    @property
+    def step(self) -> int:
+        """The last step that is told of."""
+        return max((record["step"] for record in self.records), default=0)
+
+    def planned_steps(self) -> int | None:
+        """Steps of the whole run; None where that cannot be known."""
+        if self.config is None:
+            return None
+        train = self.config.train
+        if train.samples:
+            return -(-train.samples // train.global_batch)
+        if train.steps:
+            return train.steps
+        per_epoch = self.steps_per_epoch()
+        return None if per_epoch is None else train.epochs * per_epoch
+
+    def steps_per_epoch(self) -> int | None:
+        for record in reversed(self.of_type("train")):
+            if epoch := number(record.get("epoch")):
+                return round(record["step"] / epoch)
+        return None
+
+    def state(self) -> str:
+        """finished, interrupted, or that no end is told of."""
+        planned = self.planned_steps()
+        if planned is not None and self.step >= planned:
+            return "finished"
+        of = "" if planned is None else f" of {planned:,}"
+        last = self.attempts()[-1]
+        if last and last[-1].get("event") == "interrupted":
+            return f"interrupted at step {self.step:,}{of}"
+        return f"at step {self.step:,}{of}: still going, or ended without a word"
+
+    def seconds(self) -> float:
+        """Wall time from the first to the last record of every attempt, added up; what was lost is not in it."""
+        total = 0.0
+        for attempt in self.attempts():
+            times = [time for record in attempt if (time := number(record.get("time"))) is not None]
+            total += max(times) - min(times) if times else 0.0
+        return total
+
+    def bad_counts(self) -> dict[str, int]:
+        """{reason: samples that could not be used}: every attempt counts anew, its last count holds."""
+        total: Counter[str] = Counter()
+        for attempt in self.attempts():
+            told = [record.get("counts") for record in attempt if record.get("event") == "bad_samples"]
+            if told and isinstance(told[-1], dict):
+                total.update({str(reason): int(number(count) or 0) for reason, count in told[-1].items()})
+        return dict(total.most_common())
+
+    def median(self, name: str) -> float | None:
+        """Of a name in the train records."""
+        values = [value for _, value in self.points("train", name) if value is not None]
+        return statistics.median(values) if values else None
+
+    def last(self, kind: str, name: str) -> float | None:
+        """The newest finite value."""
+        return next((value for _, value in reversed(self.points(kind, name)) if value is not None), None)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that a record may hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def read_runs(folders: list[Path]) -> list[RunHistory]:
+    """The runs, labelled by their folders' names, or by the paths as given where two names are alike.
+
+    Raises:
+        UserError: a folder that is no run or has logged nothing, a damaged file, or a run that is named twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for place, folder in enumerate(resolved):
+        if folder in resolved[:place]:
+            raise UserError(f"{folders[place]}: is named twice")
+    names = [folder.name for folder in resolved]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+    return [_read_run(folder, label) for folder, label in zip(folders, labels)]
+
+
+def _read_run(folder: Path, label: str) -> RunHistory:
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: {_what_is_wrong(folder)}")
+    notes: list[str] = []
+    records = _read_records(path, notes)
+    return RunHistory(
+        folder,
+        label,
+        records,
+        _read_config(folder, notes),
+        _read_environment(folder, notes),
+        read_results(folder),
+        notes,
+    )
+
+
+def _what_is_wrong(folder: Path) -> str:
+    if not folder.is_dir():
+        there = sorted(path.parent.name for path in folder.parent.glob("*/metrics.jsonl"))
+        return f"no such run folder{f'; {folder.parent} holds {_listed(there)}' if there else ''}"
+    if (folder / "config.yaml").is_file():
+        return "has no metrics.jsonl: the run has logged nothing; start it, or wait for its first lines"
+    inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+    if inside:
+        return f"is no run folder, but holds some: name {_listed(inside)} in it"
+    over = next((parent for parent in folder.resolve().parents if (parent / "metrics.jsonl").is_file()), None)
+    return f"is no run folder (no metrics.jsonl){f'; the run is {over}' if over else ''}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _read_records(path: Path, notes: list[str]) -> list[Record]:
+    """A last line without an end is being written, or was when the run was killed; any other must be a record."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    records = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif place == len(lines):
+            notes.append(f"the last line of {path.name} is not whole, and left out")
+        else:
+            raise UserError(f"{path}, line {place}: is no record ({_excerpt(line)}); mend the line or take it out")
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("type"), str):
+        return None
+    step = record.get("step")
+    return record if type(step) is int and 0 <= step < MOST_STEPS else None
+
+
+def _excerpt(line: bytes) -> str:
+    text = line.decode(errors="replace")
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def _read_config(folder: Path, notes: list[str]) -> Config | None:
+    path = (folder / "config.yaml").resolve()
+    if not path.is_file():
+        notes.append("no config.yaml: the configuration is not known")
+        return None
+    try:
+        return load_config(path)
+    except (UserError, OSError, UnicodeDecodeError, RecursionError) as error:
+        notes.append(f"config.yaml cannot be read by this version: {error}")
+        return None
+
+
+def _read_environment(folder: Path, notes: list[str]) -> dict[str, Any]:
+    path = folder / "environment.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes.append("no environment.json: versions, commit and command line are not known")
+        return {}
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict):
+        return record
+    notes.append("environment.json cannot be read")
+    return {}

@@ -1,0 +1,280 @@
+"""What is known of a run before a model is built: a configuration in, a Plan out, or the error that a user can mend.
+
+The launcher calls check_launch before it queues a job; every rank calls make_plan when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from clipdist.config import Config
+from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
+from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
+from clipdist.errors import Fault, UserError
+from clipdist.fault_tolerance.rollback import skipped_ranges
+from clipdist.fault_tolerance.slurm import restarts
+
+REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
+
+if TYPE_CHECKING:
+    from clipdist.checkpoint.format import CheckpointReader
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Data, order, length and starting point of a run."""
+
+    catalog: Catalog
+    val: Catalog | None
+    order: OrderKey
+    steps: int
+    steps_per_epoch: int
+    resume: CheckpointReader | None
+    notes: list[str]  # what the user should hear, such as a damaged checkpoint that was passed over
+    order_record: dict[str, Any]  # what the checkpoint keeps, to go on with the same order or refuse
+    skipped: list[list[int]]  # ranges of data steps that this run leaves out: see clipdist.fault_tolerance.rollback
+
+    @property
+    def start_step(self) -> int:
+        return self.resume.manifest.step if self.resume else 0
+
+
+def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
+    """Checks rank count, data and run folder; imports no torch.
+
+    Returns:
+        The catalogs of the training and of the validation data.
+
+    Raises:
+        UserError: what would make every rank stop at its start.
+    """
+    check_ranks(config, world)
+    catalogs = check_data(config)
+    check_run_folder(config.run.dir)
+    return catalogs
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Raises UserError where the ranks do not divide the global batch, or micro-batches a rank's share of it."""
+    batch = config.train.global_batch
+    if batch % world:
+        below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
+        raise UserError(
+            f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
+        )
+    share, micro = batch // world, config.train.micro_batch
+    if micro and share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
+            f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
+        )
+
+
+def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
+    """Opens the training and the validation shards.
+
+    Raises:
+        UserError: there are none, or fewer samples than a global batch.
+    """
+    batch = config.train.global_batch
+    if not config.data.train:
+        raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
+    fetcher = fetcher_of(config.data)
+    catalog = Catalog.open(config.data.train, "data.train", fetcher)
+    if len(catalog) < batch:
+        raise UserError(
+            f"data.train holds {len(catalog)} samples, fewer than train.global_batch={batch}; lower train.global_batch"
+        )
+    empty = [name for name, (a, b) in zip(config.data.train, catalog.sources) if catalog.starts[a] == catalog.starts[b]]
+    if config.data.weights and empty:
+        raise UserError(f"data.train: {empty[0]} holds no samples, and has a weight in data.weights")
+    return catalog, Catalog.open(config.data.val, "data.val", fetcher) if config.data.val else None
+
+
+def check_run_folder(folder: Path) -> None:
+    """Makes the run folder.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        for path in (folder, folder / "checkpoints"):
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(f"no permission to write in {path.name}")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"run folder {folder}: cannot be written ({reason}); set run.root or run.name") from None
+
+
+def make_plan(config: Config, world: int, passed_over: Mapping[Path, str] = MappingProxyType({})) -> Plan:
+    """Everything before the model.
+
+    Args:
+        passed_over: checkpoints that were found to be damaged, and how.
+
+    Raises:
+        UserError: see check_launch; or a checkpoint that does not fit this configuration.
+    """
+    catalog, val = check_launch(config, world)
+    notes: list[str] = []
+    resume = find_start(config, notes, passed_over)
+    fingerprint = catalog.fingerprint()
+    if resume:
+        key = _order_of(config, fingerprint, resume)
+    else:
+        from clipdist.models.spec import resolve_spec
+
+        resolve_spec(config.model)
+        key = first_order(config, catalog, world)
+    record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
+    steps_per_epoch = len(catalog) // key.global_batch
+    skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
+    skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
+    return Plan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, notes, record, skipped)
+
+
+def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
+    """V and w of a first start, where the configuration leaves them open."""
+    batch, data = config.train.global_batch, config.data
+    cached = data.stage or catalog.is_remote()
+    streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
+    per_shard = max(1, len(catalog) // max(1, len(catalog.shards)))
+    window = data.window or (per_shard if cached else local_window(catalog, streams, per_shard))
+    return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
+
+
+def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
+    """0, the whole stream, where all tables of members fit into memory; else what lets a rank go through them in turn.
+
+    With windows of w samples V streams touch V * (ceil(w / shard) + 1) tables at one time; were all of them wanted at
+    random, each read would begin with the reading of a table.
+    """
+    table = catalog.table(0)
+    per_sample = max(1.0, table.bytes_in_memory() / max(1, len(table)))
+    fits = int(INDEX_MEMORY_BYTES / per_sample)
+    if len(catalog) <= fits:
+        return 0
+    return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)
+
+
+def length(config: Config, steps_per_epoch: int) -> int:
+    """Steps of the whole run."""
+    train = config.train
+    if train.samples:
+        return -(-train.samples // train.global_batch)
+    return train.steps or train.epochs * steps_per_epoch
+
+
+def find_start(
+    config: Config, notes: list[str], passed_over: Mapping[Path, str] = MappingProxyType({})
+) -> CheckpointReader | None:
+    """The checkpoint to go on from. The rule, whatever ended the last run:
+
+    auto: the newest checkpoint of the run folder whose files are whole, else none. Their sizes are looked at here,
+        their checksums by all ranks together (clipdist.resume), which then ask again and name in `passed_over`
+        what is damaged.
+    FOLDER: that checkpoint to begin with; once the run folder has checkpoints of its own they count as with auto, so
+        that the same command goes on. A checkpoint of the run folder itself must be its newest: going back would lose
+        or hide what came after.
+    never: none, and a run folder that holds checkpoints is refused rather than overwritten.
+    A job that was queued again goes on as with auto.
+
+    Raises:
+        UserError: the named checkpoint is unfit, or the wish would overwrite others.
+    """
+    from clipdist.checkpoint.format import list_checkpoints, step_of
+
+    wanted, run_dir = config.train.resume, config.run.dir
+    patience_s = config.data.patience_s
+    folders = list_checkpoints(run_dir, patience_s)
+    if restarts() and folders:
+        wanted = "auto"  # what was asked for was done at the job's first start
+    if wanted not in ("auto", "never"):
+        own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
+        if own and folders and (step_of(Path(wanted)) or 0) < (step_of(folders[-1]) or 0):
+            raise UserError(
+                f"train.resume={wanted}: {run_dir} holds newer checkpoints, up to {folders[-1].name}; move those"
+                " elsewhere first, or choose another run.name"
+            )
+        if own or not folders:
+            if Path(wanted) in passed_over:
+                raise UserError(passed_over[Path(wanted)])
+            return _open(Path(wanted), patience_s)
+    if wanted == "never":
+        if folders:
+            raise UserError(
+                f"train.resume=never: {run_dir} holds checkpoints already; choose another run.name or remove them"
+            )
+        return None
+    for folder in reversed(folders):
+        try:
+            if folder in passed_over:
+                raise UserError(passed_over[folder])
+            return _open(folder, patience_s)
+        except Fault:  # storage that refuses is no damage
+            raise
+        except UserError as error:
+            notes.append(f"passed over a damaged checkpoint: {error}")
+    if folders:
+        raise UserError(f"{run_dir}/checkpoints: none of {len(folders)} checkpoints is whole; choose another run.name")
+    return None
+
+
+def _open(folder: Path, patience_s: float) -> CheckpointReader:
+    from clipdist.checkpoint.format import CheckpointReader
+
+    reader = CheckpointReader(folder, patience_s)
+    reader.check_sizes()
+    return reader
+
+
+def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:
+    """The order that a checkpoint was made with, V and w as the first start chose them.
+
+    Raises:
+        UserError: another model, other data, or another order.
+    """
+    manifest, where = reader.manifest, reader.folder
+    _check_model(config, reader)
+    order = manifest.order
+    if order["version"] != ORDER_VERSION:
+        raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
+    if order["fingerprint"] != fingerprint:
+        raise UserError(f"{where}: made with other training data than data.train; choose another run.name")
+    wanted = {
+        "train.global_batch": (order["global_batch"], config.train.global_batch),
+        "data.seed": (order["seed"], config.data.seed),
+        "data.window": (order["window"], config.data.window or order["window"]),
+        "data.weights": (list(order["parts"]), list(whole_parts(config.data.weights)) if config.data.weights else []),
+        "data.streams": (order["streams"], config.data.streams or order["streams"]),
+    }
+    for name, (theirs, ours) in wanted.items():
+        if theirs != ours:
+            raise UserError(
+                f"{where}: made with {name}={theirs}, here {ours}: the data order would change; set it back or choose"
+                " another run.name"
+            )
+    return OrderKey(order["seed"], order["global_batch"], order["streams"], order["window"], tuple(order["parts"]))
+
+
+def _check_model(config: Config, reader: CheckpointReader) -> None:
+    from clipdist.models.spec import resolve_spec
+
+    theirs, ours = reader.manifest.config["model"]["name"], config.model.name
+    if theirs != ours:
+        raise UserError(
+            f"{reader.folder}: a checkpoint of another model (model.name={theirs}, here {ours});"
+            " choose another run.name"
+        )
+    try:
+        described = resolve_spec(config.model).model
+    except UserError:
+        return  # the JSON or the weights of the first start are gone: the checkpoint has all that is needed
+    if described != reader.manifest.state["model"]["model"]:
+        raise UserError(f"{reader.folder}: a checkpoint of another model ({ours} has changed); choose another run.name")

@@ -1,0 +1,193 @@
+"""open_clip_train's data pipeline, as it is: shards in; its batches, or the time of each of its stages, out.
+
+Its get_wds_dataset runs with open_clip's own transform and tokenizer. What is done around it, and why:
+
+- webdataset: open_clip_train is older than the newest ones; it can be given one of its own time, from a cache folder.
+  Without that, tools.bench.peers.trainer makes it run with the installed one.
+- the list of shards is repeated: at the end of each pass a worker throws away its last, partial batch, which in a
+  small data set would be a good part of its work.
+- the buffer in which samples are shuffled does not grow beyond the 1000 to which it is filled before the first batch:
+  while it grows, two samples are read for every one that is given.
+
+The last two favour open_clip_train.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from clipdist.errors import UserError
+from tools.bench.peers.trainer import import_peer
+
+CONTEXT_LENGTH_OF = "ViT-B-32"  # CLIP's own tokenizer, 77 ids
+PASSES_PER_BATCH = 500  # batches at least between two that are thrown away
+ENDLESS = 1 << 40  # samples of an "epoch"
+STAGES = ("read", "decode", "resize", "tokens", "other")
+_REPEATS = 3
+_INSTALL_S = 120
+
+
+@dataclass(frozen=True)
+class Webdataset:
+    """Which webdataset open_clip_train shall use.
+
+    Attributes:
+        folder: to be put first on sys.path; None: the installed one.
+        said: the version, and why it is not the one asked for, where it is not.
+    """
+
+    folder: Path | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What open_clip_train's data pipeline is made from.
+
+    Attributes:
+        shards: tars, all of them local.
+        size: side of the square pictures, pixels.
+        samples: in the shards.
+    """
+
+    shards: tuple[str, ...]
+    samples: int
+    size: int
+    crop_scale_min: float
+    batch: int
+    workers: int
+    webdataset: Path | None
+
+
+def get_webdataset(wanted: str) -> Webdataset:
+    """Installs webdataset `wanted` into ~/.cache/clipdist/peers, once; where pip cannot, the installed one is to do.
+
+    Raises:
+        UserError: `wanted` is no version.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)*", wanted):
+        raise UserError(f"--peer-webdataset {wanted}: must be a version, such as 0.2.86")
+    if wanted == version("webdataset"):
+        return Webdataset(None, f"{wanted}, as installed")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipdist/peers"
+    folder = cache / f"webdataset-{wanted}"
+    if not folder.is_dir():
+        reason = _install(f"webdataset=={wanted}", folder)
+        if reason:
+            said = f"{version('webdataset')} with eof_value=None ({wanted} could not be installed: {reason})"
+            return Webdataset(None, said)
+    return Webdataset(folder, wanted)
+
+
+def _install(requirement: str, folder: Path) -> str:
+    """ "" or why it did not work."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(partial), requirement]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, timeout=_INSTALL_S)
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        os.replace(partial, folder)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ""
+
+
+def batches(pipeline: Pipeline) -> Iterator[tuple[Any, Any]]:
+    """open_clip_train's training batches, for ever: float32 [b, 3, size, size], normalised, and int64 [b, 77].
+
+    To be called once in a process, which has not imported webdataset before.
+    """
+    multiprocessing.set_start_method("fork", force=True)  # its pipeline cannot be pickled for other ways to start
+    # More workers than cores may be faster here: a worker waits while it hands over a batch.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    data = _import(pipeline.webdataset)
+    vars(data)["_SAMPLE_SHUFFLE_SIZE"] = data._SAMPLE_SHUFFLE_INITIAL
+    per_pass = PASSES_PER_BATCH * pipeline.batch * pipeline.workers
+    arguments = Namespace(
+        train_data="::".join(pipeline.shards * -(-per_pass // pipeline.samples)),
+        train_num_samples=ENDLESS,
+        train_data_upsampling_factors=None,
+        batch_size=pipeline.batch,
+        workers=pipeline.workers,
+        world_size=1,
+        seed=0,
+    )
+    transform, tokenizer = _transform(pipeline), _tokenizer()
+    return iter(data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader)
+
+
+def stage_seconds(pipeline: Pipeline, samples: int) -> dict[str, float]:
+    """Seconds per sample that each of open_clip_train's stages computes for, on one thread; medians of some repeats.
+
+    "resize" is all of the transform (crop, resize, to float, normalise), "other" is stacking the samples of a batch.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    data, transform, tokenizer = _import(pipeline.webdataset), _transform(pipeline), _tokenizer()
+    wds = data.wds
+    urls = [{"url": url} for url in pipeline.shards]
+    stages: dict[str, Callable[[Iterable[Any]], Iterable[Any]]] = {
+        "read": lambda _: _first(samples, data.tarfile_to_samples_nothrow(iter(urls))),
+        "decode": lambda read: wds.decode("pilrgb")(iter(read)),
+        "resize": lambda decoded: [(transform(sample["jpg"]), sample["txt"]) for sample in decoded],
+        "tokens": lambda pairs: [(image, tokenizer(text)[0]) for image, text in pairs],
+        "other": lambda pairs: wds.batched(samples, partial=True)(iter(pairs)),
+    }
+    assert tuple(stages) == STAGES
+    seconds = {}
+    taken: list[Any] = []
+    for name, stage in stages.items():
+        given, times = taken, []
+        for _ in range(_REPEATS):
+            fresh = [dict(sample) for sample in given] if name == "decode" else given  # it writes into the sample
+            began = time.thread_time()
+            taken = list(stage(fresh))
+            times.append(time.thread_time() - began)
+        seconds[name] = sorted(times)[_REPEATS // 2] / samples
+    return seconds
+
+
+def _first(count: int, samples: Iterable[Any]) -> Iterator[Any]:
+    return (sample for sample, _ in zip(samples, range(count)))
+
+
+def _import(webdataset: Path | None) -> ModuleType:
+    """open_clip_train.data."""
+    if webdataset and str(webdataset) not in sys.path:
+        assert "webdataset" not in sys.modules
+        sys.path.insert(0, str(webdataset))
+    import_peer()
+    return importlib.import_module("open_clip_train.data")
+
+
+def _transform(pipeline: Pipeline) -> Callable[[Any], Any]:
+    from open_clip.transform import AugmentationCfg, image_transform
+
+    augmentation = AugmentationCfg(scale=(pipeline.crop_scale_min, 1.0))
+    return image_transform(pipeline.size, is_train=True, aug_cfg=augmentation)
+
+
+def _tokenizer() -> Callable[[str], Any]:
+    import open_clip
+
+    return open_clip.get_tokenizer(CONTEXT_LENGTH_OF)

@@ -1,0 +1,322 @@
+"""open_clip_train beside clipdist, for a fair comparison: a Config in; its flags, its run, and a report of it out.
+
+open_clip_train runs as its own main(): its model, data pipeline, transforms, optimiser, schedule, loss and loop. What
+is done around it, and why:
+
+- pandas: its data module imports it for CSV files alone, and installing open_clip_torch does not bring it. An empty
+  stand-in lets the import pass.
+- tar_file_expander: from webdataset 0.2.96 on, it marks the end of a shard by an empty dict unless told otherwise, and
+  open_clip_train's grouping fails on that mark with KeyError 'fname'. It is told otherwise.
+- DistributedDataParallel: its main names the device, which torch refuses for a CPU; there the name is left out.
+- a vocabulary below CLIP's: its model JSON names clipdist's merges as the tokenizer's, so that ids stay in range.
+- a log handler notes when its own progress lines come: they round the time of a step to a millisecond, and give the
+  rate of one step alone.
+- for losses only: get_data is answered with clipdist's batches, and create_loss keeps each value that the loss returns,
+  because the log rounds to five digits and tells rank 0's share only.
+
+And around clipdist, for losses only: positions decay as they do in open_clip; clipdist leaves them out.
+
+    python -m tools.bench.peers.trainer theirs REPORT MODEL_JSON|- BATCHES|- [open_clip_train's arguments ...]
+    python -m tools.bench.peers.trainer ours [clipdist/train.py's arguments ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from clipdist.config import Config, load_config
+from clipdist.errors import UserError, run_main
+
+PRECISIONS = {"fp32": "fp32", "bf16": "amp_bf16", "fp16": "amp"}  # ours -> theirs
+_PROGRESS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")  # samples so far
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights from which both sides begin, in open_clip's form.
+
+    Attributes:
+        name: open_clip's name of the model; model_json is to be registered first unless it is None.
+        mean, std: of the channels.
+    """
+
+    weights: Path
+    name: str
+    model_json: Path | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def check_comparable(config: Config) -> None:
+    """Raises UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
+    model, loss = config.model, config.loss
+    if loss.name != "infonce" or loss.label_smoothing:
+        raise UserError("loss: the comparison is of loss.name=infonce without loss.label_smoothing")
+    if model.lock_image or model.lock_text:
+        raise UserError("model.lock_image, model.lock_text: the comparison trains both towers; leave the locks out")
+    if config.optim.min_lr:
+        raise UserError(f"optim.min_lr={config.optim.min_lr}: open_clip_train's cosine ends at 0; set optim.min_lr=0")
+    import_peer()
+
+
+def make_start(config: Config, folder: Path) -> Start:
+    """Draws (or loads) the weights of config.model and writes them to `folder` for both sides.
+
+    Raises:
+        UserError: a model that open_clip does not have (CBOW), or that cannot be built.
+    """
+    import torch
+
+    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.export import export_model
+
+    torch.manual_seed(config.train.seed)
+    export = export_model(build_model(config.model, config.loss).eval(), folder / "bench_start.safetensors")
+    if export.config and export.merges:
+        described = json.loads(export.config.read_text(encoding="utf-8"))
+        described["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(export.merges)}
+        export.config.write_text(json.dumps(described), encoding="utf-8")
+    return Start(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
+
+
+def flags(
+    config: Config,
+    start: Start,
+    shards: list[Path],
+    *,
+    world: int,
+    steps: int,
+    workers: int,
+    device: str,
+    precision: str,
+    log_every: int,
+    logs: Path,
+) -> list[str]:
+    """open_clip_train's arguments for the run that `config` describes, in its exact mode.
+
+    Args:
+        shards: tars; their order is open_clip_train's own matter.
+        workers: data loading processes per rank.
+        device, precision: resolved: cpu or cuda; fp32, bf16 or fp16.
+        logs: folder for its log and its checkpoint.
+    """
+    optim, train = config.optim, config.train
+    share = train.global_batch // world
+    micro = train.micro_batch or share
+    settings: dict[str, Any] = {
+        "model": start.name,
+        "pretrained": start.weights,
+        "dataset-type": "webdataset",
+        "train-data": "::".join(map(str, shards)),
+        "train-num-samples": steps * train.global_batch,
+        "batch-size": micro,
+        "accum-freq": share // micro,
+        "workers": workers,
+        "epochs": 1,
+        "lr": optim.lr,
+        "beta1": optim.beta1,
+        "beta2": optim.beta2,
+        "eps": optim.eps,
+        "wd": optim.weight_decay,
+        "warmup": optim.warmup_steps,
+        "aug-cfg": f"scale=({config.data.crop_scale_min},1.0)",
+        "precision": PRECISIONS[precision],
+        "device": device,
+        "seed": train.seed,
+        "log-every-n-steps": log_every,
+        "save-frequency": 0,  # the last step saves nevertheless, as clipdist does
+        "logs": logs.parent,
+        "name": logs.name,
+    }
+    if optim.grad_clip:
+        settings["grad-clip-norm"] = optim.grad_clip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    words += ["--image-mean", *map(str, start.mean), "--image-std", *map(str, start.std)]
+    words += ["--local-loss", "--gather-with-grad"]
+    if config.engine.activation_checkpointing:
+        words.append("--grad-checkpointing")
+    return words
+
+
+def import_peer() -> ModuleType:
+    """open_clip_train.main, made to run with the webdataset that is installed.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    if importlib.util.find_spec("open_clip_train") is None:
+        raise UserError("open_clip_train is not installed; pip install open_clip_torch==3.3.0")
+    try:
+        import open_clip  # noqa: F401  before the stand-in: nothing else may take it for pandas
+        import webdataset  # noqa: F401
+
+        with _pandas_stand_in():
+            data = importlib.import_module("open_clip_train.data")
+        main = importlib.import_module("open_clip_train.main")
+    except ImportError as error:
+        raise UserError(f"open_clip_train cannot be imported ({error}); pip install open_clip_torch==3.3.0") from None
+    expander = data.tar_file_expander
+    if "eof_value" in inspect.signature(expander).parameters and not isinstance(expander, partial):
+        vars(data)["tar_file_expander"] = partial(expander, eof_value=None)
+    return main
+
+
+@contextmanager
+def _pandas_stand_in() -> Iterator[None]:
+    try:
+        importlib.import_module("pandas")
+    except ImportError:
+        sys.modules["pandas"] = ModuleType("pandas")
+        try:
+            yield
+        finally:
+            del sys.modules["pandas"]
+    else:
+        yield
+
+
+def run_theirs(report: Path, model_json: Path | None, batches: Path | None, words: list[str]) -> int:
+    """One rank of open_clip_train. Writes {"times", "losses", "peak_bytes"} to REPORT with the rank in its name.
+
+    Args:
+        model_json: to register first.
+        batches: a recipe of clipdist whose batches to train on, with all values of the loss kept; None: its own data.
+    """
+    import open_clip
+    import torch
+    import torch.distributed as dist
+
+    peer = import_peer()
+    if model_json:
+        open_clip.add_model_config(model_json)
+    if not torch.cuda.is_available():
+        parallel = torch.nn.parallel.DistributedDataParallel
+        vars(torch.nn.parallel)["DistributedDataParallel"] = lambda model, device_ids, **kw: parallel(model, **kw)
+    losses: list[torch.Tensor] = []
+    if batches:
+        fed = load_config(batches)
+        vars(peer)["get_data"] = lambda *_, **__: {"train": _Fed(fed)}
+        vars(peer)["create_loss"] = _keeping(peer.create_loss, losses)
+    watch = _Watch()
+    logging.root.addHandler(watch)
+    if peer.main(words):
+        raise UserError(f"open_clip_train refused its arguments; see {report.parent}")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    content = {"times": watch.times, "losses": [float(loss) for loss in losses], "peak_bytes": peak}
+    rank_report(report, int(os.environ["RANK"])).write_text(json.dumps(content), encoding="utf-8")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def rank_report(report: Path, rank: int) -> Path:
+    return report.with_name(f"{report.stem}-{rank}{report.suffix}")
+
+
+class _Watch(logging.Handler):
+    """Keeps (samples so far, seconds) of each progress line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[tuple[int, float]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _PROGRESS.match(record.getMessage())
+        if found:
+            self.times.append((int(found[1]), record.created))
+
+
+class _Fed:
+    """clipdist's batches in the form that open_clip_train's loop takes: float pixels, normalised, and token ids.
+
+    Args:
+        config: of the run that is to be followed; train.steps batches are given.
+    """
+
+    def __init__(self, config: Config) -> None:
+        from clipdist.data.loader import open_loader
+        from clipdist.data.tokens import make_tokenizer
+        from clipdist.models.spec import resolve_spec
+        from clipdist.run_plan import make_plan
+
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        plan, self._spec = make_plan(config, world), resolve_spec(config.model)
+        self._loader = open_loader(
+            plan.catalog,
+            plan.order,
+            make_tokenizer(self._spec),
+            config.data,
+            image_size=self._spec.image_size,
+            rank=rank,
+            world=world,
+        )
+        self.dataloader = self  # what open_clip_train calls data["train"], and data["train"].dataloader
+        self.num_batches = plan.steps
+        self.num_samples = plan.steps * config.train.global_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        import torch
+
+        mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in (self._spec.image_mean, self._spec.image_std))
+        for _ in range(self.num_batches):
+            batch = self._loader.next()
+            if not bool(batch.valid.all()):
+                raise UserError("the shards hold samples that cannot be used, which open_clip's loss has no mask for")
+            yield (batch.image.float() / 255 - mean) / std, batch.tokens
+        self._loader.close()
+
+
+def _keeping(create_loss: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    """create_loss, but that the values of the loss are kept."""
+
+    def create(args: Any) -> Callable[..., dict[str, Any]]:
+        loss = create_loss(args)
+
+        def call(**outputs: Any) -> dict[str, Any]:
+            parts = loss(**outputs)
+            kept.append(sum(part.detach() for part in parts.values()))
+            return parts
+
+        return call
+
+    return create
+
+
+def run_ours(words: list[str]) -> int:
+    """clipdist's training command with open_clip's choice of the parameters that decay: all that are not vectors."""
+    from clipdist import train
+    from clipdist.engine import optim
+
+    assert optim.NO_DECAY
+    vars(optim)["NO_DECAY"] = ()
+    return train.main(words)
+
+
+def main() -> int:
+    side, *words = sys.argv[1:]
+    if side == "ours":
+        return run_ours(words)
+    report, model_json, batches = (None if word == "-" else Path(word) for word in words[:3])
+    assert report is not None
+    return run_theirs(report, model_json, batches, words[3:])
+
+
+if __name__ == "__main__":
+    run_main(main)
