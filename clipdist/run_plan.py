@@ -191,8 +191,8 @@ def find_start(
     from clipdist.checkpoint.format import list_checkpoints, step_of
 
     wanted, run_dir = config.train.resume, config.run.dir
-    patience_s = config.data.patience_s
-    folders = list_checkpoints(run_dir, patience_s)
+    retry_s = config.data.retry_s
+    folders = list_checkpoints(run_dir, retry_s)
     if restarts() and folders:
         wanted = "auto"  # what was asked for was done at the job's first start
     if wanted not in ("auto", "never"):
@@ -205,7 +205,7 @@ def find_start(
         if own or not folders:
             if Path(wanted) in passed_over:
                 raise UserError(passed_over[Path(wanted)])
-            return _open(Path(wanted), patience_s)
+            return _open(Path(wanted), retry_s)
     if wanted == "never":
         if folders:
             raise UserError(
@@ -216,7 +216,7 @@ def find_start(
         try:
             if folder in passed_over:
                 raise UserError(passed_over[folder])
-            return _open(folder, patience_s)
+            return _open(folder, retry_s)
         except Fault:  # storage that refuses is no damage
             raise
         except UserError as error:
@@ -226,10 +226,10 @@ def find_start(
     return None
 
 
-def _open(folder: Path, patience_s: float) -> CheckpointReader:
+def _open(folder: Path, retry_s: float) -> CheckpointReader:
     from clipdist.checkpoint.format import CheckpointReader
 
-    reader = CheckpointReader(folder, patience_s)
+    reader = CheckpointReader(folder, retry_s)
     reader.check_sizes()
     return reader
 

@@ -20,7 +20,7 @@ AWAY = (OSError, Unreadable)  # what a read raises while the storage is away
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
 
-class Patience:
+class Retry:
     """Tries failed reads again. Thread-safe: threads that wait for the same shard count as one.
 
     Args:
@@ -33,7 +33,7 @@ class Patience:
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
-    def outlast(self, shard: str, cause: Exception, read: Callable[[], T]) -> T:
+    def until_success(self, shard: str, cause: Exception, read: Callable[[], T]) -> T:
         """What `read` gives, as soon as it does not raise one of AWAY any more.
 
         Raises:
@@ -52,7 +52,7 @@ class Patience:
                 continue
             self._note_back(shard)
             return found
-        raise Fault(f"{shard}: cannot be read, tried for {self.seconds:g} s (data.patience_s): {reason(shard, cause)}")
+        raise Fault(f"{shard}: cannot be read, tried for {self.seconds:g} s (data.retry_s): {reason(shard, cause)}")
 
     def close(self) -> None:
         """Ends all waits."""

@@ -35,7 +35,7 @@ from clipdist.fault_tolerance.slurm import note_start, restarts
 from clipdist.run_plan import make_plan
 
 if TYPE_CHECKING:
-    from clipdist.distributed.rank import Place
+    from clipdist.distributed.rank import DistEnv
     from clipdist.run_plan import Plan
     from clipdist.trainer import Outcome, Trainer
 
@@ -116,8 +116,8 @@ def _train(config: Config, resume_command: str) -> int:
     stop.on_stop = leave_before_training
     try:
         allow_many_files()
-        place = distributed.start(device, config.train.hang_s)
-        code = _train_together(config, plan, place, stop, resume_command)
+        dist_env = distributed.start(device, config.train.hang_s)
+        code = _train_together(config, plan, dist_env, stop, resume_command)
         distributed.stop()
         return code
     finally:
@@ -136,34 +136,36 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _train_together(config: Config, plan: Plan, place: Place, stop: StopFlag, resume_command: str) -> int:
+def _train_together(config: Config, plan: Plan, dist_env: DistEnv, stop: StopFlag, resume_command: str) -> int:
     """From the first collective to the last: one Trainer after another, where numbers that do not recover send the run
     back to a checkpoint."""
     from clipdist.checkpoint.format import newest_checkpoint
-    from clipdist.distributed.consensus import Control
+    from clipdist.distributed.consensus import Consensus
     from clipdist.fault_tolerance.consistency import compare, facts
-    from clipdist.resume import open_watch, settle
+    from clipdist.resume import open_watchdog, settle
     from clipdist.trainer import Trainer
 
     gc.freeze()  # nor is it looked through later: in training, one rank's pause is a pause of all
     gc.enable()
-    control = Control(place, config.train.hang_s)
-    with open_watch(config, place, control) as watch, ExitStack() as held:
+    consensus = Consensus(dist_env, config.train.hang_s)
+    with open_watchdog(config, dist_env, consensus) as watchdog, ExitStack() as held:
         # Even a rank that waits in a collective for ever ends within this time of a signal.
-        stop.on_stop = lambda _: watch.stopping(config.launch.signal_s)
+        stop.on_stop = lambda _: watchdog.stopping(config.launch.signal_s)
         if stop.set:
-            watch.stopping(config.launch.signal_s)
-        if place.rank == 0:
+            watchdog.stopping(config.launch.signal_s)
+        if dist_env.rank == 0:
             held.enter_context(lock_run_folder(config.run.dir, LOCK_S if restarts() else 0))
             newest = newest_checkpoint(config.run.dir)
             if newest is not None and (plan.resume is None or plan.resume.folder != newest):
-                plan = make_plan(config, place.world)  # whoever held the folder until now may have saved meanwhile
-        with watch.phase("start"):
-            plan = settle(config, plan, place, control)
-            compare(facts(config, plan), place)
+                plan = make_plan(
+                    config, dist_env.world_size
+                )  # whoever held the folder until now may have saved meanwhile
+        with watchdog.phase("start"):
+            plan = settle(config, plan, dist_env, consensus)
+            compare(facts(config, plan), dist_env)
         while True:
-            with watch.phase("start"):
-                trainer = Trainer(config, plan, place, control, watch)
+            with watchdog.phase("start"):
+                trainer = Trainer(config, plan, dist_env, consensus, watchdog)
             outcome = trainer.run(stop)
             if outcome.kind != "rollback":
                 break
@@ -187,8 +189,8 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
     from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
     from clipdist.resume import settle
 
-    place, control = trainer.place, trainer.control
-    times = int(control.tell(str(rollbacks(config.run.dir))))
+    dist_env, consensus = trainer.dist_env, trainer.consensus
+    times = int(consensus.broadcast(str(rollbacks(config.run.dir))))
     trouble = f"data steps {outcome.since} to {outcome.step - 1}: {trainer.last_skip}"
     if times >= config.guard.rollbacks:
         trainer.journal.event(outcome.step, "fault", error=trouble)
@@ -200,24 +202,24 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
     trainer.journal.event(outcome.step, "rollback", first=outcome.since, end=outcome.step, reason=trouble)
     trainer.journal.say(f"note: {trouble}; going back to the checkpoint before, and leaving this data out")
     trainer.close()
-    if place.rank == 0:
+    if dist_env.rank == 0:
         record_rollback(config.run.dir, outcome.since, outcome.step)
-    control.meet()
+    consensus.barrier()
     if config.engine.zero_stage == 3:  # DeepSpeed never gives an engine's memory back
         raise Fault(f"{trouble}. With ZeRO 3 going back takes a new process: the same command goes back")
     trainer.engine.close()
     again = replace(config, train=replace(config.train, resume="auto"))
-    return settle(again, make_plan(again, place.world), place, control)
+    return settle(again, make_plan(again, dist_env.world_size), dist_env, consensus)
 
 
-def lock_run_folder(folder: Path, patience_s: float = 0.0) -> IO[str]:
+def lock_run_folder(folder: Path, retry_s: float = 0.0) -> IO[str]:
     """Keeps other runs out of the folder while the file that is returned stays open.
 
     Args:
-        patience_s: a network file system holds the lock of a node that was lost for a minute or two.
+        retry_s: a network file system holds the lock of a node that was lost for a minute or two.
     """
     file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
-    deadline = time.monotonic() + max(patience_s, BRIEFLY_S)
+    deadline = time.monotonic() + max(retry_s, BRIEFLY_S)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from clipdist.checkpoint.format import Manifest, load_full_weights
-from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver, restore, scaler_state
 from clipdist.config import Config, to_dict
 from clipdist.data.loader import Batch, Interrupted, open_loader
 from clipdist.data.order import next_position
 from clipdist.data.tokens import make_tokenizer
-from clipdist.distributed.consensus import Common, Control
-from clipdist.distributed.rank import Place
+from clipdist.distributed.consensus import Consensus, Flags
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate
 from clipdist.engine.step import Engine, StepResult
 from clipdist.errors import Fault, UserError
@@ -33,12 +33,12 @@ from clipdist.fault_tolerance.guard import Guard
 from clipdist.fault_tolerance.replicas import compare_replicas
 from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
-from clipdist.fault_tolerance.watchdog import Watch
+from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.losses.make import make_loss
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import NothingDrawn
 from clipdist.models.spec import ModelSpec
-from clipdist.monitor.journal import Clock, Journal
+from clipdist.monitor.journal import Journal, StepTimer
 from clipdist.run_plan import Plan
 
 RETRY_SAVE_S = 60  # after a checkpoint that could not be written
@@ -63,8 +63,14 @@ class Outcome:
 class Trainer:
     """Builds the parts, then steps, logs, validates and saves."""
 
-    def __init__(self, config: Config, plan: Plan, place: Place, control: Control, watch: Watch) -> None:
-        self.config, self.plan, self.place, self.control, self.watch = config, plan, place, control, watch
+    def __init__(self, config: Config, plan: Plan, dist_env: DistEnv, consensus: Consensus, watchdog: Watchdog) -> None:
+        self.config, self.plan, self.dist_env, self.consensus, self.watchdog = (
+            config,
+            plan,
+            dist_env,
+            consensus,
+            watchdog,
+        )
         state = plan.resume.manifest.state if plan.resume else {}
         self.step = plan.start_step  # steps that have passed: the position of the next batch
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
@@ -77,28 +83,28 @@ class Trainer:
             self.tokenizer,
             config.data,
             image_size=self.spec.image_size,
-            rank=place.rank,
-            world=place.world,
+            rank=dist_env.rank,
+            world=dist_env.world_size,
             start=self.step,
             skipped=plan.skipped,
-            pin=place.device.type == "cuda",
+            pin=dist_env.device.type == "cuda",
         )
-        self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, place)
+        self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, dist_env)
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""  # why a step was left out
         back = config.guard.window if config.guard.patience else 0
-        keep = Keep(config.train.keep, config.train.keep_every, config.train.keep_best, back)
-        self.saver = Saver(config.run.dir, keep, place.rank, control.token(), config.data.patience_s)
+        keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, back)
+        self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
         self.saver.prepare(self.engine.engine)
         self.engine.before_update = self.saver.wait_copied
-        watch.linger = self._linger
-        self.journal = Journal(config, plan, place)
+        watchdog.linger = self._linger
+        self.journal = Journal(config, plan, dist_env)
         own = plan.resume is not None and plan.resume.folder.resolve().parent.parent == config.run.dir.resolve()
         self._on_disk = self.step if own else -1  # step of the newest checkpoint that this run has or tried to have
         self._save_from = self.step
         self._save_by = self._deadline(60 * config.train.save_minutes)
         # A checkpoint comes before the validation of its step, which may have been cut short.
-        self._validated_at = int(control.tell(str(self.journal.metrics.validated_at)))
+        self._validated_at = int(consensus.broadcast(str(self.journal.metrics.validated_at)))
         self._newest_metrics: dict[str, float] = {}  # of the validation at this very step
 
     def _build_engine(self) -> tuple[Engine, ModelSpec]:
@@ -107,10 +113,10 @@ class Trainer:
         with NothingDrawn() if resume else nullcontext():
             model = build_model(config.model, config.loss, restored=restored)
         if resume:
-            _load(model, load_full_weights(resume.folder, config.data.patience_s), str(resume.folder))
+            _load(model, load_full_weights(resume.folder, config.data.retry_s), str(resume.folder))
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        engine = Engine(model.to(self.place.device), make_loss(config.loss), config, self.place)
+        engine = Engine(model.to(self.dist_env.device), make_loss(config.loss), config, self.dist_env)
         if resume:
             restore(engine.engine, resume)
             engine.refresh_scalars()
@@ -123,7 +129,7 @@ class Trainer:
             Fault: data that cannot be read, numbers that do not recover, ranks that differ, a last save that failed.
         """
         try:
-            with self.watch.phase("between steps"):
+            with self.watchdog.phase("between steps"):
                 return self._loop(stop)
         except UserError as error:
             self.journal.event(self.step, "fault", error=str(error))
@@ -133,7 +139,7 @@ class Trainer:
 
     def _loop(self, stop: StopFlag) -> Outcome:
         self.journal.announce(self.engine, self.spec.name, self.loader)
-        clock = Clock(self.loader, self.step)
+        timer = StepTimer(self.loader, self.step)
         while self._leap() < self.plan.steps:
             batch, trouble = self._next_batch(stop)
             common = self._agree(stop, trouble)
@@ -141,10 +147,10 @@ class Trainer:
                 self._leave_in_trouble(common.trouble, trouble)
             if common.stop:
                 return self._leave_interrupted(stop)
-            with clock.paused():
+            with timer.paused():
                 self._between_steps(common)
             assert batch is not None
-            self._train(batch, clock)
+            self._train(batch, timer)
             if self.guard.trouble is not None:
                 return Outcome("rollback", self.step, self.guard.trouble)
         self._finish()
@@ -159,33 +165,33 @@ class Trainer:
 
     def _next_batch(self, stop: StopFlag) -> tuple[Batch | None, Fault | None]:
         """The batch of this step; none where a signal came first, or with the reason why there will be none."""
-        with self.watch.phase("data"):
+        with self.watchdog.phase("data"):
             try:
-                return self.loader.next(interrupted=lambda: stop.set).to(self.place.device), None
+                return self.loader.next(interrupted=lambda: stop.set).to(self.dist_env.device), None
             except Interrupted:
                 return None, None
             except UserError as error:  # of a file that was good when the run began
                 return None, Fault(str(error))
 
-    def _agree(self, stop: StopFlag, trouble: Fault | None) -> Common:
-        with self.watch.phase("waiting for the other ranks"):
-            return self.control.agree(
+    def _agree(self, stop: StopFlag, trouble: Fault | None) -> Flags:
+        with self.watchdog.phase("waiting for the other ranks"):
+            return self.consensus.agree(
                 stop=stop.set,
                 trouble=trouble is not None,
-                overdue=self.place.rank == 0 and time.monotonic() > self._save_by,
+                overdue=self.dist_env.rank == 0 and time.monotonic() > self._save_by,
                 busy=self.saver.busy,
                 failed=bool(self.saver.failed),
             )
 
-    def _train(self, batch: Batch, clock: Clock) -> None:
+    def _train(self, batch: Batch, timer: StepTimer) -> None:
         self.journal.bad.add(batch.bad)
         done = self.step + 1
         log = done % self.config.train.log_every == 0 or done == self.plan.steps
-        with self.watch.phase("step" if self.step > self.plan.start_step else "first step (compiles)"):
+        with self.watchdog.phase("step" if self.step > self.plan.start_step else "first step (compiles)"):
             result = self._train_step(batch, want_norms=log)
         self.step = done
         self.applied += result.applied
-        self.watch.progress(done)
+        self.watchdog.progress(done)
         self.journal.progress.step(done)
         if log:
             self.journal.bad_samples(done, self.loader.reader)
@@ -194,10 +200,10 @@ class Trainer:
             self.journal.event(done, "skip", reason=result.skipped)
             self.journal.say(f"note: data step {done - 1} is left out: {result.skipped or 'the gradients overflow'}")
         elif log:
-            self.journal.step(done, result, batch, self.engine, clock)
+            self.journal.step(done, result, batch, self.engine, timer)
         if self._passes(self.config.train.compare_every):
-            with self.watch.phase("comparison of the ranks"):
-                compare_replicas(self.engine.engine, self.place, done)
+            with self.watchdog.phase("comparison of the ranks"):
+                compare_replicas(self.engine.engine, self.dist_env, done)
 
     def _train_step(self, batch: Batch, want_norms: bool) -> StepResult:
         return self.engine.train_step(
@@ -216,7 +222,7 @@ class Trainer:
 
     # Between steps: validation, checkpoints
 
-    def _between_steps(self, common: Common) -> None:
+    def _between_steps(self, common: Flags) -> None:
         """What is due now, the same on all ranks. The checkpoint comes first, so that a validation that is cut short
         costs nothing; unless checkpoints are kept by what the validation finds."""
         parts: list[Callable[[], None]] = [lambda: self._save_if_due(common), self._validate_if_due]
@@ -233,17 +239,17 @@ class Trainer:
         return self.step // every > last // every
 
     def _validate(self) -> None:
-        with self.watch.phase("validation"):
-            findings = self.validation.run(_Watched(self.engine, self.watch))
+        with self.watchdog.phase("validation"):
+            findings = self.validation.run(_Watched(self.engine, self.watchdog))
         best = self.config.train.keep_best
-        if best and self.place.rank == 0 and best not in findings.values:
+        if best and self.dist_env.rank == 0 and best not in findings.values:
             names = ", ".join(findings.values) or "nothing (data.val and eval.labelled are empty)"
             raise UserError(f"train.keep_best={best}: validation does not measure it; it measures {names}")
         self._validated_at = self.step
         self._newest_metrics = findings.values
         self.journal.validation(self.step, findings, self.validation)
 
-    def _save_if_due(self, common: Common) -> None:
+    def _save_if_due(self, common: Flags) -> None:
         if common.failed and self._on_disk >= 0:
             self._report_failed_save()
         due = common.overdue or self._due(self.config.train.save_every, self._save_from)
@@ -265,7 +271,7 @@ class Trainer:
             step=self.step,
             optimizer_step=self.applied,
             samples=self.step * self.plan.order.global_batch,
-            world=self.place.world,
+            world=self.dist_env.world_size,
             config=to_dict(self.config),
             order=self.plan.order_record,
             skipped=self.plan.skipped,
@@ -276,7 +282,7 @@ class Trainer:
                 "metrics": self._newest_metrics if self._validated_at == self.step else {},
             },
         )
-        with self.watch.phase("checkpoint"):
+        with self.watchdog.phase("checkpoint"):
             self.saver.save(self.engine.engine, manifest)
         self._on_disk = self._save_from = self.step
         self._save_by = self._deadline(60 * self.config.train.save_minutes)
@@ -287,7 +293,7 @@ class Trainer:
 
     def _report_failed_save(self) -> None:
         """The run goes on without that checkpoint, and tries again a minute later."""
-        reason = self.control.first(self.saver.failed)
+        reason = self.consensus.first_text(self.saver.failed)
         self.journal.event(self.step, "save_failed", reason=reason)
         self.journal.say(f"note: a checkpoint could not be written ({reason}); the run goes on")
         self._save_by = self._deadline(RETRY_SAVE_S)
@@ -296,17 +302,19 @@ class Trainer:
     # The end
 
     def _leave_interrupted(self, stop: StopFlag) -> Outcome:
-        reason = self.control.first(stop.reason)
+        reason = self.consensus.first_text(stop.reason)
         self.journal.say(f"{reason}: writing a checkpoint at step {self.step}")
         self._save_last()
         self.journal.event(self.step, "interrupted", reason=reason)
-        queued = self.place.rank == 0 and requeue(reason)  # before any rank leaves: see there
+        queued = self.dist_env.rank == 0 and requeue(reason)  # before any rank leaves: see there
         self.close()
         return Outcome("interrupted", self.step, queued=queued)
 
     def _leave_in_trouble(self, rank: int, fault: Fault | None) -> None:
         """Saves what was done so far, and ends all ranks with the reason of the first that cannot go on."""
-        reason = self.control.tell(f"rank {rank}: {fault}" if self.place.world > 1 else str(fault), source=rank)
+        reason = self.consensus.broadcast(
+            f"rank {rank}: {fault}" if self.dist_env.world_size > 1 else str(fault), source=rank
+        )
         try:
             self._save_last()
         except Fault as second:
@@ -326,25 +334,25 @@ class Trainer:
         Raises:
             Fault: they could not be written.
         """
-        with self.watch.phase("checkpoint"):
+        with self.watchdog.phase("checkpoint"):
             written = self._on_disk == self.step and self._written()
             if not written:
                 self._save()
                 written = self._written()
         if not written:
-            reason = self.control.first(self.saver.failed)
+            reason = self.consensus.first_text(self.saver.failed)
             raise Fault(f"run folder {self.config.run.dir}: no checkpoint of step {self.step} ({reason})")
 
     def _written(self) -> bool:
         """Whether the last save succeeded on all ranks, once it has ended on all."""
         with suppress(Fault):
             self.saver.wait()
-        return self.control.all(not self.saver.failed)
+        return self.consensus.all(not self.saver.failed)
 
     def close(self) -> None:
         """Ends threads, closes files; nothing is lost of a checkpoint that is being written."""
         self._written()
-        self.watch.linger = None  # it holds this trainer, and with it the engine, beside the next one
+        self.watchdog.linger = None  # it holds this trainer, and with it the engine, beside the next one
         self.loader.close()
         self.journal.close()
 
@@ -357,11 +365,11 @@ class Trainer:
 class _Watched:
     """An engine whose every encoding is progress: a validation may be long."""
 
-    def __init__(self, engine: Engine, watch: Watch) -> None:
-        self._engine, self._watch = engine, watch
+    def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
+        self._engine, self._watchdog = engine, watchdog
 
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        self._watch.progress()
+        self._watchdog.progress()
         return self._engine.encode(image, tokens)
 
     def logit_scale(self) -> float:

@@ -52,25 +52,25 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
     from clipdist.evals.audit import Audit, open_source
     from tools.bench.peers.audit import audit_peers
 
-    place = distributed.start(distributed.resolve_device(config.device))
+    dist_env = distributed.start(distributed.resolve_device(config.device))
     try:
-        audit = Audit(config, place)
-        source = open_source(config, audit.spec, place)
+        audit = Audit(config, dist_env)
+        source = open_source(config, audit.spec, dist_env)
         rows: list[Row] = []
-        if place.rank == 0:
+        if dist_env.rank == 0:
             print_head(audit, source.note)
         for step in range(args.steps):
             pairs = source.pairs(step)
             peers = audit_peers(audit, pairs, step) if args.peers and step == 0 else []
             ours = audit.step(pairs, step)
             rows += [*ours, *peers]
-            if place.rank == 0:
+            if dist_env.rank == 0:
                 print_step(ours, args.steps)
             if peers:
                 print_peers([*ours, *peers])
         source.close()
         audit.close()
-        return report(audit, rows, source.note, args.json) if place.rank == 0 else 0
+        return report(audit, rows, source.note, args.json) if dist_env.rank == 0 else 0
     finally:
         distributed.stop()
 
@@ -79,10 +79,10 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
 
 
 def print_head(audit: Audit, data: str) -> None:
-    cfg, place = audit.cfg, audit.place
+    cfg, dist_env = audit.cfg, audit.dist_env
     micro = f"micro-batches of {audit.micro}" if cfg.train.micro_batch else "no micro-batches"
     print(
-        f"{audit.spec.name}: {cfg.train.global_batch} pairs on {place.world} x {place.device.type}, {micro},"
+        f"{audit.spec.name}: {cfg.train.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type}, {micro},"
         f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {cfg.loss.name}\ndata: {data}",
         flush=True,
     )
@@ -136,7 +136,7 @@ def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed:
         "rows": [asdict(row) for row in rows],
         "model": audit.spec.name,
         "loss": cfg.loss.name,
-        "world": audit.place.world,
+        "world": audit.dist_env.world_size,
         "global_batch": cfg.train.global_batch,
         "micro_batch": audit.micro,
         "zero_stage": cfg.engine.zero_stage,

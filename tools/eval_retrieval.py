@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from clipdist.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from clipdist.distributed.rank import Place
+    from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import Embeddings
     from clipdist.evals.protocols import Protocol
     from clipdist.evals.retrieval import Ranks
@@ -40,18 +40,18 @@ def main() -> None:
     from clipdist.distributed.rank import resolve_device
     from clipdist.evals.embed import joined_ranks
 
-    with joined_ranks(resolve_device(args.device)) as place:
+    with joined_ranks(resolve_device(args.device)) as dist_env:
         if catalog is None:
             embeddings, facts = reuse(args)
         else:
-            embeddings, facts = embed(args, catalog, place)
-        if place.rank == 0 and args.save_embeddings:
+            embeddings, facts = embed(args, catalog, dist_env)
+        if dist_env.rank == 0 and args.save_embeddings:
             from clipdist.evals.store import save_embeddings
 
             kept = {name: value for name, value in facts.items() if name != "run_dir"}  # others may use the file
             save_embeddings(args.save_embeddings, embeddings, kept)
-        folds = rank_folds(embeddings, facts, place)
-        if place.rank == 0:
+        folds = rank_folds(embeddings, facts, dist_env)
+        if dist_env.rank == 0:
             report(args, folds, embeddings, facts)
 
 
@@ -76,7 +76,7 @@ def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
     return embeddings, facts
 
 
-def embed(args: argparse.Namespace, catalog, place: Place) -> tuple[Embeddings, dict[str, str]]:
+def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddings, dict[str, str]]:
     """All embeddings on every rank, of the whole catalog or of what the protocol names."""
     from clipdist.data.loader import default_threads
     from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
@@ -96,19 +96,19 @@ def embed(args: argparse.Namespace, catalog, place: Place) -> tuple[Embeddings, 
             raise UserError(f"{where}: none of the {protocol.pictures} pictures of {protocol.name} is there")
     loaded = load_model(args.run, weights=args.weights, trust_weights=args.trust_weights)
     own = embed_catalog(
-        model_encoder(loaded.model, place.device),
+        model_encoder(loaded.model, dist_env.device),
         catalog,
         loaded.tokenizer,
         loaded.model.spec.image_size,
         batch=args.batch,
         threads=default_threads(),
-        rank=place.rank,
-        world=place.world,
+        rank=dist_env.rank,
+        world=dist_env.world_size,
         samples=selection.sample_ids if selection else None,
         most_captions=CAPTIONS if protocol else None,
     )
     embeddings = gather_embeddings(own)
-    if place.rank == 0:
+    if dist_env.rank == 0:
         tell_left_out(embeddings)
     if not embeddings.captions:
         raise UserError(f"{where}: no picture with a caption in {len(catalog)} samples")
@@ -137,7 +137,7 @@ def tell_left_out(embeddings: Embeddings) -> None:
         print(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})", file=sys.stderr)
 
 
-def rank_folds(embeddings: Embeddings, facts: dict[str, str], place: Place) -> list[Ranks]:
+def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv) -> list[Ranks]:
     """Collective where there are several ranks: each scores its share."""
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
@@ -146,7 +146,7 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], place: Place) -> l
     folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
-    device, together = place.device, place.world > 1
+    device, together = dist_env.device, dist_env.world_size > 1
     return [
         retrieval_ranks(image.to(device), text.to(device), text_image.to(device), together)
         for image, text, text_image in folds

@@ -55,9 +55,9 @@ def main() -> None:
 
     device = distributed.resolve_device(args.device)
     world = distributed.world_size()
-    place = distributed.start(device) if world > 1 else None
+    dist_env = distributed.start(device) if world > 1 else None
     try:
-        rank, where = (place.rank, str(place.device)) if place else (0, device)
+        rank, where = (dist_env.rank, str(dist_env.device)) if dist_env else (0, device)
         probe_model(Context(args, data, where, rank, world, default_threads()))
     finally:
         distributed.stop()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch comes in seconds, a misspelt word should be heard of 
 
     from clipdist.data.catalog import Catalog
     from clipdist.data.reader import Reader
-    from clipdist.distributed.rank import Place
+    from clipdist.distributed.rank import DistEnv
     from clipdist.evals.approximate import ApproximateIndex
     from clipdist.evals.embed import Embeddings, Encode
     from clipdist.evals.search import Hit, Query
@@ -85,16 +85,16 @@ def main() -> None:
     import_s += time.perf_counter() - began
     if args.index == "faiss":
         require_faiss()
-    with joined_ranks(resolve_device(args.device)) as place:
-        session = prepare(args, catalog, place)
-        embeddings, kept = pictures_of(session, place)
-    if embeddings is None or place.rank:
+    with joined_ranks(resolve_device(args.device)) as dist_env:
+        session = prepare(args, catalog, dist_env)
+        embeddings, kept = pictures_of(session, dist_env)
+    if embeddings is None or dist_env.rank:
         return
     for reason, keys in embeddings.bad.items():
         tell(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})")
     reader = open_reader(catalog)
     try:
-        result = search(session, embeddings, reader, place)
+        result = search(session, embeddings, reader, dist_env)
         draw(session, result, reader)
     finally:
         reader.close()
@@ -105,7 +105,7 @@ def main() -> None:
         print(json.dumps(as_record(session, result) | {"kept": kept} | rounded))
 
 
-def prepare(args: argparse.Namespace, catalog: Catalog, place: Place) -> Session:
+def prepare(args: argparse.Namespace, catalog: Catalog, dist_env: DistEnv) -> Session:
     """Everything that can be wrong is looked at before the long work."""
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.search import read_queries, read_query
@@ -117,10 +117,10 @@ def prepare(args: argparse.Namespace, catalog: Catalog, place: Place) -> Session
     page = args.page or sheet.with_suffix(".html")
     make_folder(sheet, "--out")
     make_folder(page, "--page")
-    return Session(args, loaded, catalog, model_encoder(loaded.model, place.device), queries, sheet, page)
+    return Session(args, loaded, catalog, model_encoder(loaded.model, dist_env.device), queries, sheet, page)
 
 
-def pictures_of(session: Session, place: Place) -> tuple[Embeddings | None, bool]:
+def pictures_of(session: Session, dist_env: DistEnv) -> tuple[Embeddings | None, bool]:
     """The pictures' features, of unit length, on rank 0, and whether they were kept from an earlier search.
 
     Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share.
@@ -131,8 +131,8 @@ def pictures_of(session: Session, place: Place) -> tuple[Embeddings | None, bool
 
     args, loaded, catalog = session.args, session.loaded, session.catalog
     path = cache_file(loaded, catalog)
-    kept = None if args.no_cache or place.rank else read_cache(path, loaded, catalog, tell)
-    if rank_0_says(kept is not None, place):
+    kept = None if args.no_cache or dist_env.rank else read_cache(path, loaded, catalog, tell)
+    if rank_0_says(kept is not None, dist_env):
         return kept, True
     part = embed_catalog(
         session.encode,
@@ -141,19 +141,19 @@ def pictures_of(session: Session, place: Place) -> tuple[Embeddings | None, bool
         loaded.model.spec.image_size,
         batch=args.batch,
         threads=default_threads(),
-        rank=place.rank,
-        world=place.world,
+        rank=dist_env.rank,
+        world=dist_env.world_size,
         texts=False,
     )
     embeddings = with_unit_features(gather_embeddings(part))
-    if not (args.no_cache or place.rank):
+    if not (args.no_cache or dist_env.rank):
         write_cache(path, loaded, catalog, embeddings, tell)
     return embeddings, False
 
 
-def rank_0_says(fact: bool, place: Place) -> bool:
+def rank_0_says(fact: bool, dist_env: DistEnv) -> bool:
     """Rank 0's `fact`, on every rank."""
-    if place.world == 1:
+    if dist_env.world_size == 1:
         return fact
     import torch
     import torch.distributed as dist
@@ -165,7 +165,7 @@ def rank_0_says(fact: bool, place: Place) -> bool:
     return bool(told)
 
 
-def search(session: Session, embeddings: Embeddings, reader: Reader, place: Place) -> Result:
+def search(session: Session, embeddings: Embeddings, reader: Reader, dist_env: DistEnv) -> Result:
     from clipdist.evals.search import describe_hits, nearest
 
     index = index_of(session, embeddings, reader) if session.args.index == "faiss" else None
@@ -173,7 +173,9 @@ def search(session: Session, embeddings: Embeddings, reader: Reader, place: Plac
     vectors = features_of(session, session.queries, session.args.prompts)
     encoded = time.perf_counter()
     top_k = session.args.top_k
-    rows, scores = index.nearest(vectors, top_k) if index else nearest(embeddings.image, vectors, top_k, place.device)
+    rows, scores = (
+        index.nearest(vectors, top_k) if index else nearest(embeddings.image, vectors, top_k, dist_env.device)
+    )
     found = time.perf_counter()
     hits = []
     for own_rows, own_scores in zip(rows, scores):

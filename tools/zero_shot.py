@@ -47,8 +47,8 @@ def main() -> None:
 
     device, rank, world = distributed.resolve_device(args.device), 0, distributed.world_size()
     if world > 1:
-        place = distributed.start(device)
-        device, rank = str(place.device), place.rank
+        dist_env = distributed.start(device)
+        device, rank = str(dist_env.device), dist_env.rank
     loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
     encode, size = model_encoder(loaded.model, device), loaded.model.spec.image_size
     classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, rank, world)

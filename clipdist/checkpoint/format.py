@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from clipdist.errors import Fault, UserError
-from clipdist.storage import Patience, reason
+from clipdist.storage import Retry, reason
 
 T = TypeVar("T")
 FORMAT_VERSION = 1
@@ -135,13 +135,13 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def list_checkpoints(run_dir: str | Path, patience_s: float = 0.0) -> list[Path]:
+def list_checkpoints(run_dir: str | Path, retry_s: float = 0.0) -> list[Path]:
     """complete_folders, with patience.
 
     Raises:
-        Fault: the storage refuses, for longer than patience_s.
+        Fault: the storage refuses, for longer than retry_s.
     """
-    return _outlast(Path(run_dir) / "checkpoints", partial(complete_folders, run_dir), patience_s)
+    return _outlast(Path(run_dir) / "checkpoints", partial(complete_folders, run_dir), retry_s)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -149,11 +149,11 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def read_manifest(folder: str | Path, patience_s: float = 0.0) -> Manifest:
+def read_manifest(folder: str | Path, retry_s: float = 0.0) -> Manifest:
     """Reads manifest.json.
 
     Args:
-        patience_s: what the storage refuses is tried again for so long.
+        retry_s: what the storage refuses is tried again for so long.
 
     Raises:
         UserError: missing, damaged, or of another format version.
@@ -161,7 +161,7 @@ def read_manifest(folder: str | Path, patience_s: float = 0.0) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        record = json.loads(_outlast(path, partial(_present, path, path.read_bytes), patience_s))
+        record = json.loads(_outlast(path, partial(_present, path, path.read_bytes), retry_s))
         if record.get("version") != FORMAT_VERSION:
             raise UserError(f"{path}: format version {record.get('version')}, this program reads {FORMAT_VERSION}")
         stated = record.pop(CHECKSUM, None)
@@ -192,18 +192,18 @@ def _present(path: Path, read: Callable[[], T], sure: bool = False) -> T:
         raise _Missing from None
 
 
-def _outlast(path: Path, read: Callable[[], T], patience_s: float) -> T:
+def _outlast(path: Path, read: Callable[[], T], retry_s: float) -> T:
     """What `read` gives, as soon as it raises no OSError.
 
     Raises:
-        Fault: it did so for longer than patience_s.
+        Fault: it did so for longer than retry_s.
     """
     try:
         return read()
     except OSError as error:
-        if not patience_s:
+        if not retry_s:
             raise Fault(f"{path}: cannot be read ({reason(str(path), error)})") from None
-        return Patience(patience_s).outlast(str(path), error, read)
+        return Retry(retry_s).until_success(str(path), error, read)
 
 
 def _checksum(record: dict[str, Any]) -> str:
@@ -365,17 +365,17 @@ class CheckpointReader:
     """Reads slices of the tensors of one checkpoint folder.
 
     Args:
-        patience_s: what the storage refuses is tried again for so long, file by file.
+        retry_s: what the storage refuses is tried again for so long, file by file.
 
     Raises:
         UserError: no checkpoint, or its manifest is damaged.
         Fault: the storage refuses. This holds for every method that reads.
     """
 
-    def __init__(self, folder: str | Path, patience_s: float = 0.0) -> None:
+    def __init__(self, folder: str | Path, retry_s: float = 0.0) -> None:
         self.folder = Path(folder)
-        self.patience_s = patience_s
-        self.manifest = read_manifest(self.folder, patience_s)
+        self.retry_s = retry_s
+        self.manifest = read_manifest(self.folder, retry_s)
         self._open: dict[str, safe_open] = {}  # opening a file reads its whole table of tensors
 
     def close(self) -> None:
@@ -413,7 +413,7 @@ class CheckpointReader:
 
     def _outlast(self, path: Path, read: Callable[[], T]) -> T:
         try:
-            return _outlast(path, partial(_present, path, read, sure=True), self.patience_s)
+            return _outlast(path, partial(_present, path, read, sure=True), self.retry_s)
         except _Missing:
             raise _damaged(path, "missing") from None
 
@@ -475,12 +475,12 @@ def _map(path: Path) -> safe_open:
         raise OSError(str(error)) from None
 
 
-def load_full_weights(folder: str | Path, patience_s: float = 0.0) -> dict[str, torch.Tensor]:
+def load_full_weights(folder: str | Path, retry_s: float = 0.0) -> dict[str, torch.Tensor]:
     """The dual encoder's parameters (fp32) and buffers, whole, by their names in the module.
 
     Where they lie in one piece they are mapped from the files, which take up room as long as the tensors live.
     """
-    reader = CheckpointReader(folder, patience_s)
+    reader = CheckpointReader(folder, retry_s)
     weights = {}
     for prefix in ("param/", "buffer/"):
         for name in reader.names(prefix):

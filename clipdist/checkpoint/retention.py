@@ -23,7 +23,7 @@ ROLLED_BACK = "rolled-back-"  # before the name of a checkpoint that a run went 
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """What stays, beside the newest.
 
     Attributes:
@@ -49,7 +49,7 @@ class Saved:
     metrics: Mapping[str, float]
 
 
-def kept(checkpoints: Sequence[Saved], keep: Keep) -> set[Path]:
+def kept(checkpoints: Sequence[Saved], keep: RetentionPolicy) -> set[Path]:
     """The folders that stay. Of equally good ones the newest counts; a metric that is not finite counts for nothing."""
     by_step = sorted(checkpoints, key=lambda saved: saved.step)
     stay = {saved.folder for saved in by_step[-max(1, keep.last) :]}
@@ -65,7 +65,7 @@ def kept(checkpoints: Sequence[Saved], keep: Keep) -> set[Path]:
     return stay
 
 
-def prune(run_dir: Path, keep: Keep, written: Path | None = None) -> None:
+def prune(run_dir: Path, keep: RetentionPolicy, written: Path | None = None) -> None:
     """Removes the checkpoints that need not stay, and what is older than the newest one and no checkpoint: what
     interrupted writers left, and what was set aside.
 

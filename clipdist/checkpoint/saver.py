@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from clipdist.checkpoint.format import CheckpointReader, Manifest, Piece, checkpoint_dir
-from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
 from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
 from clipdist.errors import Fault, UserError
@@ -40,19 +40,19 @@ class Saver:
 
     Args:
         attempt: a token that all ranks of this start share, so that leftovers of an earlier one are not mistaken.
-        patience_s: what the storage refuses is tried again for so long, then the save counts as failed.
+        retry_s: what the storage refuses is tried again for so long, then the save counts as failed.
 
     Attributes:
         failed: why the last save failed, or "". Rank 0 knows of every rank's failure, another rank of its own.
         seconds_in_loop: what the last save has taken of the training loop's time: save() and wait_copied().
     """
 
-    def __init__(self, run_dir: Path, keep: Keep, rank: int, attempt: str, patience_s: float) -> None:
+    def __init__(self, run_dir: Path, keep: RetentionPolicy, rank: int, attempt: str, retry_s: float) -> None:
         self.run_dir = run_dir
         self.attempt = attempt
         self.failed = ""
         self.seconds_in_loop = 0.0
-        self._writer = CheckpointWriter(run_dir, keep, rank, patience_s)
+        self._writer = CheckpointWriter(run_dir, keep, rank, retry_s)
         self._saves = 0
         self._memory = _HostMemory()
         self._thread: threading.Thread | None = None

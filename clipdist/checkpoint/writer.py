@@ -26,7 +26,7 @@ from clipdist.checkpoint.format import (
     write_manifest,
     write_part,
 )
-from clipdist.checkpoint.retention import Keep, prune, remove_leftovers
+from clipdist.checkpoint.retention import RetentionPolicy, prune, remove_leftovers
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -42,14 +42,14 @@ class CheckpointWriter:
     """Writes the checkpoints of one run, one at a time.
 
     Attributes:
-        patience_s: what the storage refuses is tried again for so long.
+        retry_s: what the storage refuses is tried again for so long.
         hurry: while it is set nothing is tried again.
     """
 
     run_dir: Path
-    keep: Keep
+    keep: RetentionPolicy
     rank: int
-    patience_s: float
+    retry_s: float
     hurry: threading.Event = field(default_factory=threading.Event)
 
     def write(self, pieces: list[Piece], manifest: Manifest, attempt: str) -> None:
@@ -66,7 +66,7 @@ class CheckpointWriter:
         try:
             self._patiently(lambda: write_part(folder, self.rank, pieces, attempt), folder)
             if self.rank == 0:
-                wait_s = self.patience_s + max(OTHERS_S, 10 * (time.monotonic() - began))
+                wait_s = self.retry_s + max(OTHERS_S, 10 * (time.monotonic() - began))
                 self._patiently(lambda: write_manifest(folder, manifest, attempt, wait_s), folder)
         except (OSError, PartMissing, ValueError) as error:
             reason = str(error)
@@ -79,7 +79,7 @@ class CheckpointWriter:
                 prune(self.run_dir, self.keep, folder)
 
     def _patiently(self, work: Callable[[], object], folder: Path) -> None:
-        pause_s, deadline = FIRST_PAUSE_S, time.monotonic() + self.patience_s
+        pause_s, deadline = FIRST_PAUSE_S, time.monotonic() + self.retry_s
         while True:
             try:
                 # Where a mount is gone, its empty folder may still take files: they would fill another disk.

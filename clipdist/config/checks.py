@@ -41,7 +41,7 @@ def check(config: Config) -> None:
     )
     need(plain, "data.jitter", data.jitter, "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty")
     need(data.cache_gb >= 0, "data.cache_gb", data.cache_gb, "not be negative")
-    need(data.patience_s >= 0, "data.patience_s", data.patience_s, "not be negative")
+    need(data.retry_s >= 0, "data.retry_s", data.retry_s, "not be negative")
     if data.weights:
         fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)
         need(

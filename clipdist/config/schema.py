@@ -49,7 +49,7 @@ class Data:
     cache: str = ""  # folder of the node in which remote shards are kept; "": below the user's cache folder
     cache_gb: float = 0.0  # its size at most, shared by the ranks of a node; 0: half of what the disk has, at most 64
     stage: bool = False  # take local shards through the cache as well (a slow network file system)
-    patience_s: float = 300.0  # a shard that cannot be fetched is tried again for so long
+    retry_s: float = 300.0  # a shard that cannot be fetched is tried again for so long
     allow_pipe: bool = False  # let data.train name "pipe:COMMAND", which runs COMMAND in a shell
 
 

@@ -34,7 +34,7 @@ INDEX_MEMORY_BYTES = 256 << 20  # of member tables that stay in memory; the othe
 
 def fetcher_of(cfg: config.Data) -> Fetcher:
     """How addresses are fetched, as configured."""
-    return Fetcher(patience_s=cfg.patience_s, allow_pipe=cfg.allow_pipe)
+    return Fetcher(retry_s=cfg.retry_s, allow_pipe=cfg.allow_pipe)
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,12 @@ class Fetcher:
     """Fetches objects. Has no state: threads may share it.
 
     Attributes:
-        patience_s: a transfer is tried again for so long after its last progress: a byte that no earlier try had.
+        retry_s: a transfer is tried again for so long after its last progress: a byte that no earlier try had.
         stall_s: a transfer without a byte for so long has failed.
         allow_pipe: run "pipe:CMD" in a shell.
     """
 
-    patience_s: float = 300.0
+    retry_s: float = 300.0
     stall_s: float = 30.0
     allow_pipe: bool = False
 
@@ -148,10 +148,10 @@ class Fetcher:
                 failures = 0 if sink.furthest > reached else failures + 1
                 longest = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures, 16))
                 pause_s = max(error.wait_s, random.uniform(0.5, 1) * longest)
-                left_s = sink.moved_at + self.patience_s - time.monotonic()
+                left_s = sink.moved_at + self.retry_s - time.monotonic()
                 if left_s <= 0 or error.wait_s > left_s:
                     raise Fault(
-                        f"{safe_name(url)}: not fetched after {tries} tries, {self.patience_s:g} s without progress; "
+                        f"{safe_name(url)}: not fetched after {tries} tries, {self.retry_s:g} s without progress; "
                         f"the last cause: {_scrubbed(str(error), url)}"
                     ) from None
             _sleep(min(pause_s, left_s), sink.check_room)

@@ -26,7 +26,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
-from clipdist.data.prefetch import Scout, check_cache, shards_at_once
+from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 from clipdist.data.workers import Workers
@@ -124,7 +124,7 @@ class Loader:
         self._pool = Workers(self._threads, "decode", lambda: torch.set_num_threads(1))
         self._ahead: deque[tuple[Batch, list[Future]]] = deque()
         self._memory: list[np.ndarray] = []
-        self._scout = Scout(reader, order, rank, world, self._next, skipped) if reader.is_cached() else None
+        self._prefetcher = Prefetcher(reader, order, rank, world, self._next, skipped) if reader.is_cached() else None
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -159,8 +159,8 @@ class Loader:
         finally:
             self.waited_s += time.perf_counter() - began
         self._ahead.popleft()
-        if self._scout is not None:
-            self._scout.advance(batch.position)
+        if self._prefetcher is not None:
+            self._prefetcher.advance(batch.position)
         return replace(batch, bad=bad)
 
     @property
@@ -170,8 +170,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads, and closes the reader: within two seconds, threads that hang in a read are left behind."""
-        if self._scout is not None:
-            self._scout.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._pool.close(0.0)
         self.reader.stop()
         self._pool.close(_CLOSE_S)

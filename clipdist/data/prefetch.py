@@ -18,7 +18,7 @@ from clipdist.storage import AWAY
 _CLOSE_S = 0.3  # for the thread to end, which may hang in the reading of an index
 
 
-class Scout:
+class Prefetcher:
     """A thread that stays ahead of one rank's loader, by as many shards as this rank's part of the cache holds.
 
     Args:

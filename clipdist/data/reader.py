@@ -21,7 +21,7 @@ from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
 from clipdist.data.index import PICTURE_KINDS, ShardIndex, Unreadable
 from clipdist.errors import Fault, UserError
-from clipdist.storage import AWAY, Patience
+from clipdist.storage import AWAY, Retry
 
 # Descriptors that stay open, well under the usual limit of 1024.
 MAX_OPEN = 256
@@ -43,16 +43,16 @@ def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int 
     Raises:
         UserError: the cache's folder cannot be written, or its disk is too small.
     """
-    patience_s = cfg.patience_s if cfg else 0.0
+    retry_s = cfg.retry_s if cfg else 0.0
     cfg = cfg or config.Data()
     if not (cfg.stage or catalog.is_remote()):
-        return Reader(catalog, patience_s=patience_s)
+        return Reader(catalog, retry_s=retry_s)
     folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
     cache = ShardCache(folder, int(cfg.cache_gb * 1e9) or usual_limit(folder), fetcher_of(cfg))
     if not max_open:
         fit = cache.limit_bytes // ranks_per_node() // max(1, typical_bytes(catalog))
         max_open = max(1, min(_FEW_OPEN, fit // 2))  # the other half for shards that go out, and other readers'
-    return Reader(catalog, cache, cfg.stage, max_open, patience_s)
+    return Reader(catalog, cache, cfg.stage, max_open, retry_s)
 
 
 def typical_bytes(catalog: Catalog) -> int:
@@ -79,7 +79,7 @@ class Reader:
     Args:
         cache: where remote shards are kept; local ones pass it too with `stage`.
         max_open: shards that stay open; those of a cache cannot be evicted meanwhile.
-        patience_s: a shard whose storage is away is tried again for so long, and a local one is taken only if its size
+        retry_s: a shard whose storage is away is tried again for so long, and a local one is taken only if its size
             and time are those of its index; 0: an OSError or Unreadable comes at once, and a shard is read as it is.
     """
 
@@ -89,10 +89,10 @@ class Reader:
         cache: ShardCache | None = None,
         stage: bool = False,
         max_open: int = MAX_OPEN,
-        patience_s: float = 0.0,
+        retry_s: float = 0.0,
     ) -> None:
         self.catalog, self.cache, self.stage, self.max_open = catalog, cache, stage, max_open
-        self._patience = Patience(patience_s) if patience_s else None
+        self._retry = Retry(retry_s) if retry_s else None
         self._open: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -100,7 +100,7 @@ class Reader:
         """One sample, its members read at once where they are neighbours, as they are in any shard of ours.
 
         Raises:
-            UserError, Fault: as Catalog.table, ShardCache.open and Patience.outlast.
+            UserError, Fault: as Catalog.table, ShardCache.open and Retry.until_success.
             OSError: from a reader without patience.
         """
         shard, row = self.catalog.locate(sample_id)
@@ -129,9 +129,9 @@ class Reader:
         try:
             return self._pread(shard, offset, size)
         except AWAY as error:
-            if self._patience is None:
+            if self._retry is None:
                 raise
-            return self._patience.outlast(self._name(shard), error, lambda: self._pread(shard, offset, size))
+            return self._retry.until_success(self._name(shard), error, lambda: self._pread(shard, offset, size))
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         with self._descriptor(shard) as descriptor:
@@ -142,9 +142,9 @@ class Reader:
         try:
             return self.catalog.table(shard)
         except AWAY as error:
-            if self._patience is None:
+            if self._retry is None:
                 raise
-            return self._patience.outlast(self._name(shard), error, lambda: self.catalog.table(shard))
+            return self._retry.until_success(self._name(shard), error, lambda: self.catalog.table(shard))
 
     def _name(self, shard: int) -> str:
         return safe_name(self.catalog.shards[shard].tar)
@@ -167,8 +167,8 @@ class Reader:
 
     def stop(self) -> None:
         """Ends what threads wait for: fetches, and storage that is away. They get a Fault."""
-        if self._patience is not None:
-            self._patience.close()
+        if self._retry is not None:
+            self._retry.close()
         if self.cache is not None:
             self.cache.close()
 
@@ -222,7 +222,7 @@ class Reader:
                 raise Unreadable(f"{tar}: no such shard") from None  # a staged one whose storage is away
         descriptor = os.open(tar, os.O_RDONLY)
         try:
-            if self._patience is not None:
+            if self._retry is not None:
                 self._check_same(shard, os.fstat(descriptor))
         except BaseException:
             os.close(descriptor)

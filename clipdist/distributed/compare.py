@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from clipdist.distributed.collectives import all_gather
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 
 _MOST_GROUPS = 4  # of ranks that are named in one sentence
 
 
-def all_equal(data: bytes, place: Place) -> bool:
+def all_equal(data: bytes, dist_env: DistEnv) -> bool:
     """Whether all ranks gave the same bytes: one all-gather of 8 bytes a rank."""
     digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-    return len(set(all_gather(torch.tensor([digest], device=place.device)).tolist())) == 1
+    return len(set(all_gather(torch.tensor([digest], device=dist_env.device)).tolist())) == 1
 
 
-def gather_json(value: Any, place: Place) -> list[Any]:
+def gather_json(value: Any, dist_env: DistEnv) -> list[Any]:
     """What every rank gave, in rank order. Collective; it travels as JSON, not pickled."""
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(place.device)
-    lengths = all_gather(torch.tensor([len(payload)], device=place.device)).tolist()
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(dist_env.device)
+    lengths = all_gather(torch.tensor([len(payload)], device=dist_env.device)).tolist()
     padded = payload.new_zeros(1, max(lengths))
     padded[0, : len(payload)] = payload
     rows = all_gather(padded).cpu().numpy()

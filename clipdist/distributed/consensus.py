@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from clipdist.distributed.rank import Place, time_limit
+from clipdist.distributed.rank import DistEnv, time_limit
 
 
 @dataclass(frozen=True)
-class Common:
-    """The flags of `Control.agree`, set where any rank set them."""
+class Flags:
+    """The flags of `Consensus.agree`, set where any rank set them."""
 
     stop: bool
     trouble: int | None  # the first rank that cannot go on
@@ -27,16 +27,16 @@ class Common:
     failed: bool
 
 
-class Control:
+class Consensus:
     """Collective: every rank makes the same calls in the same order."""
 
-    def __init__(self, place: Place, hang_s: float = 0.0) -> None:
-        self._rank, self._world = place.rank, place.world
+    def __init__(self, dist_env: DistEnv, hang_s: float = 0.0) -> None:
+        self._rank, self._world = dist_env.rank, dist_env.world_size
         self.group: Any = None
-        if place.world > 1 and place.device.type != "cpu":
+        if dist_env.world_size > 1 and dist_env.device.type != "cpu":
             self.group = dist.new_group(backend="gloo", timeout=time_limit(hang_s))
 
-    def agree(self, *, stop: bool, trouble: bool, overdue: bool, busy: bool, failed: bool) -> Common:
+    def agree(self, *, stop: bool, trouble: bool, overdue: bool, busy: bool, failed: bool) -> Flags:
         """Brings the ranks' flags together.
 
         Args:
@@ -51,9 +51,9 @@ class Control:
         if self._world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
         stop, first, overdue, busy, failed = flags.tolist()
-        return Common(bool(stop), self._world - first if first else None, bool(overdue), bool(busy), bool(failed))
+        return Flags(bool(stop), self._world - first if first else None, bool(overdue), bool(busy), bool(failed))
 
-    def tell(self, text: str, source: int = 0) -> str:
+    def broadcast(self, text: str, source: int = 0) -> str:
         """The text that rank `source` gave."""
         if self._world == 1:
             return text
@@ -61,12 +61,12 @@ class Control:
         dist.broadcast_object_list(told, src=source, group=self.group)
         return told[0]
 
-    def tell_path(self, path: Path | None) -> Path | None:
+    def broadcast_path(self, path: Path | None) -> Path | None:
         """Rank 0's."""
-        told = self.tell(str(path or ""))
+        told = self.broadcast(str(path or ""))
         return Path(told) if told else None
 
-    def first(self, text: str) -> str:
+    def first_text(self, text: str) -> str:
         """Of all ranks' texts the first that is not empty."""
         if self._world == 1:
             return text
@@ -74,11 +74,11 @@ class Control:
         dist.all_gather_object(texts, text, group=self.group)
         return next((found for found in texts if found), "")
 
-    def token(self) -> str:
+    def shared_token(self) -> str:
         """A random word, the same on all ranks."""
-        return self.tell(secrets.token_hex(7))
+        return self.broadcast(secrets.token_hex(7))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks are here."""
         if self._world > 1:
             dist.barrier(group=self.group)

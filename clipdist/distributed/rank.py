@@ -17,11 +17,11 @@ AFTER_THE_WATCH_S = 120
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """Where this process stands."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
     device: torch.device
 
@@ -64,7 +64,7 @@ def time_limit(hang_s: float) -> timedelta:
     return timedelta(seconds=hang_s + AFTER_THE_WATCH_S) if hang_s else timedelta(days=30)
 
 
-def start(device: str, hang_s: float = 0.0) -> Place:
+def start(device: str, hang_s: float = 0.0) -> DistEnv:
     """Joins the process group through DeepSpeed (gloo on CPU, NCCL on GPUs). A single process needs no launcher.
 
     Args:
@@ -99,7 +99,9 @@ def start(device: str, hang_s: float = 0.0) -> Place:
         deepspeed.init_distributed(
             dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=time_limit(hang_s)
         )
-    return Place(rank, world, local_rank, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu"))
+    return DistEnv(
+        rank, world, local_rank, torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    )
 
 
 def stop() -> None:

@@ -28,7 +28,7 @@ BATCH_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
-class Gradients:
+class GradientStatistics:
     """What one look at the reduced gradients tells; the same on every rank.
 
     Attributes:
@@ -42,7 +42,7 @@ class Gradients:
     not_finite: tuple[str, ...]
 
 
-def look(engine: Any, grad_clip: float, want_sizes: bool) -> Gradients:
+def gradient_statistics(engine: Any, grad_clip: float, want_sizes: bool) -> GradientStatistics:
     """One pass over the gradients and second moments of this rank, and one all-reduce of three numbers a parameter.
 
     Args:
@@ -73,7 +73,7 @@ def look(engine: Any, grad_clip: float, want_sizes: bool) -> Gradients:
             rows = [i for i, part in enumerate(parts) if part == tower]
             if rows and float(weight[rows].sum()):
                 sizes[tower] = math.sqrt(float(quotients[rows].sum() / weight[rows].sum()))
-    return Gradients(norms, sizes, not_finite)
+    return GradientStatistics(norms, sizes, not_finite)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The training engine: a dual encoder and its configuration in; steps, features and checkpoints out.
 
-This room alone imports deepspeed. Gradients are averaged over ranks, and the loss is exact under that mean.
+This room alone imports deepspeed. GradientStatistics are averaged over ranks, and the loss is exact under that mean.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 
 from clipdist.config import Config
 from clipdist.distributed.collectives import all_reduce_sum
-from clipdist.distributed.rank import Place, resolve_precision
-from clipdist.engine.gradients import Gradients, look
+from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.optim import make_optimizer
 from clipdist.engine.zero import (
     PART_OF,
@@ -88,20 +88,20 @@ class Engine:
             be done when it returns. (Running statistics of BatchNorm change earlier, in the forward pass.)
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, config: Config, place: Place) -> None:
+    def __init__(self, model: nn.Module, loss: LossFunction, config: Config, dist_env: DistEnv) -> None:
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
-        self.place = place
+        self.dist_env = dist_env
         self.loss = loss
         self.seed = config.train.seed
         self.before_update: Callable[[], None] | None = None
         self.skip_nonfinite = config.guard.nonfinite == "skip"
         self.grad_clip = config.optim.grad_clip
         self.logit_scale_max = config.loss.logit_scale_max
-        self.micro_batch = config.train.micro_batch or config.train.global_batch // place.world
-        settings = deepspeed_config(config, place.device.type, place.world)
+        self.micro_batch = config.train.micro_batch or config.train.global_batch // dist_env.world_size
+        settings = deepspeed_config(config, dist_env.device.type, dist_env.world_size)
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
         optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
         has = {name.partition(".")[0] for name, _ in model.named_parameters()}
@@ -163,17 +163,17 @@ class Engine:
             done = forward(image, tokens, step, valid, group_id)
         except NonFiniteFeatures as error:
             empty = image.new_zeros((0, 0), dtype=torch.float32)
-            nan = torch.full((), torch.nan, device=self.place.device)
+            nan = torch.full((), torch.nan, device=self.dist_env.device)
             nothing = _Forward(nan, {}, (empty, empty), lambda: None)
             return self._left_out(nothing, step, guard, str(error), finite=False)
         if guard is None:
             done.backward()
             return self._update(done, step, None, math.nan, None, self.grad_norms() if want_norms else {})
-        loss = float(all_reduce_sum(done.value.double())) / self.place.world
+        loss = float(all_reduce_sum(done.value.double())) / self.dist_env.world_size
         if reason := guard.judge_loss(loss):
             return self._left_out(done, step, guard, reason, loss, finite=math.isfinite(loss))
         done.backward()
-        gradients = look(self.engine, self.grad_clip, guard.wants_sizes)
+        gradients = gradient_statistics(self.engine, self.grad_clip, guard.wants_sizes)
         if gradients.not_finite and not self.engine.fp16_enabled():
             self._drop_gradients()
             return self._left_out(done, step, guard, _not_finite(gradients), loss, finite=False)
@@ -188,7 +188,7 @@ class Engine:
         step: int,
         guard: Guard | None,
         loss: float,
-        gradients: Gradients | None,
+        gradients: GradientStatistics | None,
         norms: dict[str, float],
     ) -> StepResult:
         """The optimiser's step, and what belongs to it. In fp16 DeepSpeed leaves it out where gradients overflowed."""
@@ -218,7 +218,7 @@ class Engine:
         guard: Guard | None,
         reason: str,
         loss: float = math.nan,
-        gradients: Gradients | None = None,
+        gradients: GradientStatistics | None = None,
         *,
         finite: bool = True,
     ) -> StepResult:
@@ -254,7 +254,7 @@ class Engine:
         self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
     ) -> _Forward:
         """Forward over all rows of this rank at once."""
-        seed_step(self.seed, step, self.place.rank)
+        seed_step(self.seed, step, self.dist_env.rank)
         images, texts, *scalars = self._forward(image, tokens)
         value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
         backward = partial(self.engine.backward, value, scale_wrt_gas=False)
@@ -272,7 +272,7 @@ class Engine:
         cached = []
         with torch.no_grad(), statistics_still(self._norms):
             for micro, (some_images, some_tokens) in enumerate(pieces):
-                seed_step(self.seed, step, self.place.rank, micro)
+                seed_step(self.seed, step, self.dist_env.rank, micro)
                 cached.append(self._forward(some_images, some_tokens))
         images = torch.cat([features[0] for features in cached]).requires_grad_()
         texts = torch.cat([features[1] for features in cached]).requires_grad_()
@@ -291,18 +291,18 @@ class Engine:
         wanted: list[torch.Tensor],
     ) -> None:
         """The second half of _cached. wanted: image features, text features, t and the bias if there is one."""
-        enlarged = loss_scale(self.engine)  # fp16 features have fp16 gradients, which vanish without it
-        slopes = [slope.float() / enlarged for slope in torch.autograd.grad(value * enlarged, wanted)]
-        image_slopes, text_slopes = (slope.split(self.micro_batch) for slope in slopes[:2])
+        scale = loss_scale(self.engine)  # fp16 features have fp16 gradients, which vanish without it
+        feature_gradients = [gradient.float() / scale for gradient in torch.autograd.grad(value * scale, wanted)]
+        image_gradients, text_gradients = (gradient.split(self.micro_batch) for gradient in feature_gradients[:2])
         with statistics_once(self._norms):
             for micro, (some_images, some_tokens) in enumerate(pieces):
-                seed_step(self.seed, step, self.place.rank, micro)
+                seed_step(self.seed, step, self.dist_env.rank, micro)
                 some_image_features, some_text_features, *again = self._forward(some_images, some_tokens)
-                surrogate = (some_image_features.float() * image_slopes[micro]).sum()
-                surrogate = surrogate + (some_text_features.float() * text_slopes[micro]).sum()
+                surrogate = (some_image_features.float() * image_gradients[micro]).sum()
+                surrogate = surrogate + (some_text_features.float() * text_gradients[micro]).sum()
                 # Every micro-batch carries an equal part, because a reduction may wait for all parameters.
-                for scalar, slope in zip((s for s in again if s is not None), slopes[2:]):
-                    surrogate = surrogate + (scalar * slope / len(pieces)).sum()
+                for scalar, gradient in zip((s for s in again if s is not None), feature_gradients[2:]):
+                    surrogate = surrogate + (scalar * gradient / len(pieces)).sum()
                 self._accumulate(surrogate, last=micro == len(pieces) - 1)
 
     def _accumulate(self, surrogate: torch.Tensor, last: bool) -> None:
@@ -354,14 +354,14 @@ class Engine:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Features in evaluation mode, unnormalised. With ZeRO-3 every rank must make the same calls."""
         self.engine.eval()
-        image = None if image is None else image.to(self.place.device)
-        tokens = None if tokens is None else tokens.to(self.place.device)
+        image = None if image is None else image.to(self.dist_env.device)
+        tokens = None if tokens is None else tokens.to(self.dist_env.device)
         image_features, text_features, *_ = self.engine(image, tokens)
         return image_features, text_features
 
     def grad_norms(self) -> dict[str, float]:
         """L2 norms of the reduced gradients by part of the model; between backward and step only."""
-        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.place.device)
+        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.dist_env.device)
         for fragment in fragments(self.engine):
             if fragment.trained:
                 part = self.parts.index(part_of(fragment.name))
@@ -383,10 +383,10 @@ class Engine:
     @torch.no_grad()
     def refresh_scalars(self) -> None:
         """Reads t and the bias from the master weights: to be called when those were changed from outside."""
-        found = {name: torch.zeros(1, device=self.place.device) for name in SCALARS}
+        found = {name: torch.zeros(1, device=self.dist_env.device) for name in SCALARS}
         for fragment in fragments(self.engine):
             if fragment.name in found and fragment.own[0] < fragment.own[1]:
-                found[fragment.name] += fragment.of(fragment.flat).to(self.place.device)
+                found[fragment.name] += fragment.of(fragment.flat).to(self.dist_env.device)
         values = all_reduce_sum(torch.stack(list(found.values())))
         kept = SCALARS if "bias" in self.parts else SCALARS[:1]
         self._scalars = {name: value for name, value in zip(SCALARS, values) if name in kept}
@@ -424,17 +424,17 @@ class Engine:
     @torch.no_grad()
     def _average_statistics(self) -> None:
         """BatchNorm normalises over a micro-batch; its running statistics become the mean over ranks."""
-        if not self._norms or self.place.world == 1:
+        if not self._norms or self.dist_env.world_size == 1:
             return
         buffers = [b for norm in self._norms for b in (norm.running_mean, norm.running_var) if b is not None]
         flat = torch.cat([buffer.float().view(-1) for buffer in buffers])
         dist.all_reduce(flat)
-        flat /= self.place.world
+        flat /= self.dist_env.world_size
         for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
             buffer.copy_(mean.view_as(buffer))
 
 
-def _not_finite(gradients: Gradients) -> str:
+def _not_finite(gradients: GradientStatistics) -> str:
     names = gradients.not_finite
     more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
     return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"

@@ -171,7 +171,7 @@ class Estimate:
         if train.keep_every and self.steps is None:
             return None
         regular = self.steps // train.keep_every if train.keep_every and self.steps else 0
-        back = 2 if guard.patience and (self.save_every or guard.window) < guard.window else 0  # see retention.Keep
+        back = 2 if guard.patience and (self.save_every or guard.window) < guard.window else 0  # see RetentionPolicy
         return train.keep + regular + bool(train.keep_best) + back + 1
 
     def _batch_bytes(self) -> int:

@@ -27,7 +27,7 @@ from clipdist import config
 from clipdist.config import Config
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.distributed.collectives import all_gather, all_reduce_sum
-from clipdist.distributed.rank import Place, resolve_precision
+from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine, seed_step
 from clipdist.engine.zero import Fragment, fragments, gradient, loss_scale, part_of
 from clipdist.errors import UserError
@@ -139,12 +139,12 @@ class Reference:
 
     Args:
         model: the model before the engine took it, fp32; taken over and cast to `dtype`.
-        place: its world gives the ranks whose rows and random states are followed.
+        dist_env: its world gives the ranks whose rows and random states are followed.
         dtype: what the towers compute in.
     """
 
-    def __init__(self, model: DualEncoder, cfg: Config, place: Place, dtype: torch.dtype) -> None:
-        self.cfg, self.world, self.device, self.dtype = cfg, place.world, place.device, dtype
+    def __init__(self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype) -> None:
+        self.cfg, self.world, self.device, self.dtype = cfg, dist_env.world_size, dist_env.device, dtype
         self.scalars = {
             name: parameter.detach().to(self.device).clone()
             for name, parameter in model.named_parameters()
@@ -178,16 +178,16 @@ class Reference:
         """
         cfg = loss or self.cfg.loss
         with torch.no_grad():
-            cached = [self._features(pairs, step, place) for place in self._places(pairs, micro)]
+            cached = [self._features(pairs, step, where) for where in self._places(pairs, micro)]
         images, texts = (torch.cat(side) for side in zip(*cached))
         heads = [self._head(cfg, images, texts, pairs, torch.float64)]
         if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
             heads.append(self._head(cfg, images, texts, pairs, torch.float32))
-        for place, before in zip(self._places(pairs, micro), cached):
-            features = self._features(pairs, step, place)
+        for where, before in zip(self._places(pairs, micro), cached):
+            features = self._features(pairs, step, where)
             _check_replay(features, before)
             for head in heads:
-                self._through_towers(head, features, place[2], scale)
+                self._through_towers(head, features, where[2], scale)
         measured = [Measured(head.loss, head.gradients) for head in heads]
         return measured[0], (measured[1] if len(measured) > 1 else None)
 
@@ -199,8 +199,8 @@ class Reference:
                 start = rank * share + k * micro
                 yield rank, k, slice(start, start + micro)
 
-    def _features(self, pairs: Pairs, step: int, place: tuple[int, int, slice]) -> tuple[torch.Tensor, torch.Tensor]:
-        rank, k, rows = place
+    def _features(self, pairs: Pairs, step: int, where: tuple[int, int, slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        rank, k, rows = where
         seed_step(self.cfg.train.seed, step, rank, k)
         before = _random_state(self.device)
         image_features, text_features, *_ = self.model(
@@ -299,18 +299,18 @@ class Audit:
         reported: the engine's own gradient norms of the last step, relative to those of the gradients that were read.
     """
 
-    def __init__(self, cfg: Config, place: Place, loss: LossFunction | None = None) -> None:
-        self.cfg, self.place = cfg, place
-        self.precision = resolve_precision(cfg.train.precision, place.device.type)
-        self.micro = cfg.train.micro_batch or cfg.train.global_batch // place.world
+    def __init__(self, cfg: Config, dist_env: DistEnv, loss: LossFunction | None = None) -> None:
+        self.cfg, self.dist_env = cfg, dist_env
+        self.precision = resolve_precision(cfg.train.precision, dist_env.device.type)
+        self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
         model = build_model(cfg.model, cfg.loss)
         self.spec = model.spec
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
-        self.reference = Reference(copy.deepcopy(model), cfg, place, DTYPES[self.precision])
+        self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision])
         if cfg.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        self.engine = Engine(model.to(place.device), loss or make_loss(cfg.loss), cfg, place)
+        self.engine = Engine(model.to(dist_env.device), loss or make_loss(cfg.loss), cfg, dist_env)
         self.reported: dict[str, float] = {}
 
     def step(self, pairs: Pairs, step: int) -> list[Row]:
@@ -321,7 +321,7 @@ class Audit:
         """
         ours, scale = self._engine_step(pairs, step)
         rows: list[Row] = []
-        if self.place.rank == 0:
+        if self.dist_env.rank == 0:
             theirs, dense = self.reference.measure(pairs, step, micro=self.micro, scale=scale)
             rows = compare(ours, theirs, self.precision, step=step + 1, dense=dense)
         engine = self.engine.engine
@@ -331,9 +331,9 @@ class Audit:
 
     def _engine_step(self, pairs: Pairs, step: int) -> tuple[Measured, float]:
         """The engine's loss and gradients; and the factor that brought the feature gradients through fp16."""
-        share = len(pairs.valid) // self.place.world
-        mine = pairs.rows(self.place.rank * share, (self.place.rank + 1) * share)
-        on = self.place.device
+        share = len(pairs.valid) // self.dist_env.world_size
+        mine = pairs.rows(self.dist_env.rank * share, (self.dist_env.rank + 1) * share)
+        on = self.dist_env.device
         group_id = None if mine.group_id is None else mine.group_id.to(on)
         batch = (mine.image.to(on), mine.tokens.to(on), mine.valid.to(on), group_id)
         for _ in range(FP16_ATTEMPTS):
@@ -341,14 +341,14 @@ class Audit:
                 result = self.engine.train_step(*batch, step=step, lr=self.cfg.optim.lr, want_norms=True)
             if result.applied or result.skipped:
                 break
-        loss = float(all_reduce_sum(result.value)) / self.place.world
+        loss = float(all_reduce_sum(result.value)) / self.dist_env.world_size
         measured = Measured(loss, look.gradients)
         self.reported = {part: norm / (_norm(measured, part) or 1.0) for part, norm in result.grad_norms.items()}
-        return measured, look.loss_scale * self.place.world if self.precision == "fp16" else 1.0
+        return measured, look.loss_scale * self.dist_env.world_size if self.precision == "fp16" else 1.0
 
     def notes(self) -> list[str]:
         """What differs from one process on the whole batch by nature, or is left out. Known after the first step."""
-        batch, world, m = self.cfg.train.global_batch, self.place.world, self.micro
+        batch, world, m = self.cfg.train.global_batch, self.dist_env.world_size, self.micro
         notes = []
         if world == 1:
             notes.append("one rank: nothing is distributed; --ranks N audits more")
@@ -473,7 +473,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-def open_source(cfg: Config, spec: ModelSpec, place: Place) -> Source:
+def open_source(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> Source:
     """The recipe's training shards through the loader; drawn pairs where there are none.
 
     Raises:
@@ -490,27 +490,27 @@ def open_source(cfg: Config, spec: ModelSpec, place: Place) -> Source:
             f"data.train holds {len(catalog)} samples, fewer than train.global_batch={cfg.train.global_batch};"
             " lower train.global_batch"
         )
-    return ShardPairs(cfg, spec, place, catalog)
+    return ShardPairs(cfg, spec, dist_env, catalog)
 
 
 class ShardPairs:
     """Training batches as training reads them: each rank its own rows, then gathered."""
 
-    def __init__(self, cfg: Config, spec: ModelSpec, place: Place, catalog: Catalog) -> None:
+    def __init__(self, cfg: Config, spec: ModelSpec, dist_env: DistEnv, catalog: Catalog) -> None:
         from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.run_plan import first_order
 
         self.note = f"training batches of {', '.join(cfg.data.train)}"
-        self.groups, self.device = cfg.loss.group_positives, place.device
+        self.groups, self.device = cfg.loss.group_positives, dist_env.device
         self.loader = open_loader(
             catalog,
-            first_order(cfg, catalog, place.world),
+            first_order(cfg, catalog, dist_env.world_size),
             make_tokenizer(spec),
             cfg.data,
             image_size=spec.image_size,
-            rank=place.rank,
-            world=place.world,
+            rank=dist_env.rank,
+            world=dist_env.world_size,
         )
 
     def pairs(self, step: int) -> Pairs:

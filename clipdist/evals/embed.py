@@ -19,7 +19,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
-from clipdist.distributed.rank import Place, world_size
+from clipdist.distributed.rank import DistEnv, world_size
 from clipdist.errors import UserError
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
@@ -42,7 +42,7 @@ class Embeddings:
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[Place]:
+def joined_ranks(device: str) -> Iterator[DistEnv]:
     """Where a tool's process stands among those that torchrun started, joined into one group; alone without a launcher.
 
     Args:
@@ -51,13 +51,13 @@ def joined_ranks(device: str) -> Iterator[Place]:
     world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    dist_env = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if world == 1:
-        yield Place(0, 1, 0, place)
+        yield DistEnv(0, 1, 0, dist_env)
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield Place(dist.get_rank(), world, local_rank, place)
+        yield DistEnv(dist.get_rank(), world, local_rank, dist_env)
     finally:
         dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.tokens import Tokenizer
 from clipdist.datasets.labelled import open_labelled
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings, embed_catalog
 from clipdist.evals.probe import probe_of
@@ -54,10 +54,16 @@ class Validation:
     """
 
     def __init__(
-        self, cfg: config.Eval, data: config.Data, val: Catalog | None, tokenizer: Tokenizer, size: int, place: Place
+        self,
+        cfg: config.Eval,
+        data: config.Data,
+        val: Catalog | None,
+        tokenizer: Tokenizer,
+        size: int,
+        dist_env: DistEnv,
     ) -> None:
         self._cfg, self._data, self._val, self._tokenizer, self._size = cfg, data, val, tokenizer, size
-        self._place = place
+        self._dist_env = dist_env
         self._labelled = open_labelled(cfg.labelled) if cfg.labelled else None
         self._templates = find_templates(cfg.templates)
         if cfg.probe and (self._labelled is None or self._labelled.train is None):
@@ -65,14 +71,15 @@ class Validation:
 
     def run(self, model: Encoder) -> Findings:
         """Collective: every rank must call it."""
-        where: dict[str, Any] = {"rank": self._place.rank, "world": self._place.world, "batch": self._cfg.batch}
+        env = self._dist_env
+        where: dict[str, Any] = {"rank": env.rank, "world": env.world_size, "batch": self._cfg.batch}
         values: dict[str, float] = {}
         embeddings = None
         if self._val is not None:
             own = embed_catalog(
                 model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **where
             )
-            measured, embeddings = distributed_retrieval(own, device=self._place.device)
+            measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
             values |= measured
         if self._labelled is not None:
             measured = zero_shot_of(

@@ -17,7 +17,7 @@ import clipdist
 from clipdist.checkpoint.format import MANIFEST
 from clipdist.config import Config, flat
 from clipdist.distributed.compare import all_equal, gather_json, who_has_what
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 from clipdist.run_plan import Plan
 
@@ -62,15 +62,15 @@ def facts(config: Config, plan: Plan) -> dict[str, str]:
     }
 
 
-def compare(facts: dict[str, str], place: Place) -> None:
+def compare(facts: dict[str, str], dist_env: DistEnv) -> None:
     """Compares the facts of all ranks. Collective.
 
     Raises:
         UserError: on all ranks, with what differs and who has it.
     """
-    if place.world == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), place):
+    if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), dist_env):
         return
-    everyone = gather_json([socket.gethostname(), facts], place)
+    everyone = gather_json([socket.gethostname(), facts], dist_env)
     raise UserError(disagreement([own for _, own in everyone], [node for node, _ in everyone]))
 
 

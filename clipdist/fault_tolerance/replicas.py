@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clipdist.distributed.compare import all_equal, by_value, gather_json, name_ranks
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
 from clipdist.errors import Fault
 
@@ -79,27 +79,27 @@ def _weights(chunk: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare_replicas(engine: Any, place: Place, step: int) -> None:
+def compare_replicas(engine: Any, dist_env: DistEnv, step: int) -> None:
     """Compares the checksums of all that `replicated` gives among the ranks. Collective.
 
     Raises:
         Fault: on all ranks, with the ranks that differ from the majority, and the first tensor in which they do.
     """
-    if place.world == 1:
+    if dist_env.world_size == 1:
         return
     names, sums = [], []
     for name, tensor in replicated(engine):
         names.append(name)
-        sums.append(checksums(tensor).to(place.device))
+        sums.append(checksums(tensor).to(dist_env.device))
     on_host = torch.cat(sums).cpu().numpy()  # one copy: until here nothing waited for the device
     lengths = [len(part) for part in sums]
-    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes(), place):
+    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes(), dist_env):
         return
     parts = torch.from_numpy(on_host).split(lengths)
     mine = {
         name: hashlib.blake2b(part.numpy().tobytes(), digest_size=8).hexdigest() for name, part in zip(names, parts)
     }
-    everyone = gather_json([socket.gethostname(), mine], place)
+    everyone = gather_json([socket.gethostname(), mine], dist_env)
     raise Fault(divergence(step, [sums for _, sums in everyone], [node for node, _ in everyone]))
 
 

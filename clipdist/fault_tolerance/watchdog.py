@@ -39,7 +39,7 @@ BACKSTOP_S = 60.0  # after hang_s, when not even the watch gets to run
 WORDS_LENGTH = 2000
 
 
-class Watch:
+class Watchdog:
     """Create one on every rank at about the same time, after rank 0's port and the token were shared; use it as a
     context manager around training. It may be closed and followed by another.
 
@@ -152,7 +152,7 @@ class Watch:
             self._order("close", None)
             self._thread.join(GOOD_BYE_S + SPEAK_S)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -45,7 +45,7 @@ class NonFiniteFeatures(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Gradients:
+class FeatureGradients:
     """Of this rank's value: fp32, towards the unnormalised features [b, D], and towards t and the bias, scalars."""
 
     image: torch.Tensor
@@ -54,7 +54,7 @@ class Gradients:
     bias: torch.Tensor
 
 
-class Batch:
+class GlobalBatch:
     """The global batch from the side of one rank.
 
     Attributes:
@@ -126,7 +126,7 @@ class Batch:
         group_weight: float,
         uniform_groups: bool,
         all_weight: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    ) -> tuple[torch.Tensor, torch.Tensor, FeatureGradients]:
         """From what the tiles gave to the gradients towards unnormalised features, and the closed-form parts.
 
         For a loss (1/N) [ f(tiles) + h(s_ii) - group_weight * sum_ij w_ij s_ij - all_weight * sum_ij s_ij ] with
@@ -165,7 +165,7 @@ class Batch:
         for rows in self._chunks():
             scale_gradient += _project(image_sums, self.unit_images(rows), self.image_inverse, rows, weight)
             _project(text_own, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
-        return grouped, pairs, Gradients(image_sums, text_own, scale_gradient, torch.zeros_like(scale_gradient))
+        return grouped, pairs, FeatureGradients(image_sums, text_own, scale_gradient, torch.zeros_like(scale_gradient))
 
     def _chunks(self) -> list[slice]:
         return _chunks(len(self.images))
@@ -272,7 +272,7 @@ def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows
     return along.double().sum() * weight
 
 
-Compute = Callable[[Batch], tuple[torch.Tensor, Gradients]]
+Compute = Callable[[GlobalBatch], tuple[torch.Tensor, FeatureGradients]]
 
 
 class _ValueAndGradients(torch.autograd.Function):
@@ -293,7 +293,7 @@ class _ValueAndGradients(torch.autograd.Function):
     ) -> torch.Tensor:
         t = min(float(log_scale), most)
         value, ctx.gradients = compute(
-            Batch(images, texts, t, 0.0 if bias is None else float(bias), valid, group_id, group)
+            GlobalBatch(images, texts, t, 0.0 if bias is None else float(bias), valid, group_id, group)
         )
         ctx.like = (images.dtype, texts.dtype, log_scale, bias)
         return value.float()

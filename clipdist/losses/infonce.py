@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
 from clipdist.losses import tiles
 from clipdist.losses.choose import sweeps
-from clipdist.losses.global_batch import LN_100, Batch, Gradients, value_and_gradients
+from clipdist.losses.global_batch import LN_100, FeatureGradients, GlobalBatch, value_and_gradients
 from clipdist.losses.tiles import SAFE_EXPONENT, Logits, Shift, Tile
 
 # A sum of exponentials below it may have lost terms to underflow.
@@ -79,8 +79,8 @@ def info_nce(
 
 
 def _value_and_gradients(
-    batch: Batch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
-) -> tuple[torch.Tensor, Gradients]:
+    batch: GlobalBatch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
+) -> tuple[torch.Tensor, FeatureGradients]:
     logits = batch.logits(tile)
     own = batch.own_logits()
     all_own = all_gather(own, batch.process_group)
@@ -109,7 +109,7 @@ def _value_and_gradients(
 
 
 def _negative_sums(
-    batch: Batch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor, sweep: ModuleType
+    batch: GlobalBatch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor, sweep: ModuleType
 ) -> tuple[Shift, torch.Tensor, torch.Tensor, ModuleType]:
     """Sums of exp(s - shift) over the negatives of own rows and, over all ranks, of all columns.
 
@@ -133,7 +133,7 @@ def _lost(sums: torch.Tensor, own: torch.Tensor, valid: torch.Tensor) -> torch.T
 
 
 def _own_shifts(
-    batch: Batch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor
+    batch: GlobalBatch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor
 ) -> tuple[Shift, torch.Tensor, torch.Tensor, ModuleType]:
     row_best, _, column_best, _ = tiles.best(logits, batch.valid, batch.all_valid)
     column_best = all_reduce_max(column_best, batch.process_group)
@@ -160,7 +160,7 @@ def batch_accuracy(
     Returns:
         fp32 scalars "correct_i2t" and "correct_t2i".
     """
-    batch = Batch(image_features, text_features, 0.0, 0.0, valid, group_id, process_group)
+    batch = GlobalBatch(image_features, text_features, 0.0, 0.0, valid, group_id, process_group)
     row_best, row_at, column_best, column_at = tiles.best(batch.logits(tile), batch.valid, batch.all_valid)
     own, groups = batch.own_logits(), batch.all_groups
     own_groups = groups[batch.own]

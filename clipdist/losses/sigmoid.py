@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from clipdist.errors import UserError
 from clipdist.losses.choose import sweeps
-from clipdist.losses.global_batch import LN_100, Batch, Gradients, value_and_gradients
+from clipdist.losses.global_batch import LN_100, FeatureGradients, GlobalBatch, value_and_gradients
 from clipdist.losses.tiles import Tile
 
 
@@ -65,8 +65,8 @@ def sigmoid_loss(
 
 
 def _value_and_gradients(
-    batch: Batch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
-) -> tuple[torch.Tensor, Gradients]:
+    batch: GlobalBatch, *, smoothing: float, sweep: ModuleType, tile: Tile | None
+) -> tuple[torch.Tensor, FeatureGradients]:
     total, slope, image_sums, text_sums = sweep.sigmoid_sweep(batch.logits(tile), batch.valid, batch.all_valid)
     own = batch.own_logits()
     own_slopes = batch.valid * (smoothing - torch.sigmoid(-own))

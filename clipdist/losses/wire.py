@@ -6,7 +6,7 @@ W ranks with b pairs each, N = W b, D features of s bytes. Every collective is t
     sum of N rows, a W-th of them left to each rank    (W - 1) / W of its input: a reduce-scatter, or an all-to-all
     all-reduce of a bytes                              2 (W - 1) / W a
 
-It holds for gloo and for NCCL's rings. Gradients of parameters are the engine's, not the loss', and are not counted.
+It holds for gloo and for NCCL's rings. Gradients of parameters are the engine's, and are not counted.
 """
 
 from __future__ import annotations

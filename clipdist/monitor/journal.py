@@ -20,7 +20,7 @@ from clipdist.config import Config, flat, to_yaml
 from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, Batch, ids_hash
 from clipdist.distributed.collectives import all_reduce_max, all_reduce_sum
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate
 from clipdist.errors import Fault, UserError
 from clipdist.losses.global_batch import global_statistics
@@ -41,12 +41,12 @@ class Journal:
         results: the newest value of every measure, for the table of hyper-parameters.
     """
 
-    def __init__(self, config: Config, plan: Plan, place: Place) -> None:
-        self.config, self.plan, self.place = config, plan, place
+    def __init__(self, config: Config, plan: Plan, dist_env: DistEnv) -> None:
+        self.config, self.plan, self.dist_env = config, plan, dist_env
         self.results: dict[str, float] = {}
         self.bad = BadSamples()
-        self.metrics = Metrics(config.run.dir, place.rank, plan.start_step)
-        self.progress = Progress(plan.steps, plan.start_step, place.rank)
+        self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step)
+        self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
 
     def announce(self, engine: Engine, model: str, loader: Any) -> None:
         """How the run begins.
@@ -54,8 +54,8 @@ class Journal:
         Raises:
             Fault: the run folder cannot be written.
         """
-        config, plan, place = self.config, self.plan, self.place
-        if place.rank == 0:
+        config, plan, dist_env = self.config, self.plan, self.dist_env
+        if dist_env.rank == 0:
             try:
                 (config.run.dir / "config.yaml").write_text(to_yaml(config))
                 (config.run.dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
@@ -70,10 +70,10 @@ class Journal:
         parameters = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in engine.engine.module.parameters())
         self.say(
             f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
-            f" {plan.steps} steps of {plan.order.global_batch} pairs on {place.world} x {place.device.type},"
+            f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
-        how = {"world": place.world, "steps": plan.steps}
+        how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
             self.say(f"goes on from {plan.resume.folder}")
             self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)
@@ -86,12 +86,12 @@ class Journal:
     def event(self, step: int, event: str, **values: Any) -> None:
         self.metrics.write("event", step, self._samples(step), event=event, **values)
 
-    def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, clock: Clock) -> None:
+    def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, timer: StepTimer) -> None:
         """Collective: the numbers of a logged step. `step` counts the steps that are done."""
         valid, group_id = batch.valid, batch.group_id if self.config.loss.group_positives else None
         accuracy = batch_accuracy(*result.features, valid=valid, group_id=group_id)
         values: dict[str, Any] = global_statistics(result.value, result.statistics | accuracy)
-        steps, seconds, waited = clock.lap(step)
+        steps, seconds, waited = timer.lap(step)
         values |= {
             "logit_scale": engine.logit_scale(),
             **({} if (bias := engine.logit_bias()) is None else {"logit_bias": bias}),
@@ -99,9 +99,9 @@ class Journal:
             **{f"grad_norm/{part}": norm for part, norm in result.grad_norms.items()},
             **{f"update_size/{part}": size for part, size in result.update_sizes.items()},
             "samples_per_s": steps * self.plan.order.global_batch / seconds,
-            "wait_share": float(all_reduce_max(torch.tensor(waited / seconds, device=self.place.device))),
+            "wait_share": float(all_reduce_max(torch.tensor(waited / seconds, device=self.dist_env.device))),
             "bad_samples": sum(self.bad.totals.values()),
-            "memory_gb": memory_gb(self.place.device),
+            "memory_gb": memory_gb(self.dist_env.device),
             "epoch": step / self.plan.steps_per_epoch,
             "batch_hash": self._batch_hash(batch),
         }
@@ -116,8 +116,8 @@ class Journal:
         Raises:
             UserError: they are more than data.max_bad_share.
         """
-        new, named = self.bad.share(self.place.device)
-        for sample_id, reason in named if self.place.rank == 0 else ():
+        new, named = self.bad.share(self.dist_env.device)
+        for sample_id, reason in named if self.dist_env.rank == 0 else ():
             where = {"shard": reader.shard_name(sample_id), "key": _key(reader, sample_id)}
             self.event(step, "bad_sample", reason=reason, **where)
         total = sum(self.bad.totals.values())
@@ -135,7 +135,7 @@ class Journal:
 
     def validation(self, step: int, findings: Findings, validation: Validation) -> None:
         """On rank 0: the numbers of a validation, and its picture sheet."""
-        if not findings.values or self.place.rank:
+        if not findings.values or self.dist_env.rank:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
         self.results |= findings.values
@@ -172,12 +172,12 @@ class Journal:
 
     def _batch_hash(self, batch: Batch) -> str:
         """Of the sample ids of the global batch and their rows: the same for any number of ranks."""
-        own = ids_hash(batch.sample_id.cpu(), self.place.rank * len(batch.sample_id))
-        total = all_reduce_sum(own.reshape(1).to(self.place.device))
+        own = ids_hash(batch.sample_id.cpu(), self.dist_env.rank * len(batch.sample_id))
+        total = all_reduce_sum(own.reshape(1).to(self.dist_env.device))
         return f"{int(total) % HASH_MODULUS:012x}"
 
 
-class Clock:
+class StepTimer:
     """Seconds of training and of waiting for data; validation and checkpoints stop it."""
 
     def __init__(self, loader: Any, step: int) -> None:

@@ -353,10 +353,10 @@ def rollbacks_spent(theatre: Theatre) -> None:
 
 def data_away_for_long(theatre: Theatre) -> None:
     """All ranks save and end; with the data back the same command goes on."""
-    train, away, settings = own_data(theatre, "long", patience_s=1)
+    train, away, settings = own_data(theatre, "long", retry_s=1)
     leave = before_batch(5, lambda: train.rename(away), 0)
     ended = theatre.start("long", [1, 1], settings, [nothing_stays_open, leave])
-    need_error(ended, f"{train}/0000", "cannot be read, tried for 1 s (data.patience_s)", "the same command goes on")
+    need_error(ended, f"{train}/0000", "cannot be read, tried for 1 s (data.retry_s)", "the same command goes on")
     step = steps_kept(theatre.run("long"))[-1]
     need(step in (5, 6) and f"the checkpoint of step {step} was written" in ended.log, f"checkpoint {step}", ended)
     need(len(events(theatre.run("long"), "fault")) == 1, "no event fault")
@@ -365,7 +365,7 @@ def data_away_for_long(theatre: Theatre) -> None:
 
 
 def data_away_for_a_moment(theatre: Theatre) -> None:
-    train, away, settings = own_data(theatre, "moment", patience_s=60)
+    train, away, settings = own_data(theatre, "moment", retry_s=60)
 
     def bring_back(pids: list[int], seconds: float) -> None:
         if away.exists() and "cannot be read" in theatre.log("moment").read_text():
@@ -377,11 +377,11 @@ def data_away_for_a_moment(theatre: Theatre) -> None:
     theatre.same("moment")
 
 
-def own_data(theatre: Theatre, name: str, patience_s: float) -> tuple[Path, Path, dict[str, object]]:
+def own_data(theatre: Theatre, name: str, retry_s: float) -> tuple[Path, Path, dict[str, object]]:
     """A copy of the training shards, where it goes to, and settings that make every batch wait for it."""
     train = theatre.root / f"{name}-data" / "train"
     shutil.copytree(theatre.shards / "train", train)
-    settings: dict[str, object] = {"data.train": train, "data.patience_s": patience_s, "data.prefetch": 1}
+    settings: dict[str, object] = {"data.train": train, "data.retry_s": retry_s, "data.prefetch": 1}
     return train, train.with_name("away"), settings
 
 
@@ -406,7 +406,7 @@ def stopped_while_data_is_missing(theatre: Theatre) -> None:
             for pid in pids:
                 os.kill(pid, signal.SIGTERM)
 
-    settings: dict[str, object] = {"data.patience_s": 300, "data.prefetch": 1}
+    settings: dict[str, object] = {"data.retry_s": 300, "data.prefetch": 1}
     ended = theatre.start("missing", [75, 75], settings, [nothing_stays_open, lose_data], stop)
     seconds = time.monotonic() - sent[0]
     need(seconds < 10, f"{seconds:.1f} s from the signal to the end", ended)
@@ -481,7 +481,7 @@ def cut_short(path: Path) -> None:
 
 def full_disk(theatre: Theatre) -> None:
     """For a while: the run goes on, and later saves work."""
-    settings: dict[str, object] = {"data.patience_s": 0.15}
+    settings: dict[str, object] = {"data.retry_s": 0.15}
     ended = theatre.start("full", [0, 0], settings, [disk_full(6, 1)])
     need_lines(ended, "note: a checkpoint could not be written (", "No space left on device", "; the run goes on")
     (told,) = events(theatre.run("full"), "save_failed")
@@ -491,7 +491,7 @@ def full_disk(theatre: Theatre) -> None:
 
 
 def full_disk_at_the_end(theatre: Theatre) -> None:
-    settings: dict[str, object] = {"data.patience_s": 0.15}
+    settings: dict[str, object] = {"data.retry_s": 0.15}
     ended = theatre.start("full-end", [1, 1], settings, [disk_full(STEPS, 0, 1)])
     need_error(ended, f"no checkpoint of step {STEPS} (", "No space left on device")
     need(steps_kept(theatre.run("full-end")) == [3, 6, 9], f"checkpoints {steps_kept(theatre.run('full-end'))}")

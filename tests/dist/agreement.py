@@ -22,12 +22,12 @@ STRANGE = 1  # the rank that is made to differ
 BATCH = 12
 
 
-def check_facts(place: distributed.Place) -> None:
+def check_facts(dist_env: distributed.DistEnv) -> None:
     facts = {"package torch": "2.15.0", "clipdist/a.py": "01", "clipdist/b.py": "02"}
-    compare(facts, place)
-    if place.rank == STRANGE:
+    compare(facts, dist_env)
+    if dist_env.rank == STRANGE:
         facts |= {"package torch": "2.14.0", "clipdist/b.py": "03"}
-    told = raised(compare, facts, place)
+    told = raised(compare, facts, dist_env)
     assert type(told) is UserError
     assert f"package torch: rank {STRANGE} on " in str(told), told
     assert "has 2.14.0, the others have 2.15.0" in str(told), told
@@ -35,10 +35,10 @@ def check_facts(place: distributed.Place) -> None:
     assert "clipdist/a.py" not in str(told), told
 
 
-def check_stage(stage: int, precision: str, place: distributed.Place) -> None:
+def check_stage(stage: int, precision: str, dist_env: distributed.DistEnv) -> None:
     """Three steps without a false alarm; then one bit is flipped on one rank."""
-    engine = trained(stage, precision, place)
-    compare_replicas(engine.engine, place, 3)
+    engine = trained(stage, precision, dist_env)
+    compare_replicas(engine.engine, dist_env, 3)
     names = [name for name, _ in replicated(engine.engine)]
     assert any(name.startswith("param/visual.") for name in names), names
     assert any(name.endswith("running_mean") for name in names), names
@@ -46,36 +46,36 @@ def check_stage(stage: int, precision: str, place: distributed.Place) -> None:
     parameters = [name for name in names if name.startswith("param/")]
     for target in (parameters[-1], names[-1 - len(names) // 3]):
         (tensor,) = (tensor for name, tensor in replicated(engine.engine) if name == target)
-        flip(tensor, place)
-        told = raised(compare_replicas, engine.engine, place, 3)
+        flip(tensor, dist_env)
+        told = raised(compare_replicas, engine.engine, dist_env, 3)
         assert type(told) is Fault
         assert f"step 3: rank {STRANGE} on " in str(told), told
         assert f"in 1 of {len(names)} tensors, first in {target}." in str(told), told
-        flip(tensor, place)
-        compare_replicas(engine.engine, place, 3)
+        flip(tensor, dist_env)
+        compare_replicas(engine.engine, dist_env, 3)
     engine.engine.destroy()
 
 
-def flip(tensor: torch.Tensor, place: distributed.Place) -> None:
+def flip(tensor: torch.Tensor, dist_env: distributed.DistEnv) -> None:
     """The lowest bit of the last element: a change far below any tolerance."""
-    if place.rank == STRANGE:
+    if dist_env.rank == STRANGE:
         tensor.view(-1)[-1:].view(torch.uint8)[0] ^= 1
 
 
-def trained(stage: int, precision: str, place: distributed.Place) -> Engine:
+def trained(stage: int, precision: str, dist_env: distributed.DistEnv) -> Engine:
     words = [
         "model.name=configs/models/tiny_rn.json",
         f"engine.zero_stage={stage}",
         f"train.precision={precision}",
         f"train.global_batch={BATCH}",
-        f"train.micro_batch={BATCH // place.world // (2 if stage in (1, 3) else 1)}",
+        f"train.micro_batch={BATCH // dist_env.world_size // (2 if stage in (1, 3) else 1)}",
     ]
     config = load_config(None, words)
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model, config.loss), make_loss(config.loss), config, place)
-    share = BATCH // place.world
+    engine = Engine(build_model(config.model, config.loss), make_loss(config.loss), config, dist_env)
+    share = BATCH // dist_env.world_size
     for step in range(3):
-        torch.manual_seed(100 * step + place.rank)
+        torch.manual_seed(100 * step + dist_env.rank)
         image = torch.randint(0, 256, (share, 3, 32, 32), dtype=torch.uint8)
         tokens = torch.randint(1, 2000, (share, 16))
         engine.train_step(image, tokens, torch.ones(share, dtype=torch.bool), None, step=step, lr=0.01)

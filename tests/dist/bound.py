@@ -18,7 +18,7 @@ def upward(image_features, text_features, logit_scale, logit_bias=None, **_):
     return -logit_scale.float().sum() + idle, {"valid": logit_scale.detach().sum()}
 
 
-def run(stage: int, precision: str, place: distributed.Place, bounded: bool) -> tuple[float, float]:
+def run(stage: int, precision: str, dist_env: distributed.DistEnv, bounded: bool) -> tuple[float, float]:
     """exp(t) of the fp32 master and of the module after ten steps."""
     overrides = [
         "model.name=configs/models/tiny_vit.json",
@@ -29,10 +29,10 @@ def run(stage: int, precision: str, place: distributed.Place, bounded: bool) -> 
     ]
     config = load_config(None, overrides)
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model, config.loss), upward, config, place)
+    engine = Engine(build_model(config.model, config.loss), upward, config, dist_env)
     if not bounded:
         engine._bound_temperature = lambda: None  # type: ignore[method-assign]
-    share = 8 // place.world
+    share = 8 // dist_env.world_size
     image = torch.zeros(share, 3, 32, 32, dtype=torch.uint8)
     tokens = torch.full((share, 16), 2047)
     valid = torch.ones(share, dtype=torch.bool)
@@ -45,14 +45,14 @@ def run(stage: int, precision: str, place: distributed.Place, bounded: bool) -> 
 
 
 def main() -> None:
-    place = distributed.start("cpu")
+    dist_env = distributed.start("cpu")
     for stage in range(4):
         for precision in ("fp32", "bf16"):
-            master, module = run(stage, precision, place, bounded=True)
+            master, module = run(stage, precision, dist_env, bounded=True)
             where = (stage, precision, master, module)
             assert 95 < master <= 100 * (1 + 1e-6), where
             assert 95 < module <= 100 * (1 + 1e-6), where
-    master, _ = run(2, "bf16", place, bounded=False)
+    master, _ = run(2, "bf16", dist_env, bounded=False)
     assert master > 110, master  # without the bound it does run away
     distributed.stop()
 

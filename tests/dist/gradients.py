@@ -69,9 +69,9 @@ def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
     return {"": None, "without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}[name]
 
 
-def run_cell(cell: dict[str, Any], place: distributed.Place) -> list[dict[str, Any]]:
+def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
-    audit = Audit(cfg, place, make_wrong(cell.get("loss", ""), cfg.loss))
+    audit = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.loss))
     pairs = make_pairs(audit.spec)
     if few := cell.get("only_valid"):
         pairs = replace(pairs, valid=torch.tensor([row in few for row in range(BATCH)]))
@@ -85,13 +85,13 @@ def run_cell(cell: dict[str, Any], place: distributed.Place) -> list[dict[str, A
 
 def main() -> None:
     cells, out = sys.argv[1:]
-    place = distributed.start("cpu")
+    dist_env = distributed.start("cpu")
     rows = []
     with open(cells) as file:
         for cell in json.load(file):
-            rows += run_cell(cell, place)
+            rows += run_cell(cell, dist_env)
             gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
-    if place.rank == 0:
+    if dist_env.rank == 0:
         with open(out, "w") as file:
             json.dump(rows, file)
     deepspeed_comm.barrier()

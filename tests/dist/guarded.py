@@ -86,7 +86,9 @@ def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: 
     return image[own], tokens[own], torch.ones(BATCH // world, dtype=torch.bool)
 
 
-def train(cell: tuple[int, str, int, str], place: distributed.Place, guarded: bool) -> tuple[Engine, dict[int, Any]]:
+def train(
+    cell: tuple[int, str, int, str], dist_env: distributed.DistEnv, guarded: bool
+) -> tuple[Engine, dict[int, Any]]:
     """The engine after all steps, and the results by step."""
     stage, precision, micro, model_name = cell
     words = [
@@ -104,8 +106,8 @@ def train(cell: tuple[int, str, int, str], place: distributed.Place, guarded: bo
     torch.manual_seed(0)
     model = build_model(config.model, config.loss)
     spec = model.spec
-    accidents = Accidents(place.rank)
-    engine = Engine(model, accidents.loss(make_loss(config.loss)), config, place)
+    accidents = Accidents(dist_env.rank)
+    engine = Engine(model, accidents.loss(make_loss(config.loss)), config, dist_env)
     accidents.watch(engine)
     guard = Guard(config.guard) if guarded else None
     calls: list[int] = []
@@ -115,7 +117,9 @@ def train(cell: tuple[int, str, int, str], place: distributed.Place, guarded: bo
             continue
         accidents.due = ACCIDENTS[step][0] if guarded and step in ACCIDENTS else ""
         engine.before_update = lambda step=step: calls.append(step)  # type: ignore[misc]
-        rows = data(place.rank, place.world, step, spec.context_length, spec.tokenizer["vocab_size"], spec.image_size)
+        rows = data(
+            dist_env.rank, dist_env.world_size, step, spec.context_length, spec.tokenizer["vocab_size"], spec.image_size
+        )
         results[step] = engine.train_step(*rows, None, step=step, lr=1e-4 * (1 + step), guard=guard)
     assert calls == [step for step in range(STEPS) if step not in ACCIDENTS], calls
     if guard:
@@ -168,9 +172,9 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:5]}"
 
 
-def run_cell(cell: tuple[int, str, int, str], place: distributed.Place) -> None:
+def run_cell(cell: tuple[int, str, int, str], dist_env: distributed.DistEnv) -> None:
     def result(guarded: bool) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
-        engine, results = train(cell, place, guarded)
+        engine, results = train(cell, dist_env, guarded)
         state = everything(engine)
         engine.engine.destroy()
         return state, results
@@ -184,10 +188,10 @@ def run_cell(cell: tuple[int, str, int, str], place: distributed.Place) -> None:
 
 
 def main() -> None:
-    place = distributed.start("cpu")
+    dist_env = distributed.start("cpu")
     for cell in CELLS:
         try:
-            run_cell(cell, place)
+            run_cell(cell, dist_env)
         except Exception as error:
             raise AssertionError(f"cell {cell}: {error}") from error
         gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time

@@ -72,9 +72,9 @@ def fewer_captions_than_ranks() -> None:
 
 
 def main() -> None:
-    with joined_ranks("cpu") as place:
-        slices_are_gathered(place.rank)
-        work_is_shared(place.rank)
+    with joined_ranks("cpu") as dist_env:
+        slices_are_gathered(dist_env.rank)
+        work_is_shared(dist_env.rank)
         fewer_captions_than_ranks()
 
 

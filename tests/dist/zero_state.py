@@ -38,7 +38,7 @@ def state_bytes(engine, stage: int, precision: str) -> int:
 
 
 def main() -> None:
-    place = distributed.start("cpu")
+    dist_env = distributed.start("cpu")
     found = []
     for stage, precision in CELLS:
         words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
@@ -46,8 +46,8 @@ def main() -> None:
         torch.manual_seed(0)
         model = build_model(config.model, config.loss)
         pairs = DrawnPairs(config, model.spec).pairs(0)
-        rows = slice(place.rank * 4, place.rank * 4 + 4)
-        engine = Engine(model, make_loss(config.loss), config, place)
+        rows = slice(dist_env.rank * 4, dist_env.rank * 4 + 4)
+        engine = Engine(model, make_loss(config.loss), config, dist_env)
         engine.train_step(pairs.image[rows], pairs.tokens[rows], pairs.valid[rows], None, step=0, lr=1e-4)
         module = engine.engine.module
         weights = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())

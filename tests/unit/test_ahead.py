@@ -24,7 +24,7 @@ from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
 from clipdist.data.loader import open_loader
 from clipdist.data.order import Order, OrderKey
-from clipdist.data.prefetch import Scout, shards_at_once
+from clipdist.data.prefetch import Prefetcher, shards_at_once
 from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
 from clipdist.errors import UserError
 
@@ -97,7 +97,7 @@ def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, mo
         go_on.wait()
 
     monkeypatch.setattr(reader, "prefetch", prefetch)
-    scout = Scout(reader, order, 0, 1, 0)
+    scout = Prefetcher(reader, order, 0, 1, 0)
     begun.wait()
     scout.advance(12)
     go_on.set()
@@ -116,7 +116,7 @@ def test_a_scout_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypa
     drawn: list[int] = []
     ids = order.ids
     monkeypatch.setattr(order, "ids", lambda position, *args: drawn.append(position) or ids(position, *args))
-    scout = Scout(reader, order, 0, 1, 2, skipped=[[3, 20]])
+    scout = Prefetcher(reader, order, 0, 1, 2, skipped=[[3, 20]])
     try:
         _wait_until(lambda: len(drawn) >= 5)
     finally:
@@ -194,7 +194,7 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
     server.things["/00000.tar"] = Thing(b"", statuses=[503] * 10_000)
     write_consolidated(tmp_path / "two.index.zip", indices)
     catalog = Catalog.open([str(tmp_path / "two.index.zip")])
-    cfg = Data(cache=str(tmp_path / "cache"), cache_gb=0.001, patience_s=FOREVER, threads=4)
+    cfg = Data(cache=str(tmp_path / "cache"), cache_gb=0.001, retry_s=FOREVER, threads=4)
     loader = open_loader(catalog, OrderKey(0, 20, 20, 20), Lengths(), cfg, image_size=8, rank=0, world=1)
     try:
         with pytest.raises(UserError, match=r"00001\.tar: no such object"):

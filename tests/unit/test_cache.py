@@ -22,7 +22,7 @@ from clipdist.data.fetch import Fetcher
 from clipdist.errors import Fault, UserError
 
 KB = 1000
-QUICK = Fetcher(patience_s=0.5, stall_s=5)
+QUICK = Fetcher(retry_s=0.5, stall_s=5)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ import os, random, sys, time
 from pathlib import Path
 from clipdist.data.cache import ShardCache
 from clipdist.data.fetch import Fetcher
-cache = ShardCache(Path({str(tmp_path / "cache")!r}), 35_000, Fetcher(patience_s=5), room_wait_s=10)
+cache = ShardCache(Path({str(tmp_path / "cache")!r}), 35_000, Fetcher(retry_s=5), room_wait_s=10)
 """
     return subprocess.Popen([sys.executable, "-c", head + code], stdout=subprocess.PIPE, text=True)
 
@@ -187,7 +187,7 @@ def test_odd_urls_stay_inside(storage, tmp_path, path):
     source = tmp_path / "source.tar"
     source.write_bytes(b"data")
     before = sorted(tmp_path.iterdir())
-    shards = cache(tmp_path, fetcher=Fetcher(patience_s=0.1, stall_s=1, allow_pipe=True))
+    shards = cache(tmp_path, fetcher=Fetcher(retry_s=0.1, stall_s=1, allow_pipe=True))
     with contextlib.suppress(UserError):
         os.close(shards.open(storage.url(path)))
     assert read(shards.open(f"pipe:cat {source} #{path}".replace("\n", ""))) == b"data"
@@ -255,7 +255,7 @@ def test_a_prefetch_spares_what_was_prefetched_and_not_opened(storage, tmp_path)
 
 
 def test_close_ends_a_prefetch(storage, tmp_path):
-    shards = cache(tmp_path, fetcher=Fetcher(patience_s=60, stall_s=60))
+    shards = cache(tmp_path, fetcher=Fetcher(retry_s=60, stall_s=60))
     storage.things["/0.tar"].statuses = [503] * 1000
     shards.prefetch(storage.url("/0.tar"))
     wait_until(lambda: storage.count("/0.tar") >= 2)
@@ -351,7 +351,7 @@ def test_a_full_disk_evicts_and_tries_again(storage, tmp_path):
     filled = cache(tmp_path)
     for i in range(3):
         os.close(filled.open(storage.url(f"/{i}.tar")))
-    disk = FullDisk(patience_s=0.5)
+    disk = FullDisk(retry_s=0.5)
     object.__setattr__(disk, "free", lambda: held(tmp_path) <= 10 * KB)
     assert read(cache(tmp_path, fetcher=disk).open(storage.url("/4.tar"))) == data(4)
     assert held(tmp_path) == 20 * KB

@@ -251,7 +251,7 @@ def storage(monkeypatch):
 def test_a_refusal_is_outlasted(tmp_path, storage, capsys):
     folder = write(tmp_path, 3)
     storage += [[MANIFEST, 2, errno.EIO], ["rank-00000", 1, errno.ESTALE], ["rank-00001", 1, errno.EACCES]]
-    reader = CheckpointReader(folder, patience_s=30)
+    reader = CheckpointReader(folder, retry_s=30)
     reader.verify()
     storage += [["rank-00001", 1, errno.ENOTCONN]]
     assert torch.equal(reader.read("param/text.b"), whole("param/text.b"))
@@ -259,15 +259,15 @@ def test_a_refusal_is_outlasted(tmp_path, storage, capsys):
     assert "rank-00000.safetensors: can be read again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("patience_s", [0.0, 0.3])
-def test_a_refusal_that_lasts_is_no_damage(tmp_path, storage, patience_s):
+@pytest.mark.parametrize("retry_s", [0.0, 0.3])
+def test_a_refusal_that_lasts_is_no_damage(tmp_path, storage, retry_s):
     folder = write(tmp_path, 3)
-    reader = CheckpointReader(folder, patience_s)
+    reader = CheckpointReader(folder, retry_s)
     storage += [["rank-00001", 10**9, errno.EIO], [MANIFEST, 10**9, errno.EACCES]]
     for work in (reader.check_sizes, reader.verify, lambda: reader.read("param/text.b")):
         with pytest.raises(Fault, match=r"rank-00001.*Input/output error"):
             work()
-    for work in (lambda: read_manifest(folder, patience_s), lambda: list_checkpoints(tmp_path, patience_s)):
+    for work in (lambda: read_manifest(folder, retry_s), lambda: list_checkpoints(tmp_path, retry_s)):
         with pytest.raises(Fault, match="Permission denied"):
             work()
 
@@ -283,7 +283,7 @@ def test_a_folder_that_is_gone_means_storage_that_is_away(tmp_path):
 @pytest.mark.parametrize("where", ["nowhere", "runs/x/checkpoints/step-00000001"])
 def test_a_mistyped_folder_is_bad_input_at_once(tmp_path, where):
     with pytest.raises(UserError, match="not a checkpoint") as raised:
-        CheckpointReader(tmp_path / where, patience_s=600)
+        CheckpointReader(tmp_path / where, retry_s=600)
     assert not isinstance(raised.value, Fault)
 
 
@@ -291,7 +291,7 @@ def test_what_is_damaged_stays_bad_input_with_patience(tmp_path):
     folder = write(tmp_path, 3)
     (folder / "rank-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"rank-00002.*missing") as raised:
-        CheckpointReader(folder, patience_s=600).verify()
+        CheckpointReader(folder, retry_s=600).verify()
     assert not isinstance(raised.value, Fault)
 
 

@@ -20,7 +20,7 @@ from clipdist.checkpoint.format import (
     list_checkpoints,
     write_part,
 )
-from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
 
 NUMEL = 1 << 18  # of fp32: 1 MiB
@@ -30,8 +30,8 @@ def pieces(step, rank=0, world=1):
     return [Piece("param/a", (world * NUMEL,), rank * NUMEL, torch.full((NUMEL,), float(step)))]
 
 
-def save(run_dir, step, rank=0, world=1, patience_s=0.0, attempt="t"):
-    writer = CheckpointWriter(run_dir, Keep(last=2), rank, patience_s)
+def save(run_dir, step, rank=0, world=1, retry_s=0.0, attempt="t"):
+    writer = CheckpointWriter(run_dir, RetentionPolicy(last=2), rank, retry_s)
     writer.write(pieces(step, rank, world), Manifest(step, step, step, world, {}, {}, {}), f"{attempt}-{step}")
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk(small_disk):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(3 << 19))  # half a MiB is left
     with pytest.raises(SaveFailed, match="No space left"):
-        save(small_disk, 3, patience_s=0.3)
+        save(small_disk, 3, retry_s=0.3)
     assert good(small_disk) == [1, 2]
     assert not checkpoint_dir(small_disk, 3).exists()
     ballast.unlink()
@@ -78,7 +78,7 @@ def test_a_disk_that_is_full_for_a_moment_is_waited_for(small_disk):
     ballast.write_bytes(bytes(7 << 19))
     timer = threading.Timer(0.4, ballast.unlink)
     timer.start()
-    save(small_disk, 1, patience_s=60)
+    save(small_disk, 1, retry_s=60)
     timer.join()
     assert good(small_disk) == [1]
 
@@ -89,11 +89,11 @@ def test_a_run_folder_that_vanishes_and_comes_back(tmp_path):
     save(run_dir, 1)
     run_dir.rename(away)
     with pytest.raises(SaveFailed, match="gone"):
-        save(run_dir, 2, patience_s=0.3)
+        save(run_dir, 2, retry_s=0.3)
     assert not run_dir.exists()  # nothing was written in its place
     timer = threading.Timer(0.5, away.rename, (run_dir,))
     timer.start()
-    save(run_dir, 3, patience_s=60)
+    save(run_dir, 3, retry_s=60)
     timer.join()
     assert good(run_dir) == [1, 3]
 
@@ -112,14 +112,14 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(os, "fsync", failing)
     monkeypatch.setattr("clipdist.checkpoint.writer.FIRST_PAUSE_S", 0.01)
-    save(tmp_path, 1, patience_s=60)
+    save(tmp_path, 1, retry_s=60)
     assert good(tmp_path) == [1]
     names = {os.path.basename(path) for path in failed}
     assert {"rank-00000.safetensors", "rank-00000.tmp", "manifest.tmp", "step-00000001", "checkpoints"} <= names
 
 
 def test_nothing_is_tried_again_in_a_hurry(tmp_path):
-    writer = CheckpointWriter(tmp_path / "gone", Keep(), 0, patience_s=600)
+    writer = CheckpointWriter(tmp_path / "gone", RetentionPolicy(), 0, retry_s=600)
     threading.Timer(0.2, writer.hurry.set).start()
     with pytest.raises(SaveFailed, match="gone"):
         writer.write(pieces(1), Manifest(1, 1, 1, 1, {}, {}, {}), "t")

@@ -15,8 +15,8 @@ from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_q
 from clipdist.errors import Fault, UserError
 
 DATA = random.Random(0).randbytes(50_000)
-QUICK = Fetcher(patience_s=1.5, stall_s=0.3)
-IMPATIENT = Fetcher(patience_s=0.3, stall_s=0.2)
+QUICK = Fetcher(retry_s=1.5, stall_s=0.3)
+IMPATIENT = Fetcher(retry_s=0.3, stall_s=0.2)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_pipes_need_leave(tmp_path):
 
 def test_pipes(tmp_path):
     (tmp_path / "a.tar").write_bytes(DATA)
-    allowed = Fetcher(patience_s=0.3, stall_s=0.3, allow_pipe=True)
+    allowed = Fetcher(retry_s=0.3, stall_s=0.3, allow_pipe=True)
     assert fetched(tmp_path, f"pipe:cat {tmp_path}/a.tar", allowed) == DATA
     with pytest.raises(Fault, match="status 3"):
         fetched(tmp_path, f"pipe:cat {tmp_path}/a.tar; exit 3", allowed)
@@ -273,7 +273,7 @@ def test_s3(tmp_path, monkeypatch):
         system.mkdir("bucket")
         data = DATA * 400  # 20 MB: several requests
         system.pipe("bucket/a.tar", data)
-        patient = Fetcher(patience_s=5, stall_s=10)
+        patient = Fetcher(retry_s=5, stall_s=10)
         assert fetched(tmp_path, "s3://bucket/a.tar", patient, len(data)) == data
         assert patient.read_small("s3://bucket/none") is None
         with pytest.raises(UserError, match="1 were expected"):

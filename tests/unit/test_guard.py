@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipdist import config
-from clipdist.engine.gradients import look
+from clipdist.engine.gradients import gradient_statistics
 from clipdist.fault_tolerance.guard import OVERFLOWS_IN_A_ROW, Guard
 
 WINDOW = 20
@@ -220,9 +220,9 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
             past[name].append(parameter.grad)
         if step == 2:
             break
-        assert look(engine, clip, want_sizes=True).sizes.keys() == ({"image", "text"} if step else set())
+        assert gradient_statistics(engine, clip, want_sizes=True).sizes.keys() == ({"image", "text"} if step else set())
         optimizer.step()
-    found = look(engine, clip, want_sizes=True)
+    found = gradient_statistics(engine, clip, want_sizes=True)
     gradients = {name: gradients[-1] for name, gradients in past.items()}
     total = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
     factor = min(1.0, clip / total) if clip else 1.0
@@ -240,6 +240,6 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     norm = math.sqrt(sum(float(gradients[f"visual.{name}"].square().sum()) for name in ("weight", "bias")))
     assert found.norms["image"] == pytest.approx(norm)
     assert found.not_finite == ()
-    assert look(engine, clip, want_sizes=False).sizes == {}
+    assert gradient_statistics(engine, clip, want_sizes=False).sizes == {}
     model.text.bias.grad[1] = -math.inf
-    assert look(engine, clip, want_sizes=True).not_finite == ("text.bias",)
+    assert gradient_statistics(engine, clip, want_sizes=True).not_finite == ("text.bias",)

@@ -38,7 +38,7 @@ class Lengths:
 
 
 def open_pairs(source: Path, **settings) -> Loader:
-    cfg = Data(**{"threads": 2, "patience_s": 30, "prefetch": 1, **settings})
+    cfg = Data(**{"threads": 2, "retry_s": 30, "prefetch": 1, **settings})
     key = OrderKey(0, 10, 1, 10)
     return open_loader(Catalog.open([str(source)]), key, Lengths(), cfg, image_size=8, rank=0, world=1)
 
@@ -104,7 +104,7 @@ def test_batches_are_the_same_when_it_comes_back(folder, tmp_path, way, capfd):
 
 
 def test_patience_ends_with_the_shards_name(folder):
-    loader = open_pairs(folder, patience_s=0.5)
+    loader = open_pairs(folder, retry_s=0.5)
     loader.next()
     folder.rename(folder.with_name("away"))
     with pytest.raises(Fault, match=r"data/0000\d\.tar: cannot be read, tried for 0\.5 s .*No such file") as caught:
@@ -130,7 +130,7 @@ def test_an_interruption_ends_the_wait_and_no_more(folder):
 
 
 def test_a_stale_descriptor_is_replaced(folder, monkeypatch):
-    reader = Reader(Catalog.open([str(folder)]), patience_s=5)
+    reader = Reader(Catalog.open([str(folder)]), retry_s=5)
     before = reader.image(0)
     (stale,) = (held.number for held in reader._open.values())
     pread = os.pread
@@ -153,7 +153,7 @@ def test_a_stale_descriptor_is_replaced(folder, monkeypatch):
 
 @pytest.mark.parametrize("what", ["size", "time"])
 def test_a_shard_that_was_changed_meanwhile_is_refused(folder, what):
-    reader = Reader(Catalog.open([str(folder)]), patience_s=5)
+    reader = Reader(Catalog.open([str(folder)]), retry_s=5)
     tar = folder / "00000.tar"
     if what == "size":
         stat = tar.stat()
@@ -172,11 +172,11 @@ def test_a_copy_of_another_time_is_not_refused(folder):
     write_consolidated(folder / "all.index.zip", [load_index(tar) for tar in sorted(folder.glob("*.tar"))])
     os.utime(folder / "00000.tar", ns=(1, 1))
     catalog = Catalog.open([str(folder / "all.index.zip")])
-    reader = Reader(catalog, patience_s=5)
+    reader = Reader(catalog, retry_s=5)
     assert reader.image(0)
     catalog._tables.clear()  # as when many other tables were wanted
     reader.close()
-    reader = Reader(catalog, patience_s=5)
+    reader = Reader(catalog, retry_s=5)
     assert reader.image(0)
     reader.close()
 

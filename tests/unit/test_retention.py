@@ -8,7 +8,7 @@ import pytest
 
 from clipdist.checkpoint import retention
 from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_dir, list_checkpoints, write_manifest, write_part
-from clipdist.checkpoint.retention import Keep, Saved, kept, prune, remove_leftovers, set_aside
+from clipdist.checkpoint.retention import RetentionPolicy, Saved, kept, prune, remove_leftovers, set_aside
 from clipdist.errors import Fault
 
 
@@ -27,14 +27,14 @@ def left(run_dir):
 @pytest.mark.parametrize(
     ("keep", "steps"),
     [
-        (Keep(last=1), {6}),
-        (Keep(last=2), {5, 6}),
-        (Keep(last=9), {1, 2, 3, 4, 5, 6}),
-        (Keep(last=1, every=2), {2, 4, 6}),
-        (Keep(last=1, best="t2i_r1"), {4, 6}),  # of equals the newer one
-        (Keep(last=1, best="loss"), {3, 6}),
-        (Keep(last=1, best="val/loss"), {6}),
-        (Keep(last=0), {6}),
+        (RetentionPolicy(last=1), {6}),
+        (RetentionPolicy(last=2), {5, 6}),
+        (RetentionPolicy(last=9), {1, 2, 3, 4, 5, 6}),
+        (RetentionPolicy(last=1, every=2), {2, 4, 6}),
+        (RetentionPolicy(last=1, best="t2i_r1"), {4, 6}),  # of equals the newer one
+        (RetentionPolicy(last=1, best="loss"), {3, 6}),
+        (RetentionPolicy(last=1, best="val/loss"), {6}),
+        (RetentionPolicy(last=0), {6}),
     ],
 )
 def test_what_stays(tmp_path, keep, steps):
@@ -54,7 +54,7 @@ def test_prune_reads_the_metrics_and_passes_over_a_damaged_manifest(tmp_path):
     for step, value in ((1, 9.0), (2, 8.0), (3, 1.0), (4, 2.0)):
         write(tmp_path, step, {"t2i_r1": value})
     (checkpoint_dir(tmp_path, 1) / MANIFEST).write_text("{")
-    prune(tmp_path, Keep(last=1, best="t2i_r1"))
+    prune(tmp_path, RetentionPolicy(last=1, best="t2i_r1"))
     assert left(tmp_path) == ["step-00000002", "step-00000004"]
 
 
@@ -65,20 +65,20 @@ def test_prune_clears_leftovers_and_what_was_set_aside(tmp_path):
     write_part(checkpoint_dir(tmp_path, 9), 0, [], "t")  # a writer that is at work
     for step in (3, 5):
         (tmp_path / "checkpoints" / f"rolled-back-step-{step:08d}").mkdir()
-    prune(tmp_path, Keep(last=2))
+    prune(tmp_path, RetentionPolicy(last=2))
     assert left(tmp_path) == ["rolled-back-step-00000005", "step-00000003", "step-00000004", "step-00000009"]
 
 
 def test_what_was_just_written_stays_beside_a_newer_one_that_may_be_damaged(tmp_path):
     for step in (1, 2, 4):
         write(tmp_path, step)
-    prune(tmp_path, Keep(last=1), written=write(tmp_path, 3))
+    prune(tmp_path, RetentionPolicy(last=1), written=write(tmp_path, 3))
     assert left(tmp_path) == ["step-00000003", "step-00000004"]
 
 
 def test_nothing_complete_nothing_pruned(tmp_path):
     write_part(checkpoint_dir(tmp_path, 1), 0, [], "t")
-    prune(tmp_path, Keep(last=1))
+    prune(tmp_path, RetentionPolicy(last=1))
     assert left(tmp_path) == ["step-00000001"]
 
 
@@ -113,7 +113,7 @@ def test_leftovers_make_room_and_the_one_at_work_stays(tmp_path):
 @pytest.mark.parametrize("every", [1, 30, 70, 100, 1000])
 def test_there_is_always_one_to_go_back_to(tmp_path, every):
     """Older than the window, unless the run is younger; and not older than two windows and two saves."""
-    keep, there = Keep(last=2, back=100), []
+    keep, there = RetentionPolicy(last=2, back=100), []
     for step in range(every, 60 * every + 300, every):
         there = [*there, Saved(tmp_path / str(step), step, {})]
         stay = kept(there, keep)
@@ -140,7 +140,7 @@ def test_what_users_add_is_left_alone(tmp_path):
     strays = ["rolled-back-step-00000001-mine", "step-00000001-good", "step-00000009-half", "step-7", "step-notes"]
     for stray in strays:
         (tmp_path / "checkpoints" / stray).mkdir()
-    prune(tmp_path, Keep(last=1))
+    prune(tmp_path, RetentionPolicy(last=1))
     assert left(tmp_path) == [strays[0], "step-00000001-good", "step-00000006", *strays[2:]]
     assert not remove_leftovers(tmp_path, writing=checkpoint_dir(tmp_path, 8))
     set_aside(tmp_path, after_step=0)
@@ -156,5 +156,5 @@ def test_nothing_goes_while_it_is_not_known_which_is_the_best(tmp_path, monkeypa
 
     monkeypatch.setattr(retention, "read_manifest", refused)
     with pytest.raises(OSError, match="Input/output error"):
-        prune(tmp_path, Keep(last=1, best="t2i_r1"))
+        prune(tmp_path, RetentionPolicy(last=1, best="t2i_r1"))
     assert len(left(tmp_path)) == 3

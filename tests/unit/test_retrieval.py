@@ -193,7 +193,7 @@ def test_a_repeated_caption_of_the_same_picture_is_no_rival() -> None:
 def test_memory_is_bounded_by_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
 
-    class Watch(TorchDispatchMode):
+    class Watchdog(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             result = func(*args, **(kwargs or {}))
@@ -203,7 +203,7 @@ def test_memory_is_bounded_by_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(retrieval, "TILE", 32)
     image, text, text_image = noisy_pairs(300, 3, noise=1.0, dim=4)
-    with Watch():
+    with Watchdog():
         retrieval_ranks(image, text, text_image)
     assert 32 * 32 <= largest <= 900 * 4  # the copies of the features, not 300 x 900 scores
 

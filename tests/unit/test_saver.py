@@ -12,7 +12,7 @@ from torch import nn
 
 from clipdist.checkpoint import saver as module
 from clipdist.checkpoint.format import CheckpointReader, Manifest, newest_checkpoint
-from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver, restore
 from clipdist.errors import Fault
 
@@ -36,8 +36,8 @@ def step(engine):
     engine.optimizer.zero_grad()
 
 
-def saver_of(run_dir, patience_s=0.0):
-    return Saver(run_dir, Keep(last=2), 0, "t", patience_s)
+def saver_of(run_dir, retry_s=0.0):
+    return Saver(run_dir, RetentionPolicy(last=2), 0, "t", retry_s)
 
 
 def manifest(step):
@@ -143,7 +143,7 @@ def test_an_error_of_the_program_is_told_too(tmp_path, engine, monkeypatch):
 
 def test_a_save_gives_up_the_one_before_that_meets_a_failing_disk(tmp_path, engine):
     run_dir = tmp_path / "run"
-    saver = saver_of(run_dir, patience_s=600)
+    saver = saver_of(run_dir, retry_s=600)
     saver.save(engine, manifest(1))
     with pytest.raises(Fault, match="still being written"):
         saver.wait(timeout_s=0.3)

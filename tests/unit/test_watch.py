@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from clipdist.fault_tolerance.heartbeat import open_listener
-from clipdist.fault_tolerance.watchdog import Watch
+from clipdist.fault_tolerance.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 TOKEN = 0x5EED
@@ -228,7 +228,7 @@ def test_a_second_watch_in_the_same_processes(start):
 def test_strangers_are_turned_away(start):
     listener = open_listener()
     port = listener.getsockname()[1]
-    with Watch(0, 2, Path("unused"), 0, token=TOKEN, listener=listener) as watch:
+    with Watchdog(0, 2, Path("unused"), 0, token=TOKEN, listener=listener) as watchdog:
         hellos = [
             {"kind": "hello", "token": f"{TOKEN + 1:x}", "rank": 1},
             {"kind": "hello", "token": f"{TOKEN:x}", "rank": 2},
@@ -238,7 +238,7 @@ def test_strangers_are_turned_away(start):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
                 stranger.sendall(line.encode() + b"\n")
                 assert not _answer(stranger)
-        assert watch._wire.connected == 0
+        assert watchdog._wire.connected == 0
         with socket.create_connection(("127.0.0.1", port), timeout=5) as known:
             hello = {"kind": "hello", "token": f"{TOKEN:x}", "rank": 1, "node": "here", "pid": 1}
             known.sendall(json.dumps(hello).encode() + b"\n")
@@ -266,10 +266,10 @@ def test_64_ranks(tmp_path):
                 os.dup2(err.fileno(), 2)
             if rank:
                 listener.close()
-            watch = Watch(
+            watchdog = Watchdog(
                 rank, world, tmp_path, 60, port=port, token=TOKEN, listener=None if rank else listener, node="here"
             )
-            watch.progress(7)
+            watchdog.progress(7)
             time.sleep(60)
         finally:
             os._exit(3)

@@ -20,7 +20,7 @@ import traceback
 import torch
 
 from clipdist.checkpoint.format import MANIFEST, CheckpointReader, Manifest, Piece, checkpoint_dir, list_checkpoints
-from clipdist.checkpoint.retention import Keep
+from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter
 
 KILLS = 200
@@ -41,7 +41,7 @@ def write(run_dir, rank: int, step: int, save: int, attempt: str) -> None:
         for number in range(TENSORS)
     ]
     manifest = Manifest(step, step, step, WORLD, {}, {}, {"save": save})
-    CheckpointWriter(run_dir, Keep(last=2), rank, patience_s=0).write(pieces, manifest, attempt)
+    CheckpointWriter(run_dir, RetentionPolicy(last=2), rank, retry_s=0).write(pieces, manifest, attempt)
 
 
 class Pipe:

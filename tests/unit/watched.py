@@ -23,7 +23,7 @@ from pathlib import Path
 import clipdist.fault_tolerance.watchdog
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.fault_tolerance.heartbeat import open_listener
-from clipdist.fault_tolerance.watchdog import Watch
+from clipdist.fault_tolerance.watchdog import Watchdog
 
 ERRORS = {"UserError": UserError, "Fault": Fault, "RuntimeError": RuntimeError}
 
@@ -59,12 +59,12 @@ def main() -> None:
             train(second, told)
 
 
-def watch(do: dict, port: int) -> Watch:
+def watch(do: dict, port: int) -> Watchdog:
     listener = None
     if do["rank"] == 0:
         listener = open_listener() if not port else socket.create_server(("", port))
         print(listener.getsockname()[1], flush=True)
-    opened = Watch(
+    opened = Watchdog(
         do["rank"],
         do["world"],
         Path(do["dir"]),
@@ -80,10 +80,10 @@ def watch(do: dict, port: int) -> Watch:
     return opened
 
 
-def train(watch: Watch, told: list[str]) -> None:
+def train(watchdog: Watchdog, told: list[str]) -> None:
     while not told:
-        watch.progress(120)
-        with watch.phase("step"):
+        watchdog.progress(120)
+        with watchdog.phase("step"):
             time.sleep(0.02)
 
 

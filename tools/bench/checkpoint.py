@@ -89,12 +89,12 @@ def main() -> int:
     import_s = import_all()
     from clipdist.distributed import rank as distributed
 
-    place = distributed.start(distributed.resolve_device(config.device))
+    dist_env = distributed.start(distributed.resolve_device(config.device))
     try:
-        results = [measure(model, args, place) for model in args.models]
+        results = [measure(model, args, dist_env) for model in args.models]
     finally:
         distributed.stop()
-    text = report(results, import_s, args, str(place.device.type))
+    text = report(results, import_s, args, str(dist_env.device.type))
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +113,12 @@ def import_all() -> float:
     return time.perf_counter() - began
 
 
-def measure(model: str, args: argparse.Namespace, place: Any) -> Result:
+def measure(model: str, args: argparse.Namespace, dist_env: Any) -> Result:
     """Steps and saves, then starts from the last checkpoint and fresh ones by turns: the quickest of either kind."""
     words = [f"train.global_batch={args.batch}", *args.overrides, f"model.name={model}"]
     config = load_config(args.config, words)
     with workspace(args.work) as run_dir:
-        engine, spec, _ = start(config, place, None)
+        engine, spec, _ = start(config, dist_env, None)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.engine.module.parameters())
         say(f"{model}: {parameters / 1e6:.1f} M parameters")
         saves, folder = save_by_turns(engine, spec, config, args, run_dir)
@@ -128,12 +128,12 @@ def measure(model: str, args: argparse.Namespace, place: Any) -> Result:
         for _ in range(args.starts):
             for source, times in starts.items():
                 gc.collect()
-                times.append(start(config, place, source)[2])
+                times.append(start(config, dist_env, source)[2])
     fresh, resumed = (min(starts[source], key=Start.total) for source in (None, folder))
     return Result(model, parameters, size, saves, fresh, resumed)
 
 
-def start(config: Config, place: Any, folder: Path | None) -> tuple[Any, Any, Start]:
+def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any, Start]:
     """Builds model and engine and takes one step: with new weights, or from a checkpoint. (engine, ModelSpec, times)"""
     import torch
 
@@ -157,7 +157,7 @@ def start(config: Config, place: Any, folder: Path | None) -> tuple[Any, Any, St
         with timed(times, "weights"):
             model.load_state_dict(load_full_weights(reader.folder))
     with timed(times, "engine"):
-        engine = Engine(model.to(place.device), make_loss(config.loss), config, place)
+        engine = Engine(model.to(dist_env.device), make_loss(config.loss), config, dist_env)
     if reader:
         with timed(times, "restore"):
             restore(engine.engine, reader)
@@ -178,7 +178,7 @@ def take_step(engine: Any, spec: Any, config: Config, step: int) -> float:
     """One training step on drawn numbers. Returns its seconds."""
     import torch
 
-    batch, device = config.train.global_batch, engine.place.device
+    batch, device = config.train.global_batch, engine.dist_env.device
     image = torch.randint(0, 256, (batch, 3, spec.image_size, spec.image_size), dtype=torch.uint8, device=device)
     tokens = torch.randint(1, 1000, (batch, spec.context_length), device=device)
     valid = torch.ones(batch, dtype=torch.bool, device=device)
@@ -201,10 +201,10 @@ def save_by_turns(
 ) -> tuple[Saves, Path]:
     """Steps without a writer, a save, steps until it is done, and again. Returns times and the last checkpoint."""
     from clipdist.checkpoint.format import Manifest, newest_checkpoint
-    from clipdist.checkpoint.retention import Keep
+    from clipdist.checkpoint.retention import RetentionPolicy
     from clipdist.checkpoint.saver import Saver
 
-    saver = Saver(run_dir, Keep(last=1), rank=0, attempt="bench", patience_s=0.0)
+    saver = Saver(run_dir, RetentionPolicy(last=1), rank=0, attempt="bench", retry_s=0.0)
     engine.before_update = saver.wait_copied
     saver.prepare(engine.engine)
     saves, step = Saves(), 0

@@ -195,16 +195,16 @@ def third_step(config: Config, device: str) -> tuple[int, int, float]:
     from clipdist.models.dual_encoder import build_model
 
     with contextlib.redirect_stdout(sys.stderr):
-        place = distributed.start(device)
+        dist_env = distributed.start(device)
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss)
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
         pairs = DrawnPairs(config, model.spec).pairs(0)
-        image, tokens, valid = (x.to(place.device) for x in (pairs.image, pairs.tokens, pairs.valid))
-        group_id = None if pairs.group_id is None else pairs.group_id.to(place.device)
+        image, tokens, valid = (x.to(dist_env.device) for x in (pairs.image, pairs.tokens, pairs.valid))
+        group_id = None if pairs.group_id is None else pairs.group_id.to(dist_env.device)
         del pairs
-        engine = Engine(model.to(place.device), make_loss(config.loss), config, place)
+        engine = Engine(model.to(dist_env.device), make_loss(config.loss), config, dist_env)
         for step in range(WARMUP_STEPS):
             result = engine.train_step(image, tokens, valid, group_id, step=step, lr=config.optim.lr)
         width = result.features[0].shape[1]

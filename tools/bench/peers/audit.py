@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from clipdist.config import Config
-from clipdist.distributed.rank import Place
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.evals.audit import Audit, Measured, Pairs, Row, compare
 from clipdist.models.dual_encoder import DualEncoder
@@ -35,11 +35,11 @@ class Peer:
     accum_freq: int = 1
 
 
-def peers_of(loss_name: str, place: Place) -> list[Peer]:
+def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
     """The ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
     from open_clip.loss import ClipLoss, SigLipLoss
 
-    ranks = {"rank": place.rank, "world_size": place.world}
+    ranks = {"rank": dist_env.rank, "world_size": dist_env.world_size}
     if loss_name == "sigmoid":
         ways = [SigLipLoss(dist_impl=impl, **ranks) for impl in ("bidir", "shift", "reduce", "gather")]
         names = [f"open_clip SigLipLoss dist_impl={way.dist_impl}" for way in ways]
@@ -63,18 +63,18 @@ def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
     Returns:
         on rank 0 the rows; elsewhere nothing. A feature cache whose batches do not divide a rank's rows is left out.
     """
-    place, cfg, pairs = audit.place, audit.cfg, pairs.all_valid()
-    share = len(pairs.valid) // place.world
+    dist_env, cfg, pairs = audit.dist_env, audit.cfg, pairs.all_valid()
+    share = len(pairs.valid) // dist_env.world_size
     plain = replace(cfg.loss, label_smoothing=0.0)
     references: dict[int, Measured] = {}
     rows: list[Row] = []
-    for peer in peers_of(cfg.loss.name, place):
+    for peer in peers_of(cfg.loss.name, dist_env):
         if share % peer.accum_freq:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # open_clip's collectives are deprecated in torch
             ours = _measure(peer, audit, pairs, step)
-        if place.rank == 0:
+        if dist_env.rank == 0:
             if peer.accum_freq not in references:
                 micro = share // peer.accum_freq
                 references[peer.accum_freq] = audit.reference.measure(pairs, step, micro=micro, loss=plain)[0]
@@ -84,31 +84,31 @@ def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
 
 def _measure(peer: Peer, audit: Audit, pairs: Pairs, step: int) -> Measured:
     """The peer's loss, and its gradients as DDP leaves them on every rank."""
-    place, model = audit.place, audit.reference.model
-    share = len(pairs.valid) // place.world
-    mine = pairs.rows(place.rank * share, (place.rank + 1) * share)
+    dist_env, model = audit.dist_env, audit.reference.model
+    share = len(pairs.valid) // dist_env.world_size
+    mine = pairs.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
     # As parameters in fp32: what rounds them in low precision is not under audit here.
     scalars = {name: value.detach().float().requires_grad_() for name, value in audit.reference.scalars.items()}
     model.zero_grad(set_to_none=True)
     if peer.accum_freq == 1:
-        seed_step(audit.cfg.train.seed, step, place.rank, 0)
-        value = peer.loss(**_forward(model, mine, place), **_scales(scalars))
+        seed_step(audit.cfg.train.seed, step, dist_env.rank, 0)
+        value = peer.loss(**_forward(model, mine, dist_env), **_scales(scalars))
         value.backward()
     else:
-        value = _accumulate(peer, audit.cfg, model, mine, scalars, place, step)
+        value = _accumulate(peer, audit.cfg, model, mine, scalars, dist_env, step)
     held = {name: scalars.get(name, p) for name, p in model.named_parameters() if p.requires_grad}
     gradients = {
-        name: torch.zeros(p.numel(), device=place.device) if p.grad is None else p.grad.float().view(-1)
+        name: torch.zeros(p.numel(), device=dist_env.device) if p.grad is None else p.grad.float().view(-1)
         for name, p in held.items()
     }
     model.zero_grad(set_to_none=True)
-    return _mean_over_ranks(value.detach().float(), gradients, place.world)
+    return _mean_over_ranks(value.detach().float(), gradients, dist_env.world_size)
 
 
 def _accumulate(
-    peer: Peer, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, place: Place, step: int
+    peer: Peer, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, dist_env: DistEnv, step: int
 ) -> torch.Tensor:
-    """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward for each.
+    """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward each.
 
     The caching pass draws the reference's random numbers; the second pass goes on drawing, as nothing sets it back.
     """
@@ -116,21 +116,21 @@ def _accumulate(
     batches = [mine.rows(j * size, (j + 1) * size) for j in range(peer.accum_freq)]
     cached: list[Features] = []
     for j, batch in enumerate(batches):
-        seed_step(cfg.train.seed, step, place.rank, j)
+        seed_step(cfg.train.seed, step, dist_env.rank, j)
         with torch.no_grad():
-            cached.append(_forward(model, batch, place))
+            cached.append(_forward(model, batch, dist_env))
     value = torch.zeros(())
     for j, batch in enumerate(batches):
-        fresh = [*cached[:j], _forward(model, batch, place), *cached[j + 1 :]]
+        fresh = [*cached[:j], _forward(model, batch, dist_env), *cached[j + 1 :]]
         joined = {name: torch.cat([features[name] for features in fresh]) for name in fresh[0]}
         value = peer.loss(**joined, **_scales(scalars))
         value.backward()
     return value
 
 
-def _forward(model: DualEncoder, pairs: Pairs, place: Place) -> Features:
+def _forward(model: DualEncoder, pairs: Pairs, dist_env: DistEnv) -> Features:
     """Normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
-    image_features, text_features, *_ = model(pairs.image.to(place.device), pairs.tokens.to(place.device))
+    image_features, text_features, *_ = model(pairs.image.to(dist_env.device), pairs.tokens.to(dist_env.device))
     return {
         "image_features": F.normalize(image_features.float(), dim=-1),
         "text_features": F.normalize(text_features.float(), dim=-1),
