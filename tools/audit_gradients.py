@@ -103,6 +103,7 @@ def print_peers(rows: list[Row]) -> None:
     """All implementations side by side, in the first step."""
     impls = list(dict.fromkeys(row.impl for row in rows))
     width = max(map(len, impls)) + 1
+    rows = [row for row in rows if row.part != "evaluation"]  # of one's own step alone
     parts = [row.part for row in rows if row.impl == impls[0]]
     print(f"\nstep 1, norm ratio and error by implementation\n{'':{width}}" + "".join(f"{part:>24}" for part in parts))
     for impl in impls:

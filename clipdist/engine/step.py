@@ -257,7 +257,7 @@ class Engine:
         seed_step(self.seed, step, self.dist_env.rank)
         images, texts, *scalars = self._forward(image, tokens)
         value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
-        backward = partial(self.engine.backward, value, scale_wrt_gas=False)
+        backward = partial(self._backward, value)
         return _Forward(value, statistics, (images.detach(), texts.detach()), backward)
 
     def _cached(
@@ -313,12 +313,12 @@ class Engine:
         """
         engine = self.engine
         if not self._accumulates_here:
-            engine.backward(surrogate, scale_wrt_gas=False)
+            self._backward(surrogate)
             if not last:
                 engine.step()  # counts the micro-batch; the optimiser steps at the boundary alone
             return
         engine.set_gradient_accumulation_boundary(False)
-        engine.backward(surrogate, scale_wrt_gas=False)
+        self._backward(surrogate)
         for parameter in engine.module.parameters():
             if parameter.grad is not None:
                 total = getattr(parameter, "_fp32_sum", None)
@@ -331,6 +331,17 @@ class Engine:
                     parameter.grad = total.to(parameter.dtype)
             engine.set_gradient_accumulation_boundary(True)
             engine.allreduce_gradients()
+
+    def _backward(self, value: torch.Tensor) -> None:
+        """DeepSpeed's backward pass, with the loss scale that its step divides by.
+
+        In fp16 at stage 0 it divides and does not multiply (0.19.8; upstream PR 8393). Whatever it multiplies by there,
+        the gradient that enters the graph is set to the scale.
+        """
+        if self.engine.fp16_enabled() and self.engine.zero_optimization_stage() == 0:
+            scale = loss_scale(self.engine)
+            value.register_hook(lambda gradient: torch.full_like(gradient, scale))
+        self.engine.backward(value, scale_wrt_gas=False)
 
     def _forward(
         self, image: torch.Tensor, tokens: torch.Tensor

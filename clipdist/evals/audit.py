@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from clipdist import config
 from clipdist.config import Config
@@ -78,7 +79,7 @@ class Row:
 
     step: int  # as training logs it, from 1
     impl: str
-    part: str  # image, text, temperature, bias; or loss, where g and r are the values
+    part: str  # image, text, temperature, bias; loss, where g and r are the values; evaluation, where they are features
     norm_ratio: float  # |g| / |r|
     cosine: float
     max_diff: float  # largest |g - r| of an element, relative to the largest |r|
@@ -154,12 +155,15 @@ class Reference:
         self.draws = False  # whether a forward pass has drawn random numbers (dropout and the like)
 
     @torch.no_grad()
-    def take_over(self, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+    def take_over(self, weights: dict[str, torch.Tensor]) -> None:
         """Goes on from the engine's weights: its fp32 masters, rounded as the engine rounds them for its module."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(weights[name].view_as(parameter))
             if name in SCALARS:
                 self.scalars[name] = weights[name].clone()
+
+    @torch.no_grad()
+    def take_over_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
@@ -177,8 +181,9 @@ class Reference:
             the reference; and where fp32 is near its end (see LOW_LOSS), what the dense formula gives in fp32.
         """
         cfg = loss or self.cfg.loss
-        with torch.no_grad():
+        with torch.no_grad(), self._statistics_once():
             cached = [self._features(pairs, step, where) for where in self._places(pairs, micro)]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         images, texts = (torch.cat(side) for side in zip(*cached))
         heads = [self._head(cfg, images, texts, pairs, torch.float64)]
         if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
@@ -188,8 +193,50 @@ class Reference:
             _check_replay(features, before)
             for head in heads:
                 self._through_towers(head, features, where[2], scale)
+        self.take_over_buffers(buffers)  # the second pass has moved the running statistics again
         measured = [Measured(head.loss, head.gradients) for head in heads]
         return measured[0], (measured[1] if len(measured) > 1 else None)
+
+    @contextmanager
+    def _statistics_once(self) -> Iterator[None]:
+        """The running statistics of BatchNorm move once, by the mean of those of the forward passes in between.
+
+        Each pass leaves its own statistics behind (momentum 1); a hook adds them up.
+        """
+        norms: list[Any] = [
+            norm
+            for norm in self.model.modules()
+            if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
+        ]
+        before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+        seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
+
+        def note(norm: Any, *_: Any) -> None:
+            seen[norm].append((norm.running_mean.double(), norm.running_var.double()))
+
+        hooks = [norm.register_forward_hook(note) for norm in norms]
+        counts = [norm.num_batches_tracked.clone() for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+        for norm, hook, count, (momentum, mean, var) in zip(norms, hooks, counts, before):
+            hook.remove()
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count + 1)
+            share = 1 / (int(count) + 1) if momentum is None else momentum
+            for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*seen[norm])):
+                running.copy_(old.double().lerp(torch.stack(new).mean(0), share))
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Pairs, micro: int) -> torch.Tensor:
+        """Image and text features in evaluation mode, normalised: float64 [2 B, D]."""
+        self.model.eval()
+        rows = [
+            self.model(image.to(self.device), tokens.to(self.device))[:2]
+            for image, tokens in zip(pairs.image.split(micro), pairs.tokens.split(micro))
+        ]
+        self.model.train()
+        return _stacked(rows)
 
     def _places(self, pairs: Pairs, micro: int) -> Iterator[tuple[int, int, slice]]:
         """Rank, micro-batch and rows of every forward pass, in the order of the global batch."""
@@ -317,7 +364,8 @@ class Audit:
         """One training step on a global batch, and the same by the reference, which then takes the weights over.
 
         Returns:
-            on rank 0 a row for every part that is trained and one for the loss; elsewhere nothing.
+            on rank 0 a row for every part that is trained, one for the loss, and one for what the model then gives in
+            evaluation mode, running statistics included; elsewhere nothing.
         """
         ours, scale = self._engine_step(pairs, step)
         rows: list[Row] = []
@@ -326,8 +374,19 @@ class Audit:
             rows = compare(ours, theirs, self.precision, step=step + 1, dense=dense)
         engine = self.engine.engine
         weights = made_whole(engine, lambda fragment: fragment.of(fragment.flat).float(), trained_only=False)
-        self.reference.take_over(weights, dict(engine.module.named_buffers()))
+        self.reference.take_over(weights)
+        evaluated = self._evaluate(pairs)
+        if self.dist_env.rank == 0:
+            rows.append(
+                compare_features(evaluated, self.reference.evaluate(pairs, self.micro), self.precision, step + 1)
+            )
+        self.reference.take_over_buffers(dict(engine.module.named_buffers()))
         return rows
+
+    def _evaluate(self, pairs: Pairs) -> torch.Tensor:
+        """As Reference.evaluate, by the engine. Collective."""
+        pieces = zip(pairs.image.split(self.micro), pairs.tokens.split(self.micro))
+        return _stacked([self.engine.encode(image, tokens) for image, tokens in pieces])
 
     def _engine_step(self, pairs: Pairs, step: int) -> tuple[Measured, float]:
         """The engine's loss and gradients; and the factor that brought the feature gradients through fp16."""
@@ -400,6 +459,11 @@ class _Look:
         return self._norms()
 
 
+def _stacked(rows: list[Any]) -> torch.Tensor:
+    images, texts = (F.normalize(torch.cat(side).double(), dim=1) for side in zip(*rows))
+    return torch.cat([images, texts])
+
+
 def _frozen(tower: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in tower.parameters())
 
@@ -431,6 +495,14 @@ def compare(
             limit = max(limit, DENSE_MARGIN * _distance(dense, theirs, part)[3])
         rows.append(Row(step, impl, part, norm_ratio, cosine, max_diff, error, limit, error <= limit, norm))
     return rows
+
+
+def compare_features(ours: torch.Tensor, theirs: torch.Tensor, precision: str, step: int) -> Row:
+    """The row "evaluation", of normalised features [rows, D] on both sides."""
+    difference, norm = ours - theirs, float(theirs.norm())
+    error, cosine = float(difference.norm()) / norm, float((ours * theirs).sum() / (ours.norm() * norm))
+    most, limit = float(difference.abs().max() / theirs.abs().max()), LIMITS[precision]
+    return Row(step, IMPL, "evaluation", float(ours.norm()) / norm, cosine, most, error, limit, error <= limit, norm)
 
 
 def _distance(ours: Measured, theirs: Measured, part: str) -> tuple[float, float, float, float, float]:

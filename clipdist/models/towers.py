@@ -60,8 +60,11 @@ class BatchNormFp32Statistics(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[b, C, H, W] -> the same shape and dtype."""
         tracking = self.training and self.track_running_stats
+        share = self.momentum or 0.0
         if tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a plain mean over the batches so far, as nn.BatchNorm2d has it
+                share = 1 / float(self.num_batches_tracked)
         known = tracking or not self.training
         # The kernels take low-precision inputs with fp32 affine parameters and statistics, not a mixture of the two.
         return F.batch_norm(
@@ -71,7 +74,7 @@ class BatchNormFp32Statistics(nn.BatchNorm2d):
             self.weight.float(),
             self.bias.float(),
             self.training,
-            self.momentum or 0.0,
+            share,
             self.eps,
         )
 

@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed import comm as deepspeed_comm
+from deepspeed.accelerator import get_accelerator
 
 from clipdist import config
 from clipdist.config import load_config
 from clipdist.distributed import rank as distributed
+from clipdist.engine import step
+from clipdist.evals import audit
 from clipdist.evals.audit import Audit, Pairs
 from clipdist.losses.make import LossFunction, make_loss
 from clipdist.models.spec import ModelSpec
@@ -69,23 +72,31 @@ def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
     return {"": None, "without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}[name]
 
 
+def allow_fp16() -> None:
+    """Lets the CPU, which computes in fp16 slowly, stand for a GPU."""
+    get_accelerator().is_fp16_supported = lambda: True
+    for module in (audit, step):
+        module.resolve_precision = lambda wanted, device: wanted
+
+
 def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
-    audit = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.loss))
-    pairs = make_pairs(audit.spec)
+    audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.loss))
+    pairs = make_pairs(audited.spec)
     if few := cell.get("only_valid"):
         pairs = replace(pairs, valid=torch.tensor([row in few for row in range(BATCH)]))
     rows = []
-    for step in range(FIRST_STEP, FIRST_STEP + cell.get("steps", 1)):
-        for row in audit.step(pairs, step):
-            rows.append(asdict(row) | {"label": cell["label"], "reported": audit.reported.get(row.part, 1.0)})
-    audit.close()
+    for number in range(FIRST_STEP, FIRST_STEP + cell.get("steps", 1)):
+        for row in audited.step(pairs, number):
+            rows.append(asdict(row) | {"label": cell["label"], "reported": audited.reported.get(row.part, 1.0)})
+    audited.close()
     return rows
 
 
 def main() -> None:
     cells, out = sys.argv[1:]
     dist_env = distributed.start("cpu")
+    allow_fp16()
     rows = []
     with open(cells) as file:
         for cell in json.load(file):

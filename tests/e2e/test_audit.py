@@ -35,7 +35,7 @@ def test_the_tool_passes_and_shows_what_peers_get_wrong(shards):
     assert (result["world"], result["micro_batch"], result["zero_stage"]) == (2, 4, 2)
     assert str(shards) in result["data"]
     rows = {(row["impl"], row["part"]): row for row in result["rows"]}
-    for part in ("image", "text", "temperature", "loss"):
+    for part in ("image", "text", "temperature", "loss", "evaluation"):
         assert rows["clipdist", part]["error"] < 1e-5
     # Each rank's gradient is that of its own rows alone; DDP divides it by W.
     assert rows["open_clip default flags", "image"]["norm_ratio"] == pytest.approx(1 / 2, rel=1e-4)
@@ -52,7 +52,7 @@ def test_a_launchers_ranks_are_taken_as_they_are():
     assert ended.returncode == 0, ended.stdout + ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
     assert result["world"] == 2
-    assert {row["part"] for row in result["rows"]} == {"image", "text", "temperature", "bias", "loss"}
+    assert {row["part"] for row in result["rows"]} == {"image", "text", "temperature", "bias", "loss", "evaluation"}
     assert result["data"].startswith("drawn random pictures")
 
 
@@ -75,7 +75,7 @@ def test_a_part_that_fails_is_exit_1_but_a_peers_is_not(capsys):
     right = Measured(2.0, {"visual.w": torch.ones(8), "text.w": torch.ones(8), "logit_scale": torch.ones(1)})
     half = Measured(2.0, right.gradients | {"text.w": torch.full([8], 0.5)})
     stub = SimpleNamespace(
-        cfg=Config(), spec=SimpleNamespace(name="m"), place=SimpleNamespace(world=2), micro=1, precision="fp32"
+        cfg=Config(), spec=SimpleNamespace(name="m"), dist_env=SimpleNamespace(world_size=2), micro=1, precision="fp32"
     )
     stub.notes = lambda: ["this"]
     fine, wrong = (compare(measured, right, "fp32", step=1) for measured in (right, half))

@@ -7,13 +7,17 @@ import torch
 from torch import nn
 
 from clipdist.models.norms import running_norms, statistics_once, statistics_still
+from clipdist.models.towers import BatchNormFp32Statistics, keep_statistics_fp32
 
 
 def make(momentum: float | None) -> nn.Module:
+    """Two layers of the class that towers have."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=momentum), nn.BatchNorm2d(5, momentum=momentum)
     )
+    keep_statistics_fp32(model)
+    assert type(model[1]) is BatchNormFp32Statistics
     model(torch.randn(4, 3, 8, 8))  # statistics that are not the first ones
     return model
 
