@@ -18,9 +18,10 @@ from torch import Tensor
 
 from clipdist.checkpoint.format import Manifest, load_full_weights
 from clipdist.checkpoint.retention import RetentionPolicy
-from clipdist.checkpoint.saver import Saver, restore, scaler_state
+from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
-from clipdist.data.loader import Batch, Interrupted, open_loader
+from clipdist.data.batch import Batch
+from clipdist.data.loader import Interrupted, image_view, open_loader
 from clipdist.data.order import next_position
 from clipdist.data.tokens import make_tokenizer
 from clipdist.distributed.consensus import Consensus, Flags
@@ -34,11 +35,11 @@ from clipdist.fault_tolerance.replicas import compare_replicas
 from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
-from clipdist.losses.make import make_loss
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import NothingDrawn
 from clipdist.models.spec import ModelSpec
 from clipdist.monitor.journal import Journal, StepTimer
+from clipdist.objectives.make import make_objectives
 from clipdist.run_plan import Plan
 
 RETRY_SAVE_S = 60  # after a checkpoint that could not be written
@@ -82,7 +83,8 @@ class Trainer:
             plan.order,
             self.tokenizer,
             config.data,
-            image_size=self.spec.image_size,
+            views=[image_view(config.data, self.spec.image_size)],
+            images_alone=any("text" not in objective.modalities for objective in self.engine.objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
             start=self.step,
@@ -95,7 +97,7 @@ class Trainer:
         back = config.guard.window if config.guard.patience else 0
         keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, back)
         self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
-        self.saver.prepare(self.engine.engine)
+        self.saver.prepare(*self.engine.zero.save_numel())
         self.engine.before_update = self.saver.wait_copied
         watchdog.linger = self._linger
         self.journal = Journal(config, plan, dist_env)
@@ -111,14 +113,14 @@ class Trainer:
         config, resume = self.config, self.plan.resume
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume else None
         with NothingDrawn() if resume else nullcontext():
-            model = build_model(config.model, config.loss, restored=restored)
+            model = build_model(config.model, config.objectives.clip, restored=restored)
         if resume:
             _load(model, load_full_weights(resume.folder, config.data.retry_s), str(resume.folder))
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        engine = Engine(model.to(self.dist_env.device), make_loss(config.loss), config, self.dist_env)
+        engine = Engine(model.to(self.dist_env.device), make_objectives(config.objectives), config, self.dist_env)
         if resume:
-            restore(engine.engine, resume)
+            engine.zero.restore(resume)
             engine.refresh_scalars()
         return engine, model.spec
 
@@ -203,14 +205,11 @@ class Trainer:
             self.journal.step(done, result, batch, self.engine, timer)
         if self._passes(self.config.train.compare_every):
             with self.watchdog.phase("comparison of the ranks"):
-                compare_replicas(self.engine.engine, self.dist_env, done)
+                compare_replicas(self.engine.zero, self.dist_env, done)
 
     def _train_step(self, batch: Batch, want_norms: bool) -> StepResult:
         return self.engine.train_step(
-            batch.image,
-            batch.tokens,
-            batch.valid,
-            batch.group_id if self.config.loss.group_positives else None,
+            batch,
             step=self.step,
             lr=learning_rate(self.config.optim, self.step, self.plan.steps),
             want_norms=want_norms,
@@ -276,14 +275,14 @@ class Trainer:
             order=self.plan.order_record,
             skipped=self.plan.skipped,
             state={
-                "scaler": scaler_state(self.engine.engine),
+                "scaler": self.engine.zero.scaler_state(),
                 "model": self.spec.to_dict(),
                 "guard": self.guard.state(),
                 "metrics": self._newest_metrics if self._validated_at == self.step else {},
             },
         )
         with self.watchdog.phase("checkpoint"):
-            self.saver.save(self.engine.engine, manifest)
+            self.saver.save(list(self.engine.zero.live_pieces()), list(self.engine.zero.buffer_pieces()), manifest)
         self._on_disk = self._save_from = self.step
         self._save_by = self._deadline(60 * self.config.train.save_minutes)
 

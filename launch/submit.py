@@ -65,7 +65,7 @@ def check_all(request: Request) -> None:
         config = run.config
         debugging = config.launch.cluster == "debug"
         catalog, _ = check_launch(config, 1 if debugging else config.launch.nodes * config.launch.gpus)
-        cost = (config.model, config.loss, config.engine, config.train, config.data.train)
+        cost = (config.model, config.objectives, config.engine, config.train, config.data.train)
         if debugging or cost in estimated:
             continue
         from clipdist.estimate import make_estimate  # slow to import

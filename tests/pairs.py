@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,18 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), 
 PLACES = {"left": (0, 12), "right": (20, 12), "top": (12, 0), "bottom": (12, 20)}
 
 
-def write_pairs(folder: Path, count: int, per_shard: int = 20, bad: dict[int, bytes] | None = None) -> Path:
+def write_pairs(
+    folder: Path,
+    count: int,
+    per_shard: int = 20,
+    bad: dict[int, bytes] | None = None,
+    without_caption: Collection[int] = (),
+) -> Path:
     """Writes `count` samples of 32 x 32 pixels, PNG (lossless: the same pixels everywhere), two captions each.
 
     Args:
         bad: sample number -> bytes to stand in place of the picture.
+        without_caption: numbers of samples that have a picture alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
@@ -30,6 +38,8 @@ def write_pairs(folder: Path, count: int, per_shard: int = 20, bad: dict[int, by
             picture = (bad or {}).get(number, picture)
             record = {"key": sample_key(shard, row), "captions": captions, "filename": f"{number}.png"}
             members = {"png": picture, "txt": captions[0].encode(), "json": json.dumps(record).encode()}
+            if number in without_caption:
+                members = {"png": picture}
             samples.append(Sample(sample_key(shard, row), members))
             number += 1
         write_shard(folder / shard_name(shard), samples)

@@ -60,9 +60,9 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
         if dist_env.rank == 0:
             print_head(audit, source.note)
         for step in range(args.steps):
-            pairs = source.pairs(step)
-            peers = audit_peers(audit, pairs, step) if args.peers and step == 0 else []
-            ours = audit.step(pairs, step)
+            batch = source.batch(step)
+            peers = audit_peers(audit, batch, step) if args.peers and step == 0 else []
+            ours = audit.step(batch, step)
             rows += [*ours, *peers]
             if dist_env.rank == 0:
                 print_step(ours, args.steps)
@@ -79,11 +79,13 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
 
 
 def print_head(audit: Audit, data: str) -> None:
+    from clipdist.evals.reference import clip_of
+
     cfg, dist_env = audit.cfg, audit.dist_env
     micro = f"micro-batches of {audit.micro}" if cfg.train.micro_batch else "no micro-batches"
     print(
         f"{audit.spec.name}: {cfg.train.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type}, {micro},"
-        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {cfg.loss.name}\ndata: {data}",
+        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {clip_of(cfg).loss}\ndata: {data}",
         flush=True,
     )
 
@@ -131,12 +133,14 @@ def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
 
 
 def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed: bool) -> dict[str, Any]:
+    from clipdist.evals.reference import clip_of
+
     cfg = audit.cfg
     return {
         "pass": passed,
         "rows": [asdict(row) for row in rows],
         "model": audit.spec.name,
-        "loss": cfg.loss.name,
+        "loss": clip_of(cfg).loss,
         "world": audit.dist_env.world_size,
         "global_batch": cfg.train.global_batch,
         "micro_batch": audit.micro,

@@ -1,4 +1,4 @@
-"""Saving and restoring a run: engine state to a checkpoint folder, in the background, and back.
+"""Saves a run to checkpoint folders, in the background.
 
 The loop only notes where this rank's fragments lie; a thread copies them while the next forward and backward pass run,
 and writes them. Ranks meet through the file system, not through collectives, so that a slow disk never mixes with the
@@ -11,25 +11,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from clipdist.checkpoint.format import CheckpointReader, Manifest, Piece, checkpoint_dir
+from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
-from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
-from clipdist.errors import Fault, UserError
+from clipdist.errors import Fault
 
 WRITER = "checkpoint writer"  # the thread's name
 NICENESS = 10  # of the thread that writes: the steps beside it go first
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Saver:
@@ -63,19 +58,24 @@ class Saver:
         """Whether the last save is still being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def prepare(self, engine: Any) -> None:
-        """Takes the memory that saves need, beside the first steps, so that the first save costs what others cost."""
-        numel = sum(
-            (fragment.own[1] - fragment.own[0]) * (1 + len(MOMENTS) if fragment.trained else 1)
-            for fragment in fragments(engine)
-        )
-        pinned = any(fragment.flat.is_cuda for fragment in fragments(engine))
+    def prepare(self, numel: int, pinned: bool) -> None:
+        """Takes the memory that saves need, beside the first steps, so that the first save costs what others cost.
+
+        Args:
+            numel: elements of the `live` pieces of a save.
+            pinned: whether they lie on a GPU.
+        """
         self._thread = threading.Thread(target=self._memory.touch, args=(numel, pinned), name=WRITER, daemon=True)
         self._thread.start()
 
-    def save(self, engine: Any, manifest: Manifest) -> Path:
+    def save(self, live: list[Piece], copied: list[Piece], manifest: Manifest) -> Path:
         """Begins to save what this rank holds, and returns. Where a save is being written it is waited for: one that
-        has met a failing disk is given up."""
+        has met a failing disk is given up.
+
+        Args:
+            live: views of tensors that stay as they are until wait_copied() returns.
+            copied: what was copied already.
+        """
         began = time.perf_counter()
         if self._thread is not None:
             self._writer.hurry.set()
@@ -84,7 +84,7 @@ class Saver:
         self.failed = ""
         self._saves += 1  # the same on all ranks: a step that is saved twice makes two attempts
         attempt = f"{self.attempt}-{manifest.step}-{self._saves}"
-        self._copying = _Copying(list(live_pieces(engine)), list(buffer_pieces(engine)))
+        self._copying = _Copying(live, copied)
         work = (self._copying, manifest, attempt)
         self._thread = threading.Thread(target=self._run, args=work, name=WRITER, daemon=True)
         self._thread.start()
@@ -205,74 +205,3 @@ def _step_back() -> None:
     if sys.platform == "linux":  # elsewhere niceness is the whole process's
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-
-
-def live_pieces(engine: Any) -> Iterator[Piece]:
-    """What this rank writes of the fp32 weights and moments: views that stay as they are until the optimiser steps."""
-    state = base_optimizer(engine).state
-    for fragment in fragments(engine):
-        first, last = fragment.own
-        if first == last:
-            continue
-        own = slice(first - fragment.start, last - fragment.start)
-        tensors = {"param": fragment.flat}
-        if fragment.trained:
-            tensors |= {moment: state[fragment.flat][moment] for moment in MOMENTS if state.get(fragment.flat)}
-        for kind, tensor in tensors.items():
-            yield Piece(f"{kind}/{fragment.name}", fragment.shape, first, fragment.of(tensor)[own])
-
-
-def buffer_pieces(engine: Any) -> Iterator[Piece]:
-    """Copies of the buffers, which the next forward pass may change; rank 0 writes them."""
-    if dist.get_rank() == 0:
-        for name, buffer in _buffers(engine.module):
-            yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, buffer.detach().to("cpu", copy=True).reshape(-1))
-
-
-def scaler_state(engine: Any) -> dict[str, float]:
-    """fp16's loss scale and its counters; empty in other precisions."""
-    scaler = loss_scaler(engine)
-    return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
-
-
-def restore(engine: Any, reader: CheckpointReader) -> None:
-    """Puts the fp32 weights, moments and counters of a checkpoint into an engine of any rank count and ZeRO stage.
-
-    The module's own weights and buffers must have been loaded before the engine was built. The reader is closed.
-
-    Raises:
-        UserError: a parameter is missing or has another shape.
-        Fault: the storage refuses.
-    """
-    optimizer = base_optimizer(engine)
-    step = reader.manifest.optimizer_step
-    for fragment in fragments(engine):
-        where = f"param/{fragment.name}"
-        if where not in reader.manifest.tensors or reader.shape(where) != fragment.shape:
-            raise UserError(f"{reader.folder}: a checkpoint of another model ({fragment.name} does not fit)")
-        reader.read_into(fragment.of(fragment.flat), where, fragment.start)
-        if not fragment.trained or step == 0:
-            continue
-        state = optimizer.state[fragment.flat]
-        for moment in MOMENTS:
-            if moment not in state:
-                state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
-            saved = f"{moment}/{fragment.name}"
-            if saved in reader.manifest.tensors:  # not where the parameter was locked until now: it begins with zeros
-                reader.read_into(fragment.of(state[moment]), saved, fragment.start)
-        # torch's fused AdamW counts steps in a tensor beside the weights, DeepSpeed's CPU Adam in an int
-        counted = isinstance(optimizer, torch.optim.AdamW)
-        state["step"] = torch.tensor(float(step), device=fragment.flat.device) if counted else step
-    scaler = loss_scaler(engine)
-    for name, value in reader.manifest.state.get("scaler", {}).items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
-    reader.close()  # the run would keep the checkpoint's room on the disk, even when it is pruned
-
-
-def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Persistent buffers, by the names of the state dict."""
-    parameters = {name for name, _ in module.named_parameters()}
-    for name, tensor in module.state_dict().items():
-        if name not in parameters:
-            yield name, tensor

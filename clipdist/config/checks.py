@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from clipdist.config.schema import Config, Engine
+from clipdist.config.schema import Clip, Config, Engine
 from clipdist.errors import UserError
 
 
@@ -13,7 +13,7 @@ def check(config: Config) -> None:
         if not ok:
             raise UserError(f"{key}={value}: must {must}")
 
-    train, data, optim, loss = config.train, config.data, config.optim, config.loss
+    train, data, optim, clip = config.train, config.data, config.optim, config.objectives.clip
     guard, launch = config.guard, config.launch
     plain = config.run.name not in ("", ".", "..") and "/" not in config.run.name
     need(plain, "run.name", repr(config.run.name), "be a plain name")
@@ -75,8 +75,6 @@ def check(config: Config) -> None:
         ("train.steps", train.steps),
         ("train.samples", train.samples),
         ("train.micro_batch", train.micro_batch),
-        ("loss.tile_rows", loss.tile_rows),
-        ("loss.tile_columns", loss.tile_columns),
         ("train.save_every", train.save_every),
         ("eval.every", config.eval.every),
         ("eval.sheet", config.eval.sheet),
@@ -85,28 +83,25 @@ def check(config: Config) -> None:
         ("data.window", data.window),
     ):
         need(value >= 0, key, value, "not be negative")
-    need(
-        loss.logit_scale_max <= math.log(100) + 1e-9,
-        "loss.logit_scale_max",
-        loss.logit_scale_max,
-        "not exceed ln 100 (the bound of the CLIP paper)",
-    )
-    need(0 <= loss.label_smoothing < 1, "loss.label_smoothing", loss.label_smoothing, "lie in [0, 1)")
-    need(
-        (loss.tile_rows > 0) == (loss.tile_columns > 0),
-        "loss.tile_rows",
-        loss.tile_rows,
-        f"be given together with loss.tile_columns={loss.tile_columns}",
-    )
-    need(
-        loss.first_log_scale <= loss.logit_scale_max,
-        "loss.logit_scale_init",
-        loss.first_log_scale,
-        f"not exceed loss.logit_scale_max={loss.logit_scale_max}",
-    )
+    if clip is None:
+        raise UserError("objectives: none is set; set one, such as objectives.clip={}")
+    _check_clip(clip)
     if data.streams:
         need(train.global_batch % data.streams == 0, "data.streams", data.streams, "divide train.global_batch")
     _check_deepspeed(config.engine)
+
+
+def _check_clip(clip: Clip) -> None:
+    def need(ok: bool, key: str, value: object, must: str) -> None:
+        if not ok:
+            raise UserError(f"objectives.clip.{key}={value}: must {must}")
+
+    need(0 < clip.weight < math.inf, "weight", clip.weight, "be above 0; objectives.clip=null takes it out")
+    least = clip.logit_scale_max <= math.log(100) + 1e-9
+    need(least, "logit_scale_max", clip.logit_scale_max, "not exceed ln 100 (the bound of the CLIP paper)")
+    need(0 <= clip.label_smoothing < 1, "label_smoothing", clip.label_smoothing, "lie in [0, 1)")
+    first, most = clip.first_log_scale, clip.logit_scale_max
+    need(first <= most, "logit_scale_init", first, f"not exceed objectives.clip.logit_scale_max={most}")
 
 
 def _check_deepspeed(engine: Engine) -> None:

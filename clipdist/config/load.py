@@ -11,34 +11,45 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipdist.config.checks import check
-from clipdist.config.schema import REPOSITORY, Config
+from clipdist.config.moved_keys import refuse_old_keys, upgrade
+from clipdist.config.schema import REPOSITORY, Config, Objectives
 from clipdist.errors import UserError
 
 
 def load_config(
-    path: str | Path | None = None, overrides: list[str] | None = None, site: str | Path | None = None
+    path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    site: str | Path | None = None,
+    *,
+    of_run: bool = False,
 ) -> Config:
-    """Reads a recipe and the overrides on top of the defaults, and checks what can be checked without data.
+    """Read a recipe and the overrides on top of the defaults, and check what can be checked without data.
+
+    A recipe that has a section `objectives` trains exactly what that lists; without it, CLIP.
 
     Args:
         path: YAML with differences from the defaults; None: the defaults alone.
         overrides: "section.key=value" words, as on a command line; values are YAML.
         site: YAML of a site's own defaults, below the recipe; a launch section and nothing else.
+        of_run: the file is the config.yaml of a run folder, perhaps of an earlier version: its old keys are understood.
 
     Raises:
         UserError: a misspelt key, a wrong type, or values that do not go together.
     """
-    where = str(site) if site else "the defaults"
+    where = str(path) if path else "the defaults"
     try:
-        merged = OmegaConf.structured(Config)
+        recipe = _read_recipe(Path(path), of_run) if path is not None else OmegaConf.create()
+        merged = OmegaConf.structured(Config(objectives=Objectives()) if "objectives" in recipe else Config())
         if site is not None:
+            where = str(site)
             merged = OmegaConf.merge(merged, _scalars_to_lists(_read_site(Path(site))))
         where = str(path) if path else "the defaults"
-        if path is not None:
-            merged = OmegaConf.merge(merged, _scalars_to_lists(_read_yaml(Path(path))))
+        merged = OmegaConf.merge(merged, _scalars_to_lists(recipe))
         where = "the command line"
         for word in overrides or []:
-            merged = OmegaConf.merge(merged, _scalars_to_lists(_parse_override(word)))
+            tree = _parse_override(word)
+            refuse_old_keys(tree, where)
+            merged = OmegaConf.merge(merged, _scalars_to_lists(tree))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
@@ -71,6 +82,16 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
+
+
+def _read_recipe(path: Path, of_run: bool) -> Any:
+    tree = _read_yaml(path)
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"--config {path}: must hold sections of settings, such as train:")
+    if of_run:
+        tree = upgrade(tree)
+    refuse_old_keys(tree, str(path))
+    return tree
 
 
 def _read_yaml(path: Path) -> Any:

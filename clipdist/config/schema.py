@@ -66,23 +66,31 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Loss:
-    name: Literal["infonce", "sigmoid"] = "infonce"  # both over all pairs of the global batch, exactly
+class Clip:
+    """Images and captions, contrasted over all pairs of the global batch, exactly."""
+
+    weight: float = 1.0  # of this objective in the sum of all
+    loss: Literal["infonce", "sigmoid"] = "infonce"  # CLIP's, or SigLIP's
     logit_scale_init: float | None = None  # the log scale t; null: the papers' ln(1/0.07) and ln 10
     logit_scale_max: float = math.log(100)
     logit_bias_init: float = -10.0  # of the sigmoid loss
     group_positives: bool = True  # equal captions in a batch are positives of one another, not negatives
     label_smoothing: float = 0.0  # share of the target that is spread over all candidates
-    implementation: Literal["auto", "tiles", "compiled", "kernel"] = "auto"  # the same numbers; kernel needs a GPU
-    tile_rows: int = 0  # rows and columns of logits that exist at one time; 0: from the device's cache or memory
-    tile_columns: int = 0
+    implementation: Literal["auto", "tiles", "kernel"] = "auto"  # the same numbers; kernel needs a GPU
 
     @property
     def first_log_scale(self) -> float:
         """t at the start (arXiv:2103.00020, section 2.5; arXiv:2303.15343, section 3.2)."""
         if self.logit_scale_init is not None:
             return self.logit_scale_init
-        return math.log(10) if self.name == "sigmoid" else math.log(1 / 0.07)
+        return math.log(10) if self.loss == "sigmoid" else math.log(1 / 0.07)
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What is trained: the weighted sum of the sections that are set. A recipe without this section trains CLIP."""
+
+    clip: Clip | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
-    loss: Loss = field(default_factory=Loss)
+    objectives: Objectives = field(default_factory=lambda: Objectives(clip=Clip()))
     optim: Optim = field(default_factory=Optim)
     engine: Engine = field(default_factory=Engine)
     train: Train = field(default_factory=Train)

@@ -1,13 +1,14 @@
-"""Encoded pictures and uniform random numbers in, augmented uint8 pixels out: crop and flip a picture, colour a batch.
+"""Training augmentation: crops and flips of one image at a time, colour changes of a whole batch.
 
-Crops are cut where pictures are decoded, one at a time; colours change afterwards, for a whole batch and on its device.
-Everything is a pure function of the uniform numbers of a sample: the same numbers give the same picture.
+An image is decoded once for all its views. Colours change afterwards, on the batch's device. Everything is a pure
+function of the uniform numbers of a sample: the same numbers give the same pixels.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,12 @@ _LOG_ASPECT = math.log(4 / 3)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 _HUE = 3  # operations are numbered as ColorJitter's arguments: brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)
-_CHUNK = 64  # pictures that are coloured at once: bounds the memory of float32 copies
+_CHUNK = 64  # images that are coloured at once: bounds the memory of float32 copies
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training pictures vary.
+    """How training images vary.
 
     Raises:
         UserError: a value outside its range.
@@ -55,43 +56,54 @@ class Augmentation:
             )
 
 
-def train_image(
-    data: bytes,
-    size: int,
-    uniforms: np.ndarray,
-    augmentation: Augmentation,
-    max_pixels: int = MAX_PIXELS,
-    out: Tensor | None = None,
-) -> Tensor:
-    """A random crop, resized, perhaps flipped: uint8 [3, size, size].
+@dataclass(frozen=True)
+class View:
+    """One view of an image: how it is cropped and changed, and its side in pixels."""
+
+    name: str
+    size: int
+    augmentation: Augmentation
+
+
+def train_views(
+    data: bytes, views: Sequence[View], uniforms: np.ndarray, outs: Sequence[Tensor], max_pixels: int = MAX_PIXELS
+) -> None:
+    """All views of one encoded image, from one decode: each a random crop, resized, perhaps flipped.
 
     Args:
-        uniforms: float64 [UNIFORMS], numbers in [0, 1).
-        out: uint8 [3, size, size] or [1, 3, size, size] to write into and return; as decode.resize.
+        uniforms: float64 [len(views), UNIFORMS], numbers in [0, 1).
+        outs: of every view uint8 [3, size, size] or [1, 3, size, size] to write into; as decode.resize.
 
     Raises:
-        BadSample: as decode_pixels. `out` is then as it was.
+        BadSample: as decode_pixels. `outs` are then as they were.
     """
     drawn = uniforms.tolist()
-    image = resize(_crop(data, size, drawn, augmentation, max_pixels), size, size, out)
-    return image.copy_(image.flip(-1)) if drawn[_FLIP] < augmentation.flip else image
+    pixels, factor, boxes = _decode_for(data, views, drawn, max_pixels)
+    for view, numbers, box, out in zip(views, drawn, boxes, outs, strict=True):
+        top, left, height, width = (side // factor for side in box)
+        image = resize(pixels[top : top + height, left : left + width], view.size, view.size, out)
+        if numbers[_FLIP] < view.augmentation.flip:
+            image.copy_(image.flip(-1))
 
 
-def _crop(data: bytes, size: int, drawn: list[float], augmentation: Augmentation, max_pixels: int) -> np.ndarray:
-    """The crop before it is resized, uint8 [h, w, 3]."""
-    least = augmentation.crop_scale_min
-    shape = jpeg_shape(data, max_pixels) if augmentation.dct_scaling else None
+def _decode_for(
+    data: bytes, views: Sequence[View], drawn: list[list[float]], max_pixels: int
+) -> tuple[np.ndarray, int, list[tuple[int, int, int, int]]]:
+    """Pixels uint8 [h, w, 3], the factor by which they were reduced, and the views' crops at full size."""
+
+    def crops(height: int, width: int) -> list[tuple[int, int, int, int]]:
+        return [random_crop(height, width, n, v.augmentation.crop_scale_min) for v, n in zip(views, drawn, strict=True)]
+
+    scaling = all(view.augmentation.dct_scaling for view in views)
+    shape = jpeg_shape(data, max_pixels) if scaling else None
     if shape is not None:
-        box = random_crop(*shape, drawn, least)
-        factor = dct_factor(box, size)
-        if factor > 1:
-            pixels = decode_jpeg(data, shape, factor)
-            if pixels is not None:  # whole blocks of factor x factor, or the crop would lie between pixels
-                top, left, height, width = (side // factor for side in box)
-                return pixels[top : top + height, left : left + width]
+        boxes = crops(*shape)
+        factor = min(dct_factor(box, view.size) for box, view in zip(boxes, views, strict=True))
+        # whole blocks of factor x factor, or the crop would lie between pixels
+        if factor > 1 and (reduced := decode_jpeg(data, shape, factor)) is not None:
+            return reduced, factor, boxes
     pixels = decode_pixels(data, max_pixels)
-    top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], drawn, least)
-    return pixels[top : top + height, left : left + width]
+    return pixels, 1, crops(*pixels.shape[:2])
 
 
 def random_crop(height: int, width: int, drawn: list[float], scale_min: float) -> tuple[int, int, int, int]:
@@ -121,7 +133,7 @@ def colour_parameters(uniforms: np.ndarray, augmentation: Augmentation) -> Tenso
     """What apply_colour is to do to every sample; None where it would have nothing to do.
 
     Args:
-        uniforms: float64 [n, UNIFORMS], as train_image took them.
+        uniforms: float64 [n, UNIFORMS], as train_views took them for one view.
 
     Returns:
         float32 [n, 9] on the CPU: factors of brightness, contrast and saturation, shift of the hue in turns, the four
@@ -159,7 +171,7 @@ def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """apply_colour on a few pictures: uint8 [b, 3, H, W]; parameters float32 [b, 9] on the CPU."""
+    """apply_colour on a few images: uint8 [b, 3, H, W]; parameters float32 [b, 9] on the CPU."""
     shift, order, grey = parameters[:, _HUE], parameters[:, 4:8], parameters[:, 8] > 0
     blended, shifted = bool((parameters[:, :_HUE] != 1).any()), shift != 0
     colours = images.float()

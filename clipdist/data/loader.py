@@ -1,4 +1,4 @@
-"""Batches: an order and a reader in, the rows of one rank out, decoded ahead in threads.
+"""Load the batches of one rank, decoded ahead in threads.
 
 An epoch, a restart and a change of rank counts are all the same to it: it is asked for global batch number `position`.
 """
@@ -13,21 +13,22 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from clipdist import config
-from clipdist.data.augment import UNIFORMS, Augmentation, apply_colour, colour_parameters, train_image
+from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
+from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
-from clipdist.data.reader import Reader, open_reader
+from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault
@@ -42,28 +43,6 @@ HASH_MODULUS = 1 << 47  # of ids_hash: the sum over 2^15 ranks fits into an int6
 
 class Interrupted(Exception):
     """Somebody asked for the end while no batch was ready. The loader is as before: its next batch is the same."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's rows of a global batch. A row whose sample cannot be used has zero pixels and valid = False."""
-
-    position: int  # number of the global batch, counted over all epochs
-    image: torch.Tensor  # uint8 [b, 3, H, W]
-    tokens: torch.Tensor  # int64 [b, L]
-    valid: torch.Tensor  # bool [b]
-    sample_id: torch.Tensor  # int64 [b]
-    group_id: torch.Tensor  # int64 [b]: equal captions are one group
-    bad: list[tuple[int, str]] = field(default_factory=list)  # (sample id, reason)
-    colour: torch.Tensor | None = None  # float32 [b, C]: what the device is still to do to the pictures' colours
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device, its pictures' colours changed there."""
-        names = ("image", "tokens", "valid", "sample_id", "group_id")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        if self.colour is not None:
-            moved["image"] = apply_colour(moved["image"], self.colour.to(device, non_blocking=True))
-        return Batch(position=self.position, bad=self.bad, **moved)
 
 
 def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -83,8 +62,8 @@ def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
 
 
 class _Read(NamedTuple):
-    picture: bytes
-    caption: str
+    image: bytes
+    caption: str  # empty where there is none, and the image is of use alone
     ids: torch.Tensor | None  # int64 [L], where the shard holds them
 
 
@@ -92,7 +71,8 @@ class Loader:
     """Iterates over one rank's batches from global batch `start` on, for ever.
 
     Args:
-        image_size: side of the square pictures, pixels.
+        views: what is made of every image.
+        images_alone: whether an image without a caption is of use; else its row counts as bad.
         skipped: ranges [first, end) of positions that are left out: neither drawn nor fetched.
         pin: put batches into pinned memory, for copies to a GPU, and leave the colours to it.
     Attributes:
@@ -107,17 +87,18 @@ class Loader:
         order: Order,
         cfg: config.Data,
         *,
-        image_size: int,
+        views: Sequence[View],
         rank: int,
         world: int,
+        images_alone: bool = False,
         start: int = 0,
         skipped: Sequence[Sequence[int]] = (),
         pin: bool = False,
     ) -> None:
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
-        self.image_size, self.rank, self.world, self.pin = image_size, rank, world, pin
+        self.views, self.images_alone = views, images_alone
+        self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
-        self._how = augmentation(cfg)
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
@@ -166,7 +147,8 @@ class Loader:
     @property
     def memory_bytes(self) -> int:
         rows = self.order.key.global_batch // self.world
-        return self.cfg.prefetch * rows * (3 * self.image_size**2 + 8 * self.tokenizer.context_length + 17)
+        pixels = sum(view.size**2 for view in self.views)
+        return self.cfg.prefetch * rows * (3 * pixels + 8 * self.tokenizer.context_length + 17)
 
     def close(self) -> None:
         """Ends the threads, and closes the reader: within two seconds, threads that hang in a read are left behind."""
@@ -186,21 +168,24 @@ class Loader:
         self._next = next_position(self._next + 1, self._skipped)
 
     def _empty_batch(self, draws: Draws) -> Batch:
-        b, size = len(draws.ids), self.image_size
+        b = len(draws.ids)
+        zeros = np.zeros((b, UNIFORMS))
+        colour = {view.name: colour_parameters(zeros, view.augmentation) for view in self.views if self.pin}
         return Batch(
             position=self._next,
-            image=self._pictures((b, size, size, 3)).permute(0, 3, 1, 2),  # as the resize gives them
+            # channels last, as the resize gives them
+            images={v.name: self._pixels((b, v.size, v.size, 3)).permute(0, 3, 1, 2) for v in self.views},
             tokens=torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin),
-            valid=torch.zeros(b, dtype=torch.bool, pin_memory=self.pin),
+            valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
-            colour=colour_parameters(np.zeros((b, UNIFORMS)), self._how) if self.pin else None,
+            colour={name: parameters for name, parameters in colour.items() if parameters is not None},
         )
 
-    def _pictures(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for pictures, uint8, into which the threads write. What nobody holds any more is taken again.
+    def _pixels(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory for images, uint8, into which the threads write. What nobody holds any more is taken again.
 
-        Fresh memory costs a page fault every 4 KiB, which on large pictures is a tenth of the time.
+        Fresh memory costs a page fault every 4 KiB, which on large images is a tenth of the time.
         """
         if self.pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps pinned memory for the next one
@@ -213,36 +198,38 @@ class Loader:
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:
         """Runs in a thread: reads, decodes and tokenises some rows. Returns what could not be used, and why."""
         ids = draws.ids[rows].tolist()
-        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], 1 + UNIFORMS)
+        count = 1 + UNIFORMS * len(self.views)  # more views change nothing in the numbers of the first ones
+        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], count)
+        of_view = uniforms[:, 1:].reshape(len(ids), len(self.views), UNIFORMS)
         read: list[_Read | str] = [self._read(sample_id, u) for sample_id, u in zip(ids, uniforms[:, 0].tolist())]
-        images = batch.image[rows].split(1)
+        images = list(zip(*(batch.images[view.name][rows].split(1) for view in self.views)))
         for row, found in enumerate(read):
             if isinstance(found, _Read):
                 try:
-                    pixels = images[row]
-                    train_image(
-                        found.picture, self.image_size, uniforms[row, 1:], self._how, self.cfg.max_pixels, pixels
-                    )
+                    train_views(found.image, self.views, of_view[row], images[row], self.cfg.max_pixels)
                 except BadSample as error:
                     read[row] = error.reason
             if isinstance(read[row], str):
-                images[row].zero_()
+                for pixels in images[row]:
+                    pixels.zero_()
         captions = [found.caption if isinstance(found, _Read) else "" for found in read]
         batch.tokens[rows] = self._tokens(captions, read)
-        batch.valid[rows] = torch.tensor([bool(caption) for caption in captions])
+        batch.valid["image"][rows] = torch.tensor([isinstance(found, _Read) for found in read])
+        batch.valid["text"][rows] = torch.tensor([bool(caption) for caption in captions])
         batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
-        self._change_colour(batch, rows, uniforms[:, 1:])
+        for number, view in enumerate(self.views):
+            self._change_colour(batch, view, rows, of_view[:, number])
         return [(sample_id, found) for sample_id, found in zip(ids, read) if isinstance(found, str)]
 
     def _read(self, sample_id: int, uniform: float) -> _Read | str:
-        """A sample's picture and the caption that is drawn for it, or why it cannot be used.
+        """A sample's image and the caption that is drawn for it, or why it cannot be used.
 
         Raises:
             Fault: the shard cannot be read any more.
         """
         try:
             sample = self.reader.sample(sample_id)
-            captions = sample.captions()
+            captions = self._captions(sample)
             chosen = int(uniform * len(captions)) if self.cfg.caption == "random" else 0
             data = sample.read(self._token_kind)
             ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
@@ -252,6 +239,18 @@ class Loader:
         except AWAY as error:  # of a reader without patience
             tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
+
+    def _captions(self, sample: StoredSample) -> list[str]:
+        """
+        Raises:
+            BadSample: there are none, and an image is of no use alone.
+        """
+        try:
+            return sample.captions()
+        except BadSample:
+            if not self.images_alone:
+                raise
+            return [""]
 
     def _tokens(self, captions: list[str], read: list[_Read | str]) -> torch.Tensor:
         """int64 [len(captions), L]: the ids that the shard holds for this very tokenizer, else made here."""
@@ -270,14 +269,16 @@ class Loader:
             tokens[row] = ids
         return tokens
 
-    def _change_colour(self, batch: Batch, rows: slice, uniforms: np.ndarray) -> None:
-        parameters = colour_parameters(uniforms, self._how)
+    @staticmethod
+    def _change_colour(batch: Batch, view: View, rows: slice, uniforms: np.ndarray) -> None:
+        parameters = colour_parameters(uniforms, view.augmentation)
         if parameters is None:
             return
-        if batch.colour is not None:
-            batch.colour[rows] = parameters
+        if view.name in batch.colour:
+            batch.colour[view.name][rows] = parameters
         else:
-            batch.image[rows] = apply_colour(batch.image[rows], parameters)
+            images = batch.images[view.name]
+            images[rows] = apply_colour(images[rows], parameters)
 
 
 def open_loader(
@@ -286,9 +287,10 @@ def open_loader(
     tokenizer: Tokenizer,
     cfg: config.Data,
     *,
-    image_size: int,
+    views: Sequence[View],
     rank: int,
     world: int,
+    images_alone: bool = False,
     start: int = 0,
     skipped: Sequence[Sequence[int]] = (),
     pin: bool = False,
@@ -307,9 +309,10 @@ def open_loader(
         tokenizer,
         order,
         cfg,
-        image_size=image_size,
+        views=views,
         rank=rank,
         world=world,
+        images_alone=images_alone,
         start=start,
         skipped=skipped,
         pin=pin,
@@ -336,10 +339,10 @@ def _references(kept: list[np.ndarray]) -> list[int]:
 _UNUSED = _references([np.empty(0)])[0]  # of what only a list holds; how many that is differs among Python's versions
 
 
-def augmentation(cfg: config.Data) -> Augmentation:
-    """What training does to a picture."""
+def image_view(cfg: config.Data, size: int) -> View:
+    """The view that CLIP trains on: a square of `size` pixels."""
     brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
-    return Augmentation(
+    augmentation = Augmentation(
         crop_scale_min=cfg.crop_scale_min,
         dct_scaling=cfg.dct_scaling,
         flip=cfg.flip,
@@ -347,6 +350,7 @@ def augmentation(cfg: config.Data) -> Augmentation:
         jitter_probability=cfg.jitter_probability,
         grayscale=cfg.grayscale,
     )
+    return View(IMAGE, size, augmentation)
 
 
 def group_id(caption: str) -> int:

@@ -1,4 +1,4 @@
-"""The size of the coming update: an engine between backward and step in, norms and sizes of all ranks alike out.
+"""Norms of the gradients and the size of the coming update, between backward and step.
 
 After StableAdamW's RMS_t = sqrt(mean(g^2 / max(v, eps^2))), which jumps some steps before a contrastive loss does,
 where the second moments v have lost touch with the gradients g (Wortsman et al., arXiv:2304.13013, section 3). Here v
@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
-from clipdist.engine.zero import Fragment, base_optimizer, fragments, gradient, loss_scale, part_of
+from clipdist.engine.zero import Fragment, Zero
 
 TOWERS = ("image", "text")
 BATCH_ELEMENTS = 1 << 26
@@ -42,20 +41,19 @@ class GradientStatistics:
     not_finite: tuple[str, ...]
 
 
-def gradient_statistics(engine: Any, grad_clip: float, want_sizes: bool) -> GradientStatistics:
+def gradient_statistics(zero: Zero, grad_clip: float, want_sizes: bool) -> GradientStatistics:
     """One pass over the gradients and second moments of this rank, and one all-reduce of three numbers a parameter.
 
     Args:
-        engine: a DeepSpeedEngine of any ZeRO stage and precision, between backward and step.
+        zero: between backward and step.
         grad_clip: the norm that the step will clip to; 0: it does not clip.
         want_sizes: whether the second moments are read at all.
     """
-    numel = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters() if p.requires_grad}
-    sums = _sums(engine, numel, want_sizes)
-    scale = loss_scale(engine)
-    squares = sums[:, 0] / scale**2
+    numel = zero.numel(trained_only=True)
+    sums = _sums(zero, numel, want_sizes)
+    squares = sums[:, 0] / zero.loss_scale**2
     seconds, steps = sums[:, 1], round(float(sums[:, 2].max()))
-    parts = [part_of(name) for name in numel]
+    parts = [zero.module.part_of(name) for name in numel]
     norms = {
         part: float(squares[[i for i, other in enumerate(parts) if other == part]].sum().sqrt())
         for part in dict.fromkeys(parts)
@@ -63,7 +61,7 @@ def gradient_statistics(engine: Any, grad_clip: float, want_sizes: bool) -> Grad
     not_finite = tuple(name for name, finite in zip(numel, squares.isfinite().tolist()) if not finite)
     sizes: dict[str, float] = {}
     if want_sizes and steps and not not_finite:
-        group = base_optimizer(engine).param_groups[0]
+        group = zero.optimizer_settings
         clip = min(1.0, grad_clip / (math.sqrt(float(squares.sum())) + 1e-6)) if grad_clip else 1.0
         count = torch.tensor(list(numel.values()), dtype=torch.float64)
         expected = (seconds / (1 - group["betas"][1] ** steps)).clamp_min(count * group["eps"] ** 2)
@@ -77,24 +75,24 @@ def gradient_statistics(engine: Any, grad_clip: float, want_sizes: bool) -> Grad
 
 
 @torch.no_grad()
-def _sums(engine: Any, numel: dict[str, int], want_seconds: bool) -> torch.Tensor:
+def _sums(zero: Zero, numel: dict[str, int], want_seconds: bool) -> torch.Tensor:
     """float64 [P, 3] on the CPU: a parameter's sum of g^2 (loss scale included), of v, and the optimiser's steps."""
     row = {name: number for number, name in enumerate(numel)}
-    state = base_optimizer(engine).state
-    sums = torch.zeros(len(numel), 3, dtype=torch.float64, device=engine.device)
-    for pieces in _batches(fragment for fragment in fragments(engine) if fragment.trained):
-        rows = torch.tensor([row[piece.name] for piece in pieces], device=engine.device)
-        norms = torch._foreach_norm([gradient(engine, piece) for piece in pieces], 2, dtype=torch.float32)
+    sums = torch.zeros(len(numel), 3, dtype=torch.float64, device=zero.device)
+    for pieces in _batches(fragment for fragment in zero.fragments() if fragment.trained):
+        rows = torch.tensor([row[piece.name] for piece in pieces], device=zero.device)
+        norms = torch._foreach_norm([zero.gradient(piece) for piece in pieces], 2, dtype=torch.float32)
         sums[:, 0].index_add_(0, rows, torch.stack(norms).to(sums).square())
-        held = [place for place, piece in enumerate(pieces) if state.get(piece.flat)] if want_seconds else []
+        seconds = {i: zero.moments(piece).get("exp_avg_sq") for i, piece in enumerate(pieces)} if want_seconds else {}
+        held = {i: second for i, second in seconds.items() if second is not None}
         if held:  # nothing is held before the first step
-            some, kept = rows[held], [pieces[place] for place in held]
-            totals = torch._foreach_norm([piece.of(state[piece.flat]["exp_avg_sq"]) for piece in kept], 1)  # v >= 0
+            some, kept = rows[list(held)], [pieces[i] for i in held]
+            totals = torch._foreach_norm(list(held.values()), 1)  # second moments are not negative
             sums[:, 1].index_add_(0, some, torch.stack(totals).to(sums))
             shares = torch.tensor([piece.numel / numel[piece.name] for piece in kept]).to(sums)
-            sums[:, 2].index_add_(0, some, shares * torch.as_tensor(state[kept[0].flat]["step"]).to(sums))
+            sums[:, 2].index_add_(0, some, shares * torch.as_tensor(zero.optimizer_steps(kept[0])).to(sums))
     # What all ranks hold: the mean leaves the sums as they are, and makes them alike to the last bit on all ranks.
-    copies = rank_and_world()[1] if engine.zero_optimization_stage() == 0 else 1
+    copies = rank_and_world()[1] if zero.stage == 0 else 1
     return (all_reduce_sum(sums) / copies).cpu()
 
 

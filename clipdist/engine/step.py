@@ -1,44 +1,47 @@
-"""The training engine: a dual encoder and its configuration in; steps, features and checkpoints out.
+"""One training step: forward over all rows of this rank or in micro-batches, the objectives' loss, backward, update.
 
-This room alone imports deepspeed. GradientStatistics are averaged over ranks, and the loss is exact under that mean.
+Gradients are averaged over ranks, and every term of the loss is exact under that mean. A step either changes weights,
+moments and running statistics together, or leaves all of them as they were.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from clipdist.config import Config
+from clipdist.data.batch import IMAGE, Batch
 from clipdist.distributed.collectives import all_reduce_sum
-from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.gradients import GradientStatistics, gradient_statistics
-from clipdist.engine.optim import make_optimizer
-from clipdist.engine.zero import (
-    PART_OF,
-    base_optimizer,
-    fragments,
-    gradient,
-    keep_on_at_lowest_scale,
-    loss_scale,
-    loss_scale_is_lowest,
-    part_of,
-)
-from clipdist.errors import Fault, UserError
+from clipdist.engine.zero import Zero
+from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
-from clipdist.losses.make import LossFunction
-from clipdist.models.norms import running_norms, statistics_once, statistics_still
+from clipdist.models.norms import RunningStatistics, statistics_once, statistics_still
+from clipdist.objectives.objective import Objective, Term
 
-if TYPE_CHECKING:
-    from clipdist.fault_tolerance.guard import Guard
 
-SCALARS = ("logit_scale", "logit_bias")  # the parameters that the loss reads
+class StepGuard(Protocol):
+    """Says which steps to leave out; the same on all ranks. See clipdist.fault_tolerance.guard."""
+
+    @property
+    def wants_sizes(self) -> bool: ...
+
+    def judge_loss(self, loss: float) -> str: ...
+
+    def judge_updates(self, sizes: dict[str, float]) -> str: ...
+
+    def accepted(self, step: int, loss: float, sizes: dict[str, float]) -> None: ...
+
+    def left_out(self, step: int, reason: str) -> None: ...
+
+    def overflowed(self, step: int, reason: str, scale_is_lowest: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class StepResult:
 
     Attributes:
         value: this rank's loss; its mean over ranks is the global loss. nan where features were not finite.
-        statistics: of the loss, fp32 scalars, this rank's.
-        features: image and text features [b, D] of this rank, detached: in-batch accuracies come from them.
+        terms: the objectives' parts of it, by name, detached.
+        outputs: the features [b, D] that the objectives read, and the model's scalars, detached.
         grad_norms: by part of the model, before clipping; empty unless asked for or measured for a guard.
         applied: False where the optimiser took no step: weights, moments and running statistics are as before.
         skipped: why not, the same on all ranks; empty where only DeepSpeed knows (fp16 without a guard).
@@ -56,9 +59,9 @@ class StepResult:
         update_sizes: by tower, as clipdist.engine.gradients has them; empty without a guard that looks at them.
     """
 
-    value: torch.Tensor
-    statistics: dict[str, torch.Tensor]
-    features: tuple[torch.Tensor, torch.Tensor]
+    value: Tensor
+    terms: dict[str, Term]
+    outputs: dict[str, Tensor]
     grad_norms: dict[str, float]
     applied: bool
     skipped: str = ""
@@ -70,81 +73,52 @@ class StepResult:
 class _Forward:
     """What the forward pass gave, and the backward pass that is still to come."""
 
-    value: torch.Tensor
-    statistics: dict[str, torch.Tensor]
-    features: tuple[torch.Tensor, torch.Tensor]
+    value: Tensor
+    terms: dict[str, Term]
+    outputs: dict[str, Tensor]
     backward: Callable[[], None]
+
+    def result(self, applied: bool, skipped: str, loss: float, gradients: GradientStatistics | None) -> StepResult:
+        terms = {name: Term(t.sum.detach(), t.count, t.weight, t.statistics) for name, t in self.terms.items()}
+        outputs = {name: output.detach() for name, output in self.outputs.items()}
+        norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})
+        return StepResult(self.value.detach(), terms, outputs, norms, applied, skipped, loss, sizes)
 
 
 class Engine:
-    """Trains one dual encoder on all ranks.
+    """Trains one model by its objectives on all ranks.
 
     Args:
-        model: called as model(image, tokens) -> (image_features, text_features, logit_scale, logit_bias or None).
-        loss: as clipdist.losses.infonce.info_nce.
+        model: called by the names of the batch's inputs, it gives a dict of outputs; it tells its `scalars` and the
+            `part_of` a parameter. See clipdist.models.dual_encoder.DualEncoder.
 
     Attributes:
+        zero: the weights, their optimiser, and how they are sharded.
         before_update: called in every step that changes weights, right before: who copies them in the background must
             be done when it returns. (Running statistics of BatchNorm change earlier, in the forward pass.)
+        scalars: the fp32 masters of the model's scalars, [1], on every rank.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, config: Config, dist_env: DistEnv) -> None:
-        import deepspeed
-        from deepspeed.runtime.config import DeepSpeedConfigError
-        from pydantic import ValidationError
-
-        self.dist_env = dist_env
-        self.loss = loss
+    def __init__(self, model: nn.Module, objectives: Sequence[Objective], config: Config, dist_env: DistEnv) -> None:
+        self.dist_env, self.objectives = dist_env, objectives
         self.seed = config.train.seed
         self.before_update: Callable[[], None] | None = None
         self.skip_nonfinite = config.guard.nonfinite == "skip"
         self.grad_clip = config.optim.grad_clip
-        self.logit_scale_max = config.loss.logit_scale_max
         self.micro_batch = config.train.micro_batch or config.train.global_batch // dist_env.world_size
-        settings = deepspeed_config(config, dist_env.device.type, dist_env.world_size)
-        offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
-        optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
-        has = {name.partition(".")[0] for name, _ in model.named_parameters()}
-        self.parts = tuple(part for prefix, part in PART_OF.items() if prefix in has)
-        half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
-        originals = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if half else {}
-        try:
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        except (ValidationError, DeepSpeedConfigError) as error:
-            raise UserError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
-        base_optimizer(self.engine).state.clear()  # see make_optimizer: nothing of a step at construction stays
-        self._set_masters(originals)
-        # Stage 0 in half precision cannot accumulate in fp32: see _accumulate.
-        self._accumulates_here = bool(half) and config.engine.zero_stage == 0
-        self._norms = running_norms(self.engine.module)
-        self._statistics = [
-            buffer
-            for norm in self._norms
-            for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-            if buffer is not None
-        ]
-        self._statistics_before = [torch.empty_like(buffer) for buffer in self._statistics]
-        keep_on_at_lowest_scale(self.engine)
-        self._scalars: dict[str, torch.Tensor] = {}
+        self.zero = Zero(model, config, dist_env)
+        self.scalars: dict[str, Tensor] = {}
         self.refresh_scalars()
+        self._features = tuple(dict.fromkeys(name for objective in objectives for name in objective.features))
+        self._statistics = RunningStatistics(self.zero.module)
 
     def train_step(
-        self,
-        image: torch.Tensor,
-        tokens: torch.Tensor,
-        valid: torch.Tensor,
-        group_id: torch.Tensor | None,
-        *,
-        step: int,
-        lr: float,
-        want_norms: bool = False,
-        guard: Guard | None = None,
+        self, batch: Batch, *, step: int, lr: float, want_norms: bool = False, guard: StepGuard | None = None
     ) -> StepResult:
         """One optimiser step on this rank's rows of global batch `step`.
 
         Args:
-            image: uint8 [b, 3, H, W].  tokens: int64 [b, L].  valid: bool [b].
-            group_id: int64 [b], or None where equal captions are negatives like all others.
+            batch: on this rank's device.
             lr: the learning rate of this step.
             want_norms: also measure the gradients' norms (one pass over them and a small collective).
             guard: judges the global loss before backward and the gradients after it, and is told what came of the
@@ -154,68 +128,120 @@ class Engine:
             Fault: features, or with a guard the loss or gradients, that are not finite, unless the configuration wants
                 such steps skipped.
         """
-        self.engine.train()
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self._keep_statistics()
-        forward = self._whole if self.micro_batch >= len(image) else self._cached
+        self.zero.train()
+        self.zero.set_lr(lr)
+        self._statistics.keep()
+        forward = self._whole if self.micro_batch >= len(batch) else self._cached
         try:
-            done = forward(image, tokens, step, valid, group_id)
+            done = forward(batch, step)
         except NonFiniteFeatures as error:
-            empty = image.new_zeros((0, 0), dtype=torch.float32)
-            nan = torch.full((), torch.nan, device=self.dist_env.device)
-            nothing = _Forward(nan, {}, (empty, empty), lambda: None)
+            nothing = _Forward(torch.full((), torch.nan, device=self.dist_env.device), {}, {}, lambda: None)
             return self._left_out(nothing, step, guard, str(error), finite=False)
         if guard is None:
             done.backward()
-            return self._update(done, step, None, math.nan, None, self.grad_norms() if want_norms else {})
+            norms = gradient_statistics(self.zero, self.grad_clip, want_sizes=False) if want_norms else None
+            return self._update(done, step, None, math.nan, norms)
         loss = float(all_reduce_sum(done.value.double())) / self.dist_env.world_size
         if reason := guard.judge_loss(loss):
             return self._left_out(done, step, guard, reason, loss, finite=math.isfinite(loss))
         done.backward()
-        gradients = gradient_statistics(self.engine, self.grad_clip, guard.wants_sizes)
-        if gradients.not_finite and not self.engine.fp16_enabled():
-            self._drop_gradients()
-            return self._left_out(done, step, guard, _not_finite(gradients), loss, finite=False)
+        gradients = gradient_statistics(self.zero, self.grad_clip, guard.wants_sizes)
+        if gradients.not_finite and not self.zero.fp16:
+            self.zero.drop_gradients()
+            return self._left_out(done, step, guard, _not_finite(gradients.not_finite), loss, finite=False)
         if not gradients.not_finite and (reason := guard.judge_updates(gradients.sizes)):
-            self._drop_gradients()
+            self.zero.drop_gradients()
             return self._left_out(done, step, guard, reason, loss, gradients)
-        return self._update(done, step, guard, loss, gradients, gradients.norms)
+        return self._update(done, step, guard, loss, gradients)
+
+    # Forward and backward
+
+    def _whole(self, batch: Batch, step: int) -> _Forward:
+        """Forward over all rows of this rank at once."""
+        seed_step(self.seed, step, self.dist_env.rank)
+        outputs = self._forward(batch)
+        value, terms = self._loss(outputs, batch)
+        return _Forward(value, terms, outputs, partial(self.zero.backward, value))
+
+    def _cached(self, batch: Batch, step: int) -> _Forward:
+        """The same in micro-batches, exactly: features of all without gradients, the loss' gradient towards them, then
+        each micro-batch once more, its random state replayed, against its share (Gao et al., arXiv:2101.06983, 3).
+
+        Memory grows with the features, b x D, and one micro-batch's activations.
+        """
+        pieces = batch.split(self.micro_batch)
+        cached = []
+        with torch.no_grad(), statistics_still(self._statistics.norms):
+            for micro, piece in enumerate(pieces):
+                seed_step(self.seed, step, self.dist_env.rank, micro)
+                cached.append(self._forward(piece))
+        outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
+        outputs |= {name: cached[0][name].detach().requires_grad_() for name in self.scalars}
+        del cached
+        value, terms = self._loss(outputs, batch)
+        return _Forward(value, terms, outputs, partial(self._backward_again, pieces, step, value, outputs))
+
+    def _backward_again(self, pieces: list[Batch], step: int, value: Tensor, outputs: dict[str, Tensor]) -> None:
+        """The second half of _cached."""
+        scale = self.zero.loss_scale  # fp16 features have fp16 gradients, which vanish without it
+        found = torch.autograd.grad(value * scale, list(outputs.values()))
+        gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
+        shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
+        with statistics_once(self._statistics.norms):
+            for micro, piece in enumerate(pieces):
+                seed_step(self.seed, step, self.dist_env.rank, micro)
+                again = self._forward(piece)
+                parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
+                # Every micro-batch carries an equal part of a scalar's: a reduction may wait for all parameters.
+                parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
+                self.zero.accumulate(torch.stack(parts).sum(), last=micro == len(pieces) - 1)
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The features that the objectives read, and the scalars, with their masters' values."""
+        outputs = self.zero.forward(**batch.inputs())
+        kept = {name: outputs[name] for name in self._features}
+        for name, master in self.scalars.items():
+            scalar = outputs[name]
+            kept[name] = scalar.float() + (master - scalar.detach().float())
+        return kept
+
+    def _loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Term]]:
+        """The weighted sum of the terms, whose mean over ranks is the global loss, and the terms by name."""
+        terms = {objective.name: objective.loss(outputs, batch) for objective in self.objectives}
+        world = self.dist_env.world_size
+        values = [term.weight * (world / term.count) * term.sum for term in terms.values()]
+        return (torch.stack(values).sum() if len(values) > 1 else values[0]), terms
+
+    # Update
 
     def _update(
-        self,
-        done: _Forward,
-        step: int,
-        guard: Guard | None,
-        loss: float,
-        gradients: GradientStatistics | None,
-        norms: dict[str, float],
+        self, done: _Forward, step: int, guard: StepGuard | None, loss: float, gradients: GradientStatistics | None
     ) -> StepResult:
         """The optimiser's step, and what belongs to it. In fp16 DeepSpeed leaves it out where gradients overflowed."""
         if self.before_update is not None:
             self.before_update()
-        scale, lowest = loss_scale(self.engine), loss_scale_is_lowest(self.engine)
-        self.engine.step()
-        applied, skipped = self.engine.was_step_applied(), ""
-        sizes = gradients.sizes if gradients else {}
+        scale, lowest = self.zero.loss_scale, self.zero.loss_scale_is_lowest
+        applied, skipped = self.zero.step(), ""
         if applied:
-            self._bound_temperature()
+            for objective in self.objectives:
+                for name, most in objective.upper_bounds.items():
+                    self.zero.clamp(name, most)
             self.refresh_scalars()
-            self._average_statistics()
+            self._statistics.average()
             if guard:
-                guard.accepted(step, loss, sizes)
+                guard.accepted(step, loss, gradients.sizes if gradients else {})
         else:
-            self._put_back_statistics()
+            self._statistics.put_back()
             if guard:
                 skipped = f"the gradients overflow at a loss scale of {scale:g}"
                 guard.overflowed(step, skipped, lowest)
-        return StepResult(done.value.detach(), done.statistics, done.features, norms, applied, skipped, loss, sizes)
+        return done.result(applied, skipped, loss, gradients)
 
     def _left_out(
         self,
         done: _Forward,
         step: int,
-        guard: Guard | None,
+        guard: StepGuard | None,
         reason: str,
         loss: float = math.nan,
         gradients: GradientStatistics | None = None,
@@ -223,7 +249,7 @@ class Engine:
         finite: bool = True,
     ) -> StepResult:
         """The result of a step that was not taken. The gradients, where there were any, are dropped already."""
-        self._put_back_statistics()
+        self._statistics.put_back()
         if not finite and not self.skip_nonfinite:
             raise Fault(
                 f"step {step}: {reason}; nothing was changed. Lower optim.lr, look at the data of this step, or set"
@@ -231,222 +257,32 @@ class Engine:
             )
         if guard is not None:
             guard.left_out(step, reason)
-        norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})
-        return StepResult(done.value.detach(), done.statistics, done.features, norms, False, reason, loss, sizes)
+        return done.result(False, reason, loss, gradients)
 
-    def _drop_gradients(self) -> None:
-        """DeepSpeed's own step with an optimiser that does nothing.
-
-        Each stage then clears its gradients, buffers and counters as after any step, and copies masters that have not
-        changed. (Where it finds the gradients not finite itself, it leaves the step out in the same way.)
-        """
-        optimizers = [base_optimizer(self.engine), getattr(self.engine.optimizer, "backup_optimizer", None)]
-        held = [optimizer for optimizer in optimizers if optimizer is not None]
-        for optimizer in held:
-            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
-        try:
-            self.engine.step()
-        finally:
-            for optimizer in held:
-                del optimizer.step
-
-    def _whole(
-        self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
-    ) -> _Forward:
-        """Forward over all rows of this rank at once."""
-        seed_step(self.seed, step, self.dist_env.rank)
-        images, texts, *scalars = self._forward(image, tokens)
-        value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
-        backward = partial(self._backward, value)
-        return _Forward(value, statistics, (images.detach(), texts.detach()), backward)
-
-    def _cached(
-        self, image: torch.Tensor, tokens: torch.Tensor, step: int, valid: torch.Tensor, group_id: torch.Tensor | None
-    ) -> _Forward:
-        """The same in micro-batches, exactly: features of all without gradients, the loss' gradient towards them, then
-        each micro-batch once more, its random state replayed, against its share (Gao et al., arXiv:2101.06983, 3).
-
-        Memory grows with the features, b x D, and one micro-batch's activations.
-        """
-        pieces = list(zip(image.split(self.micro_batch), tokens.split(self.micro_batch)))
-        cached = []
-        with torch.no_grad(), statistics_still(self._norms):
-            for micro, (some_images, some_tokens) in enumerate(pieces):
-                seed_step(self.seed, step, self.dist_env.rank, micro)
-                cached.append(self._forward(some_images, some_tokens))
-        images = torch.cat([features[0] for features in cached]).requires_grad_()
-        texts = torch.cat([features[1] for features in cached]).requires_grad_()
-        scalars = [None if s is None else s.detach().requires_grad_() for s in cached[0][2:]]
-        del cached
-        value, statistics = self.loss(images, texts, *scalars, valid=valid, group_id=group_id)
-        wanted = [images, texts, *(s for s in scalars if s is not None)]
-        backward = partial(self._backward_again, pieces, step, value, wanted)
-        return _Forward(value, statistics, (images.detach(), texts.detach()), backward)
-
-    def _backward_again(
-        self,
-        pieces: list[tuple[torch.Tensor, torch.Tensor]],
-        step: int,
-        value: torch.Tensor,
-        wanted: list[torch.Tensor],
-    ) -> None:
-        """The second half of _cached. wanted: image features, text features, t and the bias if there is one."""
-        scale = loss_scale(self.engine)  # fp16 features have fp16 gradients, which vanish without it
-        feature_gradients = [gradient.float() / scale for gradient in torch.autograd.grad(value * scale, wanted)]
-        image_gradients, text_gradients = (gradient.split(self.micro_batch) for gradient in feature_gradients[:2])
-        with statistics_once(self._norms):
-            for micro, (some_images, some_tokens) in enumerate(pieces):
-                seed_step(self.seed, step, self.dist_env.rank, micro)
-                some_image_features, some_text_features, *again = self._forward(some_images, some_tokens)
-                surrogate = (some_image_features.float() * image_gradients[micro]).sum()
-                surrogate = surrogate + (some_text_features.float() * text_gradients[micro]).sum()
-                # Every micro-batch carries an equal part, because a reduction may wait for all parameters.
-                for scalar, gradient in zip((s for s in again if s is not None), feature_gradients[2:]):
-                    surrogate = surrogate + (scalar * gradient / len(pieces)).sum()
-                self._accumulate(surrogate, last=micro == len(pieces) - 1)
-
-    def _accumulate(self, surrogate: torch.Tensor, last: bool) -> None:
-        """Adds one micro-batch's gradients, in fp32; after the last one they are reduced over ranks.
-
-        DeepSpeed's own accumulation does it, but for stage 0 in half precision, where it would add in half precision:
-        there the sum is kept here and handed over before the reduction.
-        """
-        engine = self.engine
-        if not self._accumulates_here:
-            self._backward(surrogate)
-            if not last:
-                engine.step()  # counts the micro-batch; the optimiser steps at the boundary alone
-            return
-        engine.set_gradient_accumulation_boundary(False)
-        self._backward(surrogate)
-        for parameter in engine.module.parameters():
-            if parameter.grad is not None:
-                total = getattr(parameter, "_fp32_sum", None)
-                parameter._fp32_sum = parameter.grad.float() if total is None else total.add_(parameter.grad)
-                parameter.grad = None
-        if last:
-            for parameter in engine.module.parameters():
-                total = parameter.__dict__.pop("_fp32_sum", None)
-                if total is not None:
-                    parameter.grad = total.to(parameter.dtype)
-            engine.set_gradient_accumulation_boundary(True)
-            engine.allreduce_gradients()
-
-    def _backward(self, value: torch.Tensor) -> None:
-        """DeepSpeed's backward pass, with the loss scale that its step divides by.
-
-        In fp16 at stage 0 it divides and does not multiply (0.19.8; upstream PR 8393). Whatever it multiplies by there,
-        the gradient that enters the graph is set to the scale.
-        """
-        if self.engine.fp16_enabled() and self.engine.zero_optimization_stage() == 0:
-            scale = loss_scale(self.engine)
-            value.register_hook(lambda gradient: torch.full_like(gradient, scale))
-        self.engine.backward(value, scale_wrt_gas=False)
-
-    def _forward(
-        self, image: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Features, t and bias; the scalars have the values of the fp32 masters, and the module's gradients."""
-        images, texts, scale, bias = self.engine(image, tokens)
-        exact = [
-            None if s is None else s.float() + (self._scalars[name] - s.detach().float())
-            for name, s in zip(SCALARS, (scale, bias))
-        ]
-        assert exact[0] is not None
-        return images, texts, exact[0], exact[1]
-
-    def close(self) -> None:
-        """Gives the memory back: DeepSpeed's hooks on the weights hold it otherwise. At stage 3 some of it stays."""
-        self.engine.destroy()
+    # Between steps
 
     @torch.no_grad()
-    def encode(
-        self, image: torch.Tensor | None, tokens: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Features in evaluation mode, unnormalised. With ZeRO-3 every rank must make the same calls."""
-        self.engine.eval()
-        image = None if image is None else image.to(self.dist_env.device)
-        tokens = None if tokens is None else tokens.to(self.dist_env.device)
-        image_features, text_features, *_ = self.engine(image, tokens)
-        return image_features, text_features
-
-    def grad_norms(self) -> dict[str, float]:
-        """L2 norms of the reduced gradients by part of the model; between backward and step only."""
-        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.dist_env.device)
-        for fragment in fragments(self.engine):
-            if fragment.trained:
-                part = self.parts.index(part_of(fragment.name))
-                norm = torch.linalg.vector_norm(gradient(self.engine, fragment), dtype=torch.float32)
-                squares[part] += norm.to(squares.device).double().square()
-        if self.engine.zero_optimization_stage() > 0:
-            squares = all_reduce_sum(squares)
-        norms = squares.sqrt() / loss_scale(self.engine)
-        return dict(zip(self.parts, norms.tolist()))
+        self.zero.train(False)
+        given = {name: x.to(self.dist_env.device) for name, x in ((IMAGE, image), ("tokens", tokens)) if x is not None}
+        outputs = self.zero.forward(**given)
+        return outputs.get(IMAGE), outputs.get("text")
 
     def logit_scale(self) -> float:
         """The log scale t of the fp32 master weights, on every rank."""
-        return float(self._scalars["logit_scale"])
+        return float(self.scalars["logit_scale"])
 
-    def logit_bias(self) -> float | None:
-        """The sigmoid loss' bias of the fp32 master weights, on every rank; None where there is none."""
-        return float(self._scalars["logit_bias"]) if "logit_bias" in self._scalars else None
-
-    @torch.no_grad()
     def refresh_scalars(self) -> None:
-        """Reads t and the bias from the master weights: to be called when those were changed from outside."""
-        found = {name: torch.zeros(1, device=self.dist_env.device) for name in SCALARS}
-        for fragment in fragments(self.engine):
-            if fragment.name in found and fragment.own[0] < fragment.own[1]:
-                found[fragment.name] += fragment.of(fragment.flat).to(self.dist_env.device)
-        values = all_reduce_sum(torch.stack(list(found.values())))
-        kept = SCALARS if "bias" in self.parts else SCALARS[:1]
-        self._scalars = {name: value for name, value in zip(SCALARS, values) if name in kept}
+        """Reads the scalars from the master weights: to be called when those were changed from outside. Collective."""
+        self.scalars = self.zero.scalars(self.zero.module.scalars)
 
-    @torch.no_grad()
-    def _set_masters(self, originals: dict[str, torch.Tensor]) -> None:
-        """The fp32 masters begin with the weights as given: DeepSpeed takes them after rounding to half precision."""
-        for fragment in fragments(self.engine):
-            if fragment.trained and fragment.name in originals:
-                whole = originals[fragment.name].view(-1)
-                fragment.of(fragment.flat).copy_(whole.narrow(0, fragment.start, fragment.numel))
-
-    @torch.no_grad()
-    def _bound_temperature(self) -> None:
-        """Clamps t on the fp32 master and on the weights that the module reads: clamping only one is undone."""
-        for fragment in fragments(self.engine):
-            if fragment.name == "logit_scale":
-                fragment.of(fragment.flat).clamp_(max=self.logit_scale_max)
-        parameter = self.engine.module.logit_scale
-        # Stage 3 keeps a small parameter gathered beside its partition: both are read.
-        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            tensor.data.clamp_(max=self.logit_scale_max)
-
-    @torch.no_grad()
-    def _keep_statistics(self) -> None:
-        """A step that is left out has gone through the forward pass, and may have taken inf or nan along."""
-        if self._statistics:
-            torch._foreach_copy_(self._statistics_before, self._statistics)
-
-    @torch.no_grad()
-    def _put_back_statistics(self) -> None:
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, self._statistics_before)
-
-    @torch.no_grad()
-    def _average_statistics(self) -> None:
-        """BatchNorm normalises over a micro-batch; its running statistics become the mean over ranks."""
-        if not self._norms or self.dist_env.world_size == 1:
-            return
-        buffers = [b for norm in self._norms for b in (norm.running_mean, norm.running_var) if b is not None]
-        flat = torch.cat([buffer.float().view(-1) for buffer in buffers])
-        dist.all_reduce(flat)
-        flat /= self.dist_env.world_size
-        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-            buffer.copy_(mean.view_as(buffer))
+    def close(self) -> None:
+        """Gives the memory back; at stage 3 some of it stays."""
+        self.zero.close()
 
 
-def _not_finite(gradients: GradientStatistics) -> str:
-    names = gradients.not_finite
+def _not_finite(names: tuple[str, ...]) -> str:
     more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
     return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"
 
@@ -455,32 +291,3 @@ def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:
     """Dropout's random numbers are a function of (seed, step, rank, micro-batch): nothing to store, all to replay."""
     mixed = ((seed * 1_000_003 + step) * 65_537 + rank) * 8_191 + micro
     torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
-
-
-def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the trainer owns, on top of engine.deepspeed."""
-    batch = config.train.global_batch
-    micro = config.train.micro_batch or batch // world
-    precision = resolve_precision(config.train.precision, device)
-    owned: dict[str, Any] = {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch // world // micro,
-        "gradient_clipping": config.optim.grad_clip,  # always explicit: DeepSpeed's default is 1.0
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 62,
-    }
-    if batch // world > micro and precision != "fp32" and config.engine.zero_stage > 0:
-        owned["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(config.engine.deepspeed, owned)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

@@ -1,7 +1,8 @@
-"""One view of the weights for all ZeRO stages: a DeepSpeed engine in, this rank's pieces of every parameter out.
+"""All that knows DeepSpeed's insides: one view of a DeepSpeed engine for every ZeRO stage and precision.
 
-A fragment names the run of elements of a flattened parameter whose fp32 master weights, moments and gradients this rank
-holds. Stages 1 and 2 hold a run that may begin inside a parameter, stage 3 an equal share of each, stage 0 everything.
+No other file touches DeepSpeed's objects (a test holds that). A fragment names the run of elements of a flattened
+parameter whose fp32 master weights, moments and gradients this rank holds. Stages 1 and 2 hold a run that may begin
+inside a parameter, stage 3 an equal share of each, stage 0 everything.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+from clipdist.checkpoint.format import CheckpointReader, Piece
+from clipdist.config import Config
+from clipdist.distributed.collectives import all_reduce_sum
+from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.engine.optim import make_optimizer
+from clipdist.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PART_OF = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
+_COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -28,119 +37,388 @@ class Fragment:
     shape: tuple[int, ...]
     start: int
     numel: int
-    flat: torch.Tensor
+    flat: Tensor
     offset: int
     trained: bool
     own: tuple[int, int]  # the part of start .. start+numel that no other rank writes to a checkpoint
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """This fragment's elements of a tensor laid out like `flat`, as a writable 1-D view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
+    @property
+    def master(self) -> Tensor:
+        """The fp32 weights, as a writable 1-D view."""
+        return self.of(self.flat)
 
-def fragments(engine: Any) -> Iterator[Fragment]:
-    """All fragments of this rank, in the module's order of parameters.
+
+class Zero:
+    """A model that DeepSpeed trains.
 
     Args:
-        engine: a DeepSpeedEngine, of any ZeRO stage and precision.
+        model: on its device, fp32.
+
+    Attributes:
+        stage: of ZeRO.  fp16: whether gradients carry a loss scale.  device: of the model.
     """
-    masters = _half_precision_masters(engine)
-    for name, parameter in engine.module.named_parameters():
+
+    def __init__(self, model: nn.Module, config: Config, dist_env: DistEnv) -> None:
+        import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from pydantic import ValidationError
+
+        settings = deepspeed_config(config, dist_env.device.type, dist_env.world_size)
+        offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
+        optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
+        half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
+        originals = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if half else {}
+        try:
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"engine.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
+        self.stage: int = self._deepspeed.zero_optimization_stage()
+        self.fp16: bool = self._deepspeed.fp16_enabled()
+        self.device: torch.device = self._deepspeed.device
+        self._base_optimizer.state.clear()  # see make_optimizer: nothing of a step at construction stays
+        self._set_masters(originals)
+        # Stage 0 in half precision would add micro-batches in half precision: see accumulate.
+        self._accumulates_here = bool(half) and self.stage == 0
+        scaler = self._scaler
+        if hasattr(scaler, "raise_error_at_min_scale"):  # with a traceback; what is to be done then, a guard says
+            scaler.raise_error_at_min_scale = False
+
+    @property
+    def module(self) -> Any:
+        """The model, its weights in the run's precision. At stage 3 they are there in a forward pass alone."""
+        return self._deepspeed.module
+
+    def numel(self, trained_only: bool = False) -> dict[str, int]:
+        """Elements of every parameter, whole, by name."""
+        named = self.module.named_parameters()
+        return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad or not trained_only}
+
+    def close(self) -> None:
+        """Gives the memory back: DeepSpeed's hooks on the weights hold it otherwise. At stage 3 some of it stays."""
+        self._deepspeed.destroy()
+
+    # One step
+
+    def train(self, mode: bool = True) -> None:
+        self._deepspeed.train(mode)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return self._deepspeed(**inputs)
+
+    def backward(self, value: Tensor) -> None:
+        """DeepSpeed's backward pass, with the loss scale that its step divides by.
+
+        In fp16 at stage 0 it divides and does not multiply (0.19.8; upstream PR 8393). Whatever it multiplies by there,
+        the gradient that enters the graph is set to the scale.
+        """
+        if self.fp16 and self.stage == 0:
+            scale = self.loss_scale
+            value.register_hook(lambda gradient: torch.full_like(gradient, scale))
+        self._deepspeed.backward(value, scale_wrt_gas=False)
+
+    def accumulate(self, value: Tensor, last: bool) -> None:
+        """Adds one micro-batch's gradients, in fp32; after the last one they are reduced over ranks.
+
+        DeepSpeed's own accumulation does it, but for stage 0 in half precision, where it would add in half precision:
+        there the sum is kept here and handed over before the reduction.
+        """
+        engine = self._deepspeed
+        if not self._accumulates_here:
+            self.backward(value)
+            if not last:
+                engine.step()  # counts the micro-batch; the optimiser steps at the boundary alone
+            return
+        engine.set_gradient_accumulation_boundary(False)
+        self.backward(value)
+        for parameter in engine.module.parameters():
+            if parameter.grad is not None:
+                total = getattr(parameter, "_fp32_sum", None)
+                parameter._fp32_sum = parameter.grad.float() if total is None else total.add_(parameter.grad)
+                parameter.grad = None
+        if last:
+            for parameter in engine.module.parameters():
+                total = parameter.__dict__.pop("_fp32_sum", None)
+                if total is not None:
+                    parameter.grad = total.to(parameter.dtype)
+            engine.set_gradient_accumulation_boundary(True)
+            engine.allreduce_gradients()
+
+    def step(self) -> bool:
+        """The optimiser's step. Returns whether it was taken: in fp16 it is left out where gradients overflowed."""
+        self._deepspeed.step()
+        return self._deepspeed.was_step_applied()
+
+    def drop_gradients(self) -> None:
+        """DeepSpeed's own step with an optimiser that does nothing.
+
+        Each stage then clears its gradients, buffers and counters as after any step, and copies masters that have not
+        changed. (Where it finds the gradients not finite itself, it leaves the step out in the same way.)
+        """
+        optimizers = [self._base_optimizer, getattr(self._deepspeed.optimizer, "backup_optimizer", None)]
+        held = [optimizer for optimizer in optimizers if optimizer is not None]
+        for optimizer in held:
+            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            self._deepspeed.step()
+        finally:
+            for optimizer in held:
+                del optimizer.step
+
+    # Weights, moments, gradients
+
+    def fragments(self) -> Iterator[Fragment]:
+        """All fragments of this rank, in the module's order of parameters."""
+        masters = self._half_precision_masters()
+        for name, parameter in self.module.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                yield from self._stage_3(name, parameter)
+            elif parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
+                yield from self._stage_1_2(name, parameter)
+            else:
+                yield _replicated(name, parameter, masters.get(id(parameter), parameter))
+
+    def moments(self, fragment: Fragment) -> dict[str, Tensor]:
+        """The optimiser's moments of a fragment, by MOMENTS' names, 1-D; empty before its first step."""
+        state = self._base_optimizer.state.get(fragment.flat) or {}
+        return {moment: fragment.of(state[moment]) for moment in MOMENTS if moment in state}
+
+    def optimizer_steps(self, fragment: Fragment) -> Tensor | int:
+        """How many steps the optimiser has taken with a fragment that has moments."""
+        return self._base_optimizer.state[fragment.flat]["step"]
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """betas and eps, among others."""
+        return self._base_optimizer.param_groups[0]
+
+    def gradient(self, fragment: Fragment) -> Tensor:
+        """The reduced gradient of a trained fragment, 1-D, loss scale included; valid between backward and step."""
+        parameter = fragment.parameter
         if hasattr(parameter, "ds_id"):
-            yield from _stage_3(engine, name, parameter)
-        elif parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
-            yield from _stage_1_2(engine, name, parameter)
-        else:
-            yield _replicated(name, parameter, masters.get(id(parameter), parameter))
+            from deepspeed.utils import safe_get_local_grad
+
+            return safe_get_local_grad(parameter).view(-1)[: fragment.numel]
+        if hasattr(parameter, "_hp_mapping"):
+            piece = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps the whole sum on every rank
+                piece = piece.narrow(0, fragment.start, fragment.numel)
+            return piece
+        if parameter.grad is None:
+            return torch.zeros(fragment.numel, device=parameter.device)
+        return parameter.grad.view(-1)
+
+    @torch.no_grad()
+    def scalars(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The fp32 masters of parameters of one element, [1], on every rank. Collective."""
+        found = {name: torch.zeros(1, device=self.device) for name in names}
+        for fragment in self.fragments():
+            if fragment.name in found and fragment.own[0] < fragment.own[1]:
+                found[fragment.name] += fragment.master.to(self.device)
+        return dict(zip(found, all_reduce_sum(torch.stack(list(found.values())))))
+
+    @torch.no_grad()
+    def clamp(self, name: str, most: float) -> None:
+        """Bounds a parameter's fp32 master and the weights that the module reads: clamping only one is undone."""
+        for fragment in self.fragments():
+            if fragment.name == name:
+                fragment.master.clamp_(max=most)
+        parameter = self.module.get_parameter(name)
+        # Stage 3 keeps a small parameter gathered beside its partition: both are read.
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data.clamp_(max=most)
+
+    @property
+    def loss_scale(self) -> float:
+        """Of fp16; 1 in other precisions."""
+        return float(getattr(self._scaler, "cur_scale", 1.0))
+
+    @property
+    def loss_scale_is_lowest(self) -> bool:
+        """Whether fp16's loss scale cannot fall any further; so in other precisions, which have none."""
+        scaler = self._scaler
+        lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
+        return lowest is None or self.loss_scale <= float(lowest)
+
+    # Checkpoints, and the comparison of ranks
+
+    def live_pieces(self) -> Iterator[Piece]:
+        """What this rank writes of the fp32 weights and moments: views that stay as they are until step()."""
+        for fragment in self.fragments():
+            first, last = fragment.own
+            if first == last:
+                continue
+            own = slice(first - fragment.start, last - fragment.start)
+            tensors = {"param": fragment.master} | (self.moments(fragment) if fragment.trained else {})
+            for kind, tensor in tensors.items():
+                yield Piece(f"{kind}/{fragment.name}", fragment.shape, first, tensor[own])
+
+    def buffer_pieces(self) -> Iterator[Piece]:
+        """Copies of the buffers, which the next forward pass may change; rank 0 writes them."""
+        parameters = {name for name, _ in self.module.named_parameters()}
+        for name, buffer in self.module.state_dict().items() if dist.get_rank() == 0 else ():
+            if name not in parameters:
+                copy = buffer.detach().to("cpu", copy=True).reshape(-1)
+                yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, copy)
+
+    def save_numel(self) -> tuple[int, bool]:
+        """Elements that live_pieces() has once there are moments, and whether they lie on a GPU."""
+        sizes = [(f.own[1] - f.own[0]) * (1 + len(MOMENTS) if f.trained else 1) for f in self.fragments()]
+        return sum(sizes), any(fragment.flat.is_cuda for fragment in self.fragments())
+
+    def scaler_state(self) -> dict[str, float]:
+        """fp16's loss scale and its counters; empty in other precisions."""
+        return {name: getattr(self._scaler, name) for name in _SCALER if hasattr(self._scaler, name)}
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Takes the fp32 weights, moments and counters of a checkpoint, whatever rank count and ZeRO stage wrote it.
+
+        The module's own weights and buffers must have been loaded before this was built. The reader is closed.
+
+        Raises:
+            UserError: a parameter is missing or has another shape.
+            Fault: the storage refuses.
+        """
+        step = reader.manifest.optimizer_step
+        for fragment in self.fragments():
+            where = f"param/{fragment.name}"
+            if where not in reader.manifest.tensors or reader.shape(where) != fragment.shape:
+                raise UserError(f"{reader.folder}: a checkpoint of another model ({fragment.name} does not fit)")
+            reader.read_into(fragment.master, where, fragment.start)
+            if fragment.trained and step:
+                self._restore_moments(fragment, reader, step)
+        for name, value in reader.manifest.state.get("scaler", {}).items():
+            if hasattr(self._scaler, name):
+                setattr(self._scaler, name, value)
+        reader.close()  # the run would keep the checkpoint's room on the disk, even when it is pruned
+
+    def _restore_moments(self, fragment: Fragment, reader: CheckpointReader, step: int) -> None:
+        optimizer = self._base_optimizer
+        state = optimizer.state[fragment.flat]
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
+            saved = f"{moment}/{fragment.name}"
+            if saved in reader.manifest.tensors:  # not where the parameter was locked until now: it begins with zeros
+                reader.read_into(fragment.of(state[moment]), saved, fragment.start)
+        # torch's fused AdamW counts steps in a tensor beside the weights, DeepSpeed's CPU Adam in an int
+        counted = isinstance(optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(float(step), device=fragment.flat.device) if counted else step
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of all that every rank holds in full, between steps.
+
+        Stage 0: weights, fp32 masters and moments. Stages 1 and 2: the module's weights. Stage 3: the small weights
+        that stay gathered. Always: buffers (BatchNorm's running statistics are averaged each step), counters, the loss
+        scale.
+        """
+        for name, parameter in self.module.named_parameters():
+            if not hasattr(parameter, "ds_id") or (parameter.ds_persist and parameter.ds_status.name == "AVAILABLE"):
+                yield f"param/{name}", parameter.detach()
+        for fragment in self.fragments() if self.stage == 0 else ():
+            if fragment.flat is not fragment.parameter:
+                yield f"master/{fragment.name}", fragment.master
+            for moment, tensor in self.moments(fragment).items():
+                yield f"{moment}/{fragment.name}", tensor
+        for name, buffer in self.module.named_buffers():
+            yield f"buffer/{name}", buffer
+        for name in _COUNTERS:
+            yield name, torch.tensor(int(getattr(self._deepspeed, name)))
+        for name in _SCALER:
+            value = getattr(self._scaler, name, None)
+            if value is not None:  # a scaler may have a field without a number
+                yield f"loss scaler/{name}", torch.tensor(float(value))
+
+    # DeepSpeed's insides
+
+    @property
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser itself, without DeepSpeed's wrapper."""
+        return getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
+
+    @property
+    def _scaler(self) -> Any:
+        """The object that holds fp16's loss scale, or None."""
+        optimizer = self._deepspeed.optimizer
+        return getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
+
+    @torch.no_grad()
+    def _set_masters(self, originals: dict[str, Tensor]) -> None:
+        """The fp32 masters begin with the weights as given: DeepSpeed takes them after rounding to half precision."""
+        for fragment in self.fragments():
+            if fragment.trained and fragment.name in originals:
+                fragment.master.copy_(originals[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel))
+
+    def _stage_3(self, name: str, parameter: Any) -> Iterator[Fragment]:
+        share = parameter.ds_tensor.numel()
+        start = dist.get_rank() * share
+        numel = min(share, parameter.ds_numel - start)  # the last shares are padded
+        if numel <= 0:
+            return
+        flat, offset = parameter.ds_tensor, 0
+        if parameter.requires_grad:
+            optimizer = self._deepspeed.optimizer
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+        shape, end = tuple(parameter.ds_shape), start + numel
+        yield Fragment(name, parameter, shape, start, numel, flat, offset, parameter.requires_grad, (start, end))
+
+    def _stage_1_2(self, name: str, parameter: Any) -> Iterator[Fragment]:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return
+        flat = self._base_optimizer.param_groups[mapping.param_group_index]["params"][0]
+        start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        offset = mapping.hp_fragment_address.start
+        own = (start, start + numel)
+        yield Fragment(name, parameter, tuple(parameter.shape), start, numel, flat, offset, True, own)
+
+    def _half_precision_masters(self) -> dict[int, Tensor]:
+        """Stage 0 in bf16 or fp16: id of a parameter -> its fp32 master."""
+        optimizer = self._deepspeed.optimizer
+        if self.stage > 0 or not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
+            return {}
+        pairs = zip(chain.from_iterable(optimizer.fp16_groups), chain.from_iterable(optimizer.fp32_groups))
+        return {id(parameter): master for parameter, master in pairs}
 
 
-def _stage_3(engine: Any, name: str, parameter: Any) -> Iterator[Fragment]:
-    share = parameter.ds_tensor.numel()
-    start = dist.get_rank() * share
-    numel = min(share, parameter.ds_numel - start)  # the last shares are padded
-    if numel <= 0:
-        return
-    flat, offset = parameter.ds_tensor, 0
-    if parameter.requires_grad:
-        group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-        flat = engine.optimizer.fp32_partitioned_groups_flat[group]
-    shape = tuple(parameter.ds_shape)
-    yield Fragment(name, parameter, shape, start, numel, flat, offset, parameter.requires_grad, (start, start + numel))
-
-
-def _stage_1_2(engine: Any, name: str, parameter: Any) -> Iterator[Fragment]:
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return
-    flat = base_optimizer(engine).param_groups[mapping.param_group_index]["params"][0]
-    start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-    offset = mapping.hp_fragment_address.start
-    yield Fragment(name, parameter, tuple(parameter.shape), start, numel, flat, offset, True, (start, start + numel))
-
-
-def _replicated(name: str, parameter: nn.Parameter, master: torch.Tensor) -> Fragment:
+def _replicated(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
     numel, rank, world = parameter.numel(), dist.get_rank(), dist.get_world_size()
     own = (rank * numel // world, (rank + 1) * numel // world)
     return Fragment(name, parameter, tuple(parameter.shape), 0, numel, master, 0, parameter.requires_grad, own)
 
 
-def _half_precision_masters(engine: Any) -> dict[int, torch.Tensor]:
-    """Stage 0 in bf16 or fp16: id of a parameter -> its fp32 master."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
-        return {}
-    if engine.zero_optimization_stage() > 0:
-        return {}
-    pairs = zip(chain.from_iterable(optimizer.fp16_groups), chain.from_iterable(optimizer.fp32_groups))
-    return {id(parameter): master for parameter, master in pairs}
+def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: what the trainer owns, on top of engine.deepspeed."""
+    batch = config.train.global_batch
+    micro = config.train.micro_batch or batch // world
+    precision = resolve_precision(config.train.precision, device)
+    owned: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": batch // world // micro,
+        "gradient_clipping": config.optim.grad_clip,  # always explicit: DeepSpeed's default is 1.0
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 62,
+    }
+    if batch // world > micro and precision != "fp32" and config.engine.zero_stage > 0:
+        owned["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(config.engine.deepspeed, owned)
 
 
-def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimiser itself, without DeepSpeed's wrapper."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def gradient(engine: Any, fragment: Fragment) -> torch.Tensor:
-    """The reduced gradient of a trained fragment, 1-D, loss scale included; valid between backward and step."""
-    parameter = fragment.parameter
-    if hasattr(parameter, "ds_id"):
-        from deepspeed.utils import safe_get_local_grad
-
-        return safe_get_local_grad(parameter).view(-1)[: fragment.numel]
-    if hasattr(parameter, "_hp_mapping"):
-        piece = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-        if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps the whole sum on every rank
-            piece = piece.narrow(0, fragment.start, fragment.numel)
-        return piece
-    if parameter.grad is None:
-        return torch.zeros(fragment.numel, device=parameter.device)
-    return parameter.grad.view(-1)
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: image, text, temperature or bias."""
-    return PART_OF[name.partition(".")[0]]
-
-
-def loss_scaler(engine: Any) -> Any:
-    """The object that holds fp16's loss scale, or None."""
-    optimizer = engine.optimizer
-    return getattr(optimizer, "loss_scale_config", None) or getattr(optimizer, "loss_scaler", None)
-
-
-def loss_scale(engine: Any) -> float:
-    return float(getattr(loss_scaler(engine), "cur_scale", 1.0))
-
-
-def loss_scale_is_lowest(engine: Any) -> bool:
-    """Whether fp16's loss scale cannot fall any further; so in other precisions, which have none."""
-    scaler = loss_scaler(engine)
-    lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
-    return lowest is None or loss_scale(engine) <= float(lowest)
-
-
-def keep_on_at_lowest_scale(engine: Any) -> None:
-    """At its lowest fp16's loss scale would end the run with a traceback; what is to be done then, a guard says."""
-    scaler = loss_scaler(engine)
-    if hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

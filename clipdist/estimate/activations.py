@@ -126,9 +126,9 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     spec = resolve_spec(config.model)
     try:
         with torch.device("meta"):
-            model = assemble(spec, config.loss, tower_weights=False)
+            model = assemble(spec, config.objectives.clip, tower_weights=False)
     except UserError:  # some towers look at values while they are built
-        model = assemble(spec, config.loss, tower_weights=False).to("meta")
+        model = assemble(spec, config.objectives.clip, tower_weights=False).to("meta")
     return _finished(model, config), spec
 
 
@@ -168,7 +168,7 @@ def one_pass(model: DualEncoder, batch: int) -> Activations:
     attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
     try:
         with attention, live:
-            outputs = [x for x in model(image, tokens) if x is not None and x.requires_grad]
+            outputs = [x for x in model(image=image, tokens=tokens).values() if x.requires_grad]
             saved = live.now
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         return Activations(saved, live.peak, live.peak_with_gradients, device.type)
@@ -179,7 +179,7 @@ def one_pass(model: DualEncoder, batch: int) -> Activations:
 
 
 def _from_small_runs(config: Config, spec: ModelSpec, batch: int, precision: str) -> Activations:
-    model: nn.Module = assemble(spec, config.loss, tower_weights=False)
+    model: nn.Module = assemble(spec, config.objectives.clip, tower_weights=False)
     run = partial(one_pass, _finished(model, config).to(DTYPES[precision]))  # type: ignore[arg-type]
     one, two = run(1), run(2)
     saved, peak, peak_with = (a + (b - a) * (batch - 1) for a, b in zip(_bytes(one), _bytes(two)))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from clipdist import config as sections
 from clipdist import run_plan
 from clipdist.config import Config
 from clipdist.errors import UserError
@@ -100,6 +101,11 @@ class Estimate:
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
         )
 
+    @property
+    def clip(self) -> sections.Clip:
+        assert self.config.objectives.clip is not None
+        return self.config.objectives.clip
+
     @cached_property
     def sizes(self) -> Sizes:
         return self.models.sizes
@@ -139,7 +145,7 @@ class Estimate:
     def wire(self) -> dict[str, float]:
         from clipdist.estimate.traffic import wire_bytes
 
-        return wire_bytes(self.sizes, self.layout, self.config.loss.name, self.precision)
+        return wire_bytes(self.sizes, self.layout, self.clip.loss, self.precision)
 
     @property
     def samples(self) -> int | None:
@@ -196,16 +202,14 @@ class Estimate:
 
     def _tile_bytes(self) -> int:
         """Of the logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
-        if self.device == "cuda" and self.config.loss.implementation in ("auto", "kernel"):
+        if self.device == "cuda" and self.clip.implementation in ("auto", "kernel"):
             return 0
-        from clipdist.losses.tiles import Tile, choose_tile
-
-        given = Tile(self.config.loss.tile_rows, self.config.loss.tile_columns) if self.config.loss.tile_rows else None
-        if given is None and self.device == "cuda":
-            given = Tile(8192, 8192)  # the most that a GPU takes
         import torch
 
-        tile = choose_tile(torch.device("cpu"), given)
+        from clipdist.losses.tiles import Tile, choose_tile
+
+        # 8192 x 8192 is the most that a GPU takes
+        tile = Tile(8192, 8192) if self.device == "cuda" else choose_tile(torch.device("cpu"))
         rows, columns = min(tile.rows, self.layout.share), min(tile.columns, self.config.train.global_batch)
         return 4 * (rows * columns + (rows + columns) * self.sizes.width)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from clipdist import config
@@ -51,23 +51,24 @@ def joined_ranks(device: str) -> Iterator[DistEnv]:
     world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    dist_env = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    on = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if world == 1:
-        yield DistEnv(0, 1, 0, dist_env)
+        yield DistEnv(0, 1, 0, on)
         return
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
-        yield DistEnv(dist.get_rank(), world, local_rank, dist_env)
+        yield DistEnv(dist.get_rank(), world, local_rank, on)
     finally:
         dist.destroy_process_group()
 
 
-def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
+def model_encoder(model: Any, device: str | torch.device) -> Encode:
     """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
     model = model.to(device).eval()
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        image_features, text_features, *_ = model(_moved(image, device), _moved(tokens, device))
+        image_features = None if image is None else model.encode_image(_moved(image, device))
+        text_features = None if tokens is None else model.encode_text(_moved(tokens, device))
         return image_features, text_features
 
     return encode

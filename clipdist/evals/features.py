@@ -71,9 +71,9 @@ def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -
 def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """uint8 [b, 3, S, S] -> [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
-        return F.normalize(model(image, None)[0].float(), dim=1)
+        return F.normalize(model.encode_image(image).float(), dim=1)
     with without_projection(model.visual):
-        return model(image, None)[0]
+        return model.encode_image(image)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def feature_classifier(model: nn.Module, weight: Tensor, bias: Tensor | None = N
     model.eval().requires_grad_(False)
 
     def classify(pixels: Tensor) -> Tensor:
-        features, *_ = model(pixels, None)
+        features = model.encode_image(pixels)  # type: ignore[operator]
         return F.linear(F.normalize(features.float(), dim=1), weight, bias)
 
     return classify

@@ -1,4 +1,4 @@
-"""What all ranks hold alike: a DeepSpeed engine in, its replicated tensors out, and the rank whose bits are others.
+"""Find the rank whose bits differ in what all ranks hold alike.
 
 All of it is equal bit for bit by construction: every rank applies the same operations to the same reduced gradients,
 or gets the result of one rank. So one flipped bit is an error of a machine, and no rounding is.
@@ -9,55 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import socket
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from clipdist.distributed.compare import all_equal, by_value, gather_json, name_ranks
 from clipdist.distributed.rank import DistEnv
-from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
+from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}  # elements at one time: what fits a core's cache; few starts of kernels
-_COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def replicated(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all that every rank holds in full, between steps.
-
-    Stage 0: weights, fp32 masters and moments. Stages 1 and 2: the module's weights. Stage 3: the small weights that
-    stay gathered. Always: buffers (BatchNorm's running statistics are averaged each step), counters, the loss scale.
-
-    Args:
-        engine: a DeepSpeedEngine, of any ZeRO stage and precision.
-    """
-    for name, parameter in engine.module.named_parameters():
-        if not hasattr(parameter, "ds_id") or (parameter.ds_persist and parameter.ds_status.name == "AVAILABLE"):
-            yield f"param/{name}", parameter.detach()
-    if engine.zero_optimization_stage() == 0:
-        yield from _masters_and_moments(engine)
-    for name, buffer in engine.module.named_buffers():
-        yield f"buffer/{name}", buffer
-    for name in _COUNTERS:
-        yield name, torch.tensor(int(getattr(engine, name)))
-    for name in _SCALER:
-        value = getattr(loss_scaler(engine), name, None)
-        if value is not None:  # a scaler may have a field without a number
-            yield f"loss scaler/{name}", torch.tensor(float(value))
-
-
-def _masters_and_moments(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    state = base_optimizer(engine).state
-    for fragment in fragments(engine):
-        if fragment.flat is not fragment.parameter:
-            yield f"master/{fragment.name}", fragment.of(fragment.flat)
-        moments = state.get(fragment.flat) or {}
-        for moment in MOMENTS:
-            if moment in moments:
-                yield f"{moment}/{fragment.name}", fragment.of(moments[moment])
 
 
 def checksums(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,8 +40,8 @@ def _weights(chunk: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare_replicas(engine: Any, dist_env: DistEnv, step: int) -> None:
-    """Compares the checksums of all that `replicated` gives among the ranks. Collective.
+def compare_replicas(zero: Zero, dist_env: DistEnv, step: int) -> None:
+    """Compares the checksums of all that Zero.replicated gives among the ranks. Collective.
 
     Raises:
         Fault: on all ranks, with the ranks that differ from the majority, and the first tensor in which they do.
@@ -88,7 +49,7 @@ def compare_replicas(engine: Any, dist_env: DistEnv, step: int) -> None:
     if dist_env.world_size == 1:
         return
     names, sums = [], []
-    for name, tensor in replicated(engine):
+    for name, tensor in zero.replicated():
         names.append(name)
         sums.append(checksums(tensor).to(dist_env.device))
     on_host = torch.cat(sums).cpu().numpy()  # one copy: until here nothing waited for the device

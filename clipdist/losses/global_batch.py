@@ -338,14 +338,12 @@ def value_and_gradients(
 
 
 def global_statistics(
-    value: torch.Tensor, statistics: dict[str, torch.Tensor], process_group: ProcessGroup | None = None
+    statistics: dict[str, torch.Tensor], process_group: ProcessGroup | None = None
 ) -> dict[str, float]:
-    """One collective: the global loss, the number of valid pairs, and in-batch accuracies (percent) where measured."""
-    world = rank_and_world(process_group)[1]
+    """One collective: the number of valid pairs, and in-batch accuracies (percent) where measured."""
     names = sorted(statistics)
-    total = all_reduce_sum(torch.stack([value.detach() / world, *(statistics[name] for name in names)]), process_group)
-    loss, *sums = total.tolist()
+    sums = all_reduce_sum(torch.stack([statistics[name] for name in names]), process_group).tolist()
     found = dict(zip(names, sums))
     valid = found.pop("valid")
     accuracies = {f"batch_{name.removeprefix('correct_')}_r1": 100 * n / max(valid, 1) for name, n in found.items()}
-    return {"loss": loss, "valid": valid, **accuracies}
+    return {"valid": valid, **accuracies}

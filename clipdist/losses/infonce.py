@@ -52,7 +52,7 @@ def info_nce(
         group_id: int64 [b]; pairs of equal id are positives of one another, uniformly weighted. None: only a
             pair's own other half is.
         label_smoothing: the share of the target that is spread over all valid candidates.
-        implementation: auto, tiles, compiled or kernel; all compute the same.
+        implementation: auto, tiles or kernel; all compute the same.
         tile: rows and columns of logits that exist at one time; None: chosen for the device.
 
     Returns:

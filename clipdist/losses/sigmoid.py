@@ -49,7 +49,7 @@ def sigmoid_loss(
         NonFiniteFeatures: a tower gave inf or nan; on every rank.
     """
     if logit_bias is None:
-        raise UserError("the sigmoid loss needs a logit_bias: build the model with loss.name=sigmoid")
+        raise UserError("the sigmoid loss needs a logit_bias: build the model with objectives.clip.loss=sigmoid")
     sweep = sweeps(implementation, image_features)
     return value_and_gradients(
         image_features,

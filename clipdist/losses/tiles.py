@@ -1,4 +1,4 @@
-"""The logits of a batch, one tile at a time: raw features in; exponential sums and gradients out. No matrix is kept.
+"""The logits of a batch, one tile at a time: their exponential sums and gradients. No matrix is kept.
 
 A tile of logits is s_ij = row_factor_i * column_factor_j * (x_i . y_j) + bias, in fp32 whatever the features' dtype;
 the factors hold exp(t) / |x_i| and 1 / |y_j|, or 0 for a row that is not valid. Four sweeps over the tiles are all that
@@ -13,16 +13,14 @@ b rows of this rank, N columns of all ranks, D features. Everything here is loca
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 Shift = float | tuple[torch.Tensor, torch.Tensor]
-TileStep = Callable[..., Any]
 # exp(s - shift) neither overflows nor vanishes in fp32 while |s - shift| stays below this.
 SAFE_EXPONENT = 70.0
 
@@ -97,41 +95,17 @@ class Logits:
                 yield row, column, left, scaled, logits
 
 
-def exponentials_of_tile(
-    s: torch.Tensor, shift: float, row_valid: torch.Tensor, column_valid: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, C] -> [R], [C]: sums of exp(s - shift) both ways; s is overwritten."""
-    e = (s.sub_(shift) if shift else s).exp_()
-    return torch.mv(e, column_valid), torch.mv(e.T, row_valid)
-
-
-def weights_of_tile(
-    s: torch.Tensor, shift: float, row_inverse: torch.Tensor, column_inverse: torch.Tensor
-) -> torch.Tensor:
-    """[R, C] -> [R, C]: exp(s - shift) * (row_inverse + column_inverse), in place."""
-    return (s.sub_(shift) if shift else s).exp_().mul_(row_inverse[:, None] + column_inverse[None, :])
-
-
-def sigmoids_of_tile(s: torch.Tensor, column_valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[R, C] -> row sums of softplus(s) and of sigmoid(s), [R] each, and sigmoid(s) in place."""
-    values = torch.mv(F.softplus(s), column_valid)
-    return values, torch.mv(s.sigmoid_(), column_valid), s
-
-
 def exponential_sums(
     logits: Logits,
     shift: Shift,
     row_valid: torch.Tensor,
     column_valid: torch.Tensor,
-    *,
-    exponentials: TileStep = exponentials_of_tile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of exp(s - shift) along rows and along columns, from the same tile.
 
     Args:
         shift: one number for all, or fp32 ([b], [N]): the largest logit of every row and every column, over valid
             partners. (One that is not valid may lie above it, and must weigh nothing, not nothing times infinity.)
-        exponentials: what is done to one tile; clipdist.losses.compiled has a compiled one.
         row_valid, column_valid: fp32 [b], [N], 1 or 0: the weight of a row in the columns' sums, and vice versa.
 
     Returns:
@@ -144,7 +118,8 @@ def exponential_sums(
             along_rows = torch.mv((s - shift[0][row, None]).clamp_(max=0).exp_(), column_valid[column])
             along_columns = torch.mv(s.sub_(shift[1][None, column]).clamp_(max=0).exp_().T, row_valid[row])
         else:
-            along_rows, along_columns = exponentials(s, shift, row_valid[row], column_valid[column])
+            e = (s.sub_(shift) if shift else s).exp_()
+            along_rows, along_columns = torch.mv(e, column_valid[column]), torch.mv(e.T, row_valid[row])
         row_sums[row] += along_rows
         column_sums[column] += along_columns
     return row_sums.float(), column_sums.float()
@@ -155,8 +130,6 @@ def softmax_gradients(
     shift: Shift,
     row_inverse: torch.Tensor,
     column_inverse: torch.Tensor,
-    *,
-    weights: TileStep = weights_of_tile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tiles again, weighted by P = softmax over rows + softmax over columns, against the other side's features.
 
@@ -173,18 +146,15 @@ def softmax_gradients(
             along_columns = (s - shift[1][None, column]).clamp_(max=0).exp_().mul_(column_inverse[None, column])
             p = s.sub_(shift[0][row, None]).clamp_(max=0).exp_().mul_(row_inverse[row, None]).add_(along_columns)
         else:
-            p = weights(s, shift, row_inverse[row], column_inverse[column])
+            p = (s.sub_(shift) if shift else s).exp_()
+            p.mul_(row_inverse[row, None] + column_inverse[None, column])
         x_grad[row].addmm_(p, right)
         y_grad[column].addmm_(p.T, left)
     return x_grad, y_grad
 
 
 def sigmoid_sweep(
-    logits: Logits,
-    row_valid: torch.Tensor,
-    column_valid: torch.Tensor,
-    *,
-    sigmoids: TileStep = sigmoids_of_tile,
+    logits: Logits, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Everything of the sigmoid loss that looks at all pairs, in one sweep.
 
@@ -196,7 +166,9 @@ def sigmoid_sweep(
     total = torch.zeros((), dtype=torch.float64, device=x_grad.device)
     slope = torch.zeros_like(total)
     for row, column, left, right, s in logits.sweep():
-        values, slopes, p = sigmoids(s, column_valid[column])
+        values = torch.mv(F.softplus(s), column_valid[column])
+        p = s.sigmoid_()
+        slopes = torch.mv(p, column_valid[column])
         weights = row_valid[row].double()
         total += weights.dot(values.double())
         slope += weights.dot(slopes.double())

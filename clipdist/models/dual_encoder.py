@@ -1,4 +1,4 @@
-"""The dual encoder: uint8 pictures and token ids in, image and text features and the log scale out."""
+"""The dual encoder: an image tower, a text tower and the temperature of their logits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from clipdist.errors import UserError
 from clipdist.models.cbow import CBOW, load_word_vectors
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.towers import checkpoint_image_tower, frozen_subtrees, keep_statistics_fp32, lock
+
+PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
 
 
 class DualEncoder(nn.Module):
@@ -30,14 +32,14 @@ class DualEncoder(nn.Module):
     image_mean: torch.Tensor
     image_std: torch.Tensor
 
-    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, loss_cfg: config.Loss) -> None:
+    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, clip: config.Clip) -> None:
         super().__init__()
         self.spec = spec
         self.visual = visual
         self.text = text
-        self.logit_scale = nn.Parameter(torch.full([1], loss_cfg.first_log_scale))
-        bias = torch.full([1], loss_cfg.logit_bias_init)
-        self.logit_bias = nn.Parameter(bias) if loss_cfg.name == "sigmoid" else None
+        self.logit_scale = nn.Parameter(torch.full([1], clip.first_log_scale))
+        bias = torch.full([1], clip.logit_bias_init)
+        self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
         self._locked: list[nn.Module] = []
         # A ResNet is faster on pixels whose channels lie together; a ViT has but one convolution, and is not.
         self._convolutional = sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 1
@@ -45,24 +47,39 @@ class DualEncoder(nn.Module):
         self.register_buffer("image_std", torch.empty(1, 3, 1, 1), persistent=False)
         self._restore_pixel_statistics()
 
-    def forward(
-        self, image: torch.Tensor | None, tokens: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Parameters of one element that are outputs of the forward pass under their own names."""
+        return ("logit_scale",) if self.logit_bias is None else ("logit_scale", "logit_bias")
+
+    def part_of(self, parameter: str) -> str:
+        """The part of the model that a parameter belongs to, for norms and metrics: image, text, temperature, bias."""
+        return PARTS[parameter.partition(".")[0]]
+
+    def forward(self, *, tokens: torch.Tensor | None = None, **images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features as the projections give them, not normalised.
 
         Args:
-            image: uint8 [b, 3, H, W], or None to leave the image tower out.
-            tokens: int64 [b, L], or None to leave the text tower out.
+            tokens: int64 [b, L]; None leaves the text tower out.
+            images: uint8 [b, 3, H, W], by the names of the views; none leaves the image tower out.
 
         Returns:
-            image features [b, D] | None, text features [b, D] | None, the log scale t [1] (its bound is the loss'),
-            the logit bias [1] | None.
+            for every view its features [b, D], under its name; "text": [b, D]; "logit_scale": the log scale t [1] (its
+            bound is the objective's); "logit_bias": [1], where there is one.
         """
-        image_features = None if image is None else self.visual(self._normalise(image))
-        text_features = None if tokens is None else self.text(tokens)
+        outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
+        if tokens is not None:
+            outputs["text"] = self.encode_text(tokens)
         # Copies: ZeRO stage 3 takes the parameters themselves away when the forward pass ends.
-        bias = None if self.logit_bias is None else self.logit_bias.clone()
-        return image_features, text_features, self.logit_scale.clone(), bias
+        return outputs | {name: getattr(self, name).clone() for name in self.scalars}
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [b, 3, H, W] -> features [b, D], not normalised."""
+        return self.visual(self._normalise(image))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [b, L] -> features [b, D], not normalised."""
+        return self.text(tokens)
 
     def train(self, mode: bool = True) -> DualEncoder:
         """As nn.Module's; what is locked stays in evaluation mode (no dropout, BatchNorm's statistics untouched)."""
@@ -121,7 +138,7 @@ class DualEncoder(nn.Module):
 
 
 def build_model(
-    cfg: config.Model, loss_cfg: config.Loss | None = None, *, restored: ModelSpec | None = None
+    cfg: config.Model, clip: config.Clip | None = None, *, restored: ModelSpec | None = None
 ) -> DualEncoder:
     """Assembles the model that the configuration describes, with its weights, word vectors and locks.
 
@@ -135,7 +152,7 @@ def build_model(
         UserError: a description that does not fit together, or weights that cannot be had.
     """
     spec = restored or resolve_spec(cfg)
-    model = assemble(spec, loss_cfg, tower_weights=not cfg.weights and not restored)
+    model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
     if cfg.word_vectors and not restored:
         from clipdist.data.tokens import BPETokenizer
 
@@ -152,7 +169,7 @@ def build_model(
     return model
 
 
-def assemble(spec: ModelSpec, loss_cfg: config.Loss | None = None, tower_weights: bool = True) -> DualEncoder:
+def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bool = True) -> DualEncoder:
     """Builds the towers of a resolved description.
 
     Args:
@@ -179,7 +196,7 @@ def assemble(spec: ModelSpec, loss_cfg: config.Loss | None = None, tower_weights
         raise UserError(_cannot_build(described, spec, error)) from error
     keep_statistics_fp32(towers.visual)
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
-    return DualEncoder(spec, towers.visual, text, loss_cfg or config.Loss())
+    return DualEncoder(spec, towers.visual, text, clip or config.Clip())
 
 
 def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) -> str:

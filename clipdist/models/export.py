@@ -285,10 +285,10 @@ class _ImageTower(nn.Module):
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
-        self.encoder = DualEncoder(model.spec, model.visual, nn.Identity(), config.Loss())
+        self.encoder = DualEncoder(model.spec, model.visual, nn.Identity(), config.Clip())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.encoder(image, None)[0]
+        return self.encoder.encode_image(image)
 
 
 def export_programs(model: DualEncoder, out: Path) -> ProgramsExport:
@@ -376,7 +376,7 @@ def largest_difference(model: DualEncoder, encode: Encoder, where: str) -> float
         RuntimeError: more than 1e-5.
     """
     image, tokens = sample_inputs(model)
-    mine = model(image, tokens)[:2]
+    mine = model.encode_image(image), model.encode_text(tokens)
     pairs = zip(mine, encode(image, tokens))
     worst = max(float((F.normalize(a) - F.normalize(b)).abs().max()) for a, b in pairs)
     if not worst <= TOLERANCE:

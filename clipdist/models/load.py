@@ -118,9 +118,9 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
     weights = load_full_weights(folder)
-    loss = config.Loss(name="sigmoid" if "logit_bias" in weights else "infonce")
+    clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
-        model = assemble(spec, loss, tower_weights=False)
+        model = assemble(spec, clip, tower_weights=False)
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")

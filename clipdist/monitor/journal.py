@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clipdist.config import Config, flat, to_yaml
+from clipdist.data.batch import Batch
 from clipdist.data.decode import BadSample
-from clipdist.data.loader import HASH_MODULUS, Batch, ids_hash
+from clipdist.data.loader import HASH_MODULUS, ids_hash
 from clipdist.distributed.collectives import all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate
 from clipdist.errors import Fault, UserError
-from clipdist.losses.global_batch import global_statistics
-from clipdist.losses.infonce import batch_accuracy
 from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit
@@ -67,7 +66,7 @@ class Journal:
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
             self.say(f"note: {note}")
-        parameters = sum(p.ds_numel if hasattr(p, "ds_id") else p.numel() for p in engine.engine.module.parameters())
+        parameters = sum(engine.zero.numel().values())
         self.say(
             f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
@@ -88,13 +87,12 @@ class Journal:
 
     def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, timer: StepTimer) -> None:
         """Collective: the numbers of a logged step. `step` counts the steps that are done."""
-        valid, group_id = batch.valid, batch.group_id if self.config.loss.group_positives else None
-        accuracy = batch_accuracy(*result.features, valid=valid, group_id=group_id)
-        values: dict[str, Any] = global_statistics(result.value, result.statistics | accuracy)
+        values: dict[str, Any] = self._losses(result)
+        for objective in engine.objectives:
+            values |= objective.metrics(result.outputs, batch, result.terms[objective.name])
         steps, seconds, waited = timer.lap(step)
         values |= {
-            "logit_scale": engine.logit_scale(),
-            **({} if (bias := engine.logit_bias()) is None else {"logit_bias": bias}),
+            **{name: float(scalar) for name, scalar in engine.scalars.items()},
             "lr": learning_rate(self.config.optim, step - 1, self.plan.steps),
             **{f"grad_norm/{part}": norm for part, norm in result.grad_norms.items()},
             **{f"update_size/{part}": size for part, size in result.update_sizes.items()},
@@ -109,6 +107,13 @@ class Journal:
         self.results |= {"loss": values["loss"]}
         shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
         self.progress.show(step, {name: values[name] for name in shown})
+
+    def _losses(self, result: StepResult) -> dict[str, float]:
+        """Collective: the global loss, and its parts where there are several."""
+        values = {"loss": result.value / self.dist_env.world_size}
+        if len(result.terms) > 1:
+            values |= {f"loss/{name}": term.sum / term.count for name, term in result.terms.items()}
+        return dict(zip(values, all_reduce_sum(torch.stack(list(values.values()))).tolist()))
 
     def bad_samples(self, step: int, reader: Any) -> None:
         """Collective: counts and names the samples that no rank could use since the last call.

@@ -10,13 +10,14 @@ import sys
 import torch
 
 from clipdist.config import load_config
+from clipdist.data.batch import pairs
 from clipdist.distributed import rank as distributed
 from clipdist.engine.step import Engine
 from clipdist.errors import Fault, UserError
 from clipdist.fault_tolerance.consistency import compare
-from clipdist.fault_tolerance.replicas import compare_replicas, replicated
-from clipdist.losses.make import make_loss
+from clipdist.fault_tolerance.replicas import compare_replicas
 from clipdist.models.dual_encoder import build_model
+from clipdist.objectives.make import make_objectives
 
 STRANGE = 1  # the rank that is made to differ
 BATCH = 12
@@ -38,22 +39,22 @@ def check_facts(dist_env: distributed.DistEnv) -> None:
 def check_stage(stage: int, precision: str, dist_env: distributed.DistEnv) -> None:
     """Three steps without a false alarm; then one bit is flipped on one rank."""
     engine = trained(stage, precision, dist_env)
-    compare_replicas(engine.engine, dist_env, 3)
-    names = [name for name, _ in replicated(engine.engine)]
+    compare_replicas(engine.zero, dist_env, 3)
+    names = [name for name, _ in engine.zero.replicated()]
     assert any(name.startswith("param/visual.") for name in names), names
     assert any(name.endswith("running_mean") for name in names), names
     assert any(name.startswith("exp_avg/") for name in names) == (stage == 0), names
     parameters = [name for name in names if name.startswith("param/")]
     for target in (parameters[-1], names[-1 - len(names) // 3]):
-        (tensor,) = (tensor for name, tensor in replicated(engine.engine) if name == target)
+        (tensor,) = (tensor for name, tensor in engine.zero.replicated() if name == target)
         flip(tensor, dist_env)
-        told = raised(compare_replicas, engine.engine, dist_env, 3)
+        told = raised(compare_replicas, engine.zero, dist_env, 3)
         assert type(told) is Fault
         assert f"step 3: rank {STRANGE} on " in str(told), told
         assert f"in 1 of {len(names)} tensors, first in {target}." in str(told), told
         flip(tensor, dist_env)
-        compare_replicas(engine.engine, dist_env, 3)
-    engine.engine.destroy()
+        compare_replicas(engine.zero, dist_env, 3)
+    engine.close()
 
 
 def flip(tensor: torch.Tensor, dist_env: distributed.DistEnv) -> None:
@@ -72,13 +73,15 @@ def trained(stage: int, precision: str, dist_env: distributed.DistEnv) -> Engine
     ]
     config = load_config(None, words)
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model, config.loss), make_loss(config.loss), config, dist_env)
+    model = build_model(config.model, config.objectives.clip)
+    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
     share = BATCH // dist_env.world_size
     for step in range(3):
         torch.manual_seed(100 * step + dist_env.rank)
         image = torch.randint(0, 256, (share, 3, 32, 32), dtype=torch.uint8)
         tokens = torch.randint(1, 2000, (share, 16))
-        engine.train_step(image, tokens, torch.ones(share, dtype=torch.bool), None, step=step, lr=0.01)
+        batch = pairs(image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share) + dist_env.rank * share)
+        engine.train_step(batch, step=step, lr=0.01)
     return engine
 
 

@@ -7,9 +7,11 @@ import math
 import torch
 
 from clipdist.config import load_config
+from clipdist.data.batch import pairs
 from clipdist.distributed import rank as distributed
 from clipdist.engine.step import Engine
 from clipdist.models.dual_encoder import build_model
+from clipdist.objectives.clip import ClipObjective
 
 
 def upward(image_features, text_features, logit_scale, logit_bias=None, **_):
@@ -25,22 +27,24 @@ def run(stage: int, precision: str, dist_env: distributed.DistEnv, bounded: bool
         f"engine.zero_stage={stage}",
         f"train.precision={precision}",
         "train.global_batch=8",
-        "loss.logit_scale_init=4.5",
+        "objectives.clip.logit_scale_init=4.5",
     ]
     config = load_config(None, overrides)
     torch.manual_seed(0)
-    engine = Engine(build_model(config.model, config.loss), upward, config, dist_env)
+    objective = ClipObjective(config.objectives.clip)
+    objective.function = upward
     if not bounded:
-        engine._bound_temperature = lambda: None  # type: ignore[method-assign]
+        objective.upper_bounds = {}
+    engine = Engine(build_model(config.model, config.objectives.clip), (objective,), config, dist_env)
     share = 8 // dist_env.world_size
     image = torch.zeros(share, 3, 32, 32, dtype=torch.uint8)
     tokens = torch.full((share, 16), 2047)
-    valid = torch.ones(share, dtype=torch.bool)
+    batch = pairs(image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share))
     for step in range(10):
-        engine.train_step(image, tokens, valid, None, step=step, lr=0.1)
+        engine.train_step(batch, step=step, lr=0.1)
     master = math.exp(engine.logit_scale())
-    module = math.exp(float(engine.engine(image, tokens)[2]))
-    engine.engine.destroy()
+    module = math.exp(float(engine.zero.forward(**batch.inputs())["logit_scale"]))
+    engine.close()
     return master, module
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,18 +20,19 @@ from deepspeed.accelerator import get_accelerator
 
 from clipdist import config
 from clipdist.config import load_config
+from clipdist.data.batch import IMAGE, Batch, pairs
 from clipdist.distributed import rank as distributed
-from clipdist.engine import step
+from clipdist.engine import zero
 from clipdist.evals import audit
-from clipdist.evals.audit import Audit, Pairs
-from clipdist.losses.make import LossFunction, make_loss
+from clipdist.evals.audit import Audit
 from clipdist.models.spec import ModelSpec
+from clipdist.objectives.clip import ClipObjective
 
 BATCH = 16
 FIRST_STEP = 7
 
 
-def make_pairs(spec: ModelSpec) -> Pairs:
+def make_batch(spec: ModelSpec) -> Batch:
     """A global batch with two bad rows and two pairs of equal captions, the same on every rank."""
     draw = torch.Generator().manual_seed(5)
     side, context = spec.image_size, spec.context_length
@@ -43,12 +44,13 @@ def make_pairs(spec: ModelSpec) -> Pairs:
     group_id[9], group_id[14] = group_id[1], group_id[2]
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
     image[~valid] = 0
-    return Pairs(image, tokens, valid, group_id)
+    return pairs(image, tokens, valid, group_id)
 
 
-def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
+def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
     """Losses with a mistake that others have made: the audit must notice."""
-    right = make_loss(cfg)
+    objective = ClipObjective(cfg)
+    right = objective.function
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def without_w(*features, **rows):  # the global loss itself: the mean of gradients then loses the factor W
@@ -69,25 +71,28 @@ def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
             value = value + F.cross_entropy(t.exp() * rows @ torch.cat(parts).T, labels) / 2
         return value, right(images, texts, t, bias, valid=valid, group_id=group_id)[1]
 
-    return {"": None, "without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}[name]
+    wrong = {"without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}
+    objective.function = wrong.get(name, right)
+    return objective
 
 
 def allow_fp16() -> None:
     """Lets the CPU, which computes in fp16 slowly, stand for a GPU."""
     get_accelerator().is_fp16_supported = lambda: True
-    for module in (audit, step):
+    for module in (audit, zero):
         module.resolve_precision = lambda wanted, device: wanted
 
 
 def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
-    audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.loss))
-    pairs = make_pairs(audited.spec)
+    audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.objectives.clip))
+    batch = make_batch(audited.spec)
     if few := cell.get("only_valid"):
-        pairs = replace(pairs, valid=torch.tensor([row in few for row in range(BATCH)]))
+        valid = torch.tensor([row in few for row in range(BATCH)])
+        batch = pairs(batch.images[IMAGE], batch.tokens, valid, batch.group_id)
     rows = []
     for number in range(FIRST_STEP, FIRST_STEP + cell.get("steps", 1)):
-        for row in audited.step(pairs, number):
+        for row in audited.step(batch, number):
             rows.append(asdict(row) | {"label": cell["label"], "reported": audited.reported.get(row.part, 1.0)})
     audited.close()
     return rows

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from clipdist.config import load_config
+from clipdist.data.batch import Batch, pairs
 from clipdist.distributed import rank as distributed
 from clipdist.engine.step import Engine
-from clipdist.engine.zero import base_optimizer, fragments
 from clipdist.errors import Fault
 from clipdist.fault_tolerance.guard import Guard
-from clipdist.losses.make import LossFunction, make_loss
 from clipdist.models.dual_encoder import build_model
+from clipdist.objectives.clip import ClipObjective, LossFunction
 
 BATCH, STEPS = 16, 18
 VIT, RESNET = "configs/models/tiny_vit.json", "configs/models/tiny_rn.json"  # the ResNet has running statistics
@@ -53,7 +53,7 @@ class Accidents:
         self.due = ""
 
     def watch(self, engine: Engine) -> None:
-        layers = engine.engine.module.visual.modules()
+        layers = engine.zero.module.visual.modules()
         first = next(layer for layer in layers if isinstance(layer, torch.nn.Conv2d))
         first.weight.register_hook(self._gradient)
         first.register_forward_hook(self._output)
@@ -76,14 +76,14 @@ class Accidents:
         return output * float("nan") if self.due == "nan features" and self.rank == 1 else output
 
 
-def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: int) -> tuple[torch.Tensor, ...]:
+def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: int) -> Batch:
     """This rank's rows of the global batch of a step."""
     draw = torch.Generator().manual_seed(step)
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
     tokens = torch.randint(1, 500, (BATCH, context), generator=draw)
     tokens[:, -1] = vocabulary - 1
-    own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    return image[own], tokens[own], torch.ones(BATCH // world, dtype=torch.bool)
+    batch = pairs(image, tokens, torch.ones(BATCH, dtype=torch.bool), torch.arange(BATCH))
+    return batch.rows(rank * BATCH // world, (rank + 1) * BATCH // world)
 
 
 def train(
@@ -104,10 +104,12 @@ def train(
         words.append("engine.deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}")
     config = load_config(None, words)
     torch.manual_seed(0)
-    model = build_model(config.model, config.loss)
+    model = build_model(config.model, config.objectives.clip)
     spec = model.spec
     accidents = Accidents(dist_env.rank)
-    engine = Engine(model, accidents.loss(make_loss(config.loss)), config, dist_env)
+    objective = ClipObjective(config.objectives.clip)
+    objective.function = accidents.loss(objective.function)
+    engine = Engine(model, (objective,), config, dist_env)
     accidents.watch(engine)
     guard = Guard(config.guard) if guarded else None
     calls: list[int] = []
@@ -120,7 +122,7 @@ def train(
         rows = data(
             dist_env.rank, dist_env.world_size, step, spec.context_length, spec.tokenizer["vocab_size"], spec.image_size
         )
-        results[step] = engine.train_step(*rows, None, step=step, lr=1e-4 * (1 + step), guard=guard)
+        results[step] = engine.train_step(rows, step=step, lr=1e-4 * (1 + step), guard=guard)
     assert calls == [step for step in range(STEPS) if step not in ACCIDENTS], calls
     if guard:
         assert guard.left_out_total == len(ACCIDENTS)
@@ -140,28 +142,28 @@ def check_results(results: dict[int, Any]) -> None:
         assert ACCIDENTS[step][1] in result.skipped, (step, result.skipped)
 
 
-def check_stop(engine: Engine, accidents: Accidents, rows: tuple[torch.Tensor, ...]) -> None:
+def check_stop(engine: Engine, accidents: Accidents, rows: Batch) -> None:
     """guard.nonfinite=stop ends the run instead, on every rank, and nothing has changed."""
     before = everything(engine)
     engine.skip_nonfinite, accidents.due = False, "nan gradient"
     with pytest.raises(Fault, match="the gradient is not finite: that of visual"):
-        engine.train_step(*rows, None, step=STEPS, lr=1.0, guard=Guard(load_config(None, []).guard))
+        engine.train_step(rows, step=STEPS, lr=1.0, guard=Guard(load_config(None, []).guard))
     check_same(before, everything(engine))
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
     """Copies of what this rank holds: masters, moments and their counters, the module's weights and buffers."""
     found: dict[str, torch.Tensor] = {}
-    for fragment in fragments(engine.engine):
-        found[f"master {fragment.name}"] = fragment.of(fragment.flat).clone()
-        for name, value in base_optimizer(engine.engine).state[fragment.flat].items() if fragment.trained else ():
+    for fragment in engine.zero.fragments():
+        found[f"master {fragment.name}"] = fragment.master.clone()
+        for name, value in engine.zero._base_optimizer.state[fragment.flat].items() if fragment.trained else ():
             whole = not torch.is_tensor(value) or value.numel() == 1
             found[f"{name} {fragment.name}"] = torch.as_tensor(value).clone() if whole else fragment.of(value).clone()
         # Stage 3 fills a parameter's last share up with whatever lies there.
         shared = getattr(fragment.parameter, "ds_tensor", None)
         module = fragment.parameter if shared is None else shared[: fragment.numel]
         found[f"module {fragment.name}"] = module.detach().clone()
-    for name, buffer in engine.engine.module.named_buffers():
+    for name, buffer in engine.zero.module.named_buffers():
         found[f"buffer {name}"] = buffer.clone()
     return found
 
@@ -176,7 +178,7 @@ def run_cell(cell: tuple[int, str, int, str], dist_env: distributed.DistEnv) -> 
     def result(guarded: bool) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
         engine, results = train(cell, dist_env, guarded)
         state = everything(engine)
-        engine.engine.destroy()
+        engine.close()
         return state, results
 
     found, with_guard = result(guarded=True)

@@ -28,7 +28,7 @@ def cell(
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it."""
     config = {
         "model": {"name": model},
-        "loss": {"name": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0},
+        "objectives": {"clip": {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0}},
         "optim": {"lr": 1e-3},
         "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision},
         # tiny parameters are partitioned, too, as large ones are
@@ -69,7 +69,7 @@ def wrong_cells() -> list[dict[str, Any]]:
 def low_loss_cell() -> dict[str, Any]:
     """Three pairs that are soon told apart: the loss falls below 1e-3."""
     one = cell(stage=1, steps=12) | {"label": "low loss", "only_valid": [0, 5, 11]}
-    one["config"]["loss"]["logit_scale_init"] = 4.0
+    one["config"]["objectives"]["clip"]["logit_scale_init"] = 4.0
     return one
 
 

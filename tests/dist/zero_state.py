@@ -11,25 +11,25 @@ import torch
 from clipdist.config import load_config
 from clipdist.distributed import rank as distributed
 from clipdist.engine.step import Engine
-from clipdist.engine.zero import base_optimizer
-from clipdist.evals.audit import DrawnPairs
-from clipdist.losses.make import make_loss
+from clipdist.engine.zero import Zero
+from clipdist.evals.audit import DrawnBatches
 from clipdist.models.dual_encoder import build_model
+from clipdist.objectives.make import make_objectives
 
 CELLS = ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
 
 
-def state_bytes(engine, stage: int, precision: str) -> int:
+def state_bytes(zero: Zero, stage: int, precision: str) -> int:
     """Moments, and the weights that are stepped where they are not the module's own."""
-    total = 0
-    for group in base_optimizer(engine).param_groups:
+    total, optimizer, engine = 0, zero._base_optimizer, zero._deepspeed
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
-            state = base_optimizer(engine).state[parameter]
+            state = optimizer.state[parameter]
             total += state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
             total += 0 if (stage, precision) == (0, "fp32") else parameter.nbytes
     if stage == 3:  # whose groups are filled during the step alone
         flats = engine.optimizer.fp32_partitioned_groups_flat
-        states = [base_optimizer(engine).state[flat] for flat in flats]
+        states = [optimizer.state[flat] for flat in flats]
         total = sum(flat.nbytes for flat in flats)
         total += sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in states)
         own = {p.data_ptr() for p in engine.optimizer.fp16_partitioned_groups_flat}
@@ -44,14 +44,12 @@ def main() -> None:
         words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
         config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
         torch.manual_seed(0)
-        model = build_model(config.model, config.loss)
-        pairs = DrawnPairs(config, model.spec).pairs(0)
-        rows = slice(dist_env.rank * 4, dist_env.rank * 4 + 4)
-        engine = Engine(model, make_loss(config.loss), config, dist_env)
-        engine.train_step(pairs.image[rows], pairs.tokens[rows], pairs.valid[rows], None, step=0, lr=1e-4)
-        module = engine.engine.module
-        weights = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())
-        found.append([stage, precision, state_bytes(engine.engine, stage, precision), weights])
+        model = build_model(config.model, config.objectives.clip)
+        batch = DrawnBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
+        engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+        engine.train_step(batch, step=0, lr=1e-4)
+        weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.zero.module.parameters())
+        found.append([stage, precision, state_bytes(engine.zero, stage, precision), weights])
     distributed.stop()
     if int(os.environ["RANK"]) == 0:
         print(json.dumps(found))

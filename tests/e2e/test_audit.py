@@ -48,7 +48,7 @@ def test_the_tool_passes_and_shows_what_peers_get_wrong(shards):
 
 def test_a_launchers_ranks_are_taken_as_they_are():
     torchrun = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2")
-    ended = run("--steps", "1", "--json", "loss.name=sigmoid", launcher=torchrun)
+    ended = run("--steps", "1", "--json", "objectives.clip.loss=sigmoid", launcher=torchrun)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
     assert result["world"] == 2

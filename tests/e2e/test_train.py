@@ -87,7 +87,7 @@ def test_the_sigmoid_loss_in_micro_batches_trains_as_on_whole_ones(shards, tmp_p
         f"data.train={shards / 'train'}",
         "data.val=",
         f"run.root={tmp_path}",
-        "loss.name=sigmoid",
+        "objectives.clip.loss=sigmoid",
         "train.steps=4",
     ]
     for name, more in (("whole", []), ("micro", ["train.micro_batch=2"])):

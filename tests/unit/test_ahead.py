@@ -22,7 +22,7 @@ from clipdist.data.catalog import Catalog, Shard
 from clipdist.data.consolidated import write_consolidated
 from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
-from clipdist.data.loader import open_loader
+from clipdist.data.loader import image_view, open_loader
 from clipdist.data.order import Order, OrderKey
 from clipdist.data.prefetch import Prefetcher, shards_at_once
 from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
@@ -195,7 +195,7 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
     write_consolidated(tmp_path / "two.index.zip", indices)
     catalog = Catalog.open([str(tmp_path / "two.index.zip")])
     cfg = Data(cache=str(tmp_path / "cache"), cache_gb=0.001, retry_s=FOREVER, threads=4)
-    loader = open_loader(catalog, OrderKey(0, 20, 20, 20), Lengths(), cfg, image_size=8, rank=0, world=1)
+    loader = open_loader(catalog, OrderKey(0, 20, 20, 20), Lengths(), cfg, views=[image_view(cfg, 8)], rank=0, world=1)
     try:
         with pytest.raises(UserError, match=r"00001\.tar: no such object"):
             deque(loader, maxlen=0)

@@ -11,15 +11,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as tv
+from views import train_image
 
 from clipdist.data.augment import (
     UNIFORMS,
     Augmentation,
+    View,
     apply_colour,
     colour_parameters,
     dct_factor,
     random_crop,
-    train_image,
+    train_views,
 )
 from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.errors import UserError
@@ -323,3 +325,18 @@ def test_colours_on_cuda_are_those_of_the_cpu() -> None:
     there = apply_colour(batch.cuda(), parameters)
     assert there.is_cuda
     assert distance(there.cpu(), apply_colour(batch, parameters)) <= 1
+
+
+def test_a_second_view_costs_no_second_decode(monkeypatch) -> None:
+    from clipdist.data import augment
+
+    decoded = []
+    real = augment.decode_pixels
+    monkeypatch.setattr(augment, "decode_pixels", lambda *words: decoded.append(1) or real(*words))
+    data, rows = encoded(picture(90, 70)), uniforms(2)
+    views = [View("image", 24, Augmentation(0.5, flip=0.5)), View("small", 16, Augmentation(0.1))]
+    outs = [torch.empty(3, view.size, view.size, dtype=torch.uint8) for view in views]
+    train_views(data, views, rows, outs)
+    assert len(decoded) == 1
+    for view, row, out in zip(views, rows, outs):
+        assert torch.equal(out, train_image(data, view.size, row, view.augmentation))

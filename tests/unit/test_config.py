@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdist.config import DEFAULT_RECIPE, Config, Loss, flat, load_config, to_dict, to_yaml
+from clipdist.config import DEFAULT_RECIPE, Clip, Config, flat, load_config, to_dict, to_yaml
 from clipdist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_deepspeed_settings_pass_through():
         ("data.crop_scale_min=0", ["data.crop_scale_min=0"]),
         ("data.max_bad_share=2", ["data.max_bad_share=2"]),
         ("data.streams=3", ["data.streams=3", "divide train.global_batch"]),
-        ("loss.logit_scale_max=5", ["loss.logit_scale_max=5", "ln 100"]),
+        ("objectives.clip.logit_scale_max=5", ["objectives.clip.logit_scale_max=5", "ln 100"]),
         ("launch.gpus=0", ["launch.gpus=0"]),
         ("engine.deepspeed.gradient_accumulation_steps=2", ["gradient_accumulation_steps", "train.micro_batch"]),
         ("engine.deepspeed.bf16.enabled=true", ["engine.deepspeed.bf16", "train.precision"]),
@@ -145,10 +146,10 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_the_temperature_starts_and_ends_as_in_the_clip_paper():
-    loss = Config().loss
-    assert math.exp(loss.first_log_scale) == pytest.approx(1 / 0.07)
-    assert math.exp(Loss(name="sigmoid").first_log_scale) == pytest.approx(10)
-    assert math.exp(loss.logit_scale_max) == pytest.approx(100)
+    clip = Config().objectives.clip
+    assert math.exp(clip.first_log_scale) == pytest.approx(1 / 0.07)
+    assert math.exp(Clip(loss="sigmoid").first_log_scale) == pytest.approx(10)
+    assert math.exp(clip.logit_scale_max) == pytest.approx(100)
 
 
 def test_configuration_needs_no_torch():
@@ -174,3 +175,51 @@ def test_every_recipe_holds(path, monkeypatch):
     assert resolve_spec(config.model).embed_dim > 0
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert "R@K" in " ".join(header)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "clip"),
+    [
+        ({}, [], Clip()),
+        ({}, ["objectives.clip.loss=sigmoid"], Clip(loss="sigmoid")),
+        ({"objectives": {"clip": {"label_smoothing": 0.1}}}, [], Clip(label_smoothing=0.1)),
+        ({"objectives": {}}, ["objectives.clip.weight=2"], Clip(weight=2.0)),
+    ],
+)
+def test_objectives_are_clip_unless_they_are_listed(tmp_path, recipe, words, clip):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    assert load_config(path, words).objectives.clip == clip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "told"),
+    [
+        ({"objectives": {}}, [], "objectives: none is set"),
+        ({}, ["objectives.clip=null"], "objectives: none is set"),
+        ({"objectives": {"simclr": {}}}, [], "objectives.simclr"),
+        ({}, ["objectives.clip.weight=0"], "objectives.clip.weight=0.0: must be above 0"),
+        ({"loss": {"name": "sigmoid"}}, [], "loss.name is objectives.clip.loss now"),
+        ({"loss": {}}, [], "the section loss is objectives.clip now"),
+        ({}, ["loss.group_positives=false"], "loss.group_positives is objectives.clip.group_positives now"),
+        ({}, ["loss.tile_rows=8"], "loss.tile_rows is gone: the size of the tiles is chosen"),
+        ({}, ["data.patience_s=3"], "data.patience_s is data.retry_s now"),
+        ([1, 2], [], "must hold sections of settings"),
+    ],
+)
+def test_objectives_and_keys_of_earlier_versions_that_are_refused(tmp_path, recipe, words, told):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(UserError) as refused:
+        load_config(path, words)
+    assert told in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_configuration_of_an_earlier_versions_run_is_read(tmp_path):
+    path = tmp_path / "config.yaml"
+    old = {"name": "sigmoid", "group_positives": False, "tile_rows": 0, "implementation": "compiled"}
+    path.write_text(json.dumps({"loss": old, "data": {"patience_s": 7.0}, "train": {"steps": 3}}))
+    config = load_config(path, of_run=True)
+    assert config.objectives.clip == Clip(loss="sigmoid", group_positives=False)
+    assert (config.data.retry_s, config.train.steps) == (7.0, 3)

@@ -29,7 +29,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import write_consolidated
 from clipdist.data.decode import MAX_PIXELS, REASONS, BadSample, decode_pixels
 from clipdist.data.index import index_from_bytes, index_path, load_index
-from clipdist.data.loader import Batch, Loader, open_loader
+from clipdist.data.loader import Batch, Loader, image_view, open_loader
 from clipdist.data.order import OrderKey, sample_uniforms
 from clipdist.data.reader import Reader
 from clipdist.data.tokens import BPETokenizer, token_kind
@@ -89,7 +89,9 @@ def key_of(case: int) -> str:
 
 def open_rows(folder: Path, rows: int) -> Loader:
     catalog = Catalog.open([str(folder)])
-    return open_loader(catalog, OrderKey(0, rows, 1, 0), tokenizer(), CFG, image_size=SIZE, rank=0, world=1)
+    return open_loader(
+        catalog, OrderKey(0, rows, 1, 0), tokenizer(), CFG, views=[image_view(CFG, SIZE)], rank=0, world=1
+    )
 
 
 def captions_of(members: Members) -> list[str]:
@@ -113,9 +115,9 @@ def check_row(case: Case, batch: Batch, place: int, reader: Reader) -> str:
     sample_id = int(batch.sample_id[place])
     outcome = dict(batch.bad).get(sample_id, damage.VALID)
     assert outcome in case.outcomes, f"ends as {outcome!r}, not as one of {sorted(case.outcomes)}"
-    assert bool(batch.valid[place]) == (outcome == damage.VALID)
+    assert bool(batch.valid["image"][place]) == (outcome == damage.VALID)
     if outcome != damage.VALID:
-        assert not batch.image[place].any()
+        assert not batch.images["image"][place].any()
         return outcome
     (uniform,) = sample_uniforms(CFG.seed, np.zeros(1, dtype=np.int64), np.array([sample_id]), 1)[0]
     captions = captions_of(case.members)
@@ -341,7 +343,7 @@ def check_checksums(folder: Path, seed: int, numbers: range) -> int:
             reader = loader.reader
             assert {reader.shard_name(sample_id) for sample_id, _ in batch.bad} == {"00000.tar"}
             assert {reader.key(sample_id): reason for sample_id, reason in batch.bad} == wanted
-            assert set(batch.sample_id[~batch.valid].tolist()) == {sample_id for sample_id, _ in batch.bad}
+            assert set(batch.sample_id[~batch.valid["image"]].tolist()) == {sample_id for sample_id, _ in batch.bad}
             loader.close()
     return len(numbers)
 
@@ -357,7 +359,7 @@ def test_a_shard_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(tmp_path / "00000.tar", len(whole.tar) // 2)
     batch = loader.next()
     assert {reason for _, reason in batch.bad} == {"shard cut off"}
-    assert 0 < int(batch.valid.sum()) < len(whole.members)
+    assert 0 < int(batch.valid["image"].sum()) < len(whole.members)
     loader.close()
 
 
@@ -447,9 +449,9 @@ def test_the_loader_masks_exactly_the_damaged_samples(tmp_path: Path) -> None:
     loader = open_rows(tmp_path, 80)
     batch, reader = loader.next(), loader.reader
     assert {reader.key(sample_id): reason for sample_id, reason in batch.bad} == wanted
-    assert {reader.key(sample_id) for sample_id in batch.sample_id[~batch.valid].tolist()} == wanted.keys()
+    assert {reader.key(sample_id) for sample_id in batch.sample_id[~batch.valid["image"]].tolist()} == wanted.keys()
     assert all(reader.shard_name(sample_id) == f"0000{reader.key(sample_id)[0]}.tar" for sample_id, _ in batch.bad)
-    assert torch.equal(batch.image.flatten(1).any(1), batch.valid)
+    assert torch.equal(batch.images["image"].flatten(1).any(1), batch.valid["image"])
     loader.close()
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from open_clip import image_transform
 from PIL import Image
+from views import train_image
 
-from clipdist.data.augment import UNIFORMS, Augmentation, train_image
+from clipdist.data.augment import UNIFORMS, Augmentation
 from clipdist.data.decode import REASONS, BadSample, decode_jpeg, decode_pixels, eval_image, jpeg_shape, resize
 
 

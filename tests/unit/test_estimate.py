@@ -29,7 +29,7 @@ def configured(*words: str, base: list[str] = TINY) -> Config:
 
 def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
     """What autograd keeps of a real forward pass on the CPU, each storage once, parameters and buffers left out."""
-    model = build_model(config.model, config.loss).to(dtype).train()
+    model = build_model(config.model, config.objectives.clip).to(dtype).train()
     image = torch.zeros(batch, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
     tokens = torch.ones(batch, model.spec.context_length, dtype=torch.int64)
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), image, tokens]}
@@ -42,7 +42,7 @@ def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(image, tokens)
+        outputs = list(model(image=image, tokens=tokens).values())
     total = sum(storage.nbytes() for storage in kept.values())
     del outputs
     return total
@@ -51,7 +51,7 @@ def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("base", [TINY, RESNET, CBOW], ids=["vit", "resnet", "cbow"])
 def test_parameters_are_those_of_the_real_model(base: list[str]) -> None:
     found = make_estimate(configured("model.lock_image=true", base=base))
-    model = build_model(found.config.model, found.config.loss)
+    model = build_model(found.config.model, found.config.objectives.clip)
     assert found.sizes.all == sum(p.numel() for p in model.parameters())
     assert found.sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0 < found.sizes.trained < found.sizes.all
@@ -70,7 +70,7 @@ def test_activations_are_what_a_real_forward_pass_saves(base: list[str], dtype: 
 
 def test_meta_and_real_passes_agree() -> None:
     config = configured()
-    assert one_pass(build_model(config.model, config.loss), 8).peak == pytest.approx(
+    assert one_pass(build_model(config.model, config.objectives.clip), 8).peak == pytest.approx(
         one_pass(meta_model(config)[0], 8).peak, rel=0.05
     )
 
@@ -85,7 +85,7 @@ def test_checkpointing_keeps_less() -> None:
 def test_a_model_that_needs_values_is_measured_in_two_small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured()
     model = meta_model(config)[0]
-    expected = one_pass(build_model(config.model, config.loss), 8)
+    expected = one_pass(build_model(config.model, config.objectives.clip), 8)
 
     def refuse_meta(model: Any, batch: int) -> Activations:
         if next(model.parameters()).is_meta:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from clipdist.config import Loss, Model
+from clipdist.config import Clip, Model
 from clipdist.data.decode import eval_image
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
@@ -31,7 +31,7 @@ RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16
 TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
 
 
-def trained(folder: Path, loss: Loss | None = None, **more: Any) -> DualEncoder:
+def trained(folder: Path, loss: Clip | None = None, **more: Any) -> DualEncoder:
     path = folder / "mini.json"
     path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": VISION, "text_cfg": TEXT, **more}))
     torch.manual_seed(7)
@@ -79,7 +79,7 @@ def test_a_folder_comes_back_as_it_went(tmp_path: Path) -> None:
 
 
 def test_a_bias_is_left_out_and_said(tmp_path: Path) -> None:
-    export = export_hugging_face(trained(tmp_path, Loss(name="sigmoid")), tmp_path / "clip")
+    export = export_hugging_face(trained(tmp_path, Clip(loss="sigmoid")), tmp_path / "clip")
     assert export.left_out == "logit_bias"
     assert load_model(str(tmp_path / "clip")).model.logit_bias is None
 
@@ -140,7 +140,7 @@ def test_programs_take_batches_of_any_size(programs: tuple[DualEncoder, Programs
     for count in (1, 5):
         image = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         tokens = make_tokenizer(model.spec)(["a dog runs"] * count)
-        wanted = model(image, tokens)
+        wanted = model.encode_image(image), model.encode_text(tokens)
         torch.testing.assert_close(space["encode_image"](image), wanted[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(space["encode_text"](tokens), wanted[1], rtol=1e-5, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_a_resnet_and_a_bag_of_words_become_programs(tmp_path: Path) -> None:
 
 
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = trained(tmp_path, Loss(name="sigmoid"))
+    model = trained(tmp_path, Clip(loss="sigmoid"))
     source = export_model(model, tmp_path / "source.safetensors")
     out = tmp_path / "clip"
     arguments = [str(source.config), "--weights", str(source.file), "--out", str(out), "--format", "hugging_face"]

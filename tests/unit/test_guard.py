@@ -16,7 +16,9 @@ from torch import nn
 
 from clipdist import config
 from clipdist.engine.gradients import gradient_statistics
+from clipdist.engine.zero import Zero
 from clipdist.fault_tolerance.guard import OVERFLOWS_IN_A_ROW, Guard
+from clipdist.models.dual_encoder import PARTS
 
 WINDOW = 20
 SIZES = {"image": 1.0, "text": 0.9}
@@ -202,15 +204,18 @@ class Towers(nn.Module):
         self.visual, self.text = nn.Linear(3, 4), nn.Linear(2, 5)
         self.logit_scale = nn.Parameter(torch.ones(1))
 
+    def part_of(self, name: str) -> str:
+        return PARTS[name.partition(".")[0]]
+
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     torch.manual_seed(0)
     model, beta2, eps = Towers(), 0.9, 1e-6
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, beta2), eps=eps)
-    engine = SimpleNamespace(
-        module=model, optimizer=optimizer, device=torch.device("cpu"), zero_optimization_stage=lambda: 0
-    )
+    engine = Zero.__new__(Zero)  # stage 0 in fp32: what DeepSpeed holds is the model and the optimiser themselves
+    engine.stage, engine.device = 0, torch.device("cpu")
+    engine._deepspeed = SimpleNamespace(module=model, optimizer=optimizer)
     past = {name: [] for name, _ in model.named_parameters()}
     for step in range(3):
         for name, parameter in model.named_parameters():

@@ -63,7 +63,8 @@ def difference(model: DualEncoder, theirs: CLIPModel, end: int = 599) -> float:
     tokens[range(3), [2, 4, 5]] = end
     mean, std = (torch.tensor(PIXELS[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     found = theirs(input_ids=tokens, pixel_values=(image / 255 - mean) / std)
-    mine = model.eval()(image, tokens)
+    model.eval()
+    mine = model.encode_image(image), model.encode_text(tokens)
     pairs = ((mine[0], found.image_embeds), (mine[1], found.text_embeds))
     return max(float((F.normalize(a) - F.normalize(b)).abs().max()) for a, b in pairs if a is not None)
 

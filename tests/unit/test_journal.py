@@ -16,7 +16,7 @@ from clipdist.data.index import Unreadable
 from clipdist.errors import Fault, UserError
 from clipdist.monitor.journal import Journal
 
-ONE_RANK = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+ONE_RANK = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 REFUSED = OSError(5, "Input/output error")
 
 

@@ -9,9 +9,10 @@ import torch
 from pairs import write_pairs
 
 from clipdist.config import Data
+from clipdist.data.augment import Augmentation, View
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample
-from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, open_loader
+from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 
@@ -32,14 +33,18 @@ class Lengths:
         return self.name
 
 
-def loader(folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), **settings) -> Loader:
+def loader(
+    folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), two_views=False, **settings
+) -> Loader:
+    alone = settings.pop("images_alone", False)
     cfg = dataclasses.replace(Data(threads=threads), **settings)
     return open_loader(
         Catalog.open([str(folder)]),
         OrderKey(0, 16, 4, 0),
         tokenizer or Lengths(),
         cfg,
-        image_size=24,
+        views=[image_view(cfg, 24), View("small", 16, Augmentation(0.1))] if two_views else [image_view(cfg, 24)],
+        images_alone=alone,
         rank=rank,
         world=world,
         start=start,
@@ -56,11 +61,11 @@ def take(count: int, *args, **settings):
 
 def test_shapes_and_types(shards):
     (batch,) = take(1, shards / "train")
-    assert batch.image.shape == (16, 3, 24, 24)
-    assert batch.image.dtype == torch.uint8
-    assert batch.image.float().std() > 10
+    assert batch.images["image"].shape == (16, 3, 24, 24)
+    assert batch.images["image"].dtype == torch.uint8
+    assert batch.images["image"].float().std() > 10
     assert batch.tokens.shape == (16, 2)
-    assert batch.valid.all()
+    assert batch.valid["image"].all()
     assert batch.sample_id.dtype == batch.group_id.dtype == torch.int64
 
 
@@ -73,8 +78,14 @@ def test_the_global_batch_depends_on_its_position_alone(shards, threads, world):
         mine = take(3, shards / "train", rank, world, 4, threads)
         for ours, whole in zip(mine, reference[4:]):
             assert ours.position == whole.position
-            for name in ("image", "tokens", "valid", "sample_id", "group_id"):
-                assert torch.equal(getattr(ours, name), getattr(whole, name)[rows]), name
+            expected = whole.rows(rows.start, rows.stop)
+            for name in ("tokens", "sample_id", "group_id"):
+                assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+            for name in ("images", "valid"):
+                theirs = getattr(expected, name)
+                assert dict.fromkeys(theirs, True) == {
+                    key: torch.equal(tensor, theirs[key]) for key, tensor in getattr(ours, name).items()
+                }, name
 
 
 def test_skipped_positions_are_never_drawn(shards, monkeypatch):
@@ -90,7 +101,7 @@ def test_skipped_positions_are_never_drawn(shards, monkeypatch):
     source.close()
     assert not {1, 2, 6, 7, 8, 9} & set(drawn)
     for batch in batches:
-        assert torch.equal(batch.image, reference[batch.position].image)
+        assert torch.equal(batch.images["image"], reference[batch.position].images["image"])
         assert torch.equal(batch.tokens, reference[batch.position].tokens)
 
 
@@ -123,11 +134,34 @@ def test_captions_and_crops_change_with_the_epoch(shards):
 def test_a_bad_sample_keeps_its_row(tmp_path):
     write_pairs(tmp_path, 16, bad={3: b"", 7: b"no picture"})
     (batch,) = take(1, tmp_path)
-    assert batch.valid.sum() == 14
+    assert batch.valid["image"].sum() == 14
     assert sorted(batch.bad) == [(3, "missing image"), (7, "not an image")]
-    for row in (~batch.valid).nonzero().flatten().tolist():
+    for row in (~batch.valid["image"]).nonzero().flatten().tolist():
         assert batch.sample_id[row] in (3, 7)
-        assert batch.image[row].max() == 0
+        assert batch.images["image"][row].max() == 0
+
+
+def test_an_image_without_a_caption_counts_where_images_are_of_use_alone(tmp_path):
+    write_pairs(tmp_path, 16, bad={3: b""}, without_caption={5, 9})
+    (pairs_only,) = take(1, tmp_path)
+    assert sorted(pairs_only.bad) == [(3, "missing image"), (5, "missing caption"), (9, "missing caption")]
+    assert torch.equal(pairs_only.valid["image"], pairs_only.valid["text"])
+    (batch,) = take(1, tmp_path, images_alone=True)
+    assert batch.bad == [(3, "missing image")]
+    assert set(batch.sample_id[~batch.valid["image"]].tolist()) == {3}
+    assert set(batch.sample_id[~batch.valid["text"]].tolist()) == {3, 5, 9}
+    assert batch.images["image"].flatten(1).any(1).sum() == 15
+    assert torch.equal(batch.valid_in(("image", "text")), pairs_only.valid["text"])
+
+
+def test_a_second_view_changes_nothing_of_the_first(shards):
+    (one,), (two,) = take(1, shards / "train"), take(1, shards / "train", two_views=True)
+    assert torch.equal(one.images["image"], two.images["image"])
+    assert two.images["small"].shape == (16, 3, 16, 16)
+    assert two.inputs().keys() == {"image", "small", "tokens"}
+    pieces = two.split(6)
+    assert [len(piece) for piece in pieces] == [6, 6, 4]
+    assert torch.equal(torch.cat([piece.images["small"] for piece in pieces]), two.images["small"])
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):

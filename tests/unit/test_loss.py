@@ -194,7 +194,7 @@ def test_a_batch_of_no_pair_or_one_is_finite(kind, keep, t, opposite):
     if kind == "infonce" or not keep:
         assert found[0] == 0
     _, statistics = LOSSES[kind](*inputs, valid=valid)
-    assert global_statistics(found[0].float(), statistics)["valid"] == keep
+    assert global_statistics(statistics)["valid"] == keep
 
 
 def test_equal_captions_are_positives_only_where_ids_say_so():
@@ -229,13 +229,11 @@ def test_half_precision_features_have_fp32_logits_and_half_gradients(kind, dtype
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_under_torch_compile_and_with_compiled_tiles(kind):
+def test_under_torch_compile(kind):
     inputs = draw()
     plain = value_and_gradients(LOSSES[kind], inputs, tile=SMALL, **CASES["smoothed"])
     outside = torch.compile(lambda *x: LOSSES[kind](2 * x[0], *x[1:], tile=SMALL, **CASES["smoothed"]))
     assert max(errors(value_and_gradients(outside, inputs), plain)[:1]) < 1e-6
-    inside = value_and_gradients(LOSSES[kind], inputs, tile=SMALL, implementation="compiled", **CASES["smoothed"])
-    assert max(errors(inside, plain)) < 3e-6
 
 
 def test_a_second_backward_pass_is_refused():
@@ -268,7 +266,7 @@ def test_bad_settings():
     images, texts, t, _ = draw(b=6)
     with pytest.raises(UserError, match="logit_bias"):
         sigmoid_loss(images, texts, t)
-    with pytest.raises(UserError, match=r"loss\.implementation=kernel: needs Triton and a GPU"):
+    with pytest.raises(UserError, match=r"objectives\.clip\.implementation=kernel: needs Triton and a GPU"):
         info_nce(images, texts, t, implementation="kernel")
     with pytest.raises(UserError, match="choose auto"):
         info_nce(images, texts, t, implementation="fast")
@@ -277,11 +275,10 @@ def test_bad_settings():
 def test_accuracy_counts_rows_whose_best_candidate_is_a_positive():
     features = torch.eye(4)
     texts = features[[0, 1, 3, 2]]
-    value, statistics = info_nce(features, texts, torch.tensor([2.0]))
-    numbers = global_statistics(value, statistics | batch_accuracy(features, texts, tile=Tile(3, 2)))
+    _, statistics = info_nce(features, texts, torch.tensor([2.0]))
+    numbers = global_statistics(statistics | batch_accuracy(features, texts, tile=Tile(3, 2)))
     assert numbers["batch_i2t_r1"] == 50
     assert numbers["batch_t2i_r1"] == 50
-    assert numbers["loss"] == pytest.approx(value.item())
     grouped = batch_accuracy(features, texts, group_id=torch.tensor([0, 1, 2, 2]))
     assert float(grouped["correct_i2t"]) == float(grouped["correct_t2i"]) == 4
     masked = batch_accuracy(features, texts, valid=torch.tensor([True, True, True, False]))

@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 
-from clipdist.config import Loss, Model
+from clipdist.config import Clip, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.cbow import CBOW
@@ -61,8 +61,8 @@ def batch(model: DualEncoder, size: int = 4) -> tuple[torch.Tensor, torch.Tensor
 
 
 def gradients(model: DualEncoder, image: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    a, b, scale, _ = model(image, tokens)
-    (a.sin().sum() + b.sin().sum() + scale.sum()).backward()
+    outputs = model(image=image, tokens=tokens)
+    (outputs["image"].sin().sum() + outputs["text"].sin().sum() + outputs["logit_scale"].sum()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -74,17 +74,23 @@ def test_forward_gives_features_and_every_parameter_a_gradient(name: str, tmp_pa
         name = model_json(tmp_path, text=hf_tower(tmp_path))
     model = build(name)
     image, tokens = batch(model)
-    image_features, text_features, scale, _ = model(image, tokens)
+    outputs = model(image=image, tokens=tokens)
+    image_features, text_features, scale = (outputs[name] for name in ("image", "text", "logit_scale"))
+    assert len(outputs) == 3
     assert image_features.shape == text_features.shape == (4, model.spec.embed_dim)
     assert image_features.dtype == text_features.dtype == torch.float32
     assert scale.shape == (1,)
     grads = gradients(model, image, tokens)
     assert grads.keys() == dict(model.named_parameters()).keys()
     assert {name.split(".")[0] for name in grads} == {"visual", "text", "logit_scale"}
-    alone, nothing, *_ = model.eval()(image, None)
-    assert nothing is None
-    assert torch.equal(alone, model(image, tokens)[0])
-    assert model(None, tokens)[0] is None
+    model.eval()
+    assert torch.equal(model(image=image)["image"], model.encode_image(image))
+    assert "text" not in model(image=image)
+    assert torch.equal(model(tokens=tokens)["text"], model.encode_text(tokens))
+    assert "image" not in model(tokens=tokens)
+    both = model(image=image, flipped=image.flip(-1))  # two views
+    assert torch.equal(both["flipped"], model.encode_image(image.flip(-1)))
+    assert {model.part_of(name) for name in grads} == {"image", "text", "temperature"}
 
 
 def test_projections_of_timm_and_hugging_face_towers_are_linear_without_bias(tmp_path: Path) -> None:
@@ -99,19 +105,19 @@ def test_pixels_are_normalised_as_open_clip_does() -> None:
     image, _ = batch(model)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     expected = model.visual((image / 255 - mean) / std)
-    torch.testing.assert_close(model(image, None)[0], expected)
+    torch.testing.assert_close(model.encode_image(image), expected)
 
 
 def test_pixel_statistics_of_the_json_are_used(tmp_path: Path) -> None:
     model = build(model_json(tmp_path, image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.5, 1.0])).eval()
     image, _ = batch(model)
     std = torch.tensor([0.25, 0.5, 1.0]).view(3, 1, 1)
-    torch.testing.assert_close(model(image, None)[0], model.visual((image / 255 - 0.5) / std))
+    torch.testing.assert_close(model.encode_image(image), model.visual((image / 255 - 0.5) / std))
 
 
 def test_temperature_starts_where_the_loss_says() -> None:
     assert build(TINY_CBOW).logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    model = build_model(Model(name=TINY_CBOW), Loss(logit_scale_init=1.5))
+    model = build_model(Model(name=TINY_CBOW), Clip(logit_scale_init=1.5))
     assert model.logit_scale.tolist() == [1.5]
 
 
@@ -122,13 +128,13 @@ def test_the_same_seed_draws_the_same_weights() -> None:
 
 def test_low_precision_keeps_pixels_and_batchnorm_statistics_in_fp32() -> None:
     model = build(TINY_RN)
-    image, tokens = batch(model)
-    reference = model(image, tokens)[0]
+    image, _ = batch(model)
+    reference = model.encode_image(image)
     statistics = {name: value for name, value in model.state_dict().items() if "running" in name}
     model = build(TINY_RN).bfloat16()
     assert model.image_mean.dtype == model.image_std.dtype == torch.float32
     assert torch.equal(model.image_mean.flatten(), torch.tensor(open_clip.OPENAI_DATASET_MEAN))
-    features = model(image, tokens)[0]
+    features = model.encode_image(image)
     assert features.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(features.float(), reference).min() > 0.99
     for name, value in statistics.items():
@@ -224,10 +230,10 @@ def test_a_locked_timm_tower_trains_its_projection_only(tmp_path: Path) -> None:
 def test_locked_hugging_face_tower_has_no_dropout(tmp_path: Path) -> None:
     model = build(model_json(tmp_path, text=hf_tower(tmp_path)), lock_text=True).train()
     _, tokens = batch(model)
-    assert torch.equal(model(None, tokens)[1], model(None, tokens)[1])
+    assert torch.equal(model.encode_text(tokens), model.encode_text(tokens))
     assert [name for name, p in model.text.named_parameters() if p.requires_grad] == ["proj.weight"]
     free = build(model_json(tmp_path, text=hf_tower(tmp_path))).train()
-    assert not torch.equal(free(None, tokens)[1], free(None, tokens)[1])
+    assert not torch.equal(free.encode_text(tokens), free.encode_text(tokens))
 
 
 def test_last_groups_can_stay_unlocked() -> None:

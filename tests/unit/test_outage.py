@@ -19,7 +19,7 @@ from clipdist.data import reader as reader_module
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import write_consolidated
 from clipdist.data.index import load_index
-from clipdist.data.loader import Batch, Interrupted, Loader, open_loader
+from clipdist.data.loader import Batch, Interrupted, Loader, image_view, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 from clipdist.errors import Fault
@@ -40,7 +40,7 @@ class Lengths:
 def open_pairs(source: Path, **settings) -> Loader:
     cfg = Data(**{"threads": 2, "retry_s": 30, "prefetch": 1, **settings})
     key = OrderKey(0, 10, 1, 10)
-    return open_loader(Catalog.open([str(source)]), key, Lengths(), cfg, image_size=8, rank=0, world=1)
+    return open_loader(Catalog.open([str(source)]), key, Lengths(), cfg, views=[image_view(cfg, 8)], rank=0, world=1)
 
 
 def drain(loader: Loader, interrupted: Callable[[], bool] | None = None) -> list[Batch]:
@@ -55,10 +55,8 @@ def drain(loader: Loader, interrupted: Callable[[], bool] | None = None) -> list
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
-    names = ("image", "tokens", "valid", "sample_id", "group_id")
-    return ours.position == theirs.position and all(
-        torch.equal(getattr(ours, name), getattr(theirs, name)) for name in names
-    )
+    tensors = [(batch.images["image"], batch.tokens, batch.valid["text"], batch.sample_id) for batch in (ours, theirs)]
+    return ours.position == theirs.position and all(map(torch.equal, *tensors))
 
 
 @pytest.fixture

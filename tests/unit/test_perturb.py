@@ -247,12 +247,12 @@ def test_predict_rounds_and_clips_where_told_to() -> None:
 
 def test_a_probe_behind_a_tower_answers_as_the_probe_does() -> None:
     class Tower(nn.Module):
-        def forward(self, image: torch.Tensor, tokens: None) -> tuple[torch.Tensor]:
-            return (image.flatten(1)[:, :7].float() - 128,)
+        def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+            return image.flatten(1)[:, :7].float() - 128
 
     train, test = pictures(80), pictures(30, seed=5)
     labels = train.flatten(1)[:, :3].long().argmax(1)
-    features, asked = (Tower()(images, None)[0] for images in (train, test))
+    features, asked = (Tower().encode_image(images) for images in (train, test))
     unit, asked_unit = (torch.nn.functional.normalize(part, dim=1) for part in (features, asked))
     expected = fit_probe(unit, labels, asked_unit, torch.zeros(30, dtype=torch.int64), ("a", "b", "c"))
     classify = probe_classifier(Tower(), features, labels, ("a", "b", "c"), "cpu")
@@ -277,7 +277,7 @@ def test_the_dual_encoder_is_frozen_and_takes_pixels_from_0_to_255() -> None:
     classify = feature_classifier(model, weight, bias)
     images = pictures(3, side=32)
     with torch.no_grad():
-        features = model(images, None)[0]
+        features = model.encode_image(images)
     expected = torch.nn.functional.normalize(features, dim=1) @ weight.T + bias
     moved = images.float().requires_grad_()
     logits = classify(moved)

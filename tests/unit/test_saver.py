@@ -13,18 +13,20 @@ from torch import nn
 from clipdist.checkpoint import saver as module
 from clipdist.checkpoint.format import CheckpointReader, Manifest, newest_checkpoint
 from clipdist.checkpoint.retention import RetentionPolicy
-from clipdist.checkpoint.saver import Saver, restore
+from clipdist.checkpoint.saver import Saver
+from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 
 
 @pytest.fixture
 def engine():
-    """What the saver needs of a DeepSpeedEngine of stage 0: a module and its optimiser, with moments."""
+    """Stage 0 in fp32: what DeepSpeed holds is a module and its optimiser, with moments, themselves."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    made = SimpleNamespace(module=model, optimizer=optimizer)
+    made = Zero.__new__(Zero)
+    made.stage, made._deepspeed = 0, SimpleNamespace(module=model, optimizer=optimizer)
     step(made)
     yield made
     dist.destroy_process_group()
@@ -32,12 +34,16 @@ def engine():
 
 def step(engine):
     engine.module(torch.randn(4, 6)).square().sum().backward()
-    engine.optimizer.step()
-    engine.optimizer.zero_grad()
+    engine._deepspeed.optimizer.step()
+    engine._deepspeed.optimizer.zero_grad()
 
 
 def saver_of(run_dir, retry_s=0.0):
     return Saver(run_dir, RetentionPolicy(last=2), 0, "t", retry_s)
+
+
+def save(saver, engine, manifest):
+    saver.save(list(engine.live_pieces()), list(engine.buffer_pieces()), manifest)
 
 
 def manifest(step):
@@ -48,7 +54,7 @@ def tensors(engine):
     """All of a checkpoint's tensors, by name, as the engine holds them now."""
     found = {f"buffer/{name}": tensor.clone() for name, tensor in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
-        state = engine.optimizer.state[parameter]
+        state = engine._deepspeed.optimizer.state[parameter]
         found[f"param/{name}"] = parameter.detach().clone()
         found |= {f"{moment}/{name}": state[moment].clone() for moment in ("exp_avg", "exp_avg_sq")}
     return found
@@ -71,7 +77,7 @@ def test_the_copying_waits_for_nobody_and_the_optimiser_for_the_copying(tmp_path
     monkeypatch.setattr(module._Copying, "_copy_all", lambda self, parts: go.wait(60) and copy_all(self, parts))
     before = tensors(engine)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))  # returns although nothing is copied yet
+    save(saver, engine, manifest(1))  # returns although nothing is copied yet
     assert saver.busy
     engine.module(torch.randn(4, 6))  # changes the running statistics: the checkpoint has those from before
     threading.Timer(0.2, go.set).start()
@@ -89,7 +95,7 @@ def test_memory_is_kept_from_save_to_save(tmp_path, engine):
     places = set()
     for number in (1, 2, 3):
         expected = tensors(engine)
-        saver.save(engine, manifest(number))
+        save(saver, engine, manifest(number))
         saver.wait_copied()
         step(engine)
         saver.wait()
@@ -100,11 +106,11 @@ def test_memory_is_kept_from_save_to_save(tmp_path, engine):
 
 def test_memory_can_be_taken_before_the_first_save(tmp_path, engine):
     saver = saver_of(tmp_path)
-    saver.prepare(engine)
+    saver.prepare(*engine.save_numel())
     saver.wait()
     place = saver._memory._flat.data_ptr()
     expected = tensors(engine)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     saver.wait_copied()
     saver.wait()
     assert saver._memory._flat.data_ptr() == place
@@ -115,15 +121,15 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, engine):
     run_dir, away = tmp_path / "run", tmp_path / "away"
     run_dir.mkdir()
     saver = saver_of(run_dir)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     saver.wait()
     run_dir.rename(away)
-    saver.save(engine, manifest(2))
+    save(saver, engine, manifest(2))
     with pytest.raises(Fault, match=r"last checkpoint was not written .*gone"):
         saver.wait()
     assert "gone" in saver.failed
     away.rename(run_dir)
-    saver.save(engine, manifest(3))
+    save(saver, engine, manifest(3))
     saver.wait()
     assert saver.failed == ""
     assert newest_checkpoint(run_dir).name == "step-00000003"
@@ -135,7 +141,7 @@ def test_an_error_of_the_program_is_told_too(tmp_path, engine, monkeypatch):
 
     monkeypatch.setattr(module._HostMemory, "take", broken)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     saver.wait_copied()  # the optimiser is not held for ever
     with pytest.raises(Fault, match="MemoryError: no memory"):
         saver.wait()
@@ -144,12 +150,12 @@ def test_an_error_of_the_program_is_told_too(tmp_path, engine, monkeypatch):
 def test_a_save_gives_up_the_one_before_that_meets_a_failing_disk(tmp_path, engine):
     run_dir = tmp_path / "run"
     saver = saver_of(run_dir, retry_s=600)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     with pytest.raises(Fault, match="still being written"):
         saver.wait(timeout_s=0.3)
     timer = threading.Timer(0.3, run_dir.mkdir)
     timer.start()
-    saver.save(engine, manifest(2))
+    save(saver, engine, manifest(2))
     timer.join()
     saver.wait()
     assert newest_checkpoint(run_dir).name == "step-00000002"
@@ -158,7 +164,7 @@ def test_a_save_gives_up_the_one_before_that_meets_a_failing_disk(tmp_path, engi
 def test_the_same_step_twice(tmp_path, engine):
     saver = saver_of(tmp_path)
     for _ in range(2):
-        saver.save(engine, manifest(1))
+        save(saver, engine, manifest(1))
         saver.wait_copied()
         expected = tensors(engine)
         step(engine)
@@ -169,12 +175,12 @@ def test_the_same_step_twice(tmp_path, engine):
 def test_restored_as_saved(tmp_path, engine):
     expected = tensors(engine)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     saver.wait_copied()
     for _ in range(2):
         step(engine)
     saver.wait()
-    restore(engine, CheckpointReader(newest_checkpoint(tmp_path)))
+    engine.restore(CheckpointReader(newest_checkpoint(tmp_path)))
     ours = tensors(engine)
     assert_same(
         {k: v for k, v in ours.items() if "buffer" not in k}, {k: v for k, v in expected.items() if "buffer" not in k}
@@ -183,8 +189,8 @@ def test_restored_as_saved(tmp_path, engine):
 
 def test_restoring_gives_the_files_back(tmp_path, engine):
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, manifest(1))
     saver.wait()
-    restore(engine, CheckpointReader(newest_checkpoint(tmp_path)))
+    engine.restore(CheckpointReader(newest_checkpoint(tmp_path)))
     with open("/proc/self/maps") as maps:
         assert str(tmp_path) not in maps.read()

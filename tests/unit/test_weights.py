@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipdist.checkpoint import format as checkpoint
-from clipdist.config import Loss, Model
+from clipdist.config import Clip, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models import weights as weights_module
@@ -80,7 +80,8 @@ def differences(model: DualEncoder, other: Any) -> tuple[float, float]:
     """Largest differences of normalised image and text features to those of an open_clip model."""
     image, tokens = inputs(model.spec.image_size)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.spec.image_mean, model.spec.image_std))
-    mine = [torch.nn.functional.normalize(features) for features in model.eval()(image, tokens)[:2]]
+    model.eval()
+    mine = [torch.nn.functional.normalize(x) for x in (model.encode_image(image), model.encode_text(tokens))]
     theirs = (
         other.encode_image((image / 255 - mean) / std, normalize=True),
         other.encode_text(tokens, normalize=True),
@@ -274,12 +275,12 @@ def test_exported_file_is_what_open_clip_loads(more: dict, tmp_path: Path) -> No
 
 def test_the_bias_of_the_sigmoid_loss_is_kept(tmp_path: Path) -> None:
     torch.manual_seed(7)
-    loss = Loss(name="sigmoid", logit_bias_init=-7.5)
+    loss = Clip(loss="sigmoid", logit_bias_init=-7.5)
     model = build_model(Model(name=model_json(tmp_path)), loss).eval()
     export = export_model(model, tmp_path / "biased.safetensors")
     theirs = open_clip.create_model(export.name, pretrained=str(export.file))
     assert theirs.logit_bias.item() == -7.5
-    again = build_model(Model(name=str(export.config), weights=str(export.file)), Loss(name="sigmoid"))
+    again = build_model(Model(name=str(export.config), weights=str(export.file)), Clip(loss="sigmoid"))
     assert again.logit_bias is not None
     assert again.logit_bias.tolist() == [-7.5]
     run_folder(tmp_path / "run", model, step=3)
@@ -360,7 +361,8 @@ def test_runs_and_checkpoints_load_without_their_json(tmp_path: Path) -> None:
     assert not older.model.training
     assert older.model.spec.quick_gelu
     image, tokens = inputs()
-    for mine, loaded in zip(model(image, tokens)[:3], older.model(image, tokens)[:3]):
+    outputs, others = model(image=image, tokens=tokens), older.model(image=image, tokens=tokens)
+    for mine, loaded in zip(outputs.values(), others.values(), strict=True):
         assert torch.equal(mine, loaded)
     assert older.tokenizer(["a dog"]).shape == (1, 8)
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 5, 10"):

@@ -140,9 +140,9 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
     from clipdist.checkpoint.format import CheckpointReader, load_full_weights
     from clipdist.checkpoint.saver import restore
     from clipdist.engine.step import Engine
-    from clipdist.losses.make import make_loss
     from clipdist.models.dual_encoder import build_model
     from clipdist.models.spec import ModelSpec
+    from clipdist.objectives.make import make_objectives
 
     times = Start()
     torch.manual_seed(config.train.seed)
@@ -152,12 +152,12 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
             reader.verify()
     with timed(times, "model"):
         restored = ModelSpec.from_dict(reader.manifest.state["model"]) if reader else None
-        model = build_model(config.model, config.loss, restored=restored)
+        model = build_model(config.model, config.objectives.clip, restored=restored)
     if reader:
         with timed(times, "weights"):
             model.load_state_dict(load_full_weights(reader.folder))
     with timed(times, "engine"):
-        engine = Engine(model.to(dist_env.device), make_loss(config.loss), config, dist_env)
+        engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
     if reader:
         with timed(times, "restore"):
             restore(engine.engine, reader)

@@ -191,20 +191,20 @@ def third_step(config: Config, device: str) -> tuple[int, int, float]:
     from clipdist.distributed import rank as distributed
     from clipdist.engine.step import Engine
     from clipdist.evals.audit import DrawnPairs
-    from clipdist.losses.make import make_loss
     from clipdist.models.dual_encoder import build_model
+    from clipdist.objectives.make import make_objectives
 
     with contextlib.redirect_stdout(sys.stderr):
         dist_env = distributed.start(device)
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, config.loss)
+        model = build_model(config.model, config.objectives.clip)
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
         pairs = DrawnPairs(config, model.spec).pairs(0)
         image, tokens, valid = (x.to(dist_env.device) for x in (pairs.image, pairs.tokens, pairs.valid))
         group_id = None if pairs.group_id is None else pairs.group_id.to(dist_env.device)
         del pairs
-        engine = Engine(model.to(dist_env.device), make_loss(config.loss), config, dist_env)
+        engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
         for step in range(WARMUP_STEPS):
             result = engine.train_step(image, tokens, valid, group_id, step=step, lr=config.optim.lr)
         width = result.features[0].shape[1]
@@ -264,7 +264,7 @@ def report(args: argparse.Namespace, rows: list[Row]) -> str:
         f"    python tools/bench/memory.py {shlex.join(sys.argv[1:])}".rstrip(),
         "",
         *environment(args.device),
-        f"- {config.model.name}, {config.loss.name}, ZeRO {config.engine.zero_stage}, one rank; the third step's growth"
+        f"- {config.model.name}, {config.objectives.clip.loss}, ZeRO {config.engine.zero_stage}, one rank; the third step's growth"
         " over what was there before it (the batch's pixels among it)",
         "- features: of both towers, in the training's precision, and their gradients in fp32",
         "- gradients, and what DeepSpeed and the optimiser need beside them, are a constant part of every peak",

@@ -138,14 +138,14 @@ def grown(config: Config) -> int:
     from clipdist.distributed import rank as distributed
     from clipdist.engine.step import Engine
     from clipdist.evals.audit import DrawnPairs
-    from clipdist.losses.make import make_loss
     from clipdist.models.dual_encoder import build_model
+    from clipdist.objectives.make import make_objectives
 
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
     before = proc_bytes("VmRSS")
     dist_env = distributed.start("cpu")
     torch.manual_seed(config.train.seed)
-    model = build_model(config.model, config.loss)
+    model = build_model(config.model, config.objectives.clip)
     if config.engine.activation_checkpointing:
         model.set_activation_checkpointing()
     pairs = DrawnPairs(config, model.spec).pairs(0)
@@ -153,7 +153,7 @@ def grown(config: Config) -> int:
     rows = slice(dist_env.rank * share, (dist_env.rank + 1) * share)
     assert pairs.group_id is not None
     batch = [x[rows].clone() for x in (pairs.image, pairs.tokens, pairs.valid, pairs.group_id)]
-    engine = Engine(model, make_loss(config.loss), config, dist_env)
+    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
     for step in range(STEPS):
         engine.train_step(*batch, step=step, lr=config.optim.lr)
     peak = proc_bytes("VmHWM")

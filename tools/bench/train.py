@@ -357,7 +357,7 @@ def run_losses(job: Job, steps: int) -> dict[str, list[float]]:
         "train.precision=fp32",
         "train.log_every=1",
         "train.micro_batch=0",  # open_clip's accumulation counts the temperature's gradient once per part
-        "loss.group_positives=false",  # open_clip's loss knows no second positive
+        "objectives.clip.group_positives=false",  # open_clip's loss knows no second positive
     ]
     ours, theirs = "clipdist-losses", "open_clip-losses"
     env = {"NVIDIA_TF32_OVERRIDE": "0"}  # open_clip_train switches TF32 on

@@ -16,9 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from clipdist.config import Config
+from clipdist.data.batch import IMAGE, Batch, pairs
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
-from clipdist.evals.audit import Audit, Measured, Pairs, Row, compare
+from clipdist.evals.audit import Audit, Row, compare
+from clipdist.evals.reference import Measured, clip_of
 from clipdist.models.dual_encoder import DualEncoder
 
 Features = dict[str, torch.Tensor]
@@ -57,36 +59,40 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
     return [*peers, Peer(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
 
 
-def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
+def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
     """Rows of every peer on one global batch, from the weights that the audit's reference has at this time.
 
     Returns:
         on rank 0 the rows; elsewhere nothing. A feature cache whose batches do not divide a rank's rows is left out.
     """
-    dist_env, cfg, pairs = audit.dist_env, audit.cfg, pairs.all_valid()
-    share = len(pairs.valid) // dist_env.world_size
-    plain = replace(cfg.loss, label_smoothing=0.0)
+    dist_env, clip, rows_of_batch = audit.dist_env, clip_of(audit.cfg), len(batch)
+    # As code sees it that knows neither bad rows nor equal captions.
+    everything = torch.ones(rows_of_batch, dtype=torch.bool)
+    batch = pairs(batch.images[IMAGE], batch.tokens, everything, torch.arange(rows_of_batch))
+    share = rows_of_batch // dist_env.world_size
+    plain = replace(clip, label_smoothing=0.0)
     references: dict[int, Measured] = {}
     rows: list[Row] = []
-    for peer in peers_of(cfg.loss.name, dist_env):
+    for peer in peers_of(clip.loss, dist_env):
         if share % peer.accum_freq:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # open_clip's collectives are deprecated in torch
-            ours = _measure(peer, audit, pairs, step)
+            ours = _measure(peer, audit, batch, step)
         if dist_env.rank == 0:
             if peer.accum_freq not in references:
                 micro = share // peer.accum_freq
-                references[peer.accum_freq] = audit.reference.measure(pairs, step, micro=micro, loss=plain)[0]
-            rows += compare(ours, references[peer.accum_freq], audit.precision, step=step + 1, impl=peer.name)
+                references[peer.accum_freq] = audit.reference.measure(batch, step, micro=micro, clip=plain)[0]
+            reference = references[peer.accum_freq]
+            rows += compare(ours, reference, audit.precision, step=step + 1, part_of=audit.part_of, impl=peer.name)
     return rows
 
 
-def _measure(peer: Peer, audit: Audit, pairs: Pairs, step: int) -> Measured:
+def _measure(peer: Peer, audit: Audit, batch: Batch, step: int) -> Measured:
     """The peer's loss, and its gradients as DDP leaves them on every rank."""
     dist_env, model = audit.dist_env, audit.reference.model
-    share = len(pairs.valid) // dist_env.world_size
-    mine = pairs.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
+    share = len(batch) // dist_env.world_size
+    mine = batch.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
     # As parameters in fp32: what rounds them in low precision is not under audit here.
     scalars = {name: value.detach().float().requires_grad_() for name, value in audit.reference.scalars.items()}
     model.zero_grad(set_to_none=True)
@@ -106,13 +112,13 @@ def _measure(peer: Peer, audit: Audit, pairs: Pairs, step: int) -> Measured:
 
 
 def _accumulate(
-    peer: Peer, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, dist_env: DistEnv, step: int
+    peer: Peer, cfg: Config, model: DualEncoder, mine: Batch, scalars: Features, dist_env: DistEnv, step: int
 ) -> torch.Tensor:
     """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward each.
 
     The caching pass draws the reference's random numbers; the second pass goes on drawing, as nothing sets it back.
     """
-    size = len(mine.valid) // peer.accum_freq
+    size = len(mine) // peer.accum_freq
     batches = [mine.rows(j * size, (j + 1) * size) for j in range(peer.accum_freq)]
     cached: list[Features] = []
     for j, batch in enumerate(batches):
@@ -128,12 +134,12 @@ def _accumulate(
     return value
 
 
-def _forward(model: DualEncoder, pairs: Pairs, dist_env: DistEnv) -> Features:
+def _forward(model: DualEncoder, batch: Batch, dist_env: DistEnv) -> Features:
     """Normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
-    image_features, text_features, *_ = model(pairs.image.to(dist_env.device), pairs.tokens.to(dist_env.device))
+    outputs = model(**batch.to(dist_env.device).inputs())
     return {
-        "image_features": F.normalize(image_features.float(), dim=-1),
-        "text_features": F.normalize(text_features.float(), dim=-1),
+        "image_features": F.normalize(outputs[IMAGE].float(), dim=-1),
+        "text_features": F.normalize(outputs["text"].float(), dim=-1),
     }
 
 

@@ -63,7 +63,7 @@ class Start:
 
 def check_comparable(config: Config) -> None:
     """Raises UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
-    model, loss = config.model, config.loss
+    model, loss = config.model, config.objectives.clip
     if loss.name != "infonce" or loss.label_smoothing:
         raise UserError("loss: the comparison is of loss.name=infonce without loss.label_smoothing")
     if model.lock_image or model.lock_text:
@@ -85,7 +85,7 @@ def make_start(config: Config, folder: Path) -> Start:
     from clipdist.models.export import export_model
 
     torch.manual_seed(config.train.seed)
-    export = export_model(build_model(config.model, config.loss).eval(), folder / "bench_start.safetensors")
+    export = export_model(build_model(config.model, config.objectives.clip).eval(), folder / "bench_start.safetensors")
     if export.config and export.merges:
         described = json.loads(export.config.read_text(encoding="utf-8"))
         described["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(export.merges)}

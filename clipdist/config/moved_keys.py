@@ -1,0 +1,62 @@
+"""Keys of earlier versions: what they are called now, or why they are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from clipdist.errors import UserError
+
+MOVED = {
+    "loss.name": "objectives.clip.loss",
+    "loss.logit_scale_init": "objectives.clip.logit_scale_init",
+    "loss.logit_scale_max": "objectives.clip.logit_scale_max",
+    "loss.logit_bias_init": "objectives.clip.logit_bias_init",
+    "loss.group_positives": "objectives.clip.group_positives",
+    "loss.label_smoothing": "objectives.clip.label_smoothing",
+    "loss.implementation": "objectives.clip.implementation",
+    "data.patience_s": "data.retry_s",
+}
+REMOVED = {
+    "loss.tile_rows": "the size of the tiles is chosen for the device",
+    "loss.tile_columns": "the size of the tiles is chosen for the device",
+}
+
+
+def refuse_old_keys(tree: Any, where: str) -> None:
+    """
+    Args:
+        tree: what a recipe or an override sets.
+
+    Raises:
+        UserError: it sets a key of an earlier version; says what to write instead.
+    """
+    for old in _old_keys(tree):
+        if old in MOVED:
+            raise UserError(f"{where}: {old} is {MOVED[old]} now; write that")
+        raise UserError(f"{where}: {old} is gone: {REMOVED[old]}; leave it out")
+    if "loss" in tree:
+        raise UserError(f"{where}: the section loss is objectives.clip now; its key name is objectives.clip.loss")
+
+
+def upgrade(tree: Any) -> Any:
+    """The resolved configuration that an earlier version wrote into a run folder, with today's keys."""
+    for old in _old_keys(tree):
+        section, key = old.split(".")
+        value = tree[section].pop(key)
+        if old == "loss.implementation" and value == "compiled":
+            value = "auto"
+        if old in MOVED:
+            OmegaConf.update(tree, MOVED[old], value, force_add=True)
+    tree.pop("loss", None)
+    return tree
+
+
+def _old_keys(tree: Any) -> list[str]:
+    found = []
+    for old in (*MOVED, *REMOVED):
+        section, key = old.split(".")
+        if OmegaConf.is_dict(tree.get(section)) and key in tree[section]:
+            found.append(old)
+    return found

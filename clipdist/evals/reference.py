@@ -1,0 +1,270 @@
+"""The reference of every exactness claim: one process on the whole global batch.
+
+It runs each rank's micro-batches with that rank's and micro-batch's random state and BatchNorm grouping, from the same
+weights, concatenates the features, applies the dense formula in float64 and averages over the valid rows. Its towers
+run in the training's own precision: audited is the distribution and the loss, not the rounding of a tower's products.
+It shares no code with clipdist/losses.
+
+B rows of the global batch, b = B / W rows of a rank, m rows of a micro-batch, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from clipdist import config
+from clipdist.config import Config
+from clipdist.data.batch import IMAGE, MODALITIES, Batch
+from clipdist.distributed.rank import DistEnv
+from clipdist.engine.step import seed_step
+from clipdist.models.dual_encoder import DualEncoder
+
+# Below this loss the relative error of any fp32 code grows: the dense fp32 code's own error is measured, too.
+LOW_LOSS = 0.1
+
+
+def clip_of(cfg: Config) -> config.Clip:
+    """The objective that is audited."""
+    assert cfg.objectives.clip is not None
+    return cfg.objectives.clip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The global loss and the gradients of the trained parameters by name, flat, before clipping."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+# The formulas
+
+
+def dense_loss(
+    cfg: config.Clip,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    t: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch: Batch,
+) -> torch.Tensor:
+    """The global loss on the whole batch, all logits at once, in the dtype of its inputs.
+
+    Args:
+        images, texts: [B, D], not normalised.  t, bias: [1]; the logits are exp(t) * cosine (+ bias).
+    """
+    valid = batch.valid_in(MODALITIES).to(images.device)
+    group_id = batch.group_id if cfg.group_positives else torch.arange(len(valid))
+    group_id = group_id.to(images.device)[valid]
+    images = (images / images.norm(dim=1, keepdim=True))[valid]
+    texts = (texts / texts.norm(dim=1, keepdim=True))[valid]
+    logits = t.exp() * images @ texts.T
+    same = (group_id[:, None] == group_id[None, :]).to(logits.dtype)
+    if cfg.loss == "sigmoid":
+        assert bias is not None
+        return _sigmoid(logits + bias, same, cfg.label_smoothing)
+    return _info_nce(logits, same, cfg.label_smoothing)
+
+
+def _info_nce(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Cross-entropy of rows and of columns against (1 - e) * uniform over the group + e / N (arXiv:1807.03748)."""
+    target = (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(logits)
+    rows = -(target * logits.log_softmax(1)).sum(1)
+    columns = -(target * logits.T.log_softmax(1)).sum(1)
+    return (rows.mean() + columns.mean()) / 2
+
+
+def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """1/N sum_ij softplus(s_ij) - y_ij s_ij, y = (1 - e) * same + e / 2 (arXiv:2303.15343, algorithm 1)."""
+    target = (1 - smoothing) * same + smoothing / 2
+    return (F.softplus(logits) - target * logits).sum() / len(logits)
+
+
+# The reference
+
+
+class Reference:
+    """One process with the whole batch. It keeps one micro-batch in memory at a time, as a rank does.
+
+    Args:
+        model: the model before the engine took it, fp32; taken over and cast to `dtype`.
+        dist_env: its world gives the ranks whose rows and random states are followed.
+        dtype: what the towers compute in.
+    """
+
+    def __init__(self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype) -> None:
+        self.seed, self.world, self.device, self.dtype = cfg.train.seed, dist_env.world_size, dist_env.device, dtype
+        self.clip = clip_of(cfg)
+        self.scalars = {
+            name: parameter.detach().to(self.device).clone()
+            for name, parameter in model.named_parameters()
+            if name in model.scalars
+        }
+        self.model = model.to(self.device).to(dtype).train()
+        self.draws = False  # whether a forward pass has drawn random numbers (dropout and the like)
+
+    @torch.no_grad()
+    def take_over(self, weights: dict[str, torch.Tensor]) -> None:
+        """Goes on from the engine's weights: its fp32 masters, rounded as the engine rounds them for its module."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name].view_as(parameter))
+            if name in self.scalars:
+                self.scalars[name] = weights[name].clone()
+
+    @torch.no_grad()
+    def take_over_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def measure(
+        self, batch: Batch, step: int, *, micro: int, scale: float = 1.0, clip: config.Clip | None = None
+    ) -> tuple[Measured, Measured | None]:
+        """Loss and gradients of the global batch, in float64 but for the towers.
+
+        Args:
+            micro: m, rows of one forward pass.
+            scale: what the feature gradients are multiplied with on their way through the towers (fp16).
+            clip: another formula than the configuration's.
+
+        Returns:
+            the reference; and where fp32 is near its end (see LOW_LOSS), what the dense formula gives in fp32.
+        """
+        cfg = clip or self.clip
+        with torch.no_grad(), self._statistics_once():
+            cached = [self._features(batch, step, where) for where in self._places(batch, micro)]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        images, texts = (torch.cat(side) for side in zip(*cached))
+        heads = [self._head(cfg, images, texts, batch, torch.float64)]
+        if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
+            heads.append(self._head(cfg, images, texts, batch, torch.float32))
+        for where, before in zip(self._places(batch, micro), cached):
+            features = self._features(batch, step, where)
+            _check_replay(features, before)
+            for head in heads:
+                self._through_towers(head, features, where[2], scale)
+        self.take_over_buffers(buffers)  # the second pass has moved the running statistics again
+        measured = [Measured(head.loss, head.gradients) for head in heads]
+        return measured[0], (measured[1] if len(measured) > 1 else None)
+
+    @contextmanager
+    def _statistics_once(self) -> Iterator[None]:
+        """The running statistics of BatchNorm move once, by the mean of those of the forward passes in between.
+
+        Each pass leaves its own statistics behind (momentum 1); a hook adds them up.
+        """
+        norms: list[Any] = [
+            norm
+            for norm in self.model.modules()
+            if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
+        ]
+        before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+        seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
+
+        def note(norm: Any, *_: Any) -> None:
+            seen[norm].append((norm.running_mean.double(), norm.running_var.double()))
+
+        hooks = [norm.register_forward_hook(note) for norm in norms]
+        counts = [norm.num_batches_tracked.clone() for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+        for norm, hook, count, (momentum, mean, var) in zip(norms, hooks, counts, before):
+            hook.remove()
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count + 1)
+            share = 1 / (int(count) + 1) if momentum is None else momentum
+            for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*seen[norm])):
+                running.copy_(old.double().lerp(torch.stack(new).mean(0), share))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, micro: int) -> torch.Tensor:
+        """Image and text features in evaluation mode, normalised: float64 [2 B, D]."""
+        self.model.eval()
+        outputs = [self.model(**piece.to(self.device).inputs()) for piece in batch.split(micro)]
+        self.model.train()
+        return stacked([(output[IMAGE], output["text"]) for output in outputs])
+
+    def _places(self, batch: Batch, micro: int) -> Iterator[tuple[int, int, slice]]:
+        """Rank, micro-batch and rows of every forward pass, in the order of the global batch."""
+        share = len(batch) // self.world
+        for rank in range(self.world):
+            for k in range(share // micro):
+                start = rank * share + k * micro
+                yield rank, k, slice(start, start + micro)
+
+    def _features(self, batch: Batch, step: int, where: tuple[int, int, slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        rank, k, rows = where
+        seed_step(self.seed, step, rank, k)
+        before = _random_state(self.device)
+        outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs())
+        self.draws = self.draws or not torch.equal(before, _random_state(self.device))
+        return outputs[IMAGE], outputs["text"]
+
+    def _head(
+        self, cfg: config.Clip, images: torch.Tensor, texts: torch.Tensor, batch: Batch, dtype: torch.dtype
+    ) -> _Head:
+        """The formula in `dtype`, and its gradients with respect to what it is given."""
+        leaves = {"images": images, "texts": texts, **self.scalars}
+        leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        value = dense_loss(
+            cfg, leaves["images"], leaves["texts"], leaves["logit_scale"], leaves.get("logit_bias"), batch
+        )
+        grads = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True)))
+        gradients = {
+            name: torch.zeros(parameter.numel(), dtype=torch.float64, device=self.device)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        for name in self.scalars:
+            if grads[name] is not None:
+                gradients[name] += grads[name].double()
+        return _Head(float(value.detach()), grads["images"], grads["texts"], gradients)
+
+    def _through_towers(
+        self, head: _Head, features: tuple[torch.Tensor, torch.Tensor], rows: slice, scale: float
+    ) -> None:
+        """Adds what one micro-batch's share of the feature gradients gives for the towers' parameters."""
+        towers = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.scalars}
+        sides = [(f, g[rows]) for f, g in zip(features, (head.image_grad, head.text_grad)) if f.requires_grad]
+        if not sides:
+            return
+        outputs = [feature for feature, _ in sides]
+        weights = [(scale * grad).to(feature.dtype) for feature, grad in sides]
+        grads = torch.autograd.grad(outputs, list(towers.values()), weights, allow_unused=True, retain_graph=True)
+        for name, grad in zip(towers, grads):
+            if grad is not None:
+                head.gradients[name] += grad.double().reshape(-1) / scale  # convolutions may have theirs channels last
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The dense formula's value and gradients: of features [B, D], and of parameters by name as they come in."""
+
+    loss: float
+    image_grad: torch.Tensor
+    text_grad: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def _check_replay(features: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for again, first in zip(features, before):
+        if (again.detach() - first).double().norm() > 1e-3 * first.double().norm():
+            raise RuntimeError("the model draws random numbers outside torch's generators: no pass can be repeated")
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def stacked(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Image and text features of micro-batches, normalised: float64 [2 B, D], all images first."""
+    images, texts = (F.normalize(torch.cat(side).double(), dim=1) for side in zip(*rows))
+    return torch.cat([images, texts])

@@ -1,0 +1,57 @@
+"""CLIP: images and captions contrasted over the global batch, by InfoNCE (Radford et al., arXiv:2103.00020) or by the
+sigmoid loss (SigLIP, Zhai et al., arXiv:2303.15343)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from clipdist import config
+from clipdist.data.batch import IMAGE, Batch
+from clipdist.distributed.collectives import rank_and_world
+from clipdist.losses.global_batch import global_statistics
+from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.sigmoid import sigmoid_loss
+from clipdist.objectives.objective import Term
+
+LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+LOSSES: dict[str, LossFunction] = {"infonce": info_nce, "sigmoid": sigmoid_loss}
+
+
+class ClipObjective:
+    """See Objective.
+
+    Attributes:
+        function: the loss, as clipdist.losses.infonce.info_nce.
+    """
+
+    name: str = "clip"
+    modalities: tuple[str, ...] = ("image", "text")
+    features: tuple[str, ...] = (IMAGE, "text")
+
+    def __init__(self, cfg: config.Clip) -> None:
+        self.cfg = cfg
+        self.upper_bounds: Mapping[str, float] = {"logit_scale": cfg.logit_scale_max}
+        self.function: LossFunction = partial(
+            LOSSES[cfg.loss],
+            label_smoothing=cfg.label_smoothing,
+            logit_scale_max=cfg.logit_scale_max,
+            implementation=cfg.implementation,
+        )
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
+        scalars = outputs["logit_scale"], outputs.get("logit_bias")
+        value, statistics = self.function(outputs[IMAGE], outputs["text"], *scalars, **self._rows(batch))
+        return Term(value, rank_and_world()[1], self.cfg.weight, statistics)
+
+    def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
+        """The number of valid pairs, and how many percent of them find a positive first among the global batch."""
+        accuracy = batch_accuracy(outputs[IMAGE], outputs["text"], **self._rows(batch))
+        return global_statistics({**term.statistics, **accuracy})
+
+    def _rows(self, batch: Batch) -> dict[str, Any]:
+        groups = batch.group_id if self.cfg.group_positives else None
+        return {"valid": batch.valid_in(self.modalities), "group_id": groups}
