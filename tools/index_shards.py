@@ -123,7 +123,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
-    parser.add_argument("--allow-pipe", action="store_true", help="run pipe:COMMAND shards in a shell")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     if not 0 <= arguments.processes <= 1024:
@@ -151,7 +150,6 @@ def main() -> int:
             salvage=arguments.salvage,
             force=arguments.force,
             folder=Path(folder),
-            allow_pipe=arguments.allow_pipe,
         )
         parts = examine(sources, task, tally, arguments.processes or len(os.sched_getaffinity(0)))
         if arguments.out:

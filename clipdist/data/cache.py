@@ -291,7 +291,7 @@ class ShardCache:
 
     def _path(self, kind: str, url: str) -> Path:
         digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        base = "pipe" if url.startswith("pipe:") else safe_name(url).rstrip("/").rpartition("/")[2]
+        base = safe_name(url).rstrip("/").rpartition("/")[2]
         return self.folder / f"{kind}-{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-80:]}"
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ INDEX_MEMORY_BYTES = 256 << 20  # of member tables that stay in memory; the othe
 
 def fetcher_of(cfg: config.Data) -> Fetcher:
     """How addresses are fetched, as configured."""
-    return Fetcher(retry_s=cfg.retry_s, allow_pipe=cfg.allow_pipe)
+    return Fetcher(retry_s=cfg.retry_s)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _load_same(load: Callable[[], ShardIndex], digest: bytes) -> ShardIndex:
 
 
 def _load_remote(tar: str, fetcher: Fetcher) -> ShardIndex:
-    data = None if tar.startswith("pipe:") else fetcher.read_small(beside(tar, ".idx.npz"))
+    data = fetcher.read_small(beside(tar, ".idx.npz"))
     index = None if data is None else index_from_bytes(data, tar)
     if index is None:
         state = "no index" if data is None else "a damaged index"
@@ -254,7 +254,7 @@ def _expand_list(path: Path, what: str, fetcher: Fetcher) -> Iterator[str | Cons
 
 
 def _expand_remote(source: str, what: str) -> Iterator[str]:
-    if any(mark in source for mark in "*[") and not source.startswith("pipe:"):
+    if any(mark in source for mark in "*["):
         raise UserError(
             f"{what}: {safe_name(source)}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
         )

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from clipdist.data.fetch import is_remote
 from clipdist.data.index import (
     MOST_INDEX_BYTES,
     MOST_PLACES,
@@ -166,11 +167,11 @@ def write_parts(path: str | Path, parts: Iterable[Part], rule: str = "") -> None
 
 
 def _relative(folder: Path, tar: str) -> str:
-    if "://" in tar or tar.startswith("pipe:"):
+    if is_remote(tar):
         return tar
     full, base = os.path.abspath(tar), os.path.abspath(folder)
     return os.path.relpath(full, base) if full.startswith(base.rstrip("/") + "/") else full
 
 
 def _join(base: str, name: str) -> str:
-    return name if "://" in name or name.startswith(("pipe:", "/")) or not base else f"{base}/{name}"
+    return name if is_remote(name) or name.startswith("/") or not base else f"{base}/{name}"

@@ -1,4 +1,4 @@
-"""A URL in (http, s3, gs, a mounted file, a command), the whole object out as a local file; patient with failures."""
+"""Fetch whole objects (http, s3, gs, a mounted file) into local files, and try again where a transfer fails."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import os
 import queue
 import random
 import re
-import select
-import signal
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -55,16 +52,22 @@ class _Transient(Exception):
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is a URL or a "pipe:" command rather than a plain path."""
-    return name.startswith("pipe:") or _SCHEME.match(name) is not None
+    """Whether a name is a URL rather than a plain path.
+
+    Raises:
+        UserError: it is a "pipe:" command, which other loaders of shards run in a shell.
+    """
+    if name.startswith("pipe:"):
+        raise UserError(
+            "pipe:...: a shard that names a shell command is refused: whoever writes the list of shards could run"
+            " anything; mount the storage, or name an address (https://, s3://, gs://)"
+        )
+    return _SCHEME.match(name) is not None
 
 
 def safe_name(url: str) -> str:
-    """The URL as messages may show it: without user, password, query and fragment; of a command its program only."""
-    if url.startswith("pipe:"):
-        words = re.findall(r"^\s*([\w./+-]+)(?![\w=])", url[len("pipe:") :])
-        return f"pipe:{words[0] if words else ''}..."
-    if not is_remote(url):
+    """The URL as messages may show it: without user, password, query and fragment."""
+    if not _SCHEME.match(url):
         return url
     scheme, rest = url.split("://", 1)
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
@@ -73,7 +76,7 @@ def safe_name(url: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """An address without its query and fragment, which may be a signature that changes; a command or path as it is."""
+    """An address without its query and fragment, which may be a signature that changes; a path as it is."""
     return re.split(r"[?#]", url, maxsplit=1)[0] if _SCHEME.match(url) else url
 
 
@@ -90,24 +93,22 @@ class Fetcher:
     Attributes:
         retry_s: a transfer is tried again for so long after its last progress: a byte that no earlier try had.
         stall_s: a transfer without a byte for so long has failed.
-        allow_pipe: run "pipe:CMD" in a shell.
     """
 
     retry_s: float = 300.0
     stall_s: float = 30.0
-    allow_pipe: bool = False
 
     def fetch(self, url: str, to: Path, size: int | None = None, room: Callable[[int], None] | None = None) -> None:
         """Writes a whole object to `to`, made or overwritten in place. After an error its content is undefined.
 
         Args:
-            url: a URL, "pipe:CMD", or a path.
+            url: a URL or a path.
             size: bytes that the object must have, where that is known.
             room: called with the bytes that the file is to hold, before it grows to them, and every second or so
                 besides, between tries too; what it raises ends the fetch.
 
         Raises:
-            UserError: no such object, no access, not of `size`, a missing driver, a pipe that is not allowed.
+            UserError: no such object, no access, not of `size`, a missing driver.
             Fault: the patience is used up.
             OSError: `to` cannot be written.
         """
@@ -158,13 +159,6 @@ class Fetcher:
 
     def _way(self, url: str) -> Callable[[str, _Sink], None]:
         """What copies an object of this kind of URL into a sink."""
-        if url.startswith("pipe:"):
-            if not self.allow_pipe:
-                raise UserError(
-                    f"{safe_name(url)}: would run a shell command, which is not allowed here; name an http, s3 or gs "
-                    "URL, or allow pipes if you trust whoever wrote the list of shards"
-                )
-            return self._copy_pipe
         scheme = _SCHEME.match(url)
         match scheme and scheme[1].lower():
             case "http" | "https":
@@ -183,34 +177,6 @@ class Fetcher:
                     sink.expect(item)
                 else:
                     sink.write(item)
-
-    def _copy_pipe(self, url: str, sink: _Sink) -> None:
-        sink.restart()
-        command = url[len("pipe:") :]
-        process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
-        assert process.stdout is not None
-        poll = select.poll()
-        poll.register(process.stdout, select.POLLIN)
-        try:
-            while True:
-                if not poll.poll(self.stall_s * 1000):
-                    raise _Transient(f"no byte for {self.stall_s:g} s")
-                chunk = os.read(process.stdout.fileno(), _CHUNK_BYTES)
-                if not chunk:
-                    break
-                sink.write(chunk)
-            try:
-                status = process.wait(self.stall_s)
-            except subprocess.TimeoutExpired:
-                raise _Transient(f"the command did not end within {self.stall_s:g} s of its last byte") from None
-            if status:
-                raise _Transient(f"the command ended with status {status}")
-        finally:
-            # Its whole group: what the shell started may outlive the shell.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
 
 
 class _Sink:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +183,18 @@ def test_addresses_without_an_index_are_told(tmp_path: Path) -> None:
         Catalog.open([tar])
     with pytest.raises(UserError, match="addresses cannot be searched"):
         Catalog.open([tar.replace("00000", "*")])
+
+
+def test_shell_commands_are_refused_wherever_they_are_named(tmp_path: Path) -> None:
+    index = load_index(make_shards(tmp_path / "a", [2]) / "00000.tar")
+    command = f"pipe:touch {tmp_path}/ran"
+    (tmp_path / "list.txt").write_text(command)
+    head = {"names": np.array([command]), "counts": np.array([2]), "digests": np.zeros((1, 16), dtype=np.uint8)}
+    with zipfile.ZipFile(tmp_path / "old.index.zip", "w") as file, file.open("head.npz", "w") as part:
+        np.savez(part, version=np.int64(1), rule=np.str_(""), **head)
+    for source in (command, f"{command}.index.zip", str(tmp_path / "list.txt"), str(tmp_path / "old.index.zip")):
+        with pytest.raises(UserError, match="a shell command is refused"):
+            Catalog.open([source])
+    with pytest.raises(UserError, match="a shell command is refused"):
+        write_consolidated(tmp_path / "new.index.zip", [replace(index, tar=command)])
+    assert not (tmp_path / "ran").exists()
