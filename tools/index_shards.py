@@ -202,9 +202,9 @@ def require_samples(tally: Tally) -> None:
     if not tally.samples:
         raise UserError(tally.damaged[0][1] if tally.damaged else f"no samples in {tally.shards} shards")
     if tally.kinds and "jpg" not in tally.kinds:
-        from clipdist.data.index import PICTURE_KINDS
+        from clipdist.data.index import IMAGE_KINDS
 
-        if not tally.kinds & set(PICTURE_KINDS):
+        if not tally.kinds & set(IMAGE_KINDS):
             raise UserError(f"no pictures in {tally.shards} shards: their members are {', '.join(sorted(tally.kinds))}")
     if not tally.kept and tally.good:
         raise UserError(f"--where: none of {tally.good} samples meets {rule_of(tally.conditions)}")

@@ -35,7 +35,7 @@ _PADDING_BYTES = 1 << 20  # read at a time of what follows the end mark
 _COLUMN = "column."  # prefix of the numeric columns among the arrays of the file
 
 
-PICTURE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 AT_ONCE_BYTES = 8 << 20  # a member of more is read by itself
 _HEADERS_BYTES = 16 << 10  # between the members of a sample that are read at once
 
@@ -117,7 +117,7 @@ class ShardIndex:
 
 def is_read(kind: str) -> bool:
     """Whether training reads members of this kind."""
-    return kind in PICTURE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
+    return kind in IMAGE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
 
 
 def index_path(tar: str | Path) -> Path:

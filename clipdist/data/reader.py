@@ -19,7 +19,7 @@ from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
-from clipdist.data.index import PICTURE_KINDS, ShardIndex, Unreadable
+from clipdist.data.index import IMAGE_KINDS, ShardIndex, Unreadable
 from clipdist.errors import Fault, UserError
 from clipdist.storage import AWAY, Retry
 
@@ -279,7 +279,7 @@ class StoredSample:
         offset, size = int(self._table.offset[self._row, column]), int(self._table.size[self._row, column])
         if offset < 0:
             return None
-        if size > (MAX_MEMBER_BYTES if kind in PICTURE_KINDS else MAX_TEXT_BYTES):
+        if size > (MAX_MEMBER_BYTES if kind in IMAGE_KINDS else MAX_TEXT_BYTES):
             raise BadSample("too large")
         inside = offset - self._begin
         data = self._data[inside : inside + size] if inside >= 0 else b""
@@ -297,7 +297,7 @@ class StoredSample:
         Raises:
             BadSample: the sample has none.
         """
-        for kind in PICTURE_KINDS:
+        for kind in IMAGE_KINDS:
             data = self.read(kind)
             if data:
                 return data
