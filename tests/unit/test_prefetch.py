@@ -19,7 +19,7 @@ from storage import FOREVER, Storage, Thing
 from clipdist.config import Data
 from clipdist.data.cache import ShardCache
 from clipdist.data.catalog import Catalog, Shard
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
 from clipdist.data.loader import open_loader
@@ -192,7 +192,7 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
         path = f"/0000{number}.tar"
         indices.append(dataclasses.replace(scan_shard(folder / path[1:]), tar=server.url(path)))
     server.things["/00000.tar"] = Thing(b"", statuses=[503] * 10_000)
-    write_consolidated(tmp_path / "two.index.zip", indices)
+    write_parts(tmp_path / "two.index.zip", map(make_part, indices))
     catalog = Catalog.open([str(tmp_path / "two.index.zip")])
     cfg = Data(cache=str(tmp_path / "cache"), cache_gb=0.001, retry_s=FOREVER, threads=4)
     loader = open_loader(catalog, OrderKey(0, 20, 20, 20), Lengths(), cfg, image_size=8, rank=0, world=1)
