@@ -97,14 +97,14 @@ def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, mo
         go_on.wait()
 
     monkeypatch.setattr(reader, "prefetch", prefetch)
-    scout = Prefetcher(reader, order, 0, 1, 0)
+    prefetcher = Prefetcher(reader, order, 0, 1, 0)
     begun.wait()
-    scout.advance(12)
+    prefetcher.advance(12)
     go_on.set()
     while not wanted[15] <= set(asked):
-        assert scout._thread.is_alive()
+        assert prefetcher._thread.is_alive()
         time.sleep(0.01)
-    scout.close()
+    prefetcher.close()
     reader.close()
     assert set(asked) <= wanted[0].union(*wanted[12:], *(order.ids(p) // 10 for p in range(16, 20)))
 
@@ -116,11 +116,11 @@ def test_a_scout_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypa
     drawn: list[int] = []
     ids = order.ids
     monkeypatch.setattr(order, "ids", lambda position, *args: drawn.append(position) or ids(position, *args))
-    scout = Prefetcher(reader, order, 0, 1, 2, skipped=[[3, 20]])
+    prefetcher = Prefetcher(reader, order, 0, 1, 2, skipped=[[3, 20]])
     try:
         _wait_until(lambda: len(drawn) >= 5)
     finally:
-        scout.close()
+        prefetcher.close()
         reader.close()
     assert drawn == [2, 20, 21, 22, 23]
 
