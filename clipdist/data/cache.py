@@ -27,6 +27,7 @@ from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault, UserError
 
+MOST_CACHE_BYTES = 64 * 10**9  # of a cache whose size nobody has set
 _OURS = re.compile(r"(whole|part)-[0-9a-f]{32}-")  # nothing else in the folder is ever deleted
 _LOCK = ".lock"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +51,8 @@ class ShardCache:
 
     Attributes:
         folder: on a file system of this node; made with mode 0700.
-        limit_bytes: most that the files in the folder hold together, downloads included.
+        limit_bytes: most that the files in the folder hold together, downloads included; 0: half of what the disk
+            has for them, at most MOST_CACHE_BYTES.
         fetcher: what fetches.
         threads: most prefetches at one time.
         room_wait_s: how long open() waits for other readers to let go of entries.
@@ -75,6 +77,7 @@ class ShardCache:
                         path.unlink()
                 free = shutil.disk_usage(self.folder).free
                 held = sum(entry.st_size for _, entry in self._files())
+                self.limit_bytes = self.limit_bytes or min(MOST_CACHE_BYTES, (free + held) // 2)
                 self._evict(held - self.limit_bytes, spare_unopened=False)  # the limit may have been lowered
         except OSError as error:
             raise UserError(

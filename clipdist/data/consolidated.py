@@ -104,12 +104,12 @@ class Consolidated:
 
 
 def _check_head(names: np.ndarray, counts: np.ndarray, digests: np.ndarray) -> None:
-    """Raises ValueError where these are not the arrays that write_parts makes."""
-    shards = names.shape
-    if names.dtype.kind != "U" or names.ndim != 1 or counts.dtype != np.int64 or digests.dtype != np.uint8:
-        raise ValueError("arrays of other types")
-    if counts.shape != shards or digests.shape != (*shards, 16) or not ((counts >= 0) & (counts <= MOST_PLACES)).all():
-        raise ValueError("arrays that do not match")
+    """Raise ValueError where these are not the arrays that write_parts makes."""
+    types = (names.dtype.kind, names.ndim, counts.dtype, digests.dtype) == ("U", 1, np.int64, np.uint8)
+    if not types or counts.shape != names.shape or digests.shape != (*names.shape, 16):
+        raise ValueError("arrays of other types or shapes")
+    if not ((counts >= 0) & (counts <= MOST_PLACES)).all():
+        raise ValueError("impossible counts")
     "\n".join(names.tolist()).encode("utf-8", "surrogateescape")
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +28,6 @@ T = TypeVar("T")
 MAX_OPEN = 256  # shards that stay open, well under the usual limit of 1024 descriptors
 _FEW_OPEN = 4  # of a cache's, by who reads front to back: what is open cannot make room for others
 _SIZES_LOOKED_AT = 16  # shards of a catalog whose sizes stand for all
-MOST_CACHE_BYTES = 64 * 10**9  # of a cache whose size nobody has set
 MAX_MEMBER_BYTES = 256 << 20  # a larger image is refused
 MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twenty times its bytes
 
@@ -50,7 +48,7 @@ def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int 
     if not (cfg.stage or catalog.is_remote()):
         return Reader(catalog, retry_s=retry_s)
     folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
-    cache = ShardCache(folder, int(cfg.cache_gb * 1e9) or usual_limit(folder), fetcher_of(cfg))
+    cache = ShardCache(folder, int(cfg.cache_gb * 1e9), fetcher_of(cfg))
     if not max_open:
         fit = cache.limit_bytes // ranks_per_node() // max(1, typical_bytes(catalog))
         max_open = max(1, min(_FEW_OPEN, fit // 2))  # the other half for shards that go out, and other readers'
@@ -61,16 +59,6 @@ def typical_bytes(catalog: Catalog) -> int:
     """Return the largest size among some shards of the catalog."""
     some = np.linspace(0, len(catalog.shards) - 1, min(len(catalog.shards), _SIZES_LOOKED_AT)).astype(int)
     return max(catalog.table(number).tar_bytes for number in sorted(set(some.tolist())))
-
-
-def usual_limit(folder: Path) -> int:
-    """Return the default size of a cache: half of what its disk has for it, at most MOST_CACHE_BYTES."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    held = 0
-    for entry in folder.iterdir() if there == folder else ():
-        with suppress(FileNotFoundError):  # another process may evict meanwhile
-            held += entry.stat().st_size
-    return min(MOST_CACHE_BYTES, (shutil.disk_usage(there).free + held) // 2)
 
 
 class Reader:

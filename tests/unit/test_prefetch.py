@@ -17,7 +17,7 @@ from pairs import write_pairs
 from storage import FOREVER, Storage, Thing
 
 from clipdist.config import Data
-from clipdist.data.cache import ShardCache
+from clipdist.data.cache import MOST_CACHE_BYTES, ShardCache
 from clipdist.data.catalog import Catalog, Shard
 from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.fetch import Fetcher
@@ -25,7 +25,7 @@ from clipdist.data.index import scan_shard
 from clipdist.data.loader import open_loader
 from clipdist.data.order import Order, OrderKey
 from clipdist.data.prefetch import Prefetcher, shards_at_once
-from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
+from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
 
 
@@ -208,7 +208,6 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
 
 def test_a_cache_of_no_given_size_takes_half_of_the_disk_at_most(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    limit = usual_limit(tmp_path / "not" / "there" / "yet")
-    assert 0 < limit <= min(MOST_CACHE_BYTES, free // 2 + (1 << 30))
-    (tmp_path / "held").write_bytes(bytes(1000))
-    assert usual_limit(tmp_path) > 0
+    cache = ShardCache(tmp_path / "not" / "there" / "yet", 0, Fetcher())
+    assert 0 < cache.limit_bytes <= min(MOST_CACHE_BYTES, free // 2 + (1 << 30))
+    cache.close()
