@@ -83,7 +83,7 @@ class Catalog:
         loose = [part for parts in named for part in parts if isinstance(part, str)]
         threads = _REMOTE_THREADS if any(map(is_remote, loose)) else _OPEN_THREADS
         with ThreadPoolExecutor(threads) as pool:
-            opened = dict(zip(loose, pool.map(functools.partial(_load_loose, fetcher=fetcher), loose)))
+            opened = dict(zip(loose, pool.map(functools.partial(_open_loose, fetcher=fetcher), loose)))
         shards: list[Shard] = []
         ranges = []
         for parts in named:
@@ -165,24 +165,19 @@ def name_shards(sources: Sequence[str], what: str, fetcher: Fetcher) -> list[lis
     return named
 
 
-def _load_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
+def _open_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
     """Open a shard that has its index beside it, or (a local one) none yet."""
     load = functools.partial(_load_remote, tar, fetcher) if is_remote(tar) else functools.partial(load_index, tar)
     index = load()
     digest = index.digest()
-    return Shard(tar, len(index), digest, functools.partial(_load_same, load, digest)), index
 
+    def load_same() -> ShardIndex:
+        again = load()
+        if again.digest() != digest:
+            raise Fault(f"{safe_name(tar)}: has changed since it was opened; restore it, or start again with the new")
+        return again
 
-def _load_same(load: Callable[[], ShardIndex], digest: bytes) -> ShardIndex:
-    """Load a shard's index once more, some time later.
-
-    Raises:
-        Fault: the shard was replaced meanwhile.
-    """
-    index = load()
-    if index.digest() != digest:
-        raise Fault(f"{safe_name(index.tar)}: has changed since it was opened; restore it, or start again with the new")
-    return index
+    return Shard(tar, len(index), digest, load_same), index
 
 
 def _load_remote(tar: str, fetcher: Fetcher) -> ShardIndex:

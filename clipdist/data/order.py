@@ -176,9 +176,7 @@ class Streams:
         sizes = np.diff(self.starts)[order]
         ends = np.cumsum(sizes)
         offset = int(mix(mix(self.seed, _OFFSET), epoch) % np.uint64(self.n))
-        shift = max(0, (self.n // (4 * shards)).bit_length() - 1)  # a bucket is a quarter of a shard or less
-        buckets = np.searchsorted(ends, np.arange((self.n >> shift) + 1, dtype=np.int64) << shift, side="right")
-        return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes), shift, buckets)
+        return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes))
 
 
 class _Epoch(NamedTuple):
@@ -188,19 +186,12 @@ class _Epoch(NamedTuple):
     offset: int
     ends: np.ndarray  # int64 [S], places at which the shards end
     first: np.ndarray  # int64 [S], what is to be added to a place to give a sample id
-    shift: int
-    buckets: np.ndarray  # the shard of the first place of every 2^shift places: where the search begins
 
     def sample_ids(self, place: np.ndarray) -> np.ndarray:
         """Return the sample ids, int64 [m], of places [m] in the sequence, counted from the offset."""
         place = place + self.offset
         place[place >= self.n] -= self.n
-        shard = self.buckets[place >> self.shift]
-        rows = np.flatnonzero(self.ends[shard] <= place)
-        while len(rows):
-            shard[rows] += 1
-            rows = rows[self.ends[shard[rows]] <= place[rows]]
-        return place + self.first[shard]
+        return place + self.first[np.searchsorted(self.ends, place, side="right")]
 
 
 def choose_streams(global_batch: int, world: int, most: int = 64) -> int:
