@@ -142,11 +142,11 @@ class ShardCache:
     def _prefetch(self, url: str, size: int | None) -> None:
         with self._locked():
             entry = self._open_entry(url, size)
-            part = None if entry is not None else self._claim(url)
             if entry is not None:
-                # As one that was fetched just now, or the next prefetch would evict it.
-                _mark_used(entry, opened=False)
+                _mark_used(entry, opened=False)  # as fetched just now, or the next prefetch would evict it
                 os.close(entry)
+                return
+            part = self._claim(url)
         if part is not None:
             with contextlib.suppress(_NoRoom, _Closed):
                 os.close(self._download(url, size, part, is_prefetch=True))

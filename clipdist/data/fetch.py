@@ -52,7 +52,7 @@ class _Transient(Exception):
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is a URL rather than a plain path.
+    """Return whether a name is a URL rather than a plain path.
 
     Raises:
         UserError: it is a "pipe:" command, which other loaders of shards run in a shell.
@@ -66,7 +66,7 @@ def is_remote(name: str) -> bool:
 
 
 def safe_name(url: str) -> str:
-    """The URL as messages may show it: without user, password, query and fragment."""
+    """Return the URL as messages may show it: without user, password, query and fragment."""
     if not _SCHEME.match(url):
         return url
     scheme, rest = url.split("://", 1)
@@ -76,12 +76,12 @@ def safe_name(url: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """An address without its query and fragment, which may be a signature that changes; a path as it is."""
+    """Return an address without its query and fragment, which may be a signature that changes; a path as it is."""
     return re.split(r"[?#]", url, maxsplit=1)[0] if _SCHEME.match(url) else url
 
 
 def beside(url: str, suffix: str) -> str:
-    """The address of the object whose name has `suffix` at its end, the query kept (it may hold the right to read)."""
+    """Return the address with `suffix` behind the object's name; the query stays (it may hold the right to read)."""
     path = without_query(url)
     return path + suffix + url[len(path) :]
 
@@ -193,7 +193,7 @@ class Fetcher:
 
 
 class _Sink:
-    """Where the bytes go, and what is known of the object.
+    """The file that an object is copied into, and what is known of the object.
 
     Attributes:
         written: bytes that the current object has so far.
@@ -217,7 +217,7 @@ class _Sink:
         self.written, self.total, self.validator = 0, self.size, validator
 
     def expect(self, total: int | None) -> None:
-        """Notes what the source says of its size."""
+        """Note the size that the source reports."""
         if total is None:
             return
         if self.size is not None and total != self.size:
@@ -250,7 +250,7 @@ class _Sink:
 
 
 def _request(url: str, headers: dict[str, str], stall_s: float) -> urllib3.BaseHTTPResponse:
-    """The answer to a GET, its body unread. Left with bytes unread, it closes its connection."""
+    """Send a GET; return the answer, its body unread. Closed with bytes unread, it closes its connection too."""
     parts = parse_url(url)
     redirects = Retry(connect=0, read=0, other=0, redirect=5, raise_on_redirect=False, respect_retry_after_header=False)
     proxy = None if proxy_bypass(parts.host or "") else getproxies().get(parts.scheme or "")
@@ -266,7 +266,7 @@ def _request(url: str, headers: dict[str, str], stall_s: float) -> urllib3.BaseH
 
 @functools.cache
 def _connections(proxy: str | None, process: int) -> urllib3.PoolManager:
-    """Connections of this process alone: a forked child must not speak on its parent's sockets."""
+    """Return connections of this process alone: a forked child must not speak on its parent's sockets."""
     return urllib3.ProxyManager(proxy, maxsize=8) if proxy else urllib3.PoolManager(maxsize=8)
 
 
@@ -301,7 +301,7 @@ def _begin(response: urllib3.BaseHTTPResponse, sink: _Sink, resumed: bool) -> No
 
 
 def _validator(response: urllib3.BaseHTTPResponse) -> str | None:
-    """What If-Range may carry: a strong ETag, else the date."""
+    """Return what If-Range may carry: a strong ETag, else the date."""
     tag = response.headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
@@ -340,7 +340,7 @@ def _chunks(url: str) -> Iterator[bytes | int]:
 
 @contextlib.contextmanager
 def _driver_errors(url: str) -> Generator[None]:
-    """The same for files and fsspec's drivers; their classes of errors are many: the unknown count as transient."""
+    """Sort the errors of files and of fsspec's drivers likewise; those of unknown classes count as transient."""
     name = safe_name(url)
     try:
         yield
@@ -365,7 +365,7 @@ def _driver_errors(url: str) -> Generator[None]:
 
 
 def _scrubbed(text: str, url: str) -> str:
-    """An error's text on one line, without the secrets of this URL or of one that it was redirected to."""
+    """Return an error's text on one line, without the secrets of this URL or of one that it was redirected to."""
     parts = url.partition("://")[2]
     secrets = [re.split(r"[/?#]", parts, maxsplit=1)[0].rpartition("@")[0], parts.partition("?")[2]]
     for secret in filter(None, secrets):

@@ -285,7 +285,7 @@ def index_from_bytes(data: bytes, tar: str | Path) -> ShardIndex | None:
 
 
 def _is_sound(index: ShardIndex) -> bool:
-    """Raises TypeError or UnicodeError where names are no text."""
+    """Check types, shapes and ranges. Raises TypeError or UnicodeError where names are no text."""
     shape = (len(index.keys), len(index.kinds)) if index.keys.ndim == 1 else None
     tables = [(index.offset, np.int64), (index.size, np.int64)]
     if index.crc is not None:

@@ -26,7 +26,7 @@ _SHARDS, _OFFSET, _WINDOW, _SAMPLE, _SOURCE = range(5)  # what a random number i
 
 @dataclass(frozen=True)
 class OrderKey:
-    """All that the order depends on beside the shards. Kept in the checkpoint."""
+    """All that the order depends on besides the shards. Kept in the checkpoint."""
 
     seed: int
     global_batch: int  # B
@@ -36,7 +36,7 @@ class OrderKey:
 
 
 class Draws(NamedTuple):
-    """What one rank takes of a global batch: sample ids int64 [b], and the epoch that each is drawn in, int64 [b]."""
+    """One rank's rows of a global batch: sample ids int64 [b], and the epoch that each is drawn in, int64 [b]."""
 
     ids: np.ndarray
     epochs: np.ndarray

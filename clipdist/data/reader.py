@@ -205,9 +205,10 @@ class Reader:
         return descriptor
 
     def _check_same(self, shard: int, now: os.stat_result) -> None:
-        """
+        """Check that a local shard is the one that was indexed.
+
         Raises:
-            Fault: the shard is not the one whose members the index has.
+            Fault: its size or time differs.
         """
         table = self.catalog.table(shard)
         if now.st_size != table.tar_bytes or table.tar_mtime_ns not in (0, now.st_mtime_ns):

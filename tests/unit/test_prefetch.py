@@ -83,7 +83,7 @@ def test_reading_front_to_back_takes_a_small_cache(tmp_path):
     reader.close()
 
 
-def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, monkeypatch):
+def test_a_prefetcher_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, monkeypatch):
     catalog = Catalog.open([str(write_pairs(tmp_path / "data", 160, per_shard=10))])
     reader = open_reader(catalog, staging(tmp_path, catalog, 16))
     order = Order(catalog.starts, OrderKey(0, 10, 1, 10))
@@ -109,7 +109,7 @@ def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, mo
     assert set(asked) <= wanted[0].union(*wanted[12:], *(order.ids(p) // 10 for p in range(16, 20)))
 
 
-def test_a_scout_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypatch):
+def test_a_prefetcher_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypatch):
     catalog = Catalog.open([str(write_pairs(tmp_path / "data", 320, per_shard=10))])
     reader = open_reader(catalog, staging(tmp_path, catalog, 40))
     order = Order(catalog.starts, OrderKey(0, 10, 1, 10))
