@@ -326,15 +326,17 @@ def _http_errors(url: str) -> Generator[None]:
 def _chunks(url: str) -> Iterator[bytes | int]:
     """Yield the size of an object where the driver knows it, then its bytes."""
     scheme = _SCHEME.match(url)
+    local = scheme is None or scheme[1].lower() == "file"
+    chunk_bytes = _CHUNK_BYTES if local else _OBJECT_BLOCK_BYTES
     with _driver_errors(url):
-        if scheme is None or scheme[1].lower() == "file":
+        if local:
             system, path = LocalFileSystem(), os.path.abspath(unquote(urlsplit(url).path) if scheme else url)
         else:
             system, path = fsspec.core.url_to_fs(url)
         if (size := system.info(path).get("size")) is not None:
             yield int(size)
-        with system.open(path, "rb", block_size=_OBJECT_BLOCK_BYTES) as file:
-            while chunk := file.read(_CHUNK_BYTES):
+        with system.open(path, "rb", block_size=chunk_bytes) as file:
+            while chunk := file.read(chunk_bytes):
                 yield chunk
 
 
