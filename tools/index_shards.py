@@ -123,7 +123,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
-    parser.add_argument("--allow-pipe", action="store_true", help="run pipe:COMMAND shards in a shell")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     if not 0 <= arguments.processes <= 1024:
@@ -151,7 +150,6 @@ def main() -> int:
             salvage=arguments.salvage,
             force=arguments.force,
             folder=Path(folder),
-            allow_pipe=arguments.allow_pipe,
         )
         parts = examine(sources, task, tally, arguments.processes or len(os.sched_getaffinity(0)))
         if arguments.out:
@@ -204,9 +202,9 @@ def require_samples(tally: Tally) -> None:
     if not tally.samples:
         raise UserError(tally.damaged[0][1] if tally.damaged else f"no samples in {tally.shards} shards")
     if tally.kinds and "jpg" not in tally.kinds:
-        from clipdist.data.index import PICTURE_KINDS
+        from clipdist.data.index import IMAGE_KINDS
 
-        if not tally.kinds & set(PICTURE_KINDS):
+        if not tally.kinds & set(IMAGE_KINDS):
             raise UserError(f"no pictures in {tally.shards} shards: their members are {', '.join(sorted(tally.kinds))}")
     if not tally.kept and tally.good:
         raise UserError(f"--where: none of {tally.good} samples meets {rule_of(tally.conditions)}")

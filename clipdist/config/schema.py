@@ -50,7 +50,6 @@ class Data:
     cache_gb: float = 0.0  # its size at most, shared by the ranks of a node; 0: half of what the disk has, at most 64
     stage: bool = False  # take local shards through the cache as well (a slow network file system)
     retry_s: float = 300.0  # a shard that cannot be fetched is tried again for so long
-    allow_pipe: bool = False  # let data.train name "pipe:COMMAND", which runs COMMAND in a shell
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""URLs of shards in, open descriptors of whole local copies out: a bounded folder that all processes of a node share.
+"""Keep whole local copies of remote shards in a bounded folder that all processes of a node share.
 
 The state is the folder itself. `whole-*` are entries, `part-*` are downloads; a lock (flock) on such a file is held as
 long as a descriptor of it is open: shared by readers of an entry, exclusive by the process that downloads a part. The
@@ -27,6 +27,7 @@ from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault, UserError
 
+MOST_CACHE_BYTES = 64 * 10**9  # of a cache whose size nobody has set
 _OURS = re.compile(r"(whole|part)-[0-9a-f]{32}-")  # nothing else in the folder is ever deleted
 _LOCK = ".lock"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +36,7 @@ _CLOSE_S = 0.6  # for fetches to end; one that hangs is left behind, and its par
 
 
 class _NoRoom(Exception):
-    """A prefetch that would have to wait."""
+    """A prefetch would have to wait for room."""
 
 
 class _Closed(Fault):
@@ -50,7 +51,8 @@ class ShardCache:
 
     Attributes:
         folder: on a file system of this node; made with mode 0700.
-        limit_bytes: most that the files in the folder hold together, downloads included.
+        limit_bytes: most that the files in the folder hold together, downloads included; 0: half of what the disk
+            has for them, at most MOST_CACHE_BYTES.
         fetcher: what fetches.
         threads: most prefetches at one time.
         room_wait_s: how long open() waits for other readers to let go of entries.
@@ -71,10 +73,11 @@ class ShardCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked():
                 for path, _ in self._files():
-                    if path.name.startswith("part-"):
-                        _remove_unlocked(path)
+                    if path.name.startswith("part-") and _OURS.match(path.name) and _is_idle(path):
+                        path.unlink()
                 free = shutil.disk_usage(self.folder).free
                 held = sum(entry.st_size for _, entry in self._files())
+                self.limit_bytes = self.limit_bytes or min(MOST_CACHE_BYTES, (free + held) // 2)
                 self._evict(held - self.limit_bytes, spare_unopened=False)  # the limit may have been lowered
         except OSError as error:
             raise UserError(
@@ -89,7 +92,7 @@ class ShardCache:
         self._pool = Workers(self.threads, "prefetch")
 
     def open(self, url: str, size: int | None = None) -> int:
-        """A read-only descriptor of the whole local copy, for the caller to close; fetched first where it is missing.
+        """Return a read-only descriptor of the whole local copy, for the caller to close; fetch it where it is missing.
 
         Args:
             size: bytes that the object must have; an entry of another size is fetched again.
@@ -113,7 +116,7 @@ class ShardCache:
             self._wait_for_other(url)
 
     def prefetch(self, url: str, size: int | None = None) -> None:
-        """Begins to fetch in the background if there is room; an error is raised by the next open() of this URL."""
+        """Begin to fetch in the background if there is room; an error is raised by the next open() of this URL."""
         with self._mutex:
             if url in self._ahead or self._closing.is_set():
                 return
@@ -121,7 +124,7 @@ class ShardCache:
         future.add_done_callback(lambda done: self._forget(url, done))
 
     def close(self) -> None:
-        """Ends all fetches, those that open() waits for too. Descriptors that were given out stay good.
+        """End all fetches, those that open() waits for too. Descriptors that were given out stay good.
 
         Returns soon even where a fetch hangs.
         """
@@ -139,26 +142,41 @@ class ShardCache:
     def _prefetch(self, url: str, size: int | None) -> None:
         with self._locked():
             entry = self._open_entry(url, size)
-            part = None if entry is not None else self._claim(url)
             if entry is not None:
-                _mark_used(entry, opened=False)  # as one that was fetched just now, or the next prefetch would evict it
+                _mark_used(entry, opened=False)  # as fetched just now, or the next prefetch would evict it
                 os.close(entry)
+                return
+            part = self._claim(url)
         if part is not None:
             with contextlib.suppress(_NoRoom, _Closed):
-                os.close(self._download(url, size, part, advice=True))
+                os.close(self._download(url, size, part, is_prefetch=True))
 
-    def _download(self, url: str, size: int | None, part: int, advice: bool = False) -> int:
-        """Fetches into the claimed part and makes it an entry; its descriptor, with a shared lock."""
+    def _download(self, url: str, size: int | None, part: int, is_prefetch: bool = False) -> int:
+        """Fetch into the claimed part and make it an entry; return its descriptor, with a shared lock.
+
+        Args:
+            is_prefetch: it does not wait for room.
+        """
         path = self._path("part", url)
+        reserved = 0
+
+        def room(bytes_needed: int) -> None:
+            nonlocal reserved
+            self._check_open()
+            if bytes_needed > reserved:
+                self._reserve(part, bytes_needed, is_prefetch)
+                reserved = bytes_needed
+
         try:
             while True:
                 try:
-                    self.fetcher.fetch(url, path, size, _Room(self, part, advice))
+                    self.fetcher.fetch(url, path, size, room)
                     break
                 except OSError as error:
                     if error.errno not in _DISK_FULL:
                         raise Fault(f"{path}: cannot be written ({error.strerror})") from None
-                    self._free_disk(part, size, advice)
+                    self._free_disk(part, size, is_prefetch)
+                    reserved = 0
             with self._locked():
                 # New descriptor: entries are read-only for whoever holds them. Nobody evicts under our lock.
                 entry = os.open(path, os.O_RDONLY)
@@ -166,7 +184,7 @@ class ShardCache:
                 os.close(part)
                 part = -1
                 fcntl.flock(entry, fcntl.LOCK_SH)
-                if not advice:
+                if not is_prefetch:
                     _mark_used(entry)
             return entry
         finally:
@@ -176,7 +194,7 @@ class ShardCache:
                     os.close(part)
 
     def _open_entry(self, url: str, size: int | None) -> int | None:
-        """The entry with a shared lock; None where there is none of that size. Under the folder's lock."""
+        """Return the entry with a shared lock, or None where there is none of that size. Under the folder's lock."""
         path = self._path("whole", url)
         try:
             entry = os.open(path, os.O_RDONLY)
@@ -191,7 +209,7 @@ class ShardCache:
         return entry
 
     def _claim(self, url: str) -> int | None:
-        """The part of a URL, empty and locked; None where another holds it. Under the folder's lock."""
+        """Return the part of a URL, empty and locked, or None where another holds it. Under the folder's lock."""
         part = os.open(self._path("part", url), os.O_RDWR | os.O_CREAT, 0o600)
         if not _try_lock(part):
             os.close(part)
@@ -200,21 +218,15 @@ class ShardCache:
         return part
 
     def _wait_for_other(self, url: str) -> None:
-        """Returns when the process or thread that downloads this URL has finished, failed or died."""
-        try:
-            part = os.open(self._path("part", url), os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        try:
+        """Wait until the process or thread that downloads this URL has finished, failed or died."""
+        with contextlib.suppress(FileNotFoundError), open(self._path("part", url), "rb") as part:
             fcntl.flock(part, fcntl.LOCK_SH)
-        finally:
-            os.close(part)
 
-    def reserve(self, part: int, size: int, advice: bool) -> None:
-        """Makes a locked part `size` bytes long, after making room for it: its length is its claim on the limit.
+    def _reserve(self, part: int, size: int, is_prefetch: bool) -> None:
+        """Make a locked part `size` bytes long, after making room for it: its length is its claim on the limit.
 
         Raises:
-            _NoRoom: this is advice and there is no room at once.
+            _NoRoom: this is a prefetch and there is no room at once.
             Fault: there was no room for room_wait_s.
         """
         deadline = time.monotonic() + self.room_wait_s
@@ -222,54 +234,49 @@ class ShardCache:
             with self._locked():
                 held = sum(entry.st_size for _, entry in self._files())
                 more = size - os.fstat(part).st_size
-                if self._evict(held + more - self.limit_bytes, spare_unopened=advice):
+                if self._evict(held + more - self.limit_bytes, spare_unopened=is_prefetch):
                     return os.ftruncate(part, size)
-            if advice:
+            if is_prefetch:
                 raise _NoRoom
             if size > self.limit_bytes or time.monotonic() > deadline:
                 raise self._too_small(size)
             time.sleep(_LOOK_AGAIN_S)
-            self.check_open()
+            self._check_open()
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         if self._closing.is_set():
             raise _Closed("the cache of shards was closed")
 
     def _evict(self, excess_bytes: int, spare_unopened: bool) -> bool:
-        """Deletes entries that nobody holds, least recently used first, if that frees enough; else none at all."""
+        """Delete entries that nobody holds, least recently used first, if that frees enough; else none at all."""
         if excess_bytes <= 0:
             return True
-        victims: list[tuple[Path, int]] = []
-        try:
+        victims = []
+        with contextlib.ExitStack() as locked:
             for path, entry in sorted(self._files(), key=lambda file: file[1].st_mtime_ns):
                 dead_part = path.name.startswith("part-")
                 if not _OURS.match(path.name) or (spare_unopened and not dead_part and entry.st_mode & stat.S_IWUSR):
                     continue
-                descriptor = os.open(path, os.O_RDONLY)
-                victims.append((path, descriptor))
-                if not _try_lock(descriptor):
-                    os.close(victims.pop()[1])
+                if not _try_lock(locked.enter_context(open(path, "rb")).fileno()):
                     continue
+                victims.append(path)
                 excess_bytes -= entry.st_size
                 if excess_bytes <= 0:
-                    for victim, _ in victims:
+                    for victim in victims:
                         victim.unlink()
                     return True
-            return False
-        finally:
-            for _, descriptor in victims:
-                os.close(descriptor)
+        return False
 
-    def _free_disk(self, part: int, size: int | None, advice: bool) -> None:
-        """Something else fills the disk: frees as much as the object needs, at least one entry.
+    def _free_disk(self, part: int, size: int | None, is_prefetch: bool) -> None:
+        """Free as much as the object needs, at least one entry, on a disk that something else fills.
 
         Raises:
             _NoRoom, Fault: there is nothing to evict.
         """
         with self._locked():
-            freed = self._evict(max(1, size or 0, os.fstat(part).st_size), advice) or self._evict(1, advice)
+            freed = self._evict(max(1, size or 0, os.fstat(part).st_size), is_prefetch) or self._evict(1, is_prefetch)
         if not freed:
-            if advice:
+            if is_prefetch:
                 raise _NoRoom
             raise Fault(
                 f"data.cache {self.folder}: the disk is full, and every shard in the cache is in use; "
@@ -291,44 +298,25 @@ class ShardCache:
 
     def _path(self, kind: str, url: str) -> Path:
         digest = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        base = "pipe" if url.startswith("pipe:") else safe_name(url).rstrip("/").rpartition("/")[2]
+        base = safe_name(url).rstrip("/").rpartition("/")[2]
         return self.folder / f"{kind}-{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', base)[-80:]}"
 
     @contextlib.contextmanager
     def _locked(self) -> Generator[None]:
         """The folder's lock; held for a few file operations at a time, never while bytes are fetched."""
-        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # of this descriptor: it keeps threads apart as well
+        with open(self.folder / _LOCK, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of this descriptor: it keeps threads apart as well
             yield
-        finally:
-            os.close(descriptor)
-
-
-@dataclass
-class _Room:
-    """What a download asks before its part grows."""
-
-    cache: ShardCache
-    part: int
-    advice: bool
-    reserved: int = 0
-
-    def __call__(self, size: int) -> None:
-        self.cache.check_open()
-        if size > self.reserved:
-            self.cache.reserve(self.part, size, self.advice)
-            self.reserved = size
 
 
 def _mark_used(entry: int, opened: bool = True) -> None:
-    """Sets the time that eviction goes by. Read-only means opened: a prefetch leaves its entry writable."""
+    """Set the time that eviction goes by. Read-only means opened: a prefetch leaves its entry writable."""
     os.utime(entry, ns=(time.time_ns(), time.time_ns()))
     os.fchmod(entry, 0o400 if opened else 0o600)
 
 
 def ranks_per_node() -> int:
-    """How many ranks share the folder, and the cores."""
+    """Return how many ranks share the folder, and the cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
@@ -341,17 +329,9 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _is_idle(path: Path) -> bool:
-    """Whether nobody holds a file. Under the folder's lock."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return _try_lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_unlocked(path: Path) -> None:
-    if _OURS.match(path.name) and _is_idle(path):
-        path.unlink()
+    """Return whether nobody holds a file. Under the folder's lock."""
+    with open(path, "rb") as file:
+        return _try_lock(file.fileno())
 
 
 def _gb(size: int) -> str:

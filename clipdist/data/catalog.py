@@ -1,4 +1,4 @@
-"""Names of shards in (folders, patterns, lists, one file for many shards), one numbered sequence of samples out."""
+"""Number the samples of shards that are named by folders, patterns, lists, addresses or consolidated indices."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ INDEX_MEMORY_BYTES = 256 << 20  # of member tables that stay in memory; the othe
 
 
 def fetcher_of(cfg: config.Data) -> Fetcher:
-    """How addresses are fetched, as configured."""
-    return Fetcher(retry_s=cfg.retry_s, allow_pipe=cfg.allow_pipe)
+    """Return the fetcher of addresses that the configuration asks for."""
+    return Fetcher(retry_s=cfg.retry_s)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Catalog:
 
     @classmethod
     def open(cls, sources: Sequence[str], what: str = "data.train", fetcher: Fetcher | None = None) -> Catalog:
-        """Opens shards.
+        """Open shards.
 
         Args:
             sources: in this order; each a folder (all its *.tar, sorted), a tar, a glob, a brace pattern of these or of
@@ -83,7 +83,7 @@ class Catalog:
         loose = [part for parts in named for part in parts if isinstance(part, str)]
         threads = _REMOTE_THREADS if any(map(is_remote, loose)) else _OPEN_THREADS
         with ThreadPoolExecutor(threads) as pool:
-            opened = dict(zip(loose, pool.map(functools.partial(_load_loose, fetcher=fetcher), loose)))
+            opened = dict(zip(loose, pool.map(functools.partial(_open_loose, fetcher=fetcher), loose)))
         shards: list[Shard] = []
         ranges = []
         for parts in named:
@@ -101,7 +101,7 @@ class Catalog:
         return int(self.starts[-1])
 
     def locate(self, sample_id: int) -> tuple[int, int]:
-        """The shard's number and the row in it.
+        """Return the shard's number and the row in it.
 
         Raises:
             IndexError: not in 0 .. N-1.
@@ -112,10 +112,11 @@ class Catalog:
         return shard, int(sample_id - self.starts[shard])
 
     def table(self, shard: int) -> ShardIndex:
-        """Where the members of a shard lie. Thread-safe; the tables used last stay in memory.
+        """Return the index of a shard. Thread-safe; the most recently used ones stay in memory.
 
         Raises:
-            UserError: the index is damaged, or the shard is not the one that was indexed; Unreadable: it is away.
+            UserError: the index is damaged, or the shard is not the one that was indexed.
+            Unreadable: the storage is unavailable.
         """
         with self._lock:
             table = self._tables.get(shard)
@@ -127,16 +128,14 @@ class Catalog:
         return table
 
     def fingerprint(self) -> str:
-        """Hex digits that name this sequence of samples: shard names, counts, keys and member sizes.
+        """Return hex digits that name this sequence of samples: shard names, counts, keys and member sizes.
 
         Folders and times do not enter, so that a copy on another machine continues the same order.
         """
         digest = hashlib.sha256()
         for shard in self.shards:
-            digest.update(
-                f"{posixpath.basename(without_query(shard.tar))}\n{shard.count}\n".encode("utf-8", "surrogateescape")
-            )
-            digest.update(shard.digest)
+            name = posixpath.basename(without_query(shard.tar))
+            digest.update(f"{name}\n{shard.count}\n".encode("utf-8", "surrogateescape") + shard.digest)
         return digest.hexdigest()
 
     def is_remote(self) -> bool:
@@ -153,7 +152,7 @@ class Catalog:
 
 
 def name_shards(sources: Sequence[str], what: str, fetcher: Fetcher) -> list[list[str | Consolidated]]:
-    """What each source stands for: tars, and consolidated indices, opened. See Catalog.open.
+    """Return what each source stands for: tars, and consolidated indices, opened. See Catalog.open.
 
     Raises:
         UserError: no shards match, or a shard is named twice.
@@ -166,28 +165,23 @@ def name_shards(sources: Sequence[str], what: str, fetcher: Fetcher) -> list[lis
     return named
 
 
-def _load_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
-    """A shard that has its index beside it, or (a local one) none yet."""
+def _open_loose(tar: str, fetcher: Fetcher) -> tuple[Shard, ShardIndex]:
+    """Open a shard that has its index beside it, or (a local one) none yet."""
     load = functools.partial(_load_remote, tar, fetcher) if is_remote(tar) else functools.partial(load_index, tar)
     index = load()
     digest = index.digest()
-    return Shard(tar, len(index), digest, functools.partial(_load_same, load, digest)), index
 
+    def load_same() -> ShardIndex:
+        again = load()
+        if again.digest() != digest:
+            raise Fault(f"{safe_name(tar)}: has changed since it was opened; restore it, or start again with the new")
+        return again
 
-def _load_same(load: Callable[[], ShardIndex], digest: bytes) -> ShardIndex:
-    """A shard's index once more, some time later.
-
-    Raises:
-        Fault: the shard was replaced meanwhile.
-    """
-    index = load()
-    if index.digest() != digest:
-        raise Fault(f"{safe_name(index.tar)}: has changed since it was opened; restore it, or start again with the new")
-    return index
+    return Shard(tar, len(index), digest, load_same), index
 
 
 def _load_remote(tar: str, fetcher: Fetcher) -> ShardIndex:
-    data = None if tar.startswith("pipe:") else fetcher.read_small(beside(tar, ".idx.npz"))
+    data = fetcher.read_small(beside(tar, ".idx.npz"))
     index = None if data is None else index_from_bytes(data, tar)
     if index is None:
         state = "no index" if data is None else "a damaged index"
@@ -216,15 +210,28 @@ def _load_checked(book: Consolidated, number: int) -> ShardIndex:
 
 
 def _expand(source: str, what: str, fetcher: Fetcher) -> Iterator[str | Consolidated]:
-    """What one source names, in order: tars, and consolidated files opened."""
+    """Yield what one source names, in order: tars, and consolidated indices, opened."""
     if without_query(source).endswith(consolidated.SUFFIX):
         yield _open_book(source, what, fetcher)
-    elif source.endswith(".txt") and not is_remote(source):
-        yield from _expand_list(Path(source), what, fetcher)
     elif is_remote(source):
-        yield from _expand_remote(source, what)
+        if any(mark in source for mark in "*["):
+            name = safe_name(source)
+            raise UserError(
+                f"{what}: {name}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
+            )
+        yield from _braces(source, what)
+    elif source.endswith(".txt"):
+        yield from _expand_list(Path(source), what, fetcher)
+    elif os.path.exists(source):  # a plain name wins over a pattern that it may look like
+        yield from _tars_of(Path(source), what)
     else:
-        yield from _expand_local(source, what)
+        for pattern in _braces(source, what):
+            found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+            if not found:
+                part = "" if pattern == source else f" ({pattern} is missing)"
+                raise UserError(f"{what}: no shards match {source}{part}; {_HOW_TO_MAKE}")
+            for path in found:
+                yield from _tars_of(Path(path), what)
 
 
 def _open_book(source: str, what: str, fetcher: Fetcher) -> Consolidated:
@@ -237,7 +244,7 @@ def _open_book(source: str, what: str, fetcher: Fetcher) -> Consolidated:
 
 
 def _expand_list(path: Path, what: str, fetcher: Fetcher) -> Iterator[str | Consolidated]:
-    """A file with one source a line; names are relative to its folder, # begins a remark."""
+    """Yield what a file names, one source a line; names are relative to its folder, # begins a comment."""
     try:
         lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -251,28 +258,6 @@ def _expand_list(path: Path, what: str, fetcher: Fetcher) -> Iterator[str | Cons
         if line.endswith(".txt"):
             raise UserError(f"{what}: {path}: a list within a list ({line}); name it beside the other")
         yield from _expand(line if is_remote(line) else os.path.join(path.parent, line), what, fetcher)
-
-
-def _expand_remote(source: str, what: str) -> Iterator[str]:
-    if any(mark in source for mark in "*[") and not source.startswith("pipe:"):
-        raise UserError(
-            f"{what}: {safe_name(source)}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
-        )
-    yield from _braces(source, what)
-
-
-def _expand_local(source: str, what: str) -> Iterator[str]:
-    """A part of a brace pattern that matches nothing is an error too."""
-    if os.path.exists(source):  # a plain name wins over a pattern that it may look like
-        yield from _tars_of(Path(source), what)
-        return
-    for pattern in _braces(source, what):
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            part = "" if pattern == source else f" ({pattern} is missing)"
-            raise UserError(f"{what}: no shards match {source}{part}; {_HOW_TO_MAKE}")
-        for path in found:
-            yield from _tars_of(Path(path), what)
 
 
 def _braces(source: str, what: str) -> list[str]:

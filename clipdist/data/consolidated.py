@@ -1,4 +1,4 @@
-"""Many shards in one file: the indices of shards in; NAME.index.zip out, of which a start reads a few numbers a shard.
+"""Keep the indices of many shards in one file, NAME.index.zip, of which a start reads a few numbers a shard.
 
 A plain zip: head.npz holds per shard its name, sample count, size, time and digest; 0.npz, 1.npz, ... are the indices
 themselves, each read when a sample of its shard is first wanted. So a hundred thousand shards open in seconds.
@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from clipdist.data.fetch import is_remote
 from clipdist.data.index import (
     MOST_INDEX_BYTES,
     MOST_PLACES,
@@ -46,7 +47,7 @@ class Consolidated:
         checked: of the shards that were found to be those that were indexed, the time of change that they have, ns.
 
     Raises:
-        UserError: no such file, or not one that write_consolidated made.
+        UserError: no such file, or not one that write_parts made.
     """
 
     def __init__(self, path: str | Path | BinaryIO, name: str = "") -> None:
@@ -76,10 +77,10 @@ class Consolidated:
         return len(self.tars)
 
     def load(self, number: int) -> ShardIndex:
-        """The index of one shard. Thread-safe.
+        """Read the index of one shard. Thread-safe.
 
         Raises:
-            UserError: it is damaged; Unreadable: the file is away.
+            UserError: it is damaged; Unreadable: the storage is unavailable.
         """
         try:
             index = index_from_bytes(self._unpack(f"{number}.npz"), self.tars[number])
@@ -103,12 +104,12 @@ class Consolidated:
 
 
 def _check_head(names: np.ndarray, counts: np.ndarray, digests: np.ndarray) -> None:
-    """Raises ValueError where these are not the arrays that write_parts makes."""
-    shards = names.shape
-    if names.dtype.kind != "U" or names.ndim != 1 or counts.dtype != np.int64 or digests.dtype != np.uint8:
-        raise ValueError("arrays of other types")
-    if counts.shape != shards or digests.shape != (*shards, 16) or not ((counts >= 0) & (counts <= MOST_PLACES)).all():
-        raise ValueError("arrays that do not match")
+    """Raise ValueError where these are not the arrays that write_parts makes."""
+    types = (names.dtype.kind, names.ndim, counts.dtype, digests.dtype) == ("U", 1, np.int64, np.uint8)
+    if not types or counts.shape != names.shape or digests.shape != (*names.shape, 16):
+        raise ValueError("arrays of other types or shapes")
+    if not ((counts >= 0) & (counts <= MOST_PLACES)).all():
+        raise ValueError("impossible counts")
     "\n".join(names.tolist()).encode("utf-8", "surrogateescape")
 
 
@@ -125,21 +126,16 @@ def make_part(index: ShardIndex) -> Part:
     return Part(index.tar, len(index), index.digest(), index_to_bytes(index))
 
 
-def write_consolidated(path: str | Path, indices: Iterable[ShardIndex], rule: str = "") -> None:
-    """Writes NAME.index.zip, atomically. Shards in or below its folder are named relative to it, others in full.
+def write_parts(path: str | Path, parts: Iterable[Part], rule: str = "") -> None:
+    """Write NAME.index.zip, atomically. Shards in or below its folder are named relative to it, others in full.
 
     Args:
-        indices: in the order of the catalog; taken one by one, so that few are in memory.
+        parts: in the order of the catalog; taken one by one, so that few are in memory.
         rule: the filters that they went through, in words.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    write_parts(path, map(make_part, indices), rule)
-
-
-def write_parts(path: str | Path, parts: Iterable[Part], rule: str = "") -> None:
-    """As write_consolidated, of parts that were made elsewhere."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     names, counts, digests = [], [], []
@@ -166,11 +162,11 @@ def write_parts(path: str | Path, parts: Iterable[Part], rule: str = "") -> None
 
 
 def _relative(folder: Path, tar: str) -> str:
-    if "://" in tar or tar.startswith("pipe:"):
+    if is_remote(tar):
         return tar
     full, base = os.path.abspath(tar), os.path.abspath(folder)
     return os.path.relpath(full, base) if full.startswith(base.rstrip("/") + "/") else full
 
 
 def _join(base: str, name: str) -> str:
-    return name if "://" in name or name.startswith(("pipe:", "/")) or not base else f"{base}/{name}"
+    return name if is_remote(name) or name.startswith("/") or not base else f"{base}/{name}"

@@ -1,4 +1,4 @@
-"""Comparisons such as "width >= 200" in, the rows of numeric columns that meet them out; nothing is run as code."""
+"""Select the samples whose numeric columns meet comparisons such as "width >= 200"; nothing is run as code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Condition:
         return _SIDES if self.name in DERIVED else (self.name,)
 
     def passes(self, columns: Mapping[str, np.ndarray]) -> np.ndarray | None:
-        """bool [n], False where a value is NaN; None where a column is not there.
+        """Return bool [n], False where a value is NaN; None where a column is missing.
 
         Args:
             columns: numeric arrays [n].
@@ -55,7 +55,7 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """ "aspect <= 3" as a Condition.
+    """Parse a comparison such as "aspect <= 3".
 
     Raises:
         UserError: not a name, a comparison and a number.
@@ -73,7 +73,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def rule_of(conditions: Sequence[Condition]) -> str:
-    """All of them in words, for the file that they make."""
+    """Return the conditions in words, as a consolidated index keeps them."""
     return " and ".join(map(str, conditions))
 
 

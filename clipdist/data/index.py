@@ -1,4 +1,4 @@
-"""One tar shard in, the place of every member of every sample out; remembered in 00000.tar.idx.npz beside the shard.
+"""Find the members of every sample of a tar shard, and keep their places in 00000.tar.idx.npz beside it.
 
 A sample is the run of neighbouring members that share a key: the member's path up to the first dot of its file name
 (webdataset's rule), the rest being its kind. With the index a member is one positioned read, in any order.
@@ -33,9 +33,7 @@ _MOST_DIGITS = 256  # in a row: tarfile's search takes the square of their numbe
 _BLOCK_BYTES = 512
 _PADDING_BYTES = 1 << 20  # read at a time of what follows the end mark
 _COLUMN = "column."  # prefix of the numeric columns among the arrays of the file
-
-
-PICTURE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 AT_ONCE_BYTES = 8 << 20  # a member of more is read by itself
 _HEADERS_BYTES = 16 << 10  # between the members of a sample that are read at once
 
@@ -73,7 +71,7 @@ class ShardIndex:
         return len(self.keys)
 
     def digest(self) -> bytes:
-        """16 bytes that name this sequence of samples: keys, kinds and member sizes, neither folder nor time."""
+        """Return 16 bytes that name this sequence of samples: keys, kinds and member sizes, not folder and time."""
         by_name = sorted(range(len(self.kinds)), key=lambda i: self.kinds[i])
         names = "\n".join([*(self.kinds[i] for i in by_name), "", *self.keys.tolist(), ""])
         digest = hashlib.blake2b(names.encode("utf-8", "surrogateescape"), digest_size=16)
@@ -99,7 +97,7 @@ class ShardIndex:
         return np.stack([np.where(at_once, begin, 0), np.where(at_once, length, 0)], axis=1)
 
     def select(self, rows: np.ndarray) -> ShardIndex:
-        """The index of some rows only (bool [n] or positions); the shard stays as it is."""
+        """Return the index of some rows only (bool [n] or positions)."""
         return replace(
             self,
             keys=self.keys[rows],
@@ -111,13 +109,13 @@ class ShardIndex:
 
     def bytes_in_memory(self) -> int:
         arrays = [self.keys, self.offset, self.size, *self.columns.values()]
-        spans = 16 * len(self)
-        return sum(array.nbytes for array in arrays) + (0 if self.crc is None else self.crc.nbytes) + spans
+        arrays += [] if self.crc is None else [self.crc]
+        return sum(array.nbytes for array in arrays) + 16 * len(self)  # and spans
 
 
 def is_read(kind: str) -> bool:
-    """Whether training reads members of this kind."""
-    return kind in PICTURE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
+    """Return whether training reads members of this kind."""
+    return kind in IMAGE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
 
 
 def index_path(tar: str | Path) -> Path:
@@ -134,9 +132,9 @@ def split_member_name(name: str) -> tuple[str, str] | None:
 
 
 def scan_shard(tar: str | Path) -> ShardIndex:
-    """Reads the headers of a shard, no data; `columns` stays empty.
+    """Read the headers of a shard, no data; `columns` stays empty.
 
-    Members that are no plain file (folders, links, sparse files, ...) are passed over.
+    Members that are no plain file (folders, links, sparse files, ...) are ignored.
 
     Raises:
         UserError: no such file, not an uncompressed tar, cut off, a key that occurs twice.
@@ -148,7 +146,7 @@ def scan_shard(tar: str | Path) -> ShardIndex:
 
 
 def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
-    """As scan_shard, but a shard that is damaged further back gives the samples before the damage, and what it is.
+    """As scan_shard, but of a shard that is damaged further back return the samples before the damage, and what it is.
 
     Returns:
         The index, and "" or the damage in one line. The last sample before it is left out: it may lack members.
@@ -162,20 +160,22 @@ def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
         raise UserError(f"{tar}: not a file")
     try:
         stat = os.stat(tar)
-        try:
-            for key, kind, place in _members(tar, stat.st_size):
-                _add_member(tar, samples, key, kind, place)
-        except OSError:
-            raise
-        except Exception as error:  # tarfile raises many kinds on hostile headers
-            told = isinstance(error, UserError)
-            damage = str(error) if told else f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
-            if samples:
-                samples.popitem()
+        for key, kind, place in _members(tar, stat.st_size):
+            own = samples.setdefault(key, {})
+            if kind in own or key != next(reversed(samples)):
+                raise UserError(
+                    f"{tar}: the key {key!r} occurs twice (again with {kind!r}); keys of a shard are unique"
+                )
+            own[kind] = place
     except FileNotFoundError:
         raise Unreadable(f"{tar}: no such shard") from None
     except OSError as error:
         raise Unreadable(f"{tar}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # tarfile raises many kinds on hostile headers
+        told = isinstance(error, UserError)
+        damage = str(error) if told else f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
+        if samples:
+            samples.popitem()
     index = index_from_members(tar, samples)
     return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns), damage
 
@@ -210,25 +210,12 @@ def _members(tar: str | Path, tar_bytes: int) -> Iterator[tuple[str, str, tuple[
     _require_end_mark(tar, end)
 
 
-def _add_member(
-    tar: str | Path, samples: dict[str, dict[str, tuple[int, int]]], key: str, kind: str, place: tuple[int, int]
-) -> None:
-    """Raises UserError for a key that has come before, or more kinds than a shard can have."""
-    own = samples.get(key)
-    if own is None:
-        samples[key] = {kind: place}
-        return
-    if kind in own or key != next(reversed(samples)):
-        raise UserError(f"{tar}: the key {key!r} occurs twice (again with {kind!r}); keys of a shard are unique")
-    own[kind] = place
-
-
 def index_from_members(
     tar: str | Path,
     samples: Mapping[str, Mapping[str, tuple[int, int]]],
     crc: Mapping[str, Mapping[str, int]] | None = None,
 ) -> ShardIndex:
-    """The index of {key: {kind: (data offset, size)}}, samples and kinds in their order of appearance.
+    """Make the index of {key: {kind: (data offset, size)}}, samples and kinds in their order of appearance.
 
     Args:
         crc: {key: {kind: CRC-32}}, where the data are at hand.
@@ -236,9 +223,8 @@ def index_from_members(
     Raises:
         UserError: more than MOST_KINDS kinds of member, MOST_PLACES places or MOST_LETTERS letters of keys.
     """
-    kinds = {
-        kind: column for column, kind in enumerate(dict.fromkeys(kind for own in samples.values() for kind in own))
-    }
+    names = dict.fromkeys(kind for own in samples.values() for kind in own)
+    kinds = {kind: column for column, kind in enumerate(names)}
     if len(kinds) > MOST_KINDS:
         raise UserError(f"{tar}: {len(kinds)} kinds of members, at most {MOST_KINDS} can be told apart: not a shard")
     if len(samples) * len(kinds) > MOST_PLACES:
@@ -246,25 +232,25 @@ def index_from_members(
     if len(samples) * max(map(len, samples), default=0) > MOST_LETTERS:
         raise UserError(f"{tar}: {len(samples)} samples with very long names: too large for a shard; shorten the names")
     place = np.full((len(samples), len(kinds), 2), (-1, 0), dtype=np.int64)
-    sums = None if crc is None else np.zeros((len(samples), len(kinds)), dtype=np.uint32)
+    sums = np.zeros((len(samples), len(kinds)), dtype=np.uint32)
     for row, (key, own) in enumerate(samples.items()):
         for kind, where in own.items():
             place[row, kinds[kind]] = where
-            if sums is not None and crc is not None:
+            if crc is not None:
                 sums[row, kinds[kind]] = crc[key][kind]
     keys = np.array(list(samples), dtype=np.str_)
     offset, size = np.ascontiguousarray(place[..., 0]), np.ascontiguousarray(place[..., 1])
-    return ShardIndex(str(tar), keys, tuple(kinds), offset, size, tar_bytes=0, crc=sums)
+    return ShardIndex(str(tar), keys, tuple(kinds), offset, size, 0, crc=None if crc is None else sums)
 
 
 def stamped(index: ShardIndex) -> ShardIndex:
-    """The index with the present size and time of its (local) shard."""
+    """Return the index with the present size and time of its (local) shard."""
     stat = os.stat(index.tar)
     return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns)
 
 
 def index_to_bytes(index: ShardIndex) -> bytes:
-    """An .npz of plain arrays."""
+    """Return an .npz of plain arrays."""
     arrays = {
         "version": np.int64(INDEX_VERSION),
         "tar_stat": np.array([index.tar_bytes, index.tar_mtime_ns], dtype=np.int64),
@@ -281,7 +267,7 @@ def index_to_bytes(index: ShardIndex) -> bytes:
 
 
 def index_from_bytes(data: bytes, tar: str | Path) -> ShardIndex | None:
-    """What index_to_bytes wrote; None where it is damaged, of another version, or points outside the shard."""
+    """Read what index_to_bytes wrote; None where it is damaged, of another version, or points outside the shard."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             unpacked_bytes = sum(entry.file_size for entry in file.zip.infolist())
@@ -299,7 +285,7 @@ def index_from_bytes(data: bytes, tar: str | Path) -> ShardIndex | None:
 
 
 def _is_sound(index: ShardIndex) -> bool:
-    """Raises TypeError or UnicodeError where names are no text."""
+    """Check types, shapes and ranges. Raises TypeError or UnicodeError where names are no text."""
     shape = (len(index.keys), len(index.kinds)) if index.keys.ndim == 1 else None
     tables = [(index.offset, np.int64), (index.size, np.int64)]
     if index.crc is not None:
@@ -315,7 +301,7 @@ def _is_sound(index: ShardIndex) -> bool:
 
 
 def write_index(index: ShardIndex) -> None:
-    """Writes the index beside its shard, atomically.
+    """Write the index beside its shard, atomically.
 
     Raises:
         OSError: the folder cannot be written.
@@ -331,7 +317,7 @@ def write_index(index: ShardIndex) -> None:
 
 
 def load_index(tar: str | Path) -> ShardIndex:
-    """The index of a local shard: the one beside it where fresh, else a scan, remembered if the folder allows it.
+    """Read the index beside a local shard if it is fresh; else scan the shard, and write the index if possible.
 
     Fresh means: this version, and the tar has the size and mtime it had then. A copy changes the mtime; where the scan
     then finds every member in its place, the old index' columns and checksums are kept.
@@ -351,7 +337,7 @@ def load_index(tar: str | Path) -> ShardIndex:
 
 
 def stored_index(tar: str | Path) -> ShardIndex | None:
-    """What lies beside a shard, fresh or not; None where there is nothing, or nothing sound."""
+    """Read the index beside a shard, fresh or not; None where there is none, or a damaged one."""
     try:
         return index_from_bytes(index_path(tar).read_bytes(), tar)
     except OSError:
@@ -359,20 +345,20 @@ def stored_index(tar: str | Path) -> ShardIndex | None:
 
 
 def is_fresh(index: ShardIndex) -> bool:
-    """Whether the (local) shard has the size and time that it had when it was indexed."""
+    """Return whether the (local) shard has the size and time that it had when it was indexed."""
     stat = os.stat(index.tar)
     return (stat.st_size, stat.st_mtime_ns) == (index.tar_bytes, index.tar_mtime_ns)
 
 
 def keep_facts(scanned: ShardIndex, stored: ShardIndex | None) -> ShardIndex:
-    """A new scan with the columns and checksums of an older index, if every member is where it was."""
+    """Return a scan with the columns and checksums of an older index, if every member is where it was."""
     if stored is None or not _same_members(stored, scanned):
         return scanned
     return replace(scanned, columns=stored.columns, crc=stored.crc)
 
 
 def check_fresh(index: ShardIndex) -> None:
-    """Looks whether a local shard is still the one that was indexed, elsewhere than beside it and some time ago.
+    """Check that a local shard is still the one that was indexed, elsewhere than beside it and some time ago.
 
     A copy has another time: then the headers are read, and every member must be in its place.
 
@@ -383,12 +369,13 @@ def check_fresh(index: ShardIndex) -> None:
         raise Unreadable(f"{index.tar}: no such shard")
     if is_fresh(index):
         return
-    now = scan_shard(index.tar) if os.path.getsize(index.tar) == index.tar_bytes else None
-    rows = {} if now is None else {key: row for row, key in enumerate(now.keys.tolist())}
-    found = np.array([rows.get(key, -1) for key in index.keys.tolist()], dtype=np.int64)
-    same = now is not None and now.kinds == index.kinds and bool((found >= 0).all())
-    if not same or now is None or not _same_members(index, now.select(found)):
-        raise UserError(f"{index.tar}: has changed since it was indexed; index it again with tools/index_shards.py")
+    if os.path.getsize(index.tar) == index.tar_bytes:
+        now = scan_shard(index.tar)
+        rows = {key: row for row, key in enumerate(now.keys.tolist())}
+        found = np.array([rows.get(key, -1) for key in index.keys.tolist()], dtype=np.int64)
+        if (found >= 0).all() and _same_members(index, now.select(found)):
+            return
+    raise UserError(f"{index.tar}: has changed since it was indexed; index it again with tools/index_shards.py")
 
 
 def _same_members(a: ShardIndex, b: ShardIndex) -> bool:

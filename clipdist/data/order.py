@@ -1,4 +1,4 @@
-"""The order of samples: (seed, epoch, step, rank) in, sample ids out. A pure function; its state is one integer.
+"""Compute which samples a rank reads: a pure function of (seed, epoch, step, rank); its state is one integer.
 
 An epoch's shards, permuted, form one sequence of N samples, begun at a cyclic offset and cut into V equal streams;
 within a stream, windows of w samples are permuted. Step k takes the next B/V samples of every stream, rank r takes rows
@@ -21,12 +21,12 @@ import numpy as np
 
 ORDER_VERSION = 2
 MOST_PARTS = 1 << 16  # a mixture's weights are whole parts of at most so many: the length of its schedule
-_SHARDS, _OFFSET, _WINDOW, _SAMPLE, _SOURCE = range(5)  # what a random stream is for: part of its key
+_SHARDS, _OFFSET, _WINDOW, _SAMPLE, _SOURCE = range(5)  # what a random number is for: part of its key
 
 
 @dataclass(frozen=True)
 class OrderKey:
-    """All that the order depends on beside the shards. Kept in the checkpoint."""
+    """All that the order depends on besides the shards. Kept in the checkpoint."""
 
     seed: int
     global_batch: int  # B
@@ -36,14 +36,14 @@ class OrderKey:
 
 
 class Draws(NamedTuple):
-    """What one rank takes of a global batch: sample ids int64 [b], and the epoch that each is drawn in, int64 [b]."""
+    """One rank's rows of a global batch: sample ids int64 [b], and the epoch that each is drawn in, int64 [b]."""
 
     ids: np.ndarray
     epochs: np.ndarray
 
 
 def next_position(position: int, skipped: Sequence[Sequence[int]]) -> int:
-    """The first position from `position` on that lies in none of the ranges [first, end).
+    """Return the first position from `position` on that lies in none of the ranges [first, end).
 
     Args:
         skipped: in any order; they may overlap, and be empty.
@@ -73,20 +73,22 @@ class Order:
             raise ValueError(f"{self.n} samples are fewer than a global batch of {key.global_batch}")
         self.steps_per_epoch = self.n // key.global_batch
         if not key.parts:
-            self._one = Streams(self.starts, key.seed, key.streams, key.window, self.steps_per_epoch * key.global_batch)
+            length = self.steps_per_epoch * key.global_batch
+            self._sequence = Streams(self.starts, key.seed, key.streams, key.window, length)
             return
         if len(sources) != len(key.parts):
             raise ValueError(f"{len(key.parts)} parts for {len(sources)} sources")
         self._schedule = schedule(key.parts)
         self._sources = []
         for number, (first, end) in enumerate(sources):
-            part = self.starts[first : end + 1]
-            streams = min(key.streams, int(part[-1] - part[0]))
+            starts = self.starts[first : end + 1]
+            samples = int(starts[-1] - starts[0])
+            streams = min(key.streams, samples)
             seed = int(mix(mix(key.seed, _SOURCE), number))
-            self._sources.append(Streams(part, seed, streams, key.window, int(part[-1] - part[0]) // streams * streams))
+            self._sources.append(Streams(starts, seed, streams, key.window, samples // streams * streams))
 
     def draws(self, position: int, rank: int = 0, world: int = 1) -> Draws:
-        """One rank's rows of global batch `position`; W must divide B."""
+        """Return one rank's rows of global batch `position`; W must divide B."""
         per_rank = self.key.global_batch // world
         first, end = rank * per_rank, (rank + 1) * per_rank
         if self.key.parts:
@@ -94,17 +96,17 @@ class Order:
         epoch, step = divmod(position, self.steps_per_epoch)
         per_stream = self.key.global_batch // self.key.streams
         stream = np.arange(first // per_stream, -(-end // per_stream))
-        row = np.maximum(stream * per_stream, first)  # the first of each stream; a rank may begin within one
-        count = np.minimum((stream + 1) * per_stream, end) - row
-        ids = self._one.ids(epoch, stream, row - stream * per_stream + step * per_stream, count)
+        first_row = np.maximum(stream * per_stream, first)  # of each stream; a rank may begin within one
+        count = np.minimum((stream + 1) * per_stream, end) - first_row
+        ids = self._sequence.ids(epoch, stream, first_row - stream * per_stream + step * per_stream, count)
         return Draws(ids, np.full(per_rank, epoch, dtype=np.int64))
 
     def ids(self, position: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """The sample ids of `draws`, int64 [B/W]."""
+        """Return the sample ids of `draws`, int64 [B/W]."""
         return self.draws(position, rank, world).ids
 
     def _mixed(self, position: int) -> Draws:
-        """A whole global batch of a mixture, its rows in the order of the streams, so that a rank reads few shards.
+        """Return a whole global batch of a mixture, its rows in the order of the streams: so a rank reads few shards.
 
         Draw j of a source is the next sample of its stream j mod V, so the draws of a step are spread over all streams.
         """
@@ -117,14 +119,14 @@ class Order:
                 epoch, first = divmod(begin, streams.length)
                 last = min(streams.length, first + end - begin)
                 stream = np.arange(streams.count)
-                start = -(-(first - stream) // streams.count)  # of its places the first whose draw is in first .. last
+                start = -(-(first - stream) // streams.count)  # the first place of each whose draw is in first .. last
                 count = -(-(last - stream) // streams.count) - start
                 ids = streams.ids(epoch, stream, start, count)
-                where = np.repeat((stream * (1 << 15) // streams.count).astype(np.uint16), count)
-                parts.append((ids, np.full(len(ids), epoch, dtype=np.int64), where))
+                share_of_streams = np.repeat((stream * (1 << 15) // streams.count).astype(np.uint16), count)
+                parts.append((ids, np.full(len(ids), epoch, dtype=np.int64), share_of_streams))
                 begin += last - first
-        ids, epochs, where = (np.concatenate(column) for column in zip(*parts))
-        rows = np.argsort(where, kind="stable")
+        ids, epochs, share_of_streams = (np.concatenate(column) for column in zip(*parts))
+        rows = np.argsort(share_of_streams, kind="stable")
         return Draws(ids[rows], epochs[rows])
 
 
@@ -145,7 +147,7 @@ class Streams:
         self._epoch = lru_cache(maxsize=2)(self._lay_out)  # the one that is read, and the next one, fetched ahead
 
     def ids(self, epoch: int, stream: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Sample ids int64 [sum of count]: of stream[i] the places start[i] .. start[i] + count[i], in that order."""
+        """Return the ids int64 [sum of count] of the places start[i] .. start[i] + count[i] of every stream[i]."""
         stream, number, begin, count = self._cut_at_windows(stream, start, count)
         keys = mix(mix(mix(mix(self.seed, _WINDOW), epoch), stream), number)
         sizes = np.minimum(self.window, self.per_stream - number * self.window)  # a stream's last window may be shorter
@@ -156,7 +158,7 @@ class Streams:
         return self._epoch(epoch).sample_ids(place)
 
     def _cut_at_windows(self, stream: np.ndarray, start: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(stream, number of the window, first place, count) of runs that lie in one window each; none is empty."""
+        """Cut runs at windows. Return (stream, number of the window, first place, count) of each, none empty."""
         rows = np.flatnonzero(count)
         stream, start, end = stream[rows], start[rows], (start + count)[rows]
         first = start // self.window
@@ -167,15 +169,14 @@ class Streams:
         return stream[run], number, begin, np.minimum(end[run], (number + 1) * self.window) - begin
 
     def _lay_out(self, epoch: int) -> _Epoch:
+        """Permute the shards of an epoch, and draw the offset at which they begin."""
         shards = len(self.starts) - 1
         key = mix(mix(self.seed, _SHARDS), epoch)
         order = permute(np.arange(shards), np.array([shards]), np.atleast_1d(key), np.array([shards]))
         sizes = np.diff(self.starts)[order]
         ends = np.cumsum(sizes)
         offset = int(mix(mix(self.seed, _OFFSET), epoch) % np.uint64(self.n))
-        shift = max(0, (self.n // (4 * shards)).bit_length() - 1)  # a bucket is a quarter of a shard or less
-        buckets = np.searchsorted(ends, np.arange((self.n >> shift) + 1, dtype=np.int64) << shift, side="right")
-        return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes), shift, buckets)
+        return _Epoch(self.n, offset, ends, self.starts[:-1][order] - (ends - sizes))
 
 
 class _Epoch(NamedTuple):
@@ -185,22 +186,16 @@ class _Epoch(NamedTuple):
     offset: int
     ends: np.ndarray  # int64 [S], places at which the shards end
     first: np.ndarray  # int64 [S], what is to be added to a place to give a sample id
-    shift: int
-    buckets: np.ndarray  # the shard of the first place of every 2^shift places: where the search begins
 
     def sample_ids(self, place: np.ndarray) -> np.ndarray:
+        """Return the sample ids, int64 [m], of places [m] in the sequence, counted from the offset."""
         place = place + self.offset
         place[place >= self.n] -= self.n
-        shard = self.buckets[place >> self.shift]
-        rows = np.flatnonzero(self.ends[shard] <= place)
-        while len(rows):
-            shard[rows] += 1
-            rows = rows[self.ends[shard[rows]] <= place[rows]]
-        return place + self.first[shard]
+        return place + self.first[np.searchsorted(self.ends, place, side="right")]
 
 
 def choose_streams(global_batch: int, world: int, most: int = 64) -> int:
-    """V for a first start: the largest divisor of B, at most max(W, `most`), that W divides.
+    """Choose V for a first start: the largest divisor of B, at most max(W, `most`), that W divides.
 
     Many streams mix the shards well; a power of two lets other rank counts go on without sharing shards. Remote shards
     want fewer, since every stream keeps shards of its own in the cache.
@@ -210,7 +205,7 @@ def choose_streams(global_batch: int, world: int, most: int = 64) -> int:
 
 
 def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights as whole parts, exactly where their sum allows it, else to the nearest of MOST_PARTS; none gets zero.
+    """Turn weights into whole parts: exactly where their sum is small, else the nearest of MOST_PARTS; none gets 0.
 
     The weights count as the decimals that were written: 0.1 is one tenth.
     """
@@ -225,20 +220,20 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(parts)
 
 
-class Schedule(NamedTuple):
+class MixtureSchedule(NamedTuple):
     """Which source each draw of a mixture is taken from, as counts of the draws before it. See `schedule`."""
 
     parts: np.ndarray  # int64 [K]
     before: np.ndarray  # int32 [sum(parts), K]: draws of each source among the first t of a period
 
     def counts(self, draws: int) -> np.ndarray:
-        """How many of the first `draws` are of each source: int64 [K]."""
+        """Return how many of the first `draws` are of each source, int64 [K]."""
         periods, rest = divmod(draws, len(self.before))
         return periods * self.parts + self.before[rest]
 
 
-def schedule(parts: Sequence[int]) -> Schedule:
-    """In every prefix of n draws, source i has n * parts[i] / sum(parts), give or take less than one.
+def schedule(parts: Sequence[int]) -> MixtureSchedule:
+    """Schedule a mixture: of every first n draws source i has n * parts[i] / sum(parts), give or take less than 1.
 
     The j-th draw of a source of share p may come from place floor((j-1)/p) on and must be done by ceil(j/p): earliest
     deadline first meets all of them (Baruah et al., "Proportionate progress", Algorithmica 15, 1996).
@@ -256,18 +251,18 @@ def schedule(parts: Sequence[int]) -> Schedule:
         _, source = heapq.heappop(ready)
         counts[source] += 1
         heapq.heappush(waiting, (counts[source] * total // parts[source], source))
-    return Schedule(np.array(parts, dtype=np.int64), before)
+    return MixtureSchedule(np.array(parts, dtype=np.int64), before)
 
 
 def sample_uniforms(seed: int, epochs: np.ndarray, sample_ids: np.ndarray, count: int) -> np.ndarray:
-    """The random numbers of samples in their epochs: float64 [m, count] in [0, 1), for crop, colour and caption."""
+    """Return the random numbers of samples in their epochs, float64 [m, count] in [0, 1): crop, colour, caption."""
     keys = mix(mix(mix(seed, _SAMPLE), epochs), sample_ids)
     bits = mix(keys[:, None], np.arange(count, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """Keyed permutations of 0 .. n-1, elementwise and without a table: O(1) memory for any n.
+    """Permute 0 .. n-1 by a key, elementwise and without a table: O(1) memory for any n.
 
     A Feistel network of four rounds over the next power of two, walked along its cycle until the value is below n
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
@@ -276,34 +271,25 @@ def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray, runs: np.ndarray) -> 
         x: int64 [m], of which the next runs[i] elements are permuted with key[i] and lie in 0 .. n[i]-1.
         n: int64 [r], at most 2^62.  key: uint64 [r].  runs: int64 [r], summing up to m.
     """
-    widths = np.array([max(2, (int(size) - 1).bit_length()) for size in n.tolist()])
-    low = widths // 2
-    if (widths == widths[0]).all():
-        widths, low = widths[:1], low[:1]
-
-    def spread(values: np.ndarray, kind: type) -> np.ndarray:
-        values = values.astype(kind)
-        return np.repeat(values, runs) if len(values) > 1 else values
-
-    limit = spread(n if (n != n[0]).any() else n[:1], np.int64)
-    numbers = [
-        spread(low, np.int64),
-        *(spread((1 << half) - 1, np.uint32) for half in (widths - low, low)),
-        *(spread(mix(key, number) & np.uint64(0xFFFFFFFF), np.uint32) for number in range(4)),
-    ]
-    out = _feistel(x, *numbers)
+    bits = np.array([max(2, (int(size) - 1).bit_length()) for size in n.tolist()])
+    low_bits = bits // 2
+    masks = [(1 << half) - 1 for half in (bits - low_bits, low_bits)]
+    round_keys = [mix(key, number) & np.uint64(0xFFFFFFFF) for number in range(4)]
+    per_element = [np.repeat(low_bits, runs)]
+    per_element += [np.repeat(values.astype(np.uint32), runs) for values in (*masks, *round_keys)]
+    limit = np.repeat(n, runs)
+    out = _feistel(x, *per_element)
     rows = np.flatnonzero(out >= limit)
     while len(rows):
-        again = _feistel(out[rows], *(values[rows] if len(values) > 1 else values for values in numbers))
-        out[rows] = again
-        rows = rows[again >= (limit[rows] if len(limit) > 1 else limit)]
+        out[rows] = _feistel(out[rows], *(values[rows] for values in per_element))
+        rows = rows[out[rows] >= limit[rows]]
     return out
 
 
 def _feistel(
     x: np.ndarray, low: np.ndarray, high_mask: np.ndarray, low_mask: np.ndarray, *keys: np.ndarray
 ) -> np.ndarray:
-    """x is `high << low | right`; high and right are changed in turn, each by a hash of the other."""
+    """One pass of the network: x is `high << low | right`, both changed in turn by a hash of the other."""
     high = (x >> low).astype(np.uint32)
     right = x.astype(np.uint32)
     right &= low_mask
@@ -317,7 +303,7 @@ def _feistel(
 
 
 def _hash(x: np.ndarray, key: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """uint32 to uint32 (the finaliser lowbias32 of Wellons' hash prospector, keyed), of which `mask` stays."""
+    """Hash uint32 to uint32 (the finaliser lowbias32 of Wellons' hash prospector, keyed), of which `mask` stays."""
     z = x ^ key
     z ^= z >> np.uint32(16)
     z *= np.uint32(0x21F0AAAD)
@@ -330,7 +316,7 @@ def _hash(x: np.ndarray, key: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def mix(state: int | np.ndarray, value: int | np.ndarray) -> np.ndarray:
-    """Combines two integers into a well-mixed uint64 (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    """Combine two integers into a well-mixed uint64 (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         z = _uint64(state) * np.uint64(0x9E3779B97F4A7C15) + _uint64(value) + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""What will be read soon is fetched now: walks the order ahead of the loader, and has the cache fetch what it meets."""
+"""Prefetch shards: walk the order ahead of the loader, and have the cache fetch what will be read soon."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ class Prefetcher:
     ) -> None:
         self._reader, self._order, self._rank, self._world = reader, order, rank, world
         self._skipped = skipped
-        self._room = _room(reader)
-        self._horizon = _horizon(order.key)
+        assert reader.cache is not None
+        share = reader.cache.limit_bytes / ranks_per_node()
+        self._room = max(1, int(0.9 * share / typical_bytes(reader.catalog)))  # shards; some left for those that go out
+        key = order.key
+        self._horizon = 2 * -(-key.window * key.streams // key.global_batch) + 2  # steps: this window, and the next
         self._consumed, self._closed = start, False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._walk, name="scout", daemon=True, args=(start,))
+        self._thread = threading.Thread(target=self._walk, name="prefetch", daemon=True, args=(start,))
         self._thread.start()
 
     def advance(self, position: int) -> None:
-        """Global batch `position` has been taken."""
+        """Note that global batch `position` has been taken."""
         with self._changed:
             self._consumed = position
             self._changed.notify()
@@ -72,42 +75,33 @@ class Prefetcher:
             position += 1
 
     def _furthest(self) -> int:
-        """The last position to look at; beyond a skipped range where the loader is next."""
+        """Return the last position to look at; beyond a skipped range where the loader is next."""
         return next_position(self._consumed + 1, self._skipped) - 1 + self._horizon
 
     def _fits(self, last_wanted: dict[int, int]) -> bool:
-        """Whether one more shard has room; forgets those that the loader is done with."""
+        """Return whether one more shard has room; forget those that the loader is done with."""
         for shard in [shard for shard, position in last_wanted.items() if position < self._consumed]:
             del last_wanted[shard]
         return len(last_wanted) < self._room
 
 
-def _room(reader: Reader) -> int:
-    """Shards that this rank's part of the cache holds, some left for those that go out."""
-    assert reader.cache is not None
-    return max(1, int(0.9 * reader.cache.limit_bytes / ranks_per_node() / typical_bytes(reader.catalog)))
-
-
-def _horizon(key: OrderKey) -> int:
-    """Steps to look ahead: those of two windows, the one that is read and the next."""
-    return 2 * -(-key.window * key.streams // key.global_batch) + 2
-
-
 def shards_at_once(catalog: Catalog, key: OrderKey, world: int) -> int:
-    """Shards of which a rank reads at one time: V/W streams of every source, each in a window that touches so many."""
-    sources = catalog.sources if key.parts else [(0, len(catalog.shards))]
-    return sum(_of_source(np.diff(catalog.starts[first : end + 1]), key, world) for first, end in sources)
+    """Return of how many shards a rank reads at one time.
 
-
-def _of_source(counts: np.ndarray, key: OrderKey, world: int) -> int:
-    """Args: counts: int64 [S], samples of its shards."""
-    mean = max(1, int(counts[counts > 0].mean()))
-    window = key.window or int(counts.sum()) // key.streams
-    return min(len(counts), -(-key.streams // world) * (-(-window // mean) + 2))
+    Of every source these are V/W streams, each in a window that touches some shards.
+    """
+    shards = 0
+    for first, end in catalog.sources if key.parts else [(0, len(catalog.shards))]:
+        counts = np.diff(catalog.starts[first : end + 1])
+        mean = max(1, int(counts[counts > 0].mean()))
+        window = key.window or int(counts.sum()) // key.streams
+        shards += min(len(counts), -(-key.streams // world) * (-(-window // mean) + 2))
+    return shards
 
 
 def check_cache(catalog: Catalog, key: OrderKey, world: int, cache: ShardCache) -> None:
-    """
+    """Check that the cache holds the shards that are read at one time.
+
     Raises:
         UserError: the cache is too small for the shards that the ranks of a node read at one time.
     """

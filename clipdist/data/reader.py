@@ -1,16 +1,17 @@
-"""Sample ids in, bytes out: reads members of shards by their offsets, from any number of threads."""
+"""Read members of shards by their offsets, given sample ids, from any number of threads."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,23 +20,22 @@ from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
-from clipdist.data.index import PICTURE_KINDS, ShardIndex, Unreadable
+from clipdist.data.index import IMAGE_KINDS, ShardIndex, Unreadable
 from clipdist.errors import Fault, UserError
 from clipdist.storage import AWAY, Retry
 
-# Descriptors that stay open, well under the usual limit of 1024.
-MAX_OPEN = 256
+T = TypeVar("T")
+MAX_OPEN = 256  # shards that stay open, well under the usual limit of 1024 descriptors
 _FEW_OPEN = 4  # of a cache's, by who reads front to back: what is open cannot make room for others
 _SIZES_LOOKED_AT = 16  # shards of a catalog whose sizes stand for all
-MOST_CACHE_BYTES = 64 * 10**9  # of a cache whose size nobody has set
-MAX_MEMBER_BYTES = 256 << 20  # a larger picture is none
+MAX_MEMBER_BYTES = 256 << 20  # a larger image is refused
 MAX_TEXT_BYTES = 16 << 20  # of every other member: parsed JSON takes some twenty times its bytes
 
 
 def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int = 0) -> Reader:
-    """A reader with the cache that the configuration (or its defaults) asks for, where the catalog needs one.
+    """Return a reader with the cache that the configuration (or its defaults) asks for, where the catalog needs one.
 
-    With a configuration it is patient; without one, for programs that someone waits for, errors come at once.
+    With a configuration it retries for data.retry_s; without one errors are raised at once.
 
     Args:
         max_open: shards of the cache that stay open; 0: a few, for who reads front to back.
@@ -48,7 +48,7 @@ def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int 
     if not (cfg.stage or catalog.is_remote()):
         return Reader(catalog, retry_s=retry_s)
     folder = Path(cfg.cache) if cfg.cache else Path.home() / ".cache" / "clipdist" / "shards"
-    cache = ShardCache(folder, int(cfg.cache_gb * 1e9) or usual_limit(folder), fetcher_of(cfg))
+    cache = ShardCache(folder, int(cfg.cache_gb * 1e9), fetcher_of(cfg))
     if not max_open:
         fit = cache.limit_bytes // ranks_per_node() // max(1, typical_bytes(catalog))
         max_open = max(1, min(_FEW_OPEN, fit // 2))  # the other half for shards that go out, and other readers'
@@ -56,31 +56,19 @@ def open_reader(catalog: Catalog, cfg: config.Data | None = None, max_open: int 
 
 
 def typical_bytes(catalog: Catalog) -> int:
-    """The largest size among some shards of the catalog."""
+    """Return the largest size among some shards of the catalog."""
     some = np.linspace(0, len(catalog.shards) - 1, min(len(catalog.shards), _SIZES_LOOKED_AT)).astype(int)
     return max(catalog.table(number).tar_bytes for number in sorted(set(some.tolist())))
-
-
-def usual_limit(folder: Path) -> int:
-    """Bytes of a cache whose size nobody has set: half of what its disk has for it, at most MOST_CACHE_BYTES."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    held = 0
-    for entry in folder.iterdir() if there == folder else ():
-        with suppress(FileNotFoundError):  # another process may evict meanwhile
-            held += entry.stat().st_size
-    return min(MOST_CACHE_BYTES, (shutil.disk_usage(there).free + held) // 2)
 
 
 class Reader:
     """Reads samples of a catalog. Thread-safe: every read is one pread.
 
-    Nothing is taken from a shard but plain members of the kinds that training uses: pictures, .txt, .json and .ids.
-
     Args:
         cache: where remote shards are kept; local ones pass it too with `stage`.
         max_open: shards that stay open; those of a cache cannot be evicted meanwhile.
-        retry_s: a shard whose storage is away is tried again for so long, and a local one is taken only if its size
-            and time are those of its index; 0: an OSError or Unreadable comes at once, and a shard is read as it is.
+        retry_s: a shard whose storage is unavailable is tried again for so long, and a local one is taken only if its
+            size and time are those of its index; 0: errors are raised at once, and a shard is read as it is.
     """
 
     def __init__(
@@ -93,58 +81,54 @@ class Reader:
     ) -> None:
         self.catalog, self.cache, self.stage, self.max_open = catalog, cache, stage, max_open
         self._retry = Retry(retry_s) if retry_s else None
-        self._open: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
     def sample(self, sample_id: int) -> StoredSample:
-        """One sample, its members read at once where they are neighbours, as they are in any shard of ours.
+        """Return one sample; its members are read at once where they are neighbours, as in any shard of ours.
 
         Raises:
             UserError, Fault: as Catalog.table, ShardCache.open and Retry.until_success.
-            OSError: from a reader without patience.
+            OSError: from a reader that does not retry.
         """
         shard, row = self.catalog.locate(sample_id)
-        table = self._table(shard)
+        table = self._retried(shard, lambda: self.catalog.table(shard))
         begin, length = table.spans[row].tolist()
         return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
 
     def read(self, sample_id: int, kind: str) -> bytes | None:
-        """The bytes of one member (`kind` is its extension). See StoredSample.read."""
+        """Return the bytes of one member. See StoredSample.read."""
         return self.sample(sample_id).read(kind)
 
     def image(self, sample_id: int) -> bytes:
-        """The encoded picture. See StoredSample.image."""
+        """Return the encoded image. See StoredSample.image."""
         return self.sample(sample_id).image()
 
     def captions(self, sample_id: int) -> list[str]:
-        """All captions of a sample. See StoredSample.captions."""
+        """Return all captions of a sample. See StoredSample.captions."""
         return self.sample(sample_id).captions()
 
     def metadata(self, sample_id: int) -> dict:
-        """The sample's .json. See StoredSample.metadata."""
+        """Return the sample's .json. See StoredSample.metadata."""
         return self.sample(sample_id).metadata()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
-        """Some bytes of a shard; fewer where it ends before."""
+        """Return some bytes of a shard; fewer where it ends before."""
+
+        def read() -> bytes:
+            with self._descriptor(shard) as descriptor:
+                return os.pread(descriptor, size, offset)
+
+        return self._retried(shard, read)
+
+    def _retried(self, shard: int, read: Callable[[], T]) -> T:
+        """Return what `read` returns; retry while the storage of the shard is unavailable."""
         try:
-            return self._pread(shard, offset, size)
+            return read()
         except AWAY as error:
             if self._retry is None:
                 raise
-            return self._retry.until_success(self._name(shard), error, lambda: self._pread(shard, offset, size))
-
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        with self._descriptor(shard) as descriptor:
-            return os.pread(descriptor, size, offset)
-
-    def _table(self, shard: int) -> ShardIndex:
-        """Catalog.table, with patience."""
-        try:
-            return self.catalog.table(shard)
-        except AWAY as error:
-            if self._retry is None:
-                raise
-            return self._retry.until_success(self._name(shard), error, lambda: self.catalog.table(shard))
+            return self._retry.until_success(self._name(shard), error, read)
 
     def _name(self, shard: int) -> str:
         return safe_name(self.catalog.shards[shard].tar)
@@ -157,45 +141,40 @@ class Reader:
         return os.path.basename(without_query(self.catalog.shards[self.catalog.locate(sample_id)[0]].tar))
 
     def is_cached(self) -> bool:
-        """Whether any shard passes the cache."""
+        """Return whether any shard is read through the cache."""
         return self.cache is not None and (self.stage or self.catalog.is_remote())
 
     def prefetch(self, shard: int) -> None:
-        """Begins to fetch a shard into the cache, where it passes one."""
+        """Begin to fetch a shard into the cache, where it is read through one."""
         if self._is_cached(shard) and self.cache is not None:
             self.cache.prefetch(self._address(shard), self.catalog.table(shard).tar_bytes)
 
     def stop(self) -> None:
-        """Ends what threads wait for: fetches, and storage that is away. They get a Fault."""
+        """End what threads wait for: fetches and retries. They get a Fault."""
         if self._retry is not None:
             self._retry.close()
         if self.cache is not None:
             self.cache.close()
 
     def close(self) -> None:
-        """Returns soon even where a read hangs; its descriptor is closed when it ends."""
+        """Close all files, without waiting for a read that hangs: its file is closed when it ends."""
         self.stop()
         with self._lock:
-            for descriptor in self._open.values():
-                descriptor.dismiss()
             self._open.clear()
 
     @contextmanager
     def _descriptor(self, shard: int) -> Iterator[int]:
-        """An open descriptor of the shard; the one that has rested longest is closed when there are too many.
+        """An open descriptor of the shard; the least recently used one is let go when there are too many.
 
-        After an error it is given up: a file system that was mounted again has no use for older descriptors.
+        After an error it is let go: a file system that was mounted again has no use for older descriptors.
         """
         with self._lock:
-            held = self._open.get(shard)
-            if held is None:
-                held = self._open[shard] = _Descriptor()
+            held = self._open.setdefault(shard, _OpenShard())
             self._open.move_to_end(shard)
-            held.users += 1
             while len(self._open) > self.max_open:
-                self._open.popitem(last=False)[1].dismiss()
+                self._open.popitem(last=False)
         try:
-            with held.opening:  # others read other shards meanwhile, which may take a fetch
+            with held.opening:  # others read other shards meanwhile: this may take a fetch
                 if held.number is None:
                     held.number = self._open_shard(shard)
             yield held.number
@@ -203,13 +182,9 @@ class Reader:
             with self._lock:
                 if self._open.get(shard) is held:
                     del self._open[shard]
-                    held.dismissed = True
             raise
         finally:
-            with self._lock:
-                held.users -= 1
-                if held.dismissed and not held.users:
-                    held.close()
+            del held  # before an error with this frame in its traceback is kept while the read is tried again
 
     def _open_shard(self, shard: int) -> int:
         tar = self.catalog.shards[shard].tar
@@ -219,7 +194,7 @@ class Reader:
             except UserError as error:
                 if isinstance(error, Fault) or is_remote(tar) or os.path.isfile(tar):
                     raise
-                raise Unreadable(f"{tar}: no such shard") from None  # a staged one whose storage is away
+                raise Unreadable(f"{tar}: no such shard") from None  # staged, its storage is unavailable
         descriptor = os.open(tar, os.O_RDONLY)
         try:
             if self._retry is not None:
@@ -230,9 +205,10 @@ class Reader:
         return descriptor
 
     def _check_same(self, shard: int, now: os.stat_result) -> None:
-        """
+        """Check that a local shard is the one that was indexed.
+
         Raises:
-            Fault: the shard is not the one whose members the index has.
+            Fault: its size or time differs.
         """
         table = self.catalog.table(shard)
         if now.st_size != table.tar_bytes or table.tar_mtime_ns not in (0, now.st_mtime_ns):
@@ -242,7 +218,7 @@ class Reader:
             )
 
     def _address(self, shard: int) -> str:
-        """What a shard is called in the cache. A staged one that is replaced, by one of equal size even, is another."""
+        """Return a shard's name in the cache. A staged one that was replaced has another, even at equal size."""
         tar = self.catalog.shards[shard].tar
         if is_remote(tar):
             return tar
@@ -252,59 +228,59 @@ class Reader:
         return self.stage or is_remote(self.catalog.shards[shard].tar)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class StoredSample:
-    """One sample as it lies in its shard: members that are checked when they are taken."""
+    """One sample as it lies in its shard: members are checked when they are read.
 
-    def __init__(
-        self,
-        reader: Reader,
-        shard: int,
-        row: int,
-        table: ShardIndex,
-        begin: int,
-        data: bytes,
-    ) -> None:
-        self._reader, self._shard, self._row, self._table = reader, shard, row, table
-        self._begin, self._data = begin, data  # the bytes of the shard from `begin` on that are read already
+    Attributes:
+        begin: place in the shard of `data`, the bytes that are read already.
+    """
+
+    reader: Reader
+    shard: int
+    row: int
+    table: ShardIndex
+    begin: int
+    data: bytes
 
     def read(self, kind: str) -> bytes | None:
-        """The bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
+        """Return the bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
 
         Raises:
             BadSample: the member is not whole, not what the index' checksum says, or too large.
         """
-        column = self._table.column_of.get(kind)
+        column = self.table.column_of.get(kind)
         if column is None:
             return None
-        offset, size = int(self._table.offset[self._row, column]), int(self._table.size[self._row, column])
+        offset, size = int(self.table.offset[self.row, column]), int(self.table.size[self.row, column])
         if offset < 0:
             return None
-        if size > (MAX_MEMBER_BYTES if kind in PICTURE_KINDS else MAX_TEXT_BYTES):
+        if size > (MAX_MEMBER_BYTES if kind in IMAGE_KINDS else MAX_TEXT_BYTES):
             raise BadSample("too large")
-        inside = offset - self._begin
-        data = self._data[inside : inside + size] if inside >= 0 else b""
+        inside = offset - self.begin
+        data = self.data[inside : inside + size] if inside >= 0 else b""
         if len(data) != size:
-            data = self._reader.pread(self._shard, offset, size)
+            data = self.reader.pread(self.shard, offset, size)
         if len(data) != size:
             raise BadSample("shard cut off")
-        if self._table.crc is not None and zlib.crc32(data) != self._table.crc[self._row, column]:
+        if self.table.crc is not None and zlib.crc32(data) != self.table.crc[self.row, column]:
             raise BadSample("wrong checksum")
         return data
 
     def image(self) -> bytes:
-        """The encoded picture.
+        """Return the encoded image.
 
         Raises:
             BadSample: the sample has none.
         """
-        for kind in PICTURE_KINDS:
+        for kind in IMAGE_KINDS:
             data = self.read(kind)
             if data:
                 return data
         raise BadSample("missing image")
 
     def captions(self) -> list[str]:
-        """All captions: "captions" of the .json, else the .txt.
+        """Return all captions: "captions" of the .json, else the .txt.
 
         Raises:
             BadSample: there are none, or they are no text.
@@ -327,7 +303,7 @@ class StoredSample:
         return captions
 
     def metadata(self) -> dict:
-        """The .json as a dict; empty where there is none.
+        """Return the .json as a dict; empty where there is none.
 
         Raises:
             BadSample: it is no JSON object.
@@ -341,22 +317,13 @@ class StoredSample:
         return record
 
 
-class _Descriptor:
-    """An open file with a count of the threads that read from it: closed by the last one after it was dismissed."""
+class _OpenShard:
+    """The descriptor of a shard, closed with the last reference to it: a thread may read what the reader let go."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.users = 0
-        self.dismissed = False
         self.opening = threading.Lock()
 
-    def dismiss(self) -> None:
-        """To be called under the reader's lock."""
-        self.dismissed = True
-        if not self.users:
-            self.close()
-
-    def close(self) -> None:
+    def __del__(self) -> None:
         if self.number is not None:
             os.close(self.number)
-            self.number = None

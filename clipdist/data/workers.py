@@ -1,4 +1,4 @@
-"""Calls in, futures out: threads that a process may leave behind when it ends, which those of an executor are not."""
+"""A pool of daemon threads: unlike those of an executor, a process may leave them behind when it ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Workers:
         self._end = weakref.finalize(self, _end, self._work, self._threads, _AT_EXIT_S)
 
     def submit(self, call: Callable[..., T], *args: Any) -> Future[T]:
-        """
+        """Return the future of a call.
+
         Raises:
             RuntimeError: after close().
         """
@@ -49,7 +50,7 @@ class Workers:
         return future
 
     def close(self, wait_s: float) -> None:
-        """Cancels what has not begun, and waits for the threads to end, but not longer than `wait_s` in all."""
+        """Cancel what has not begun, and wait for the threads to end, but not longer than `wait_s` in all."""
         self._closed = True
         self._end.detach()
         _end(self._work, self._threads, wait_s)
@@ -58,8 +59,7 @@ class Workers:
 def _end(work: queue.SimpleQueue[_Work | None], threads: list[threading.Thread], wait_s: float) -> None:
     with contextlib.suppress(queue.Empty):
         while True:
-            dropped = work.get_nowait()
-            if dropped is not None:
+            if (dropped := work.get_nowait()) is not None:
                 dropped[0].cancel()
     for _ in threads:
         work.put(None)

@@ -91,7 +91,6 @@ class Task:
     force: bool = False
     reread: bool = False
     folder: Path = Path()
-    allow_pipe: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ def _at_hand(tar: str, task: Task) -> Iterator[str | Path]:
     path = task.folder / f"{uuid.uuid4().hex}.tar"
     try:
         try:
-            Fetcher(allow_pipe=task.allow_pipe).fetch(tar, path)
+            Fetcher().fetch(tar, path)
         except UserError as error:  # one shard that cannot be had does not stop the others
             raise _Unusable(str(error)) from None
         except OSError as error:

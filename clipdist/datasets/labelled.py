@@ -20,7 +20,7 @@ import numpy as np
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.reader import PICTURE_KINDS, Reader, open_reader
+from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
 from clipdist.datasets.cifar import CIFAR_10, LabelledImages, layout_of, read_cifar10, read_cifar100
 from clipdist.errors import UserError
 
@@ -141,7 +141,7 @@ def _pictures(folder: Path) -> list[Path]:
         Path(place) / name
         for place, _, names in os.walk(folder, followlinks=True)
         for name in names
-        if name.rpartition(".")[2].lower() in PICTURE_KINDS and not name.startswith(".")
+        if name.rpartition(".")[2].lower() in IMAGE_KINDS and not name.startswith(".")
     )
 
 

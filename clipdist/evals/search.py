@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels, eval_image
-from clipdist.data.reader import PICTURE_KINDS, Reader
+from clipdist.data.reader import IMAGE_KINDS, Reader
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings, Encode
 from clipdist.evals.sheet import first_caption
@@ -67,7 +67,7 @@ def read_query(words: str) -> Query:
     if not words.strip():
         raise UserError("the sentence is empty; ask in words, or name a picture's file")
     path = Path(words)
-    if path.suffix.lower().removeprefix(".") not in PICTURE_KINDS:
+    if path.suffix.lower().removeprefix(".") not in IMAGE_KINDS:
         return Query(words)
     try:
         data = path.read_bytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 from clipdist.data import catalog as catalog_module
 from clipdist.data.catalog import Catalog
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.index import load_index
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
@@ -114,7 +116,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
 
 def test_lists_and_consolidated_files_among_other_sources(tmp_path: Path) -> None:
     a, b = make_shards(tmp_path / "a", [1, 2]), make_shards(tmp_path / "b", [3, 4])
-    write_consolidated(tmp_path / "b.index.zip", [load_index(b / "00001.tar"), load_index(b / "00000.tar")])
+    write_parts(tmp_path / "b.index.zip", map(make_part, [load_index(b / "00001.tar"), load_index(b / "00000.tar")]))
     lines = ["# shards", "", "a/{00001,00000}.tar  # a remark", "b.index.zip"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
     catalog = Catalog.open([str(tmp_path / "list.txt")])
@@ -148,7 +150,7 @@ def test_bad_lists_are_told(tmp_path: Path, lines: str, text: str) -> None:
 
 def test_a_shard_in_a_consolidated_file_is_not_named_twice(tmp_path: Path) -> None:
     folder = make_shards(tmp_path / "a", [1])
-    write_consolidated(tmp_path / "a.index.zip", [load_index(folder / "00000.tar")])
+    write_parts(tmp_path / "a.index.zip", map(make_part, [load_index(folder / "00000.tar")]))
     (tmp_path / "link").symlink_to(folder)
     for other in (str(folder), f"{tmp_path}/link/00000.tar", str(tmp_path / "a.index.zip")):
         with pytest.raises(UserError, match="named twice"):
@@ -181,3 +183,18 @@ def test_addresses_without_an_index_are_told(tmp_path: Path) -> None:
         Catalog.open([tar])
     with pytest.raises(UserError, match="addresses cannot be searched"):
         Catalog.open([tar.replace("00000", "*")])
+
+
+def test_shell_commands_are_refused_wherever_they_are_named(tmp_path: Path) -> None:
+    index = load_index(make_shards(tmp_path / "a", [2]) / "00000.tar")
+    command = f"pipe:touch {tmp_path}/ran"
+    (tmp_path / "list.txt").write_text(command)
+    head = {"names": np.array([command]), "counts": np.array([2]), "digests": np.zeros((1, 16), dtype=np.uint8)}
+    with zipfile.ZipFile(tmp_path / "old.index.zip", "w") as file, file.open("head.npz", "w") as part:
+        np.savez(part, version=np.int64(1), rule=np.str_(""), **head)
+    for source in (command, f"{command}.index.zip", str(tmp_path / "list.txt"), str(tmp_path / "old.index.zip")):
+        with pytest.raises(UserError, match="a shell command is refused"):
+            Catalog.open([source])
+    with pytest.raises(UserError, match="a shell command is refused"):
+        write_parts(tmp_path / "new.index.zip", map(make_part, [replace(index, tar=command)]))
+    assert not (tmp_path / "ran").exists()

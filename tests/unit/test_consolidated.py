@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clipdist.data.catalog import Catalog
-from clipdist.data.consolidated import Consolidated, make_part, write_consolidated, write_parts
+from clipdist.data.consolidated import Consolidated, make_part, write_parts
 from clipdist.data.index import ShardIndex, load_index
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
@@ -27,7 +27,7 @@ def make_shards(folder: Path, counts: list[int]) -> list[ShardIndex]:
 
 def test_comes_back_as_written(tmp_path: Path) -> None:
     indices = make_shards(tmp_path, [3, 1, 2])
-    write_consolidated(tmp_path / "all.index.zip", iter(indices), "width >= 0")
+    write_parts(tmp_path / "all.index.zip", map(make_part, iter(indices)), "width >= 0")
     book = Consolidated(tmp_path / "all.index.zip")
     assert len(book) == 3
     assert book.rule == "width >= 0"
@@ -46,7 +46,7 @@ def test_comes_back_as_written(tmp_path: Path) -> None:
 def test_names_below_its_folder_move_with_it(tmp_path: Path) -> None:
     below, beside = make_shards(tmp_path / "set" / "a", [2]), make_shards(tmp_path / "other", [1])
     remote = [replace(below[0], tar="https://host/x.tar"), replace(below[0], tar="s3://bucket/y.tar")]
-    write_consolidated(tmp_path / "set" / "all.index.zip", below + beside + remote)
+    write_parts(tmp_path / "set" / "all.index.zip", map(make_part, below + beside + remote))
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "set", moved)
     tars = [f"{moved}/a/0.tar", f"{tmp_path}/other/0.tar", "https://host/x.tar", "s3://bucket/y.tar"]
@@ -62,14 +62,14 @@ def test_a_catalog_of_it_equals_one_of_the_shards(tmp_path: Path) -> None:
     assert book.fingerprint() == loose.fingerprint()
     assert book.starts.tolist() == [0, 3, 4]
     assert book.table(0).keys.tolist() == ["0-0", "0-1", "0-2"]
-    write_consolidated(tmp_path / "some.index.zip", [indices[0].select(np.array([0, 2])), indices[1]])
+    write_parts(tmp_path / "some.index.zip", map(make_part, [indices[0].select(np.array([0, 2])), indices[1]]))
     some = Catalog.open([str(tmp_path / "some.index.zip")])
     assert some.fingerprint() != loose.fingerprint()
     assert some.table(0).keys.tolist() == ["0-0", "0-2"]
 
 
 def test_a_shard_that_changed_is_told_when_it_is_read(tmp_path: Path) -> None:
-    write_consolidated(tmp_path / "all.index.zip", make_shards(tmp_path, [3, 1]))
+    write_parts(tmp_path / "all.index.zip", map(make_part, make_shards(tmp_path, [3, 1])))
     make_shards(tmp_path, [2])
     catalog = Catalog.open([str(tmp_path / "all.index.zip")])
     assert len(catalog.table(1)) == 1
@@ -79,7 +79,7 @@ def test_a_shard_that_changed_is_told_when_it_is_read(tmp_path: Path) -> None:
 
 def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "all.index.zip"
-    write_consolidated(path, make_shards(tmp_path, [1]))
+    write_parts(path, map(make_part, make_shards(tmp_path, [1])))
     old = path.read_bytes()
 
     def broken():
@@ -87,7 +87,7 @@ def test_what_fails_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        write_consolidated(path, broken())
+        write_parts(path, map(make_part, broken()))
     assert path.read_bytes() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar", "0.tar.idx.npz", "all.index.zip"]
 
@@ -105,7 +105,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         file.writestr("head.npz", b"no arrays")
     with pytest.raises(UserError, match="not an index of shards, or cut off"):
         Consolidated(path)
-    write_consolidated(path, make_shards(tmp_path, [4]))
+    write_parts(path, map(make_part, make_shards(tmp_path, [4])))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="cut off"):
         Consolidated(path)

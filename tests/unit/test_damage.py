@@ -26,7 +26,7 @@ from damage import Case, Members, sample_case
 
 from clipdist.config import Data
 from clipdist.data.catalog import Catalog
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.decode import MAX_PIXELS, REASONS, BadSample, decode_pixels
 from clipdist.data.index import index_from_bytes, index_path, load_index
 from clipdist.data.loader import Batch, Loader, image_view, open_loader
@@ -182,7 +182,7 @@ def base(seed: int, folder: Path, samples: int = 4) -> Base:
     tar = folder / "00000.tar"
     write_shard(tar, (Sample(key, own, {"width": damage.SIDE}) for key, own in members.items()))
     os.utime(tar, ns=(1, 1))
-    write_consolidated(folder / "all.index.zip", [load_index(tar)])
+    write_parts(folder / "all.index.zip", map(make_part, [load_index(tar)]))
     return Base(members, tar.read_bytes(), index_path(tar).read_bytes(), (folder / "all.index.zip").read_bytes())
 
 

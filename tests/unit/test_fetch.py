@@ -34,7 +34,7 @@ def fetched(tmp_path: Path, url: str, fetcher: Fetcher = QUICK, size: int | None
     return to.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["https://h/a.tar", "http://h/a", "s3://b/a", "gs://b/a", "file:///a", "pipe:cat a"])
+@pytest.mark.parametrize("name", ["https://h/a.tar", "http://h/a", "s3://b/a", "gs://b/a", "file:///a"])
 def test_urls_are_remote(name):
     assert is_remote(name)
 
@@ -177,23 +177,10 @@ def test_a_missing_driver_is_named(tmp_path, monkeypatch):
         fetched(tmp_path, "gs://bucket/a.tar")
 
 
-def test_pipes_need_leave(tmp_path):
-    with pytest.raises(UserError, match="not allowed") as caught:
-        fetched(tmp_path, f"pipe:touch {tmp_path}/ran; TOKEN=sesame")
+def test_commands_are_refused():
+    with pytest.raises(UserError, match=r"shell command is refused.*mount the storage") as caught:
+        is_remote("pipe:curl -u ann:sesame https://h/a.tar")
     assert "sesame" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_pipes(tmp_path):
-    (tmp_path / "a.tar").write_bytes(DATA)
-    allowed = Fetcher(retry_s=0.3, stall_s=0.3, allow_pipe=True)
-    assert fetched(tmp_path, f"pipe:cat {tmp_path}/a.tar", allowed) == DATA
-    with pytest.raises(Fault, match="status 3"):
-        fetched(tmp_path, f"pipe:cat {tmp_path}/a.tar; exit 3", allowed)
-    with pytest.raises(Fault, match="no byte for"):
-        fetched(tmp_path, "pipe:sleep 20", allowed)
-    with pytest.raises(Fault, match="cut off"):
-        fetched(tmp_path, f"pipe:head -c 9 {tmp_path}/a.tar", allowed, size=len(DATA))
 
 
 def test_small_objects(storage):
@@ -247,8 +234,6 @@ def test_user_and_password_are_sent_and_never_shown(storage, tmp_path):
 def test_names_for_messages():
     assert safe_name("s3://bucket/a/b.tar") == "s3://bucket/a/b.tar"
     assert safe_name("https://u:p@h:8/a@b.tar?sig=1#f") == "https://h:8/a@b.tar"
-    assert safe_name("pipe:curl -u ann:open https://h/a") == "pipe:curl..."
-    assert safe_name("pipe:TOKEN=1 curl x") == "pipe:..."
     assert safe_name("/a/b?c.tar") == "/a/b?c.tar"
 
 
@@ -287,4 +272,3 @@ def test_a_signature_is_no_part_of_a_name():
     assert without_query(url) == "https://host/a/00000.tar"
     assert beside(url, ".idx.npz") == "https://host/a/00000.tar.idx.npz?sig=secret&se=2026#part"
     assert without_query("data/what?.tar") == "data/what?.tar"
-    assert without_query("pipe:cat a?.tar") == "pipe:cat a?.tar"

@@ -233,7 +233,7 @@ def test_damaged_shards(folder: Path, monkeypatch, capsys, tmp_path: Path) -> No
         (["set", "--where", "width > 1e9", "--out", "x.index.zip"], "none of 10 samples meets width > 1000000000"),
         (["set", "--cache", "absent"], "absent: no such folder"),
         (["https://host/0.tar"], "needs --out"),
-        (["pipe:cat 0.tar", "--out", "x.index.zip"], "pipe"),
+        (["pipe:cat 0.tar", "--out", "x.index.zip"], "shell command is refused"),
     ],
 )
 def test_bad_input_is_told(folder: Path, monkeypatch, tmp_path: Path, arguments: list[str], text: str, capsys) -> None:

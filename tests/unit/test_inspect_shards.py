@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.index import load_index
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import EXIT_FAULT, UserError
@@ -112,7 +112,7 @@ def test_verify_names_what_is_damaged(folder: Path, monkeypatch, capsys) -> None
 
 
 def test_verify_trusts_no_earlier_verification(folder: Path, monkeypatch, capsys) -> None:
-    write_consolidated(folder / "one.index.zip", [load_index(folder / "1.tar")])
+    write_parts(folder / "one.index.zip", map(make_part, [load_index(folder / "1.tar")]))
     stat = (folder / "1.tar").stat()
     index = load_index(folder / "1.tar")
     with open(folder / "1.tar", "r+b") as file:

@@ -17,7 +17,7 @@ from pairs import write_pairs
 from clipdist.config import Data
 from clipdist.data import reader as reader_module
 from clipdist.data.catalog import Catalog
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.index import load_index
 from clipdist.data.loader import Batch, Interrupted, Loader, image_view, open_loader
 from clipdist.data.order import OrderKey
@@ -85,7 +85,7 @@ def test_batches_are_the_same_when_it_comes_back(folder, tmp_path, way, capfd):
     source = folder
     if way == "consolidated":
         source = folder / "all.index.zip"
-        write_consolidated(source, [load_index(tar) for tar in sorted(folder.glob("*.tar"))])
+        write_parts(source, map(make_part, [load_index(tar) for tar in sorted(folder.glob("*.tar"))]))
     undisturbed, disturbed = open_pairs(source), open_pairs(source, **settings)
     assert same(disturbed.next(), undisturbed.next())
     timer = move_back_after(folder, 2)
@@ -167,7 +167,7 @@ def test_a_shard_that_was_changed_meanwhile_is_refused(folder, what):
 
 
 def test_a_copy_of_another_time_is_not_refused(folder):
-    write_consolidated(folder / "all.index.zip", [load_index(tar) for tar in sorted(folder.glob("*.tar"))])
+    write_parts(folder / "all.index.zip", map(make_part, [load_index(tar) for tar in sorted(folder.glob("*.tar"))]))
     os.utime(folder / "00000.tar", ns=(1, 1))
     catalog = Catalog.open([str(folder / "all.index.zip")])
     reader = Reader(catalog, retry_s=5)

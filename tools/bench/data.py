@@ -828,13 +828,13 @@ def versions() -> str:
 
 
 def mean_picture_kb(job: Job) -> float:
-    from clipdist.data.index import PICTURE_KINDS
+    from clipdist.data.index import IMAGE_KINDS
 
     total = 0
     catalog = Catalog.open(job.shards)
     for number in range(len(catalog.shards)):
         index = catalog.table(number)
-        columns = [column for column, kind in enumerate(index.kinds) if kind in PICTURE_KINDS]
+        columns = [column for column, kind in enumerate(index.kinds) if kind in IMAGE_KINDS]
         total += int(index.size[:, columns].sum())
     return total / len(catalog) / 1e3
 

@@ -17,15 +17,15 @@ from pairs import write_pairs
 from storage import FOREVER, Storage, Thing
 
 from clipdist.config import Data
-from clipdist.data.cache import ShardCache
+from clipdist.data.cache import MOST_CACHE_BYTES, ShardCache
 from clipdist.data.catalog import Catalog, Shard
-from clipdist.data.consolidated import write_consolidated
+from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
 from clipdist.data.loader import image_view, open_loader
 from clipdist.data.order import Order, OrderKey
 from clipdist.data.prefetch import Prefetcher, shards_at_once
-from clipdist.data.reader import MOST_CACHE_BYTES, open_reader, usual_limit
+from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
 
 
@@ -83,7 +83,7 @@ def test_reading_front_to_back_takes_a_small_cache(tmp_path):
     reader.close()
 
 
-def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, monkeypatch):
+def test_a_prefetcher_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, monkeypatch):
     catalog = Catalog.open([str(write_pairs(tmp_path / "data", 160, per_shard=10))])
     reader = open_reader(catalog, staging(tmp_path, catalog, 16))
     order = Order(catalog.starts, OrderKey(0, 10, 1, 10))
@@ -97,30 +97,30 @@ def test_a_scout_that_fell_behind_fetches_nothing_that_is_done_with(tmp_path, mo
         go_on.wait()
 
     monkeypatch.setattr(reader, "prefetch", prefetch)
-    scout = Prefetcher(reader, order, 0, 1, 0)
+    prefetcher = Prefetcher(reader, order, 0, 1, 0)
     begun.wait()
-    scout.advance(12)
+    prefetcher.advance(12)
     go_on.set()
     while not wanted[15] <= set(asked):
-        assert scout._thread.is_alive()
+        assert prefetcher._thread.is_alive()
         time.sleep(0.01)
-    scout.close()
+    prefetcher.close()
     reader.close()
     assert set(asked) <= wanted[0].union(*wanted[12:], *(order.ids(p) // 10 for p in range(16, 20)))
 
 
-def test_a_scout_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypatch):
+def test_a_prefetcher_looks_beyond_a_skipped_range_and_not_into_it(tmp_path, monkeypatch):
     catalog = Catalog.open([str(write_pairs(tmp_path / "data", 320, per_shard=10))])
     reader = open_reader(catalog, staging(tmp_path, catalog, 40))
     order = Order(catalog.starts, OrderKey(0, 10, 1, 10))
     drawn: list[int] = []
     ids = order.ids
     monkeypatch.setattr(order, "ids", lambda position, *args: drawn.append(position) or ids(position, *args))
-    scout = Prefetcher(reader, order, 0, 1, 2, skipped=[[3, 20]])
+    prefetcher = Prefetcher(reader, order, 0, 1, 2, skipped=[[3, 20]])
     try:
         _wait_until(lambda: len(drawn) >= 5)
     finally:
-        scout.close()
+        prefetcher.close()
         reader.close()
     assert drawn == [2, 20, 21, 22, 23]
 
@@ -192,7 +192,7 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
         path = f"/0000{number}.tar"
         indices.append(dataclasses.replace(scan_shard(folder / path[1:]), tar=server.url(path)))
     server.things["/00000.tar"] = Thing(b"", statuses=[503] * 10_000)
-    write_consolidated(tmp_path / "two.index.zip", indices)
+    write_parts(tmp_path / "two.index.zip", map(make_part, indices))
     catalog = Catalog.open([str(tmp_path / "two.index.zip")])
     cfg = Data(cache=str(tmp_path / "cache"), cache_gb=0.001, retry_s=FOREVER, threads=4)
     loader = open_loader(catalog, OrderKey(0, 20, 20, 20), Lengths(), cfg, views=[image_view(cfg, 8)], rank=0, world=1)
@@ -208,7 +208,6 @@ def test_an_error_ends_the_fetches_of_other_threads(tmp_path, monkeypatch):
 
 def test_a_cache_of_no_given_size_takes_half_of_the_disk_at_most(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    limit = usual_limit(tmp_path / "not" / "there" / "yet")
-    assert 0 < limit <= min(MOST_CACHE_BYTES, free // 2 + (1 << 30))
-    (tmp_path / "held").write_bytes(bytes(1000))
-    assert usual_limit(tmp_path) > 0
+    cache = ShardCache(tmp_path / "not" / "there" / "yet", 0, Fetcher())
+    assert 0 < cache.limit_bytes <= min(MOST_CACHE_BYTES, free // 2 + (1 << 30))
+    cache.close()
