@@ -62,7 +62,7 @@ def joined_ranks(device: str) -> Iterator[DistEnv]:
         dist.destroy_process_group()
 
 
-def model_encoder(model: Any, device: str | torch.device) -> Encode:
+def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
     """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
     model = model.to(device).eval()
 
