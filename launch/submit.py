@@ -69,17 +69,17 @@ def check_all(request: Request) -> None:
         cost = (config.model, config.loss, config.engine, config.train, config.data.train)
         if debugging or cost in estimated:
             continue
-        from clipdist.estimate import make_estimate  # slow to import
+        from clipdist.estimate import make_estimate, summary  # slow to import
 
         estimated.append(cost)
         plan = make_estimate(config, catalog)
         plan.refuse()
-        print(plan.short(), flush=True)
+        print(summary(plan), flush=True)
 
 
 def show_plan(request: Request) -> None:
     """What each run will need and take; without steps in all where the data is not here."""
-    from clipdist.estimate import make_estimate
+    from clipdist.estimate import full_table, make_estimate
 
     for run in request.runs:
         try:
@@ -87,7 +87,7 @@ def show_plan(request: Request) -> None:
         except UserError as error:  # it may lie on the cluster alone
             catalog = None
             print(f"note: {error}", file=sys.stderr)
-        print(make_estimate(run.config, catalog).table())
+        print(full_table(make_estimate(run.config, catalog)))
 
 
 def show(request: Request) -> None:

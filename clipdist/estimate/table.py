@@ -1,19 +1,14 @@
-"""An Estimate in; text for people out: everything as tables, or three lines."""
+"""Format an Estimate for people: everything as tables, or three lines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from clipdist.estimate.estimate import GB, Estimate
 from clipdist.estimate.memory import OVERHEAD, PARTS
 
-if TYPE_CHECKING:
-    from clipdist.estimate.estimate import Estimate
 
-GB = 1e9
-
-
-def short(found: Estimate) -> str:
-    counts = found.models.counts
+def summary(found: Estimate) -> str:
+    """Return three lines."""
+    counts = found.model.counts
     lines = [
         f"plan  {found.config.model.name}, {counts['all'] / 1e6:.1f} M parameters, {found.precision} on"
         f" {_ranks(found)}, ZeRO {found.layout.stage}: about {found.total / GB:.2f} GB of memory a rank,"
@@ -24,13 +19,14 @@ def short(found: Estimate) -> str:
     return "\n".join(lines)
 
 
-def full(found: Estimate) -> str:
+def full_table(found: Estimate) -> str:
+    """Return everything, one column per ZeRO stage."""
     blocks = [_parameters(found), _memory(found), _host(found), _wire(found), _run(found), _checkpoints(found)]
     return "\n\n".join(blocks)
 
 
 def _parameters(found: Estimate) -> str:
-    counts, sizes = found.models.counts, found.sizes
+    counts, sizes = found.model.counts, found.sizes
     return (
         f"{found.config.run.dir}: {found.config.model.name}, {found.precision}, {_ranks(found)}\n"
         f"parameters  {_millions(counts['all'])} (image {_millions(counts['image'])},"
@@ -39,7 +35,6 @@ def _parameters(found: Estimate) -> str:
 
 
 def _memory(found: Estimate) -> str:
-    """One column a stage; the configured one is marked."""
     stages = list(found.stages)
     head = [f"ZeRO {stage}{'*' if stage == found.layout.stage else ''}" for stage in stages]
     rows = [("memory of a rank, GB", head)]

@@ -35,10 +35,8 @@ def no_plan(monkeypatch):
         def refuse(self) -> None:
             pass
 
-        def short(self) -> str:
-            return ""
-
     monkeypatch.setattr("clipdist.estimate.make_estimate", lambda *given: Plan())
+    monkeypatch.setattr("clipdist.estimate.summary", lambda estimate: "")
 
 
 def slurm_stub(folder: Path, sbatch: str) -> str:
