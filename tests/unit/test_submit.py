@@ -72,6 +72,31 @@ def test_dry_run_shows_the_resolved_configuration_and_a_script_for_every_gpu(cap
     assert "--kill-on-bad-exit=1" in script
 
 
+@pytest.mark.parametrize(
+    ("code", "program", "words"),
+    [
+        (0, "launch/submit.py", ["--help"]),
+        (2, "launch/submit.py", ["optim.lrr=1"]),
+        (0, "launch/submit.py", ["--dry-run"]),
+        (0, "launch/submit.py", ["--config", "configs/tiny.yaml", "--dry-run"]),  # its model is a JSON
+        (2, "launch/submit.py", ["model.name=RN51", "--dry-run"]),
+        (0, "clipdist/train.py", ["--help"]),
+        (2, "clipdist/train.py", ["optim.lrr=1"]),
+        (0, "launch/status.py", ["--help"]),
+    ],
+)
+def test_a_login_node_answers_without_importing_torch(code, program, words):
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", program, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == code, ended.stderr
+    imported = {
+        line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "clipdist.errors" in imported
+    assert not {"torch", "deepspeed", "open_clip", "timm", "transformers"} & imported
+
+
 def test_a_cpu_job_requests_no_gpu(capsys, words):
     _, script = dry_run(capsys, [*words, "--gpus", "4", "device=cpu"])
     assert options(script)["ntasks-per-node"] == "4"
