@@ -19,7 +19,7 @@ from clipdist.config import Config, to_yaml
 from clipdist.config.batches import check_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.run_plan import check_data, check_launch
-from launch.arguments import Request, read_arguments
+from launch.arguments import LaunchRequest, read_arguments
 from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot
 
@@ -56,7 +56,7 @@ def check(config: Config) -> None:
     resolve_spec(config.model)
 
 
-def check_all(request: Request) -> None:
+def check_all(request: LaunchRequest) -> None:
     """All runs of a sweep, before the first is queued: data, run folders, and whether they fit the GPUs.
 
     Prints what is to be expected of each, in short; runs that differ in other things alone are not estimated again.
@@ -77,7 +77,7 @@ def check_all(request: Request) -> None:
         print(summary(plan), flush=True)
 
 
-def show_plan(request: Request) -> None:
+def show_plan(request: LaunchRequest) -> None:
     """What each run will need and take; without steps in all where the data is not here."""
     from clipdist.estimate import full_table, make_estimate
 
@@ -90,7 +90,7 @@ def show_plan(request: Request) -> None:
         print(full_table(make_estimate(run.config, catalog)))
 
 
-def show(request: Request) -> None:
+def show(request: LaunchRequest) -> None:
     """The configuration and the batch script, without making a file."""
     first = request.runs[0].config
     print(f"# site defaults: {request.site or 'none'}")
@@ -112,7 +112,7 @@ def show(request: Request) -> None:
         print(f"note: submitted from here it would be refused: {error}", file=sys.stderr)
 
 
-def submit_to_slurm(request: Request, words: list[str]) -> int:
+def submit_to_slurm(request: LaunchRequest, words: list[str]) -> int:
     """Queues the job and returns at once."""
     from launch.slurm_job import submit_job
 
@@ -130,7 +130,7 @@ def submit_to_slurm(request: Request, words: list[str]) -> int:
     return 0
 
 
-def run_in_turn(request: Request, words: list[str]) -> int:
+def run_in_turn(request: LaunchRequest, words: list[str]) -> int:
     """One run after another on this machine. A run that fails leaves the others their turn, Ctrl-C does not."""
     from launch.local_job import run_here
 
@@ -146,14 +146,14 @@ def run_in_turn(request: Request, words: list[str]) -> int:
     return code
 
 
-def debug(request: Request, words: list[str]) -> int:
+def debug(request: LaunchRequest, words: list[str]) -> int:
     """One process, this one, with the working tree's code."""
     from launch.local_job import debug_here
 
     if len(request.runs) > 1:
         raise UserError("--sweep: --cluster debug runs a single configuration")
     config = request.runs[0].config
-    return debug_here(as_written(config), config.run.dir / "submitit", resume_command(words))
+    return debug_here(as_written(config), resume_command(words))
 
 
 def rank_command(snapshot: Path, resume: str) -> list[str]:
@@ -166,7 +166,7 @@ def resume_command(words: list[str]) -> str:
     return shlex.join(["python", "launch/submit.py", *words])
 
 
-def job_folder(request: Request) -> Path:
+def job_folder(request: LaunchRequest) -> Path:
     """Scripts, logs and notes of the jobs; all nodes must see it. A sweep is one job: it has one for all runs."""
     run = request.runs[0].config.run
     return Path(run.root) / run.name.removesuffix(request.runs[0].point.suffix) / "submitit"
