@@ -69,8 +69,9 @@ def slurm_parameters(config: Config, folder: Path, after: Path) -> dict[str, Any
     """Return the launch section as submitit's parameters. A run with device=cpu requests no GPU."""
     launch = config.launch
     cpus = cpus_per_task(config)
+    options = {key: value for key, value in launch.slurm.items() if value is not False and value != ""}
     # pyxis adds options to srun: only the ranks run in the container, not the batch script, which needs scontrol.
-    container = {key: value for key, value in launch.slurm.items() if key.startswith("container-")}
+    container = {key: options.pop(key) for key in list(options) if key.startswith("container-")}
     asked = {
         "job_name": folder.parent.name,
         "nodes": launch.nodes,
@@ -87,7 +88,7 @@ def slurm_parameters(config: Config, folder: Path, after: Path) -> dict[str, Any
         "additional_parameters": {
             "requeue": True,  # also where a node is lost
             "open-mode": "append",  # the log goes on in the next start
-            **{key: value for key, value in launch.slurm.items() if key not in container and value is not False},
+            **options,
         },
         "stderr_to_stdout": True,  # one log per rank
         "srun_args": [

@@ -7,22 +7,13 @@ from functools import cached_property
 
 import torch
 
+import clipdist.estimate.memory as memory
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError
 from clipdist.estimate.activations import Activations, measure, meta_model
-from clipdist.estimate.memory import (
-    BATCH,
-    BUCKET,
-    FEATURES,
-    PERSISTENT,
-    TILES,
-    ModelSizes,
-    RankMemory,
-    StepLayout,
-    by_stage,
-)
+from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stage
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
 from clipdist.estimate.traffic import wire_bytes
@@ -107,7 +98,7 @@ class Estimate:
             micro=train.micro_batch or share,
             itemsize=4 if self.precision == "fp32" else 2,
             bfloat16=self.precision == "bf16",
-            bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+            bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
             cpu=self.device == "cpu",
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
         )
@@ -123,7 +114,11 @@ class Estimate:
     @cached_property
     def stages(self) -> dict[int, RankMemory]:
         """Memory of a rank under each ZeRO stage."""
-        rest = {FEATURES: self._feature_bytes(), TILES: self._tile_bytes(), BATCH: self._batch_bytes()}
+        rest = {
+            memory.FEATURES: self._feature_bytes(),
+            memory.TILES: self._tile_bytes(),
+            memory.BATCH: self._batch_bytes(),
+        }
         return by_stage(self.sizes, self.layout, self.activations, rest)
 
     @property
@@ -245,7 +240,7 @@ class MeasuredModel:
         self.sizes = ModelSizes(
             trained=sum(n for _, n, trained in numbers if trained),
             locked=sum(n for _, n, trained in numbers if not trained),
-            small=sum(n for _, n, _ in numbers if n < PERSISTENT),
+            small=sum(n for _, n, _ in numbers if n < memory.PERSISTENT),
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
             width=self.spec.embed_dim,
         )

@@ -104,18 +104,8 @@ def test_a_cpu_job_requests_no_gpu(capsys, words):
 
 
 def test_flags_win_over_words_and_the_recipe(capsys, words):
-    flags = [
-        "--partition",
-        "[long]",
-        "--time",
-        "90",
-        "--account",
-        "vision",
-        "--qos",
-        "high",
-        "--constraint",
-        "a100|h100",
-    ]
+    flags = ["--partition", "[long]", "--time", "90", "--account", "vision"]
+    flags += ["--qos", "high", "--constraint", "a100|h100"]
     _, script = dry_run(capsys, [*words, "launch.partition=short", "launch.time_min=5", *flags])
     asked = options(script)
     assert (asked["partition"], asked["time"], asked["account"]) == ("'[long]'", "90", "vision")
@@ -133,13 +123,14 @@ def test_memory_setup_lines_and_further_options_reach_the_script(capsys, words):
     asked = options(script)
     assert (asked["mem"], asked["reservation"], asked["exclusive"]) == ("64GB", "clip", "")
     assert script.index("module load cuda") < script.index("srun ")
-    flags = ["--mem", "32", "--setup", "module load a", "--setup", "export B='c d'", "--slurm", "mail-user=me@x.org"]
+    flags = ["--qos", "", "--mem", "32", "--setup", "module load a", "--setup", "export B='c d'"]
+    flags += ["--slurm", "mail-user=me@x.org"]
     flags += ["--slurm", "exclusive=false", "--exclude", "n[1-2]", "--dependency", "afterok:7", "--comment", "a b"]
     _, script = dry_run(capsys, [*words, *more, *flags])
     asked = options(script)
     assert (asked["mem"], asked["mail-user"], asked["reservation"]) == ("32GB", "me@x.org", "clip")
     assert (asked["exclude"], asked["dependency"], asked["comment"]) == ("'n[1-2]'", "afterok:7", "'a b'")
-    assert "exclusive" not in asked
+    assert not {"exclusive", "qos"} & set(asked)
     assert "module load cuda" not in script
     assert "\nmodule load a\nexport B='c d'\n" in script
 
