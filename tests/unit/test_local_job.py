@@ -176,3 +176,32 @@ def test_a_sweep_runs_one_after_another(launch, run):
     assert process.returncode == 0, errors
     begun = [line for line in said.splitlines() if line.startswith("begin")]
     assert begun == ["begin one restarts 0 lr 0.001", "begin one restarts 0 lr 0.002"]
+
+
+@pytest.mark.parametrize(
+    ("end", "environment", "code"),
+    [("done", {"RANK": "0"}, 0), ("refuse", {"RANK": "0"}, 2), ("done", {}, 1)],  # the stand-in fails without RANK
+)
+def test_debugging_is_one_process_and_an_exception_opens_pdb(repository, shards, run, end, environment, code):
+    (run / "end").write_text(end)
+    words = [
+        "--config",
+        "configs/tiny.yaml",
+        "--cluster",
+        "debug",
+        f"run.root={run.parent}",
+        f"data.train={shards}/train",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "launch/submit.py", *words],
+        cwd=repository,
+        env={name: value for name, value in os.environ.items() if name != "RANK"} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ("(Pdb)" in ended.stdout) == (code == 1)
+    assert ("KeyError: 'RANK'" in ended.stderr) == (code == 1)
+    assert (ended.stderr == "error: no such thing\n") == (code == 2)
