@@ -107,7 +107,7 @@ def _check_launch(launch: Launch) -> None:
 
 
 def _check_deepspeed(engine: Engine) -> None:
-    """Refuses what the trainer owns, and what it could not save."""
+    """Refuse what the trainer owns, and what it could not save."""
     for key, hint in _OWNED_BY_TRAINER.items():
         if key in engine.deepspeed:
             raise UserError(f"engine.deepspeed.{key}: the trainer owns this key; {hint}")
@@ -122,8 +122,8 @@ def _check_deepspeed(engine: Engine) -> None:
             raise UserError(
                 f"engine.deepspeed.zero_optimization.{part}={table}: must be a table, such as {{device: cpu}}"
             )
-        if table.get("device") == "cpu" and engine.zero_stage < (3 if part == "offload_param" else 1):
-            least = 3 if part == "offload_param" else 1
+        least = 3 if part == "offload_param" else 1
+        if table.get("device") == "cpu" and engine.zero_stage < least:
             raise UserError(f"engine.zero_stage={engine.zero_stage}: {part} needs at least {least}")
         if table.get("device") == "nvme":
             raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")

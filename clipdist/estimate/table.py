@@ -21,8 +21,8 @@ def summary(found: Estimate) -> str:
 
 def full_table(found: Estimate) -> str:
     """Return everything, one column per ZeRO stage."""
-    blocks = [_parameters(found), _memory(found), _host(found), _wire(found), _run(found), _checkpoints(found)]
-    return "\n\n".join(blocks)
+    parts = (_parameters, _memory, _host, _wire, _run, _checkpoints)
+    return "\n\n".join(part(found) for part in parts)
 
 
 def _parameters(found: Estimate) -> str:
@@ -35,20 +35,16 @@ def _parameters(found: Estimate) -> str:
 
 
 def _memory(found: Estimate) -> str:
-    stages = list(found.stages)
-    head = [f"ZeRO {stage}{'*' if stage == found.layout.stage else ''}" for stage in stages]
-    rows = [("memory of a rank, GB", head)]
-    rows += [(f"  {_label(part)}", [f"{found.stages[s].parts[part] / GB:.2f}" for s in stages]) for part in PARTS]
-    rows.append(("  in all", [f"{found.stages[s].total / GB:.2f}" for s in stages]))
-    rows.append(("  fullest moment", [found.stages[s].moment for s in stages]))
+    label = {OVERHEAD: f"{OVERHEAD} (assumed)"}
+    stages = found.stages.values()
+    rows = [("memory of a rank, GB", [f"ZeRO {n}{'*' if n == found.layout.stage else ''}" for n in found.stages])]
+    rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in PARTS]
+    rows.append(("  in all", [f"{memory.total / GB:.2f}" for memory in stages]))
+    rows.append(("  fullest moment", [memory.moment for memory in stages]))
     lines = ["".join([f"{name:30}", *(f"{cell:>17}" for cell in cells)]) for name, cells in rows]
     about = "measured with shapes alone" if found.activations.measured_on == "meta" else "from two small runs"
     lines.append(f"  activations of {found.layout.micro} pairs: {about}; {_room(found)}")
     return "\n".join(lines)
-
-
-def _label(part: str) -> str:
-    return f"{part} (assumed)" if part == OVERHEAD else part
 
 
 def _host(found: Estimate) -> str:
