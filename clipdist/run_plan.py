@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
+from clipdist.config.batches import check_ranks, total_steps
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
 from clipdist.errors import Fault, UserError
@@ -57,22 +58,6 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
     catalogs = check_data(config)
     check_run_folder(config.run.dir)
     return catalogs
-
-
-def check_ranks(config: Config, world: int) -> None:
-    """Raises UserError where the ranks do not divide the global batch, or micro-batches a rank's share of it."""
-    batch = config.train.global_batch
-    if batch % world:
-        below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
-        raise UserError(
-            f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
-        )
-    share, micro = batch // world, config.train.micro_batch
-    if micro and share % micro:
-        raise UserError(
-            f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
-            f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
-        )
 
 
 def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
@@ -136,7 +121,9 @@ def make_plan(config: Config, world: int, passed_over: Mapping[Path, str] = Mapp
     steps_per_epoch = len(catalog) // key.global_batch
     skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
     skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
-    return Plan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, notes, record, skipped)
+    return Plan(
+        catalog, val, key, total_steps(config.train, steps_per_epoch), steps_per_epoch, resume, notes, record, skipped
+    )
 
 
 def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
@@ -161,14 +148,6 @@ def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
     if len(catalog) <= fits:
         return 0
     return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)
-
-
-def length(config: Config, steps_per_epoch: int) -> int:
-    """Steps of the whole run."""
-    train = config.train
-    if train.samples:
-        return -(-train.samples // train.global_batch)
-    return train.steps or train.epochs * steps_per_epoch
 
 
 def find_start(

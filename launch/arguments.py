@@ -1,4 +1,4 @@
-"""In: the command line of launch/submit.py. Out: what is wanted, and one configuration per run of a sweep."""
+"""Parse the command line of launch/submit.py: what is wanted, and one configuration per run of a sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from clipdist.config import DEFAULT_RECIPE, REPOSITORY, Config, load_config
 from clipdist.errors import UserError
 from launch.setup_lines import escape
-from launch.sweep import Point, points
+from launch.sweep import SweepPoint, points
 
 EXAMPLES = """examples:
   python launch/submit.py --nodes 2 --gpus 8
@@ -19,68 +19,67 @@ EXAMPLES = """examples:
   python launch/submit.py --gpus 8 --sweep optim.lr=1e-4,3e-4 data.seed=1,2
   python launch/submit.py --cluster local --gpus 2 --config configs/flickr8k_vit_tiny.yaml device=cpu
 """
-# Flag -> key of the launch section. A flag wins over key=value, that over the recipe, that over the site file.
-FLAGS = {
-    "nodes": "nodes",
-    "gpus": "gpus",
-    "cluster": "cluster",
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "exclude": "exclude",
-    "dependency": "dependency",
-    "comment": "comment",
-    "container": "container",
-    "time": "time_min",
-    "mem": "mem_gb",
-    "setup": "setup",
-    "max_restarts": "max_restarts",
-}
+FLAGS = (  # flag, key of the launch section, type, name of the value, help
+    ("--nodes", "nodes", int, "NODES", "number of nodes"),
+    ("--gpus", "gpus", int, "GPUS", "GPUs per node; with device=cpu, CPU ranks per node"),
+    ("--partition", "partition", str, "PARTITION", "Slurm partition"),
+    ("--account", "account", str, "ACCOUNT", "Slurm account"),
+    ("--qos", "slurm.qos", str, "QOS", "Slurm quality of service"),
+    ("--constraint", "slurm.constraint", str, "CONSTRAINT", "node features that Slurm shall look for"),
+    ("--exclude", "slurm.exclude", str, "NODES", "nodes that Slurm shall not give"),
+    ("--dependency", "slurm.dependency", str, "DEPENDENCY", "as sbatch has it, such as afterok:1234"),
+    ("--comment", "slurm.comment", str, "COMMENT", "shown by squeue and sacct"),
+    ("--container", "slurm.container-image", str, "IMAGE", "container image, where the site has pyxis"),
+    ("--time", "time_min", int, "MINUTES", "time limit; the run goes on in the next job"),
+    ("--mem", "mem_gb", int, "GB", "memory per node"),
+    ("--max-restarts", "max_restarts", int, "N", "after a fault; preemptions and time limits do not count"),
+)
+CLUSTERS = ("slurm", "local", "debug")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRequest:
     """One run that is to be launched."""
 
-    point: Point  # of the sweep; without values where there is none
+    point: SweepPoint  # without values where there is no sweep
     config: Config
 
 
 @dataclass(frozen=True)
-class Request:
+class LaunchRequest:
     """What the command line asks for. All runs share the launch section."""
 
-    runs: list[Run]
+    runs: list[RunRequest]
     recipe: str
     site: Path | None
     dry_run: bool
     plan: bool
 
 
-def read_arguments(argv: list[str] | None) -> Request:
-    """
+def read_arguments(argv: list[str] | None) -> LaunchRequest:
+    """Parse the command line and load the configurations.
+
+    A flag wins over key=value, that over the recipe, that over the site file.
+
     Raises:
         UserError: a setting that is unknown, of the wrong type, or does not go with others.
     """
     args = make_parser().parse_intermixed_args(argv)
-    given = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
-    if "setup" in given:
-        given["setup"] = [escape(line) for line in given["setup"]]
-    words = [*args.overrides, *(f"launch.{key}={json.dumps(value)}" for key, value in given.items())]
-    words += [f"launch.slurm.{_pair(word)}" for word in args.slurm]
+    given = {key: value for key, value in vars(args).items() if key.startswith("launch.") and value is not None}
+    words = [*args.overrides, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
+    words += [f"launch.slurm.{_slurm_option(word)}" for word in args.slurm]
     site = site_file()
     # A sweep's values come after the plain words; a swept run.name would undo the suffix, see sweep.py.
     name = load_config(args.config, words, site).run.name
     runs = [
-        Run(point, load_config(args.config, [*words, *point.words, f"run.name={name}{point.suffix}"], site))
+        RunRequest(point, load_config(args.config, [*words, *point.words, f"run.name={name}{point.suffix}"], site))
         for point in points(args.sweep)
     ]
-    return Request(runs, args.config, site, args.dry_run, args.plan)
+    return LaunchRequest(runs, args.config, site, args.dry_run, args.plan)
 
 
 def site_file() -> Path | None:
-    """The site's own defaults: the file that $CLIPDIST_SITE names, else site.yaml at the repository's root, if any."""
+    """Return the site's own defaults: the file that $CLIPDIST_SITE names, else site.yaml at the root, if any."""
     named = os.environ.get("CLIPDIST_SITE")
     if named:
         return Path(named)
@@ -96,22 +95,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", default=DEFAULT_RECIPE, help=f"recipe (default {DEFAULT_RECIPE})")
-    add("--nodes", type=int, help="number of nodes")
-    add("--gpus", type=int, help="GPUs per node; with device=cpu, CPU ranks per node")
-    add("--cluster", choices=("slurm", "local", "debug"), help="local: here, and wait; debug: one process, with pdb")
-    add("--partition", help="Slurm partition")
-    add("--account", help="Slurm account")
-    add("--qos", help="Slurm quality of service")
-    add("--constraint", help="node features that Slurm shall look for")
-    add("--exclude", metavar="NODES", help="nodes that Slurm shall not give")
-    add("--dependency", help="as sbatch has it, such as afterok:1234")
-    add("--comment", help="shown by squeue and sacct")
-    add("--container", metavar="IMAGE", help="container image, where the site has pyxis")
-    add("--time", type=int, metavar="MINUTES", help="time limit; the run goes on in the next job")
-    add("--mem", type=int, metavar="GB", help="memory per node")
-    add("--setup", action="append", metavar="LINE", help="shell line before the job (repeatable)")
+    for flag, key, value_type, metavar, text in FLAGS:
+        add(flag, dest=f"launch.{key}", type=value_type, metavar=metavar, help=text)
+    cluster_help = "local: here, and wait; debug: one process, with pdb"
+    add("--cluster", dest="launch.cluster", choices=CLUSTERS, help=cluster_help)
+    setup_help = "shell line before the job (repeatable)"
+    add("--setup", dest="launch.setup", action="append", type=escape, metavar="LINE", help=setup_help)
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="further sbatch option (repeatable)")
-    add("--max-restarts", type=int, metavar="N", help="after a fault; preemptions and time limits do not count")
     add("--sweep", nargs="+", action="extend", default=[], metavar="KEY=V1,V2", help="one run for each combination")
     add("--plan", action="store_true", help="print what the run will need and take, and end")
     add("--dry-run", action="store_true", help="print configuration and sbatch script; needs no Slurm")
@@ -119,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(word: str) -> str:
+def _slurm_option(word: str) -> str:
     key, equals, value = word.partition("=")
     if not equals or not key.removeprefix("--") or "." in key:
         raise UserError(f"--slurm {word}: expected KEY=VALUE with sbatch's long name, such as reservation=clip")

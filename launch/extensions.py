@@ -1,8 +1,8 @@
-"""In: a configuration. Out: the compiled parts of DeepSpeed that it needs, built once per type of node.
+"""Build the compiled parts of DeepSpeed that a run needs, once per type of node.
 
-Only the optimiser of an offloaded run is compiled (-march=native, so a build serves one type of processor). Without
-this every rank would look into one folder of the home directory, and a build that was killed would leave a lock there
-on which all later runs wait for ever.
+Only the optimiser of an offloaded run is compiled (-march=native, so a build serves one type of processor). By default
+every rank would use one folder of the home directory, and a build that was killed would leave a lock there on which all
+later runs wait for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from clipdist.monitor.provenance import cpu_name
 
 
 def prepare_extensions(config: Config) -> None:
-    """Builds what the run will load, or waits until another rank has. Nothing where nothing is offloaded."""
+    """Build what the run will load, or wait until another rank has. Do nothing where nothing is offloaded."""
     zero = config.engine.deepspeed.get("zero_optimization") or {}
     if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
         return
@@ -40,13 +40,13 @@ def prepare_extensions(config: Config) -> None:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """The others wait. The kernel gives the lock back where its holder is killed, on whatever node.
+    """Let one process in at a time; the kernel releases the lock of a process that is killed, on whatever node.
 
-    torch's own lock, a file that exists, does not go with its process: whoever is let in here alone removes it.
+    torch's own lock is a file that stays when its process is killed: whoever is let in here removes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".building", "w") as file:
-        with suppress(OSError):  # a file system without locks: torch's own must do, and its leftovers stay
+        with suppress(OSError):  # a file system without locks: torch's own remains, and its leftovers stay
             fcntl.flock(file, fcntl.LOCK_EX)
             for stale in folder.rglob("lock"):
                 stale.unlink(missing_ok=True)
@@ -58,16 +58,15 @@ def cache_folder() -> Path:
 
 
 def node_type(device: str) -> str:
-    """A folder name that differs where a build of one node would not serve another."""
+    """Return a folder name that differs where a build of one node would not run on another."""
     parts = [cpu_name(), platform.machine(), platform.python_version(), version("torch"), version("deepspeed")]
-    if device == "cuda":
-        parts.append(gpu_name())
+    parts += [gpu_name()] if device == "cuda" else []
     label = re.sub(r"[^A-Za-z0-9]+", "-", parts[-1] if device == "cuda" else parts[0]).strip("-")
     return f"{label}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:8]}"
 
 
 def gpu_name() -> str:
-    """By nvidia-smi: asking torch would open a context on the first GPU in every rank."""
+    """Ask nvidia-smi: torch would open a context on the first GPU in every rank."""
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"]
     with suppress(OSError):
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "gpu"

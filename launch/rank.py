@@ -1,6 +1,6 @@
-"""One rank of a job that submit.py launched: the configuration of a snapshot in, training with the code beside it.
+"""Run one rank of a job that submit.py launched: train as a snapshot's configuration says, with the code beside it.
 
-The submitter's process becomes this one (exec), so exit codes and signals are the rank's own: 0, 1, 2 or 75.
+In a Slurm job submitit's process becomes this one (exec), so exit codes and signals are the rank's own: 0, 1, 2 or 75.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="resolved configuration")
     parser.add_argument("--resume-command", required=True, help="what the user types to go on")
     args = parser.parse_args(argv)
-    set_environment()
+    if "SUBMITIT_EXECUTOR" in os.environ:  # else launch/local_job.py has set the variables
+        set_environment()
     try:
-        config = load_config(args.config)
-        code = train_rank(as_written(config), args.resume_command)
+        code = train_rank(as_written(load_config(args.config)), args.resume_command)
     except Fault:
         raise
     except UserError:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train_rank(config: Config, resume_command: str) -> int:
-    """Trains, with the submission's command line as that of this process."""
+    """Train, with the submission's command line as that of this process. Return the exit code."""
     from launch.extensions import prepare_extensions
 
     sys.argv = shlex.split(resume_command)[1:]  # what the run folder keeps as its command line
@@ -52,31 +52,40 @@ def train_rank(config: Config, resume_command: str) -> int:
 
 
 def set_environment() -> None:
-    """From what the submitter's environment says of this rank, the variables that launchers give."""
+    """Set the variables that launchers give, from what Slurm and submitit say of this rank."""
     from submitit import JobEnvironment
 
     env = JobEnvironment()
     local_world = env.num_tasks // env.num_nodes
-    os.environ.update(
-        RANK=str(env.global_rank),
-        WORLD_SIZE=str(env.num_tasks),
-        LOCAL_RANK=str(env.local_rank),
-        LOCAL_WORLD_SIZE=str(local_world),
-        LOCAL_SIZE=str(local_world),  # DeepSpeed's name for it
-        MASTER_ADDR=env.hostnames[0],
-        MASTER_PORT=str(rendezvous_port(env.job_id, restarts())),
-        PYTHONPATH=os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+    node = env.hostnames[0]
+    numbers = (env.global_rank, env.num_tasks, env.local_rank, local_world)
+    os.environ.update(launcher_variables(*numbers, node, env.job_id, restarts()))
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+
+
+def launcher_variables(
+    rank: int, world: int, local_rank: int, local_world: int, address: str, job: str, restarts: int
+) -> dict[str, str]:
+    """Return the environment variables by which torch and DeepSpeed know a rank."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        "LOCAL_SIZE": str(local_world),  # DeepSpeed's name for it
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(rendezvous_port(job, restarts)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         # Where DeepSpeed compiles (offloading), it looks for ninja there. PYTHONPATH is for what a rank starts.
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    )
-    if env.cluster == "slurm":  # elsewhere the trainer divides the machine's cores among the ranks
-        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
 
 
 def rendezvous_port(job_id: str, restarts: int) -> int:
-    """The same on all nodes of a job, mostly another one for another job, and below the ports that systems hand out.
+    """Return the port at which ranks meet: the same on all nodes, below the ports that systems hand out.
 
-    Another one at each start, too: where a program holds the port, a restart helps. slurm/*.sbatch compute the same.
+    It differs between jobs, mostly, and between the starts of a job, so that a restart avoids a port that another
+    program holds. slurm/*.sbatch compute the same.
     """
     return 10000 + (int("".join(filter(str.isdigit, job_id))) + PORT_STRIDE * restarts) % 20000
 

@@ -1,4 +1,4 @@
-"""In: shell lines of launch.setup, which may hold ${...}. Out: the same, as a YAML setting has to have them."""
+"""Escape ${...} in the shell lines of launch.setup, as YAML settings need them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from clipdist.config import Config
 
 
 def escape(line: str) -> str:
-    r"""OmegaConf takes ${HOME} for a reference to one of its own keys, and \${HOME} for ${HOME}."""
+    r"""Return \${HOME} for ${HOME}, which OmegaConf would take for a reference to one of its own keys."""
     return re.sub(r"(?<!\\)\$\{", r"\\${", line)
 
 
 def as_written(config: Config) -> Config:
-    """A configuration that is to be written as YAML, here or by the trainer: read again, the file says `config`."""
+    """Return a configuration that is read back as `config` once it is written as YAML, here or by the trainer."""
     return replace(config, launch=replace(config.launch, setup=[escape(line) for line in config.launch.setup]))

@@ -1,4 +1,4 @@
-"""In: a configuration, and what each rank shall execute. Out: a batch script, or a job (of several runs: an array)."""
+"""Make the batch script of a run, or of an array of runs, and hand it to Slurm through submitit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADER_THREADS = 7  # decoding threads per rank where data.threads leaves them o
 
 
 def submit_job(config: Config, folder: Path, after: Path, commands: list[list[str]]) -> list[tuple[str, Path]]:
-    """Queues one job, or an array where there are several commands, and returns at once.
+    """Queue one job, or an array where there are several commands, and return at once.
 
     Args:
         folder: scripts, logs and notes of the jobs; all nodes must see it.
@@ -51,7 +51,7 @@ def submit_job(config: Config, folder: Path, after: Path, commands: list[list[st
 
 
 def batch_script(config: Config, folder: Path, after: Path, count: int = 1) -> str:
-    """The text that submitit would hand to sbatch for so many runs; needs no Slurm."""
+    """Return the text that submitit would hand to sbatch for `count` runs; needs no Slurm."""
 
     class Offline(SlurmExecutor):
         @classmethod
@@ -66,13 +66,12 @@ def batch_script(config: Config, folder: Path, after: Path, count: int = 1) -> s
 
 
 def slurm_parameters(config: Config, folder: Path, after: Path) -> dict[str, Any]:
-    """The launch section in submitit's words. A run with device=cpu requests no GPU."""
+    """Return the launch section as submitit's parameters. A run with device=cpu requests no GPU."""
     launch = config.launch
     cpus = cpus_per_task(config)
+    options = {key: value for key, value in launch.slurm.items() if value is not False and value != ""}
     # pyxis adds options to srun: only the ranks run in the container, not the batch script, which needs scontrol.
-    container = {key: value for key, value in launch.slurm.items() if key.startswith("container-")}
-    if launch.container:
-        container["container-image"] = launch.container
+    container = {key: options.pop(key) for key in list(options) if key.startswith("container-")}
     asked = {
         "job_name": folder.parent.name,
         "nodes": launch.nodes,
@@ -83,18 +82,13 @@ def slurm_parameters(config: Config, folder: Path, after: Path) -> dict[str, Any
         "mem": f"{launch.mem_gb}GB" if launch.mem_gb else None,
         "partition": launch.partition or None,
         "account": launch.account or None,
-        "qos": launch.qos or None,
-        "constraint": launch.constraint or None,
-        "exclude": launch.exclude or None,
-        "dependency": launch.dependency or None,
-        "comment": launch.comment or None,
         "signal_delay_s": launch.signal_s,
         "setup": [*_first_lines(folder), *launch.setup],
         "teardown": [shlex.join(["bash", str(after)]) + f' "$?" "$CLIPDIST_JOB_FILES" {launch.max_restarts}'],
         "additional_parameters": {
             "requeue": True,  # also where a node is lost
             "open-mode": "append",  # the log goes on in the next start
-            **{key: value for key, value in launch.slurm.items() if key not in container and value is not False},
+            **options,
         },
         "stderr_to_stdout": True,  # one log per rank
         "srun_args": [
@@ -108,12 +102,12 @@ def slurm_parameters(config: Config, folder: Path, after: Path) -> dict[str, Any
 
 
 def cpus_per_task(config: Config) -> int:
-    """The loader's threads and one for the training loop."""
+    """Return the cores of a rank: the loader's threads and one for the training loop."""
     return config.launch.cpus_per_gpu or (config.data.threads or LOADER_THREADS) + 1
 
 
 def _first_lines(folder: Path) -> list[str]:
-    """Notes of an earlier start must not speak for this one; submitit's results of it would stop the next."""
+    """Return shell lines that remove an earlier start's notes and results: submitit's would stop the next start."""
     number = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_JOB_ID:+_$SLURM_ARRAY_TASK_ID}"
     return [
         f"export CLIPDIST_JOB_FILES={shlex.quote(str(folder.resolve()))}/{number}",
@@ -122,7 +116,7 @@ def _first_lines(folder: Path) -> list[str]:
 
 
 def refusal(message: str) -> str:
-    """sbatch's own words out of submitit's message."""
+    """Return sbatch's own words from submitit's message."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     said = [line.partition("error: ")[2] for line in lines if line.startswith("sbatch: error: ")]
     return ": ".join(said) or lines[-1]

@@ -1,11 +1,10 @@
-"""In: the code as it is in the working tree, and a configuration. Out: a copy of both in the run folder.
+"""Copy the code, as it is in the working tree, and the configuration to the run folder.
 
 A job runs the copy: what is changed after the submission, and before or between its starts, does not reach it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ DIGITS = 12  # of the SHA-256 that names a snapshot
 
 
 def take_snapshot(config: Config, repository: Path = REPOSITORY) -> Path:
-    """Copies the code and the resolved configuration to RUN/code/HASH.
+    """Copy the code and the resolved configuration to RUN/code/HASH.
 
     HASH is of all names and contents: the same code and settings make one snapshot, however often they are submitted,
     and other ones never change one that a queued job will run. A half-written copy is never seen under that name.
@@ -52,7 +51,7 @@ def take_snapshot(config: Config, repository: Path = REPOSITORY) -> Path:
 
 
 def read_code(repository: Path) -> dict[str, bytes]:
-    """Path below the repository -> content, of all that a run reads."""
+    """Return path below the repository -> content, of all that a run reads."""
     return {
         path.relative_to(repository).as_posix(): path.read_bytes()
         for folder, kinds in KINDS.items()
@@ -62,7 +61,7 @@ def read_code(repository: Path) -> dict[str, bytes]:
 
 
 def model_files(config: Config) -> dict[str, bytes]:
-    """The model JSON where the configuration names one by a relative path that is not the repository's."""
+    """Return the model JSON where the configuration names one by a relative path."""
     name = Path(config.model.name)
     if name.suffix == ".json" and not name.is_absolute() and ".." not in name.parts and name.is_file():
         return {name.as_posix(): name.read_bytes()}
@@ -70,22 +69,17 @@ def model_files(config: Config) -> dict[str, bytes]:
 
 
 def _write(folder: Path, contents: dict[str, bytes]) -> None:
-    """All or nothing: written beside and renamed. Of two that do so at one time the second leaves the first's."""
+    """Write to a temporary folder and rename it; where another process was first, its folder stays."""
     partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
         for name, content in contents.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        with contextlib.suppress(FileExistsError):
-            _rename(partial, folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _rename(partial: Path, folder: Path) -> None:
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise

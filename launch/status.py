@@ -1,4 +1,4 @@
-"""In: run folders. Out: how each stands: state, step, rate, time left, restarts, last error, logs.
+"""Show how runs stand: state, step, rate, time left, restarts, last error, logs.
 
 Reads files and asks Slurm where there is one, so it works on any machine that sees the run folder. Imports no torch.
 """
@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -35,11 +36,12 @@ FRESH_S = 120  # a run that wrote within so long is taken to be running, where n
 LOG_BYTES = 64_000  # of a log's end that is looked through
 FOLLOW_S = 5.0  # between two looks
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
+FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 ACTIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """How a run stands. None: not known."""
 
     run: str
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_runs(words: list[str]) -> list[Path]:
-    """Folders, in the order given; of a pattern those that are run folders.
+    """Return folders in the order given; of a pattern, those that are run folders.
 
     Raises:
         UserError: there is none.
@@ -103,75 +105,55 @@ def find_runs(words: list[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def status(folder: Path) -> Status:
-    """What the run folder, Slurm and the last job's log say together."""
-    job: dict[str, Any] = {}
-    for line in records(folder / "jobs.jsonl"):
-        job = line
-    train, events = metrics(folder / "metrics.jsonl")
-    logs = find_logs(folder, job)
-    end = this_start(tail(logs[0])) if logs else ""
-    slurm = ask_slurm(str(job["job"])) if job.get("job") else None
-    last = train[-1] if train else {}
-    step, steps = progress(folder, last, events, end)
-    rate = steps_per_s(train)
-    written = max([record["time"] for record in [*train, *events] if "time" in record], default=None)
-    state = judge(folder, slurm, step, steps, events, end, written)
-    if state == "failed" and exit_note(logs, job) == EXIT_INTERRUPTED:
-        state = "interrupted"  # to Slurm every exit code but 0 is a failure
-    kinds = [event.get("event") for event in events]
-    return Status(
+def status(folder: Path) -> RunStatus:
+    """Combine what the run folder, Slurm and the newest job's logs say."""
+    run = RunFiles(folder)
+    slurm = ask_slurm(str(run.job["job"])) if run.job.get("job") else None
+    step, steps = run.progress()
+    rate = run.steps_per_s()
+    state = judge(run, slurm, step is not None and step == steps)
+    return RunStatus(
         run=str(folder),
         state=state,
-        job=job.get("job"),
+        job=run.job.get("job"),
         slurm=slurm,
         step=step,
         steps=steps,
-        samples_per_s=last.get("samples_per_s"),
+        samples_per_s=run.train[-1].get("samples_per_s") if run.train else None,
         eta_s=(steps - step) / rate if rate and steps and step is not None and state == "running" else None,
-        restarts=kinds.count("restart"),
-        faults=count_faults(logs[0], job) if logs and job.get("job") else 0,
-        rollbacks=kinds.count("rollback"),
-        skips=kinds.count("skip"),
-        error=last_error(logs) if state in ("failed", "unknown", "queued") else None,
-        written_s=time.time() - written if written else None,
-        snapshot=job.get("snapshot"),
-        logs=[str(log) for log in logs],
+        restarts=run.kinds.count("restart"),
+        faults=len(run.note("faults").splitlines()),
+        rollbacks=run.kinds.count("rollback"),
+        skips=run.kinds.count("skip"),
+        error=run.last_error() if state in ("failed", "unknown", "queued") else None,
+        written_s=time.time() - run.written if run.written else None,
+        snapshot=run.job.get("snapshot"),
+        logs=[str(log) for log in run.logs],
     )
 
 
-def judge(
-    folder: Path,
-    slurm: str | None,
-    step: int | None,
-    steps: int | None,
-    events: list[dict[str, Any]],
-    end: str,
-    written: float | None,
-) -> str:
-    """The state, from the surest witness down: Slurm on what is queued or runs, the folder on how a run ended."""
+def judge(run: RunFiles, slurm: str | None, all_steps_done: bool) -> str:
+    """Return the state, by the surest source first: Slurm on queued and running jobs, the folder on how a run ended."""
     word = (slurm or "").split(" ")[0]
     if word in QUEUED:
         return "queued"
-    if word in ACTIVE or is_locked(folder):
+    if word in ACTIVE or is_locked(run.folder):
         return "running"
-    done = "finished" in (event.get("event") for event in events) or re.search(r"^finished \d+ steps", end, re.M)
-    if done or (step is not None and step == steps):
+    if all_steps_done or "finished" in run.kinds or re.search(r"^finished \d+ steps", run.log, re.M):
         return "finished"
-    given_up = re.search(r"^fault \(", end, re.M)  # the last word of launch/after.sh
-    if events and events[-1].get("event") == "interrupted" and not given_up:
+    given_up = re.search(r"^fault \(", run.log, re.M)  # the last line of launch/after.sh
+    if run.kinds[-1:] == ["interrupted"] and not given_up:
         return "interrupted"
-    if given_up or re.search(r"^(error\b|Traceback)", end, re.M) or word in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY"):
-        return "failed"
+    if given_up or re.search(r"^(error\b|Traceback)", run.log, re.M) or word in FAILED:
+        # To Slurm every exit code but 0 is a failure; the ranks' own note tells an interruption.
+        return "interrupted" if run.note("code").strip() == str(EXIT_INTERRUPTED) else "failed"
     if word in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
         return "interrupted"
-    if written and time.time() - written < FRESH_S:
-        return "running"
-    return "unknown"
+    return "running" if run.written and time.time() - run.written < FRESH_S else "unknown"
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the run folder. Seen from other machines where the file system has locks."""
+    """Return whether a process holds the run folder; across machines where the file system has locks."""
     try:
         with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -183,7 +165,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def ask_slurm(job: str) -> str | None:
-    """The job's state, with Slurm's reason where it waits; None where Slurm does not answer or knows no such job."""
+    """Return the job's state, with Slurm's reason where it waits; None where Slurm does not know the job."""
     questions = (
         ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T %r"],
         ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State"],
@@ -199,23 +181,84 @@ def ask_slurm(job: str) -> str | None:
     return None
 
 
-# Files
+class RunFiles:
+    """What a run folder and the logs of its newest job hold.
+
+    Attributes:
+        job: the newest line of jobs.jsonl; empty without one.
+        train, events: of metrics.jsonl, the last logged steps and all events.  kinds: of the events.
+        logs: of the newest job, rank 0 first.  log: the end of the first, as far as it is of the job's newest start.
+        written: time of the last record; None without one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.job: dict[str, Any] = deque([{}, *records(folder / "jobs.jsonl")], maxlen=1)[0]
+        self.train: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self.events: list[dict[str, Any]] = []
+        for record in records(folder / "metrics.jsonl"):
+            if record.get("type") == "train":
+                self.train.append(record)
+            elif record.get("type") == "event":
+                self.events.append(record)
+        self.kinds = [event.get("event") for event in self.events]
+        times = [record["time"] for record in (*self.train, *self.events) if "time" in record]
+        self.written = max(times, default=None)
+        self.logs = find_logs(Path(self.job.get("log", folder / "submitit")))
+        # launch/after.sh ends the log of every start before the newest
+        starts = r"^.*: job \S+ (?:is queued again|starts again, .*)$"
+        self.log = re.split(starts, tail(self.logs[0]), flags=re.M)[-1] if self.logs else ""
+
+    def progress(self) -> tuple[int | None, int | None]:
+        """Return (steps done, steps in all), from the metrics, else the log's "step 12/400", else the configuration."""
+        said = re.findall(r"^step (\d+)/(\d+)", self.log, re.M)
+        step = self.train[-1].get("step") if self.train else None
+        if step is None and said:
+            step = int(said[-1][0])
+        named = [event["steps"] for event in self.events if "steps" in event]
+        if named or said:
+            return step, int(named[-1] if named else said[-1][1])
+        found = re.search(r"^train:\n(?:  .*\n)*?  steps: (\d+)$", read(self.folder / "config.yaml"), re.M)
+        return step, int(found[1]) or None if found else None
+
+    def steps_per_s(self) -> float | None:
+        """Return the rate of the last logged steps, validations included; None across a restart."""
+        rows = [(record["step"], record["time"]) for record in self.train if "step" in record and "time" in record]
+        if len(rows) < 2:
+            return None
+        (first, began), (step, now) = rows[0], rows[-1]
+        return (step - first) / (now - began) if step > first and now > began else None
+
+    def note(self, name: str) -> str:
+        """Return what a Slurm job left beside its logs: "code", "faults"; empty where there is none."""
+        return read(self.logs[0].parent / f"{self.job['job']}.{name}") if self.logs and self.job.get("job") else ""
+
+    def last_error(self) -> str | None:
+        """Return the last line of any rank's log that begins with "error"; else the end of a traceback."""
+        for pattern in (r"^(error\b.*)$", r"^Traceback .*(?:\n\s.*)*\n(\S.*)$", r"^(fault \(.*)$"):
+            for log in self.logs:
+                found = re.findall(pattern, tail(log), re.M)
+                if found:
+                    return found[-1]
+        return None
 
 
-def metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(the last logged steps, all events)."""
-    train: list[dict[str, Any]] = []
-    events: list[dict[str, Any]] = []
-    for record in records(path):
-        if record.get("type") == "train":
-            train = [*train[1 - RECENT :], record]
-        elif record.get("type") == "event":
-            events.append(record)
-    return train, events
+def find_logs(log: Path) -> list[Path]:
+    """Return all logs of a job.
+
+    Args:
+        log: that of rank 0, or the folder of jobs on this machine, of which the newest counts.
+    """
+    if log.is_dir():
+        log = max(log.glob("*_0_log.out"), key=lambda path: path.stat().st_mtime, default=log)
+    if not log.is_file():
+        return []
+    others = sorted(log.parent.glob(f"{log.name.removesuffix('0_log.out')}*_log.*"))
+    return [log, *(path for path in others if path != log)]
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; the last may be half-written."""
+    """Yield the whole lines of a file of JSON objects; the last may be half-written."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError):
@@ -224,70 +267,10 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
                     yield record
 
 
-def progress(
-    folder: Path, last: dict[str, Any], events: list[dict[str, Any]], end: str
-) -> tuple[int | None, int | None]:
-    """(steps done, steps in all). The log's "step 12/400" says both; an event or the configuration says the second."""
-    said = re.findall(r"^step (\d+)/(\d+)", end, re.M)
-    step = last.get("step", int(said[-1][0]) if said else None)
-    named = [event["steps"] for event in events if "steps" in event]
-    if named or said:
-        return step, int(named[-1] if named else said[-1][1])
+def read(path: Path) -> str:
     with suppress(OSError):
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        in_all = re.search(r"^train:\n(?:  .*\n)*?  steps: (\d+)$", text, re.M)
-        return step, int(in_all[1]) or None if in_all else None
-    return step, None
-
-
-def steps_per_s(train: list[dict[str, Any]]) -> float | None:
-    """Of the last logged steps, validations and checkpoints included; steps before a restart are left out."""
-    rows = [(record["step"], record["time"]) for record in train if "step" in record and "time" in record]
-    if len(rows) < 2:
-        return None
-    (first, began), (step, now) = rows[0], rows[-1]
-    return (step - first) / (now - began) if step > first and now > began else None
-
-
-def find_logs(folder: Path, job: dict[str, Any]) -> list[Path]:
-    """Of the newest job, rank 0 first."""
-    log = Path(job.get("log", folder / "submitit"))
-    if log.is_dir():  # jobs on this machine are named by their process, newest last
-        firsts = sorted(log.glob("*_0_log.out"), key=lambda path: path.stat().st_mtime)
-        if not firsts:
-            return []
-        log = firsts[-1]
-    prefix = log.name.removesuffix("0_log.out")
-    others = sorted(path for path in log.parent.glob(f"{prefix}*_log.*") if path != log)
-    return [log, *others] if log.exists() else []
-
-
-def count_faults(log: Path, job: dict[str, Any]) -> int:
-    with suppress(OSError):
-        return len((log.parent / f"{job['job']}.faults").read_text().splitlines())
-    return 0
-
-
-def exit_note(logs: list[Path], job: dict[str, Any]) -> int | None:
-    """The exit code 2 or 75 with which the ranks of a Slurm job ended, by their own note."""
-    with suppress(OSError, ValueError, IndexError, KeyError):
-        return int((logs[0].parent / f"{job['job']}.code").read_text())
-    return None
-
-
-def this_start(log: str) -> str:
-    """What a log says of the newest start of its job (launch/after.sh ends those before)."""
-    return re.split(r"^.*: job \S+ (?:is queued again|starts again, .*)$", log, flags=re.M)[-1]
-
-
-def last_error(logs: list[Path]) -> str | None:
-    """The last line of any rank's log that begins with "error"; else the end of a traceback."""
-    for pattern in (r"^(error\b.*)$", r"^Traceback .*(?:\n\s.*)*\n(\S.*)$", r"^(fault \(.*)$"):
-        for log in logs:
-            found = re.findall(pattern, tail(log), re.M)
-            if found:
-                return found[-1]
-    return None
+        return path.read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def tail(path: Path) -> str:
@@ -297,11 +280,8 @@ def tail(path: Path) -> str:
     return ""
 
 
-# What is printed
-
-
-def describe(each: Status) -> list[str]:
-    """A few lines for people."""
+def describe(each: RunStatus) -> list[str]:
+    """Return a few lines for people."""
     done = "no step yet" if each.step is None else f"step {each.step}{f'/{each.steps}' if each.steps else ''}"
     parts = [each.state, done]
     if each.samples_per_s:

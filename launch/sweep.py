@@ -1,4 +1,4 @@
-"""In: words such as optim.lr=1e-4,3e-4 data.seed=1,2. Out: every combination, with a suffix for its run's name."""
+"""Expand the words of a sweep, such as optim.lr=1e-4,3e-4 data.seed=1,2, into every combination of their values."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ FIXED = ("run.", "launch.", "device")  # one array job: these are the same for a
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One combination of a sweep's values."""
 
     words: tuple[str, ...]  # key=value, one per swept key
     suffix: str  # of the run's name, "" without a sweep
 
 
-def points(sweep: list[str]) -> list[Point]:
-    """The product of all values, the last key varying fastest; without words one point without values.
+def points(sweep: list[str]) -> list[SweepPoint]:
+    """Return the product of all values, the last key varying fastest; without words one point without values.
 
     A key with a single value is a plain setting and stays out of the names.
 
@@ -40,7 +40,7 @@ def points(sweep: list[str]) -> list[Point]:
             raise UserError(f"--sweep {key}={','.join(values)}: two of the values would share a run folder")
     labels = _labels([key for key, values in axes if len(values) > 1])
     return [
-        Point(
+        SweepPoint(
             tuple(f"{key}={value}" for key, value in zip(keys, combination)),
             "".join(f"-{labels[key]}{_plain(value)}" for key, value in zip(keys, combination) if key in labels),
         )
@@ -57,7 +57,7 @@ def _axis(word: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas that stand outside of brackets and quotes, so that a value may be a list."""
+    """Split at commas outside of brackets and quotes, so that a value may be a list."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote or letter in "'\"":
@@ -74,11 +74,11 @@ def _split(text: str) -> list[str]:
 
 
 def _labels(keys: list[str]) -> dict[str, str]:
-    """The last part of each key where that tells it from the others, else the whole key."""
+    """Return the last part of each key where no other key ends the same, else the whole key."""
     last = [key.rpartition(".")[2] for key in keys]
     return {key: end if last.count(end) == 1 else _plain(key) for key, end in zip(keys, last)}
 
 
 def _plain(value: str) -> str:
-    """What a folder may be called: 3e-4 stays, a/b c becomes a_b_c."""
+    """Return the value as part of a folder's name: 3e-4 stays, a/b c becomes a_b_c."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", value).strip("_") or "_"

@@ -43,11 +43,11 @@ class Estimate:
     def refuse(self):
         pass
 
-    def short(self):
-        return "plan"
-
 def make_estimate(config, catalog=None):
     return Estimate()
+
+def summary(estimate):
+    return "plan"
 """
 
 

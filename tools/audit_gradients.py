@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
+from clipdist.config.batches import check_ranks
 from clipdist.errors import UserError, run_main
-from clipdist.run_plan import check_ranks
 
 if TYPE_CHECKING:
     from clipdist.evals.audit import Audit, Row
@@ -79,13 +79,11 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
 
 
 def print_head(audit: Audit, data: str) -> None:
-    from clipdist.evals.reference import clip_of
-
     cfg, dist_env = audit.cfg, audit.dist_env
     micro = f"micro-batches of {audit.micro}" if cfg.train.micro_batch else "no micro-batches"
     print(
         f"{audit.spec.name}: {cfg.train.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type}, {micro},"
-        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {clip_of(cfg).loss}\ndata: {data}",
+        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {cfg.clip.loss}\ndata: {data}",
         flush=True,
     )
 
@@ -133,14 +131,12 @@ def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
 
 
 def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed: bool) -> dict[str, Any]:
-    from clipdist.evals.reference import clip_of
-
     cfg = audit.cfg
     return {
         "pass": passed,
         "rows": [asdict(row) for row in rows],
         "model": audit.spec.name,
-        "loss": clip_of(cfg).loss,
+        "loss": cfg.clip.loss,
         "world": audit.dist_env.world_size,
         "global_batch": cfg.train.global_batch,
         "micro_batch": audit.micro,

@@ -1,111 +1,120 @@
-"""What a configuration must satisfy that its types do not say, told by the first key that is wrong."""
+"""Check what a configuration must satisfy beyond its types; the error names the first key that is wrong."""
 
 from __future__ import annotations
 
 import math
 
-from clipdist.config.schema import Clip, Config, Engine
+from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Objectives, Optim, Run, Train
 from clipdist.errors import UserError
+
+# Key -> bounds, by what the error says of them.
+NOT_NEGATIVE = {
+    "data": ("cache_gb", "retry_s", "threads", "streams", "window"),
+    "optim": ("warmup_steps", "weight_decay", "grad_clip", "min_lr"),
+    "train": ("steps", "samples", "micro_batch", "save_every", "save_minutes", "keep_every", "compare_every", "hang_s"),
+    "guard": ("loss_spike", "update_spike", "patience", "rollbacks"),
+    "eval": ("every", "sheet"),
+    "launch": ("cpus_per_gpu", "time_min", "max_restarts", "mem_gb", "device_gb", "samples_per_s"),
+}
+AT_LEAST_1 = {
+    "data": ("prefetch",),
+    "train": ("global_batch", "epochs", "keep", "log_every"),
+    "eval": ("batch",),
+    "launch": ("nodes", "gpus", "signal_s"),
+}
+FROM_0_TO_1 = {"data": ("flip", "jitter_probability", "grayscale", "max_bad_share")}
+BELOW_1 = {"optim": ("beta1", "beta2")}
+ABOVE_0 = {"optim": ("lr", "eps")}
+SEEDS = {"data": ("seed",), "train": ("seed",)}
 
 
 def check(config: Config) -> None:
-    def need(ok: bool, key: str, value: object, must: str) -> None:
-        if not ok:
-            raise UserError(f"{key}={value}: must {must}")
-
-    train, data, optim, clip = config.train, config.data, config.optim, config.objectives.clip
-    guard, launch = config.guard, config.launch
-    plain = config.run.name not in ("", ".", "..") and "/" not in config.run.name
-    need(plain, "run.name", repr(config.run.name), "be a plain name")
-    need(0 <= optim.beta1 < 1, "optim.beta1", optim.beta1, "lie in [0, 1)")
-    need(0 <= optim.beta2 < 1, "optim.beta2", optim.beta2, "lie in [0, 1)")
-    need(optim.eps > 0, "optim.eps", optim.eps, "be above 0")
-    need(0 <= train.seed < 1 << 32, "train.seed", train.seed, "lie in [0, 2^32)")
-    need(0 <= data.seed < 1 << 32, "data.seed", data.seed, "lie in [0, 2^32)")
-    need(train.global_batch >= 1, "train.global_batch", train.global_batch, "be at least 1")
-    need(train.epochs >= 1, "train.epochs", train.epochs, "be at least 1")
-    need(train.keep >= 1, "train.keep", train.keep, "be at least 1")
-    for name in ("save_minutes", "keep_every", "compare_every", "hang_s"):
-        need(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "not be negative")
-    for name in ("loss_spike", "update_spike", "patience", "rollbacks"):
-        need(getattr(guard, name) >= 0, f"guard.{name}", getattr(guard, name), "not be negative")
-    need(guard.window >= 10, "guard.window", guard.window, "be at least 10")
-    need(train.log_every >= 1, "train.log_every", train.log_every, "be at least 1")
-    need(optim.lr > 0, "optim.lr", optim.lr, "be above 0")
-    need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
-    need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
-    for name in ("flip", "jitter_probability", "grayscale"):
-        need(0 <= getattr(data, name) <= 1, f"data.{name}", getattr(data, name), "lie in [0, 1]")
-    plain = (
-        len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter) and max([0, *data.jitter[3:]]) <= 0.5
-    )
-    need(plain, "data.jitter", data.jitter, "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty")
-    need(data.cache_gb >= 0, "data.cache_gb", data.cache_gb, "not be negative")
-    need(data.retry_s >= 0, "data.retry_s", data.retry_s, "not be negative")
-    if data.weights:
-        fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)
-        need(
-            fits,
-            "data.weights",
-            data.weights,
-            f"be above 0, one for each of the {len(data.train)} entries of data.train",
-        )
-        need(
-            train.steps + train.samples > 0,
-            "data.weights",
-            data.weights,
-            "come with train.samples: a mixture has no epochs",
-        )
-    need(
-        not (train.steps and train.samples), "train.samples", train.samples, f"not come with train.steps={train.steps}"
-    )
-    need(data.prefetch >= 1, "data.prefetch", data.prefetch, "be at least 1")
-    need(0 <= data.max_bad_share <= 1, "data.max_bad_share", data.max_bad_share, "lie in [0, 1]")
-    need(config.eval.batch >= 1, "eval.batch", config.eval.batch, "be at least 1")
-    need(launch.nodes >= 1, "launch.nodes", launch.nodes, "be at least 1")
-    need(launch.gpus >= 1, "launch.gpus", launch.gpus, "be at least 1")
-    need(launch.signal_s >= 1, "launch.signal_s", launch.signal_s, "be at least 1")
-    enough = launch.time_min == 0 or 60 * launch.time_min > launch.signal_s
-    need(enough, "launch.time_min", launch.time_min, f"be longer than launch.signal_s={launch.signal_s} seconds")
-    for name in ("cpus_per_gpu", "time_min", "max_restarts", "signal_s", "mem_gb", "device_gb", "samples_per_s"):
-        need(getattr(launch, name) >= 0, f"launch.{name}", getattr(launch, name), "not be negative")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "min_lr"):
-        need(getattr(optim, name) >= 0, f"optim.{name}", getattr(optim, name), "not be negative")
-    for key, value in (
-        ("train.steps", train.steps),
-        ("train.samples", train.samples),
-        ("train.micro_batch", train.micro_batch),
-        ("train.save_every", train.save_every),
-        ("eval.every", config.eval.every),
-        ("eval.sheet", config.eval.sheet),
-        ("data.threads", data.threads),
-        ("data.streams", data.streams),
-        ("data.window", data.window),
-    ):
-        need(value >= 0, key, value, "not be negative")
-    if clip is None:
-        raise UserError("objectives: none is set; set one, such as objectives.clip={}")
-    _check_clip(clip)
-    if data.streams:
-        need(train.global_batch % data.streams == 0, "data.streams", data.streams, "divide train.global_batch")
+    """Raise UserError for the first value that is out of its range or does not go with another one."""
+    _check_ranges(config)
+    _check_run(config.run)
+    _check_data(config.data, config.train)
+    _check_objectives(config.objectives)
+    _check_optim(config.optim)
+    _check_train(config.train)
+    _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
+    _check_launch(config.launch)
     _check_deepspeed(config.engine)
 
 
-def _check_clip(clip: Clip) -> None:
-    def need(ok: bool, key: str, value: object, must: str) -> None:
-        if not ok:
-            raise UserError(f"objectives.clip.{key}={value}: must {must}")
+def _need(ok: bool, key: str, value: object, must: str) -> None:
+    if not ok:
+        raise UserError(f"{key}={value}: must {must}")
 
-    need(0 < clip.weight < math.inf, "weight", clip.weight, "be above 0; objectives.clip=null takes it out")
-    least = clip.logit_scale_max <= math.log(100) + 1e-9
-    need(least, "logit_scale_max", clip.logit_scale_max, "not exceed ln 100 (the bound of the CLIP paper)")
-    need(0 <= clip.label_smoothing < 1, "label_smoothing", clip.label_smoothing, "lie in [0, 1)")
-    first, most = clip.first_log_scale, clip.logit_scale_max
-    need(first <= most, "logit_scale_init", first, f"not exceed objectives.clip.logit_scale_max={most}")
+
+def _check_ranges(config: Config) -> None:
+    for table, must, lies_in in (
+        (NOT_NEGATIVE, "not be negative", lambda value: value >= 0),
+        (AT_LEAST_1, "be at least 1", lambda value: value >= 1),
+        (FROM_0_TO_1, "lie in [0, 1]", lambda value: 0 <= value <= 1),
+        (BELOW_1, "lie in [0, 1)", lambda value: 0 <= value < 1),
+        (ABOVE_0, "be above 0", lambda value: value > 0),
+        (SEEDS, "lie in [0, 2^32)", lambda value: 0 <= value < 1 << 32),
+    ):
+        for section, names in table.items():
+            for name in names:
+                value = getattr(getattr(config, section), name)
+                _need(lies_in(value), f"{section}.{name}", value, must)
+
+
+def _check_run(run: Run) -> None:
+    plain = run.name not in ("", ".", "..") and "/" not in run.name
+    _need(plain, "run.name", repr(run.name), "be a plain name")
+
+
+def _check_data(data: Data, train: Train) -> None:
+    _need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
+    amounts = len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter)
+    must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
+    _need(amounts and max([0, *data.jitter[3:]]) <= 0.5, "data.jitter", data.jitter, must)
+    if data.weights:
+        fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)
+        must = f"be above 0, one for each of the {len(data.train)} entries of data.train"
+        _need(fits, "data.weights", data.weights, must)
+        must = "come with train.samples: a mixture has no epochs"
+        _need(train.steps + train.samples > 0, "data.weights", data.weights, must)
+    divides = not data.streams or train.global_batch % data.streams == 0
+    _need(divides, "data.streams", data.streams, "divide train.global_batch")
+
+
+def _check_objectives(objectives: Objectives) -> None:
+    if objectives.clip is None:
+        raise UserError("objectives: none is set; set one, such as objectives.clip={}")
+    _check_clip(objectives.clip)
+
+
+def _check_clip(clip: Clip) -> None:
+    key = "objectives.clip."
+    must = "be above 0; objectives.clip=null takes it out"
+    _need(0 < clip.weight < math.inf, f"{key}weight", clip.weight, must)
+    _need(0 <= clip.label_smoothing < 1, f"{key}label_smoothing", clip.label_smoothing, "lie in [0, 1)")
+    must = "not exceed ln 100 (the bound of the CLIP paper)"
+    _need(clip.logit_scale_max <= math.log(100) + 1e-9, f"{key}logit_scale_max", clip.logit_scale_max, must)
+    must = f"not exceed {key}logit_scale_max={clip.logit_scale_max}"
+    _need(clip.first_log_scale <= clip.logit_scale_max, f"{key}logit_scale_init", clip.first_log_scale, must)
+
+
+def _check_optim(optim: Optim) -> None:
+    _need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
+
+
+def _check_train(train: Train) -> None:
+    alone = not (train.steps and train.samples)
+    _need(alone, "train.samples", train.samples, f"not come with train.steps={train.steps}")
+
+
+def _check_launch(launch: Launch) -> None:
+    enough = launch.time_min == 0 or 60 * launch.time_min > launch.signal_s
+    must = f"be longer than launch.signal_s={launch.signal_s} seconds"
+    _need(enough, "launch.time_min", launch.time_min, must)
 
 
 def _check_deepspeed(engine: Engine) -> None:
-    """Refuses what the trainer owns, and what it could not save."""
+    """Refuse what the trainer owns, and what it could not save."""
     for key, hint in _OWNED_BY_TRAINER.items():
         if key in engine.deepspeed:
             raise UserError(f"engine.deepspeed.{key}: the trainer owns this key; {hint}")
@@ -120,8 +129,8 @@ def _check_deepspeed(engine: Engine) -> None:
             raise UserError(
                 f"engine.deepspeed.zero_optimization.{part}={table}: must be a table, such as {{device: cpu}}"
             )
-        if table.get("device") == "cpu" and engine.zero_stage < (3 if part == "offload_param" else 1):
-            least = 3 if part == "offload_param" else 1
+        least = 3 if part == "offload_param" else 1
+        if table.get("device") == "cpu" and engine.zero_stage < least:
             raise UserError(f"engine.zero_stage={engine.zero_stage}: {part} needs at least {least}")
         if table.get("device") == "nvme":
             raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")

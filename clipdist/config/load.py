@@ -118,6 +118,7 @@ def _read_site(path: Path) -> Any:
         raise UserError(f"site file {path}: cannot be read: {error}") from None
     if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
         raise UserError(f"site file {path}: must hold a launch section and nothing else")
+    refuse_old_keys(tree, f"site file {path}")
     plain = OmegaConf.to_container(tree)
     launch = plain.get("launch") if isinstance(plain, dict) else None
     if isinstance(launch, dict) and isinstance(launch.get("setup"), (str, list)):

@@ -17,8 +17,15 @@ MOVED = {
     "loss.label_smoothing": "objectives.clip.label_smoothing",
     "loss.implementation": "objectives.clip.implementation",
     "data.patience_s": "data.retry_s",
+    "launch.qos": "launch.slurm.qos",
+    "launch.constraint": "launch.slurm.constraint",
+    "launch.exclude": "launch.slurm.exclude",
+    "launch.dependency": "launch.slurm.dependency",
+    "launch.comment": "launch.slurm.comment",
+    "launch.container": "launch.slurm.container-image",
 }
 REMOVED = {
+    "data.allow_pipe": "shards are not read through commands any more",
     "loss.tile_rows": "the size of the tiles is chosen for the device",
     "loss.tile_columns": "the size of the tiles is chosen for the device",
 }
@@ -47,7 +54,7 @@ def upgrade(tree: Any) -> Any:
         value = tree[section].pop(key)
         if old == "loss.implementation" and value == "compiled":
             value = "auto"
-        if old in MOVED:
+        if old in MOVED and value not in ("", None):  # an option of Slurm that was not set
             OmegaConf.update(tree, MOVED[old], value, force_add=True)
     tree.pop("loss", None)
     return tree

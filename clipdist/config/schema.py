@@ -160,17 +160,11 @@ class Launch:
     cluster: Literal["slurm", "local", "debug"] = "slurm"  # local: processes here; debug: one, in the foreground
     partition: str = ""
     account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""  # nodes that Slurm shall not give
-    dependency: str = ""  # as sbatch has it, such as afterok:1234
-    comment: str = ""
-    container: str = ""  # image, for sites with pyxis
     time_min: int = 24 * 60
     mem_gb: int = 0  # per node; 0: the site's default
     cpus_per_gpu: int = 0  # 0: the loader's threads and one more
     setup: list[str] = field(default_factory=list)  # shell lines before the job (modules, virtual environment)
-    slurm: dict[str, Any] = field(default_factory=dict)  # further sbatch options, by their long names
+    slurm: dict[str, Any] = field(default_factory=dict)  # any sbatch option by its long name: qos, exclude, ...
     signal_s: int = 120  # so long before its time limit a job is told, saves and is queued again
     max_restarts: int = 3  # after a fault; preemptions and time limits do not count
     device_gb: float = 0.0  # memory of one GPU, for the plan; 0: that of this machine's
@@ -190,3 +184,10 @@ class Config:
     guard: Guard = field(default_factory=Guard)
     eval: Eval = field(default_factory=Eval)
     launch: Launch = field(default_factory=Launch)
+
+    @property
+    def clip(self) -> Clip:
+        """The settings of CLIP, for what is about CLIP alone. A run without it has none: AttributeError."""
+        if self.objectives.clip is None:
+            raise AttributeError("objectives.clip is not set")
+        return self.objectives.clip

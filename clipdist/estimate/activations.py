@@ -1,8 +1,8 @@
-"""A model and a batch size in; the bytes that live beside its weights during a forward and a backward pass out.
+"""Measure the bytes that a model needs beside its weights during a forward and a backward pass.
 
 The real model runs on torch's meta device, whose tensors have shapes and no memory, while every storage that an
-operation makes is counted from its birth to its end. Where a tower does not run there (code that looks at values), it
-runs on the CPU with one pair and with two, and a line through both gives the rest.
+operation makes is counted from its allocation to its release. A tower that does not run there (code that reads values)
+runs on the CPU with one pair and with two instead, and the result is extrapolated linearly.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,8 +43,8 @@ class Activations:
     measured_on: str
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live.
+class StorageCounter(TorchDispatchMode):
+    """Count the bytes of all storages that operations make, while they are allocated.
 
     Attributes:
         now, peak, peak_with_gradients: as in Activations; `now` includes gradients.
@@ -65,7 +63,7 @@ class Live(TorchDispatchMode):
         return out
 
     def complete(self, parameter: torch.Tensor) -> None:
-        """A parameter has its gradient, which is an activation no more."""
+        """Count a parameter's gradient, which is complete, among the gradients."""
         assert parameter.grad is not None
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
@@ -87,9 +85,9 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention on meta tensors as devices compute it: no matrix of all weights is kept.
+    """Run attention on meta tensors as devices compute it: the matrix of attention weights is not kept.
 
-    The function is replaced where all towers call it. A TorchFunctionMode would not see the call inside of torch's own
+    F.scaled_dot_product_attention itself is replaced: a TorchFunctionMode would not see the call inside of torch's own
     multi-head attention.
     """
     real = F.scaled_dot_product_attention
@@ -118,7 +116,7 @@ def _fused_attention(
 
 
 def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
-    """The configured model, locks and checkpointing included, on the meta device: no weights are drawn or read.
+    """Build the configured model, locks and checkpointing included, on the meta device: no weights are drawn or read.
 
     Raises:
         UserError: as clipdist.models.dual_encoder.build_model.
@@ -127,12 +125,12 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     try:
         with torch.device("meta"):
             model = assemble(spec, config.objectives.clip, tower_weights=False)
-    except UserError:  # some towers look at values while they are built
+    except UserError:  # some towers read values while they are built
         model = assemble(spec, config.objectives.clip, tower_weights=False).to("meta")
-    return _finished(model, config), spec
+    return _locked(model, config), spec
 
 
-def _finished(model: DualEncoder, config: Config) -> DualEncoder:
+def _locked(model: DualEncoder, config: Config) -> DualEncoder:
     if config.model.lock_image:
         model.lock_image_tower(config.model.image_unlocked_groups)
     if config.model.lock_text:
@@ -143,7 +141,7 @@ def _finished(model: DualEncoder, config: Config) -> DualEncoder:
 
 
 def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> Activations:
-    """One forward and backward pass of `batch` pairs.
+    """Measure one forward and backward pass of `batch` pairs.
 
     Args:
         model: as meta_model gives it; it is cast to the precision.
@@ -151,40 +149,34 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
     """
     try:
         return one_pass(model.to(DTYPES[precision]), batch)
-    except (RuntimeError, NotImplementedError):  # torch's, for a tensor without values whose values are asked for
-        return _from_small_runs(config, model.spec, batch, precision)
+    except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
+        real = _locked(assemble(model.spec, config.objectives.clip, tower_weights=False), config).to(DTYPES[precision])
+        one, two = one_pass(real, 1), one_pass(real, 2)
+        saved, peak, peak_with_gradients = (
+            getattr(one, name) + (getattr(two, name) - getattr(one, name)) * (batch - 1)
+            for name in ("saved", "peak", "peak_with_gradients")
+        )
+        return Activations(saved, peak, peak_with_gradients, measured_on="cpu")
 
 
 def one_pass(model: DualEncoder, batch: int) -> Activations:
-    """As measure, on the device that the model is on."""
+    """Measure as `measure`, on the device that the model is on."""
     device = next(model.parameters()).device
     side, length = model.spec.image_size, model.spec.context_length
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
     tokens[:, -1:] = 1
     model.train()
-    live = Live([*model.parameters(), *model.buffers(), image, tokens])
-    hooks = [p.register_post_accumulate_grad_hook(live.complete) for p in model.parameters() if p.requires_grad]
+    counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
+    hooks = [p.register_post_accumulate_grad_hook(counter.complete) for p in model.parameters() if p.requires_grad]
     attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
     try:
-        with attention, live:
+        with attention, counter:
             outputs = [x for x in model(image=image, tokens=tokens).values() if x.requires_grad]
-            saved = live.now
+            saved = counter.now
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-        return Activations(saved, live.peak, live.peak_with_gradients, device.type)
+        return Activations(saved, counter.peak, counter.peak_with_gradients, device.type)
     finally:
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
-
-
-def _from_small_runs(config: Config, spec: ModelSpec, batch: int, precision: str) -> Activations:
-    model: nn.Module = assemble(spec, config.objectives.clip, tower_weights=False)
-    run = partial(one_pass, _finished(model, config).to(DTYPES[precision]))  # type: ignore[arg-type]
-    one, two = run(1), run(2)
-    saved, peak, peak_with = (a + (b - a) * (batch - 1) for a, b in zip(_bytes(one), _bytes(two)))
-    return Activations(saved, peak, peak_with, measured_on="cpu")
-
-
-def _bytes(found: Activations) -> tuple[int, int, int]:
-    return found.saved, found.peak, found.peak_with_gradients

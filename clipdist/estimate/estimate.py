@@ -1,61 +1,65 @@
-"""A configuration in; what its run will need out, in figures, as a table, and as a refusal where it cannot fit."""
+"""Estimate what a run will need, and refuse it where it cannot fit into memory."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
-from clipdist import config as sections
-from clipdist import run_plan
+import torch
+
+import clipdist.estimate.memory as memory
 from clipdist.config import Config
+from clipdist.config.batches import check_ranks, total_steps
+from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError
+from clipdist.estimate.activations import Activations, measure, meta_model
+from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stage
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
+from clipdist.estimate.traffic import wire_bytes
+from clipdist.losses.tiles import Tile, choose_tile
+from clipdist.models.dual_encoder import DualEncoder
 
-if TYPE_CHECKING:
-    from clipdist.data.catalog import Catalog
-    from clipdist.estimate.activations import Activations
-    from clipdist.estimate.memory import Layout, Memory, Sizes
-
-TOLERANCE = 1.15  # a prediction this far above the device is refused: it may be wrong by as much
+TOLERANCE = 1.15  # a run is refused above this share of the device: the prediction may be wrong by as much
+GPU_TILE = Tile(8192, 8192)  # the largest that a GPU uses
 GB = 1e9
-HALF = {"bf16", "fp16"}
 
 
 def make_estimate(
-    config: Config, catalog: Catalog | None = None, *, world: int | None = None, model: _Models | None = None
+    config: Config, catalog: Catalog | None = None, *, world: int | None = None, model: MeasuredModel | None = None
 ) -> Estimate:
-    """Estimates a run without data, without a GPU and without drawing weights; takes seconds.
+    """Estimate a run without data, without a GPU and without drawing weights, in seconds.
 
     Args:
         catalog: of the training data, for steps and epochs; None: as far as the configuration alone tells.
         world: ranks; None: launch.nodes x launch.gpus (one with launch.cluster=debug).
-        model: measured before for another configuration of the same model.
+        model: measured before, for another configuration of the same model.
 
     Raises:
         UserError: the model cannot be built, or the batch cannot be divided.
     """
     if world is None:
         world = 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
-    run_plan.check_ranks(config, world)
-    per_epoch = len(catalog) // config.train.global_batch if catalog is not None else 0
-    known = catalog is not None or config.train.steps or config.train.samples
+    check_ranks(config, world)
+    train = config.train
+    per_epoch = len(catalog) // train.global_batch if catalog is not None else 0
+    known = catalog is not None or train.steps or train.samples
     device = _device(config)
-    rate, source = expected_rate(config)
+    rate, rate_source = expected_rate(config)
     limit, limit_source = _device_bytes(config, device)
     return Estimate(
         config=config,
         world=world,
         device=device,
-        precision=_precision(config, device),
-        steps=run_plan.length(config, per_epoch) if known else None,
+        # bf16 stands for fp16, which takes as many bytes, on a GPU without bf16
+        precision={"cpu": "fp32", "cuda": "bf16"}[device] if train.precision == "auto" else train.precision,
+        steps=total_steps(train, per_epoch) if known else None,
         steps_per_epoch=per_epoch or None,
         rate=rate,
-        rate_source=source,
+        rate_source=rate_source,
         limit=limit,
         limit_source=limit_source,
-        models=model or _Models(config),
+        model=model or MeasuredModel(config),
     )
 
 
@@ -80,72 +84,66 @@ class Estimate:
     rate_source: str
     limit: int | None
     limit_source: str
-    models: _Models
+    model: MeasuredModel
 
     @cached_property
-    def layout(self) -> Layout:
-        from clipdist.estimate.memory import BUCKET, Layout
-
+    def layout(self) -> StepLayout:
         train, engine = self.config.train, self.config.engine
         zero = engine.deepspeed.get("zero_optimization") or {}
         share = train.global_batch // self.world
-        return Layout(
+        return StepLayout(
             stage=engine.zero_stage,
             world=self.world,
             share=share,
             micro=train.micro_batch or share,
-            itemsize=2 if self.precision in HALF else 4,
+            itemsize=4 if self.precision == "fp32" else 2,
             bfloat16=self.precision == "bf16",
-            bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+            bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
             cpu=self.device == "cpu",
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
         )
 
     @property
-    def clip(self) -> sections.Clip:
-        assert self.config.objectives.clip is not None
-        return self.config.objectives.clip
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        return self.models.sizes
+    def sizes(self) -> ModelSizes:
+        return self.model.sizes
 
     @cached_property
     def activations(self) -> Activations:
-        return self.models.activations(self.config, self.layout.micro, self.precision)
+        return self.model.activations(self.config, self.layout.micro, self.precision)
 
     @cached_property
-    def stages(self) -> dict[int, Memory]:
+    def stages(self) -> dict[int, RankMemory]:
         """Memory of a rank under each ZeRO stage."""
-        from clipdist.estimate.memory import by_stage
-
-        return by_stage(self.sizes, self.layout, self.activations, self._rest())
+        rest = {
+            memory.FEATURES: self._feature_bytes(),
+            memory.TILES: self._tile_bytes(),
+            memory.BATCH: self._batch_bytes(),
+        }
+        return by_stage(self.sizes, self.layout, self.activations, rest)
 
     @property
-    def memory(self) -> Memory:
-        """Under the configured stage."""
+    def memory(self) -> RankMemory:
+        """Memory of a rank under the configured stage."""
         return self.stages[self.layout.stage]
 
     @property
     def total(self) -> int:
-        """What has to fit the device; on a CPU the loader and a checkpoint live in the same memory."""
+        """What has to fit the device; on a CPU the loader's batches and a checkpoint are in the same memory."""
         return self.memory.total + (sum(self.host.values()) if self.device == "cpu" else 0)
 
     @cached_property
     def host(self) -> dict[str, int]:
         """The host's memory for one rank, by name."""
-        owned = self.sizes.trained * 12 + self.sizes.locked * 4
         return {
             "batches ahead": self.config.data.prefetch * self._batch_bytes(),
-            "a checkpoint while it is written": owned // self.world,
+            "a checkpoint while it is written": self._state_bytes() // self.world,
             **({"masters and moments": self.memory.offloaded} if self.memory.offloaded else {}),
         }
 
     @cached_property
     def wire(self) -> dict[str, float]:
-        from clipdist.estimate.traffic import wire_bytes
-
-        return wire_bytes(self.sizes, self.layout, self.clip.loss, self.precision)
+        """Bytes that a rank sends in a step, by collective."""
+        return wire_bytes(self.sizes, self.layout, self.config.clip.loss, self.precision)
 
     @property
     def samples(self) -> int | None:
@@ -157,13 +155,13 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of training alone: validation, checkpoints and start-up come on top."""
+        """Time of training alone, without validation, checkpoints and start-up."""
         return self.samples / self.rate if self.samples and self.rate else None
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of a whole checkpoint: fp32 weights and two moments, over all ranks."""
-        return self.sizes.trained * 12 + self.sizes.locked * 4 + self.sizes.buffer_bytes
+        """Bytes of a whole checkpoint: fp32 weights and two moments, over all ranks."""
+        return self._state_bytes() + self.sizes.buffer_bytes
 
     @property
     def save_every(self) -> int | None:
@@ -172,7 +170,7 @@ class Estimate:
 
     @property
     def checkpoints_kept(self) -> int | None:
-        """At most, one that is being written among them; None where the number of steps is not known."""
+        """The most checkpoints at one time, the one being written included; None without a number of steps."""
         train, guard = self.config.train, self.config.guard
         if train.keep_every and self.steps is None:
             return None
@@ -180,123 +178,67 @@ class Estimate:
         back = 2 if guard.patience and (self.save_every or guard.window) < guard.window else 0  # see RetentionPolicy
         return train.keep + regular + bool(train.keep_best) + back + 1
 
+    def _state_bytes(self) -> int:
+        return self.sizes.trained * 12 + self.sizes.locked * 4
+
     def _batch_bytes(self) -> int:
-        side, length = self.models.spec.image_size, self.models.spec.context_length
+        side, length = self.model.spec.image_size, self.model.spec.context_length
         return self.layout.share * (3 * side**2 + 8 * length + 17)
 
-    def _rest(self) -> dict[str, int]:
-        from clipdist.estimate import memory
-
+    def _feature_bytes(self) -> int:
         share, batch = self.layout.share, self.config.train.global_batch
         width, size = self.sizes.width, self.layout.itemsize
         features = 2 * share * width * size + share * width * 4 + batch * (width * 4 + 16)  # and their fp32 gradients
         if self.world > 1:
-            features += 3 * batch * width * size  # texts of all ranks; what is sent and received of their gradients
+            features += 3 * batch * width * size  # all ranks' text features; their gradients as sent and received
         if self.layout.pieces > 1:
-            features += 2 * share * width * 4  # the slopes that micro-batches wait for
-        return {
-            memory.FEATURES: features,
-            memory.TILES: self._tile_bytes(),
-            memory.BATCH: self._batch_bytes(),
-        }
+            features += 2 * share * width * 4  # the feature gradients that micro-batches wait for
+        return features
 
     def _tile_bytes(self) -> int:
-        """Of the logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
-        if self.device == "cuda" and self.clip.implementation in ("auto", "kernel"):
+        """The logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
+        if self.device == "cuda" and self.config.clip.implementation in ("auto", "kernel"):
             return 0
-        import torch
-
-        from clipdist.losses.tiles import Tile, choose_tile
-
-        # 8192 x 8192 is the most that a GPU takes
-        tile = Tile(8192, 8192) if self.device == "cuda" else choose_tile(torch.device("cpu"))
+        tile = choose_tile(torch.device("cpu"), GPU_TILE if self.device == "cuda" else None)
         rows, columns = min(tile.rows, self.layout.share), min(tile.columns, self.config.train.global_batch)
         return 4 * (rows * columns + (rows + columns) * self.sizes.width)
 
-    # What is told
-
-    def short(self) -> str:
-        """Three lines."""
-        from clipdist.estimate import table
-
-        return table.short(self)
-
-    def table(self) -> str:
-        """Everything, to read."""
-        from clipdist.estimate import table
-
-        return table.full(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; bytes."""
-        return {
-            "model": self.config.model.name,
-            "device": self.device,
-            "precision": self.precision,
-            "world": self.world,
-            "parameters": {**self.models.counts, "trained": self.sizes.trained, "locked": self.sizes.locked},
-            "activations": asdict(self.activations),
-            "memory": {f"zero_{stage}": {"total": m.total, **asdict(m)} for stage, m in self.stages.items()},
-            "zero_stage": self.layout.stage,
-            "host": self.host,
-            "total": self.total,
-            "limit": self.limit,
-            "wire": self.wire,
-            "global_batch": self.config.train.global_batch,
-            "steps": self.steps,
-            "samples": self.samples,
-            "epochs": self.epochs,
-            "samples_per_s": self.rate or None,
-            "rate_source": self.rate_source,
-            "seconds": self.seconds,
-            "checkpoint": self.checkpoint_bytes,
-            "checkpoints_kept": self.checkpoints_kept,
-        }
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device holds it, give or take the 15 % that the estimate may be wrong by; True if not known."""
-        return self.limit is None or self.total <= self.limit * TOLERANCE
-
     def refuse(self) -> None:
-        """
+        """Refuse a run that needs over 15 % more memory than the device has.
+
         Raises:
-            UserError: the run needs over 15 % more memory than the device has; names settings that fit.
+            UserError: it does; names settings that fit.
         """
-        if self.fits:
+        if self.limit is None or self.total <= self.limit * TOLERANCE:
             return
-        assert self.limit is not None
         where = f"{'a rank' if self.device == 'cpu' else 'a GPU'} needs about {self.total / GB:.1f} GB"
         raise UserError(
             f"{where} and has {self.limit / GB:.1f} GB ({self.limit_source}), at model.name={self.config.model.name},"
-            f" engine.zero_stage={self.layout.stage}, {self.layout.micro} pairs a forward pass; {self._what_fits()}"
+            f" engine.zero_stage={self.layout.stage}, {self.layout.micro} pairs a forward pass;"
+            f" {self._what_fits(self.limit)}"
         )
 
-    def _what_fits(self) -> str:
+    def _what_fits(self, limit: int) -> str:
         for changed, words in remedies(self.config, self.world, self.device):
             world = self.world // self.config.launch.nodes * changed.launch.nodes
-            found = make_estimate(changed, world=world, model=self.models)
-            if self.limit is not None and found.total <= self.limit:
+            found = make_estimate(changed, world=world, model=self.model)
+            if found.total <= limit:
                 return f"set {' '.join(words)}: {found.total / GB:.1f} GB"
         return "nothing that was tried makes it fit, more nodes included: take a smaller model or more memory"
 
 
-class _Models:
-    """One model as measured: what configurations that differ in batch, stage or checkpointing alone have in common."""
+class MeasuredModel:
+    """A model's sizes and activations, kept for configurations that differ in batch, stage or checkpointing alone."""
 
     def __init__(self, config: Config) -> None:
-        from clipdist.estimate.activations import meta_model
-        from clipdist.estimate.memory import PERSISTENT, Sizes
-
-        self._config, self._known = config, dict[tuple, "Activations"]()
-        self._by_checkpointing: dict[bool, Any] = {}
+        self._activations: dict[tuple[bool, int, str], Activations] = {}
         model, self.spec = meta_model(config)
-        self._by_checkpointing[config.engine.activation_checkpointing] = model
+        self._by_checkpointing: dict[bool, DualEncoder] = {config.engine.activation_checkpointing: model}
         numbers = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
-        self.sizes = Sizes(
+        self.sizes = ModelSizes(
             trained=sum(n for _, n, trained in numbers if trained),
             locked=sum(n for _, n, trained in numbers if not trained),
-            small=sum(n for _, n, _ in numbers if n < PERSISTENT),
+            small=sum(n for _, n, _ in numbers if n < memory.PERSISTENT),
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
             width=self.spec.embed_dim,
         )
@@ -307,43 +249,28 @@ class _Models:
         }
 
     def activations(self, config: Config, micro: int, precision: str) -> Activations:
-        from clipdist.estimate.activations import measure, meta_model
-
         checkpointing = config.engine.activation_checkpointing
         key = (checkpointing, micro, precision)
-        if key not in self._known:
+        if key not in self._activations:
             if checkpointing not in self._by_checkpointing:
                 self._by_checkpointing[checkpointing] = meta_model(config)[0]
-            self._known[key] = measure(config, self._by_checkpointing[checkpointing], micro, precision)
-        return self._known[key]
+            self._activations[key] = measure(config, self._by_checkpointing[checkpointing], micro, precision)
+        return self._activations[key]
 
 
 def _device(config: Config) -> str:
-    """The device of the job, which need not be this machine's: a job of Slurm's goes to GPUs unless it says cpu."""
+    """Return the device of the job, which need not be this machine's: a Slurm job gets GPUs unless it says cpu."""
     if config.device != "auto":
         return config.device
-    if config.launch.cluster == "slurm":
-        return "cuda"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _precision(config: Config, device: str) -> str:
-    """auto: fp32 on a CPU; bf16 on a GPU, which fp16 equals in bytes where a GPU has no bf16."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "fp32" if device == "cpu" else "bf16"
+    return "cuda" if config.launch.cluster == "slurm" or torch.cuda.is_available() else "cpu"
 
 
 def _device_bytes(config: Config, device: str) -> tuple[int | None, str]:
     launch = config.launch
     if launch.device_gb:
         return int(launch.device_gb * GB), "launch.device_gb"
-    if device == "cpu":
-        return (int(launch.mem_gb * GB / launch.gpus), "launch.mem_gb") if launch.mem_gb else (None, "not known")
-    import torch
-
-    if torch.cuda.is_available():
+    if device == "cpu" and launch.mem_gb:
+        return int(launch.mem_gb * GB / launch.gpus), "launch.mem_gb"
+    if device == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, "this machine's GPU"
     return None, "not known"

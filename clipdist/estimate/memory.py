@@ -1,4 +1,4 @@
-"""Sizes of a model, a batch and an engine in; the memory of one rank at its fullest moment out, named part by part.
+"""Predict the memory of one rank, part by part, at the moment of a step that needs the most.
 
 A step has three moments that may be the fullest: the start of the backward pass, when activations are alive; the
 reduction of the gradients, when DeepSpeed holds them and a flat copy; and the optimiser's step, when it makes fp32
@@ -26,14 +26,14 @@ MOMENTS = ("backward pass", "reduction", "optimiser step")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A model: elements of trained and of locked parameters and of small ones, bytes of buffers, feature width."""
+class ModelSizes:
+    """ModelSizes of a model, in elements unless said otherwise."""
 
     trained: int
     locked: int
-    small: int  # elements of the parameters that stage 3 does not divide
+    small: int  # of the parameters that stage 3 does not divide
     buffer_bytes: int
-    width: int
+    width: int  # of the features
 
     @property
     def all(self) -> int:
@@ -41,8 +41,8 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a step is laid out on a rank.
+class StepLayout:
+    """What a rank does in a step, and with which settings.
 
     Attributes:
         share: pairs of a rank.  micro: of one forward pass.
@@ -68,25 +68,25 @@ class Layout:
 
     @property
     def bf16_wrapper(self) -> bool:
-        """Whether DeepSpeed's BF16_Optimizer serves, which keeps fp32 gradients of everything on every rank."""
+        """Whether DeepSpeed uses its BF16_Optimizer, which keeps fp32 gradients of everything on every rank."""
         return self.stage == 1 and self.bfloat16 and self.pieces > 1 and not self.offload
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank by part, at the moment that needs the most, and what the host holds beside it."""
+class RankMemory:
+    """Bytes of one rank by part, at the moment that needs the most, and bytes that are offloaded to the host."""
 
     moment: str
     parts: dict[str, int]
-    offloaded: int  # of the host
+    offloaded: int
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
 
 
-def peak_memory(sizes: Sizes, layout: Layout, activations: Activations, rest: dict[str, int]) -> Memory:
-    """The fullest of the three moments.
+def peak_memory(sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int]) -> RankMemory:
+    """Return the memory at the one of the three moments that needs the most.
 
     Args:
         rest: bytes of FEATURES, TILES and BATCH, which are there throughout.
@@ -99,25 +99,25 @@ def peak_memory(sizes: Sizes, layout: Layout, activations: Activations, rest: di
     }
     moments = _stage_3(sizes, layout, activations) if layout.stage == 3 else _stages_0_to_2(sizes, layout, activations)
     found = [
-        Memory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
+        RankMemory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
         for name, moment in zip(MOMENTS, moments)
     ]
     return max(found, key=lambda memory: memory.total)
 
 
-def weight_bytes(sizes: Sizes, layout: Layout) -> int:
-    """What the module reads: all of it, or under stage 3 this rank's shares and the small parameters whole."""
+def weight_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of parameters and buffers; in stage 3, of this rank's shares and of the small ones whole."""
     if layout.stage < 3:
         return sizes.all * layout.itemsize + sizes.buffer_bytes
     whole = sizes.small * layout.itemsize if layout.world > 1 else 0
     return -(-sizes.all // layout.world) * layout.itemsize + whole + sizes.buffer_bytes
 
 
-def optimizer_bytes(sizes: Sizes, layout: Layout) -> int:
-    """fp32 masters and two fp32 moments of the elements that this rank steps.
+def optimizer_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of the fp32 masters and the two fp32 moments of the elements that this rank updates.
 
-    No masters where the weights themselves are stepped, which is fp32 in stage 0 alone: stage 3 means to share them
-    there as well, but compares a device with its name and copies.
+    In fp32 and stage 0 the weights themselves are updated and there are no masters. Stage 3 in fp32 copies them all the
+    same.
     """
     stepped = sizes.trained if layout.stage == 0 else -(-sizes.trained // layout.world)
     return stepped * (8 if layout.itemsize == 4 and layout.stage == 0 else 12)
@@ -126,7 +126,7 @@ def optimizer_bytes(sizes: Sizes, layout: Layout) -> int:
 Moment = dict[str, int]
 
 
-def _stages_0_to_2(sizes: Sizes, layout: Layout, activations: Activations) -> tuple[Moment, Moment, Moment]:
+def _stages_0_to_2(sizes: ModelSizes, layout: StepLayout, activations: Activations) -> tuple[Moment, Moment, Moment]:
     trained, size = sizes.trained, layout.itemsize
     gradients, chunk = trained * size, min(trained, layout.bucket if layout.stage else BUCKET) * size
     bucket = 0 if layout.stage == 0 or layout.bf16_wrapper else layout.bucket * size
@@ -152,22 +152,22 @@ def _stages_0_to_2(sizes: Sizes, layout: Layout, activations: Activations) -> tu
 
 
 def _gradients_as_they_come(activations: Activations) -> Moment:
-    """While activations go gradients come: their share of the fullest moment is what it is more than without them."""
+    """Return a backward pass in which every gradient stays once it is complete."""
     return {
         ACTIVATIONS: activations.peak,
         GRADIENTS: activations.peak_with_gradients - activations.peak,
     }
 
 
-def _kept_between_micro_batches(sizes: Sizes, layout: Layout) -> int:
-    """Bytes in which gradients of several micro-batches are added up."""
+def _kept_between_micro_batches(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes in which gradients of several micro-batches are accumulated."""
     if layout.pieces == 1:
         return 0
     return sizes.trained * 4 if layout.stage < 2 else -(-sizes.trained // layout.world) * 4
 
 
-def _gradients_of_step(sizes: Sizes, layout: Layout) -> int:
-    """Bytes of gradients in the optimiser's step: as they were reduced, flattened, and in fp32."""
+def _gradients_of_step(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of gradients in the optimiser's step: as reduced, flattened, and in fp32."""
     trained, size = sizes.trained, layout.itemsize
     if layout.stage == 0:
         return trained * (4 if size == 4 else 2 + 4)
@@ -181,7 +181,7 @@ def _gradients_of_step(sizes: Sizes, layout: Layout) -> int:
     return share * (8 if size == 4 else 2 + 2 + 4)
 
 
-def _stage_3(sizes: Sizes, layout: Layout, activations: Activations) -> tuple[Moment, Moment, Moment]:
+def _stage_3(sizes: ModelSizes, layout: StepLayout, activations: Activations) -> tuple[Moment, Moment, Moment]:
     trained, size = sizes.trained, layout.itemsize
     share = -(-trained // layout.world)
     chunk = min(trained, layout.bucket) * size
@@ -198,7 +198,9 @@ def _stage_3(sizes: Sizes, layout: Layout, activations: Activations) -> tuple[Mo
     return during, reduction, {GRADIENTS: kept + flat, BUFFERS: bucket}
 
 
-def by_stage(sizes: Sizes, layout: Layout, activations: Activations, rest: dict[str, int]) -> dict[int, Memory]:
-    """The same run under every ZeRO stage; offloading is left out where a stage has none."""
+def by_stage(
+    sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int]
+) -> dict[int, RankMemory]:
+    """Return the memory under every ZeRO stage; stage 0 has no offloading."""
     layouts = [replace(layout, stage=stage, offload=layout.offload and stage > 0) for stage in range(4)]
     return {one.stage: peak_memory(sizes, one, activations, rest) for one in layouts}

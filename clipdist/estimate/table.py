@@ -1,19 +1,14 @@
-"""An Estimate in; text for people out: everything as tables, or three lines."""
+"""Format an Estimate for people: everything as tables, or three lines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from clipdist.estimate.estimate import GB, Estimate
 from clipdist.estimate.memory import OVERHEAD, PARTS
 
-if TYPE_CHECKING:
-    from clipdist.estimate.estimate import Estimate
 
-GB = 1e9
-
-
-def short(found: Estimate) -> str:
-    counts = found.models.counts
+def summary(found: Estimate) -> str:
+    """Return three lines."""
+    counts = found.model.counts
     lines = [
         f"plan  {found.config.model.name}, {counts['all'] / 1e6:.1f} M parameters, {found.precision} on"
         f" {_ranks(found)}, ZeRO {found.layout.stage}: about {found.total / GB:.2f} GB of memory a rank,"
@@ -24,13 +19,14 @@ def short(found: Estimate) -> str:
     return "\n".join(lines)
 
 
-def full(found: Estimate) -> str:
-    blocks = [_parameters(found), _memory(found), _host(found), _wire(found), _run(found), _checkpoints(found)]
-    return "\n\n".join(blocks)
+def full_table(found: Estimate) -> str:
+    """Return everything, one column per ZeRO stage."""
+    parts = (_parameters, _memory, _host, _wire, _run, _checkpoints)
+    return "\n\n".join(part(found) for part in parts)
 
 
 def _parameters(found: Estimate) -> str:
-    counts, sizes = found.models.counts, found.sizes
+    counts, sizes = found.model.counts, found.sizes
     return (
         f"{found.config.run.dir}: {found.config.model.name}, {found.precision}, {_ranks(found)}\n"
         f"parameters  {_millions(counts['all'])} (image {_millions(counts['image'])},"
@@ -39,21 +35,16 @@ def _parameters(found: Estimate) -> str:
 
 
 def _memory(found: Estimate) -> str:
-    """One column a stage; the configured one is marked."""
-    stages = list(found.stages)
-    head = [f"ZeRO {stage}{'*' if stage == found.layout.stage else ''}" for stage in stages]
-    rows = [("memory of a rank, GB", head)]
-    rows += [(f"  {_label(part)}", [f"{found.stages[s].parts[part] / GB:.2f}" for s in stages]) for part in PARTS]
-    rows.append(("  in all", [f"{found.stages[s].total / GB:.2f}" for s in stages]))
-    rows.append(("  fullest moment", [found.stages[s].moment for s in stages]))
+    label = {OVERHEAD: f"{OVERHEAD} (assumed)"}
+    stages = found.stages.values()
+    rows = [("memory of a rank, GB", [f"ZeRO {n}{'*' if n == found.layout.stage else ''}" for n in found.stages])]
+    rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in PARTS]
+    rows.append(("  in all", [f"{memory.total / GB:.2f}" for memory in stages]))
+    rows.append(("  fullest moment", [memory.moment for memory in stages]))
     lines = ["".join([f"{name:30}", *(f"{cell:>17}" for cell in cells)]) for name, cells in rows]
     about = "measured with shapes alone" if found.activations.measured_on == "meta" else "from two small runs"
     lines.append(f"  activations of {found.layout.micro} pairs: {about}; {_room(found)}")
     return "\n".join(lines)
-
-
-def _label(part: str) -> str:
-    return f"{part} (assumed)" if part == OVERHEAD else part
 
 
 def _host(found: Estimate) -> str:

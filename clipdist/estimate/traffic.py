@@ -1,18 +1,18 @@
-"""A model and its layout in; bytes that a rank sends in one step out, by name.
+"""Predict the bytes that a rank sends in one step.
 
-Collectives at their optimum, which rings reach, as clipdist.losses.wire has it: an all-reduce of a bytes sends
+Collectives at their optimum, which rings reach, as in clipdist.losses.wire: an all-reduce of a bytes sends
 2 (W-1)/W a, a gather or a scatter of a bytes in all (W-1)/W a. DeepSpeed's stages 1 and 2 reduce their buckets by an
 all-reduce (use_multi_rank_bucket_allreduce), not by a reduce-scatter.
 """
 
 from __future__ import annotations
 
-from clipdist.estimate.memory import LIVE, Layout, Sizes
+from clipdist.estimate.memory import LIVE, ModelSizes, StepLayout
 from clipdist.losses.wire import clipdist_bytes
 
 
-def wire_bytes(sizes: Sizes, layout: Layout, op: str, dtype: str) -> dict[str, float]:
-    """Bytes by name; empty where there is one rank.
+def wire_bytes(sizes: ModelSizes, layout: StepLayout, op: str, dtype: str) -> dict[str, float]:
+    """Return bytes by collective; empty with one rank.
 
     Args:
         op: infonce or sigmoid.  dtype: fp32, bf16 or fp16.
@@ -30,7 +30,7 @@ def wire_bytes(sizes: Sizes, layout: Layout, op: str, dtype: str) -> dict[str, f
     if layout.stage in (1, 2):
         found["weights: all-gather after the step"] = part * gradients
     if layout.stage == 3:
-        # What was gathered stays until its backward pass where all of it fits; cached features need one pass more.
+        # Gathered weights stay until the backward pass where all of them fit; cached features need another pass.
         passes = 1 if 2 * sizes.all <= LIVE else 2
         found["gradients: reduce-scatter"] = part * gradients * layout.pieces
         found["weights: all-gather for the passes"] = (

@@ -21,7 +21,7 @@ from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import Fragment, Zero
 from clipdist.errors import UserError
-from clipdist.evals.reference import Measured, Reference, clip_of, stacked
+from clipdist.evals.reference import Measured, Reference, stacked
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.clip import ClipObjective
@@ -84,13 +84,13 @@ class Audit:
         self.precision = resolve_precision(cfg.train.precision, dist_env.device.type)
         self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
-        model = build_model(cfg.model, clip_of(cfg))
+        model = build_model(cfg.model, cfg.clip)
         self.spec = model.spec
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision])
         if cfg.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        objectives = (objective or ClipObjective(clip_of(cfg)),)
+        objectives = (objective or ClipObjective(cfg.clip),)
         self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env)
         self.reported: dict[str, float] = {}
 

@@ -31,12 +31,6 @@ from clipdist.models.dual_encoder import DualEncoder
 LOW_LOSS = 0.1
 
 
-def clip_of(cfg: Config) -> config.Clip:
-    """The objective that is audited."""
-    assert cfg.objectives.clip is not None
-    return cfg.objectives.clip
-
-
 @dataclass(frozen=True)
 class Measured:
     """The global loss and the gradients of the trained parameters by name, flat, before clipping."""
@@ -102,7 +96,7 @@ class Reference:
 
     def __init__(self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype) -> None:
         self.seed, self.world, self.device, self.dtype = cfg.train.seed, dist_env.world_size, dist_env.device, dtype
-        self.clip = clip_of(cfg)
+        self.clip = cfg.clip
         self.scalars = {
             name: parameter.detach().to(self.device).clone()
             for name, parameter in model.named_parameters()

@@ -19,6 +19,7 @@ from typing import Any
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.errors import UserError
+from clipdist.models.open_clip_files import OPENAI_MEAN, OPENAI_STD, config_fields, model_config, model_names
 
 BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 DEFAULT_CONTEXT = 77
@@ -168,11 +169,9 @@ def _open_clip_config(name: str) -> dict[str, Any]:
         raise UserError(
             f"model.name={name}: name the folder's open_clip_config.json instead, and its weights as model.weights=FILE"
         )
-    import open_clip
-
-    description = open_clip.get_model_config(name)
+    description = model_config(name)
     if description is None:
-        known = {known.lower(): known for known in open_clip.list_models()}
+        known = {known.lower(): known for known in model_names()}
         near = [known[key] for key in difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.5)]
         hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() lists the names"
         raise UserError(f"model.name={name}: neither an open_clip model nor a .json file; {hint}")
@@ -204,8 +203,6 @@ def _localise(text: dict[str, Any], folder: Path) -> None:
 
 def _check_description(name: str, description: Any) -> None:
     """Raises UserError unless `description` has the form that the towers are built from."""
-    import open_clip
-
     where = f"model.name={name}"
     if not isinstance(description, dict):
         raise UserError(f'{where}: expected a JSON object with "embed_dim", "vision_cfg" and "text_cfg"')
@@ -217,8 +214,8 @@ def _check_description(name: str, description: Any) -> None:
     tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", *_NOT_OPEN_CLIPS}
     fields = {
         "": (description, tops),
-        "vision_cfg.": (description["vision_cfg"], {f.name for f in dataclasses.fields(open_clip.CLIPVisionCfg)}),
-        "text_cfg.": (description["text_cfg"], {f.name for f in dataclasses.fields(open_clip.CLIPTextCfg)} | {"cbow"}),
+        "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg")),
+        "text_cfg.": (description["text_cfg"], config_fields("CLIPTextCfg") | {"cbow"}),
     }
     for prefix, (section, known) in fields.items():
         for key in section:
@@ -311,10 +308,8 @@ def _pixel_statistics(
     name: str, description: dict[str, Any], weights: dict[str, Any]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
-    import open_clip
-
-    mean = description.get("image_mean") or weights.get("mean") or open_clip.OPENAI_DATASET_MEAN
-    std = description.get("image_std") or weights.get("std") or open_clip.OPENAI_DATASET_STD
+    mean = description.get("image_mean") or weights.get("mean") or OPENAI_MEAN
+    std = description.get("image_std") or weights.get("std") or OPENAI_STD
     for key, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
             raise UserError(f"model.name={name}: {key} takes three numbers, one per channel")

@@ -117,14 +117,14 @@ def test_bad_input_of_one_rank_ends_all_without_a_restart(launch, run):
 
 
 @pytest.mark.parametrize(
-    ("number", "reason", "more"),
+    ("number", "more"),
     [
-        (signal.SIGINT, "SIGINT", ()),
-        (signal.SIGTERM, "SIGTERM", ("--setup", "export A=${HOME}/a")),  # a shell stands in between
-        (signal.SIGHUP, "SIGTERM", ()),
+        (signal.SIGINT, ()),
+        (signal.SIGTERM, ("--setup", "export A=${HOME}/a")),  # a shell starts the ranks
+        (signal.SIGHUP, ()),
     ],
 )
-def test_a_stop_ends_all_ranks_with_a_checkpoint(launch, run, number, reason, more):
+def test_a_stop_ends_all_ranks_with_a_checkpoint(launch, run, number, more):
     process = launch(*more)
     wait_for_ranks(run)
     time.sleep(0.5)  # the flag is set up right before the ranks note their process ids; this is for the launcher
@@ -132,8 +132,20 @@ def test_a_stop_ends_all_ranks_with_a_checkpoint(launch, run, number, reason, mo
     said, errors = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, errors) == (75, "")
     assert "writing a checkpoint" in said
-    assert f"stopped by {reason}" in said
+    assert "stopped by SIGTERM" in said
     assert not any(psutil.pid_exists(int((run / f"pid-{rank}").read_text())) for rank in (0, 1))
+
+
+def test_a_stop_before_training_is_no_fault(launch, run):
+    """Python has not begun to run in the ranks: a shell still runs the setup lines."""
+    process = launch("--setup", f"touch {run}/setup; exec sleep 600")
+    deadline = time.monotonic() + LIMIT_S
+    while not (run / "setup").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, errors) == (75, "")
 
 
 def test_the_job_runs_the_code_of_its_submission(launch, run, repository):
@@ -164,3 +176,32 @@ def test_a_sweep_runs_one_after_another(launch, run):
     assert process.returncode == 0, errors
     begun = [line for line in said.splitlines() if line.startswith("begin")]
     assert begun == ["begin one restarts 0 lr 0.001", "begin one restarts 0 lr 0.002"]
+
+
+@pytest.mark.parametrize(
+    ("end", "environment", "code"),
+    [("done", {"RANK": "0"}, 0), ("refuse", {"RANK": "0"}, 2), ("done", {}, 1)],  # the stand-in fails without RANK
+)
+def test_debugging_is_one_process_and_an_exception_opens_pdb(repository, shards, run, end, environment, code):
+    (run / "end").write_text(end)
+    words = [
+        "--config",
+        "configs/tiny.yaml",
+        "--cluster",
+        "debug",
+        f"run.root={run.parent}",
+        f"data.train={shards}/train",
+    ]
+    ended = subprocess.run(
+        [sys.executable, "launch/submit.py", *words],
+        cwd=repository,
+        env={name: value for name, value in os.environ.items() if name != "RANK"} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert ("(Pdb)" in ended.stdout) == (code == 1)
+    assert ("KeyError: 'RANK'" in ended.stderr) == (code == 1)
+    assert (ended.stderr == "error: no such thing\n") == (code == 2)

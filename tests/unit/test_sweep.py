@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clipdist.errors import UserError
-from launch.sweep import Point, points
+from launch.sweep import SweepPoint, points
 
 
 def test_every_combination_with_a_name_of_its_own():
@@ -18,7 +18,7 @@ def test_every_combination_with_a_name_of_its_own():
 
 
 def test_without_a_sweep_there_is_one_run_of_the_plain_name():
-    assert points([]) == [Point((), "")]
+    assert points([]) == [SweepPoint((), "")]
 
 
 def test_equal_last_parts_are_told_apart_and_single_values_stay_out_of_the_name():

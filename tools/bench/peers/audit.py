@@ -20,7 +20,7 @@ from clipdist.data.batch import IMAGE, Batch, pairs
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.evals.audit import Audit, Row, compare
-from clipdist.evals.reference import Measured, clip_of
+from clipdist.evals.reference import Measured
 from clipdist.models.dual_encoder import DualEncoder
 
 Features = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
     Returns:
         on rank 0 the rows; elsewhere nothing. A feature cache whose batches do not divide a rank's rows is left out.
     """
-    dist_env, clip, rows_of_batch = audit.dist_env, clip_of(audit.cfg), len(batch)
+    dist_env, clip, rows_of_batch = audit.dist_env, audit.cfg.clip, len(batch)
     # As code sees it that knows neither bad rows nor equal captions.
     everything = torch.ones(rows_of_batch, dtype=torch.bool)
     batch = pairs(batch.images[IMAGE], batch.tokens, everything, torch.arange(rows_of_batch))
