@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipdist.errors import UserError, run_main
 from clipdist.report.history import read_runs
-from clipdist.report.report import report_page, run_figures
+from clipdist.report.report_page import report_page, run_figures
 
 EXAMPLES = """examples:
   python tools/report.py runs/demo
