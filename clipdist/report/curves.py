@@ -57,6 +57,8 @@ _STYLE: Any = {
     "ytick.major.size": 0,
     "lines.scale_dashes": False,
     "lines.solid_joinstyle": "round",
+    "lines.solid_capstyle": "round",
+    "lines.dash_capstyle": "round",
     **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
 }
 _NAMESPACES = {"": "http://www.w3.org/2000/svg", "xlink": "http://www.w3.org/1999/xlink"}
