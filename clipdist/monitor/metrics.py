@@ -81,7 +81,7 @@ class Metrics:
         try:
             _append(self._path, json.dumps(record).encode() + b"\n")
         except OSError as error:
-            self._warn(str(self._path), error, "lines are lost until it can")
+            self._warn(str(self._path), error, "training goes on, and loses its lines")
         if kind == "event":
             self._show(lambda board: board.add_text("events", json.dumps(values), step))
             return
@@ -130,7 +130,7 @@ class Metrics:
                 self._hide_from = None
             put(self._board)
         except OSError as error:  # also of the writer's thread: it is raised by a later call
-            self._warn(f"{self._path.parent}: TensorBoard's events", error, "they are left out until they can")
+            self._warn(f"{self._path.parent}: TensorBoard's events", error, "training goes on, and loses them")
             self._board_not_before = time.monotonic() + TENSORBOARD_RETRY_S
             board, self._board = self._board, None
             if board is not None:
@@ -143,7 +143,7 @@ class Metrics:
             self._warned.add(what)
             with suppress(OSError):
                 reason = error.strerror or error
-                line = f"note: {what} cannot be written ({reason}); {lost}, and training goes on; make room or mend it"
+                line = f"note: {what} cannot be written ({reason}): make room, or repair it; {lost} until then"
                 print(line, file=sys.stderr, flush=True)
 
 

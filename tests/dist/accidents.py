@@ -503,7 +503,7 @@ def full_disk(theatre: Theatre) -> None:
     settings: dict[str, object] = {"data.retry_s": 0.15}
     ended = theatre.start("full", [0, 0], settings, [disk_full(6, 1), metrics_refused(6)])
     need_lines(ended, "note: a checkpoint could not be written (", "No space left on device", "; the run goes on")
-    need_lines(ended, "metrics.jsonl cannot be written (No space left on device); lines are lost until it can")
+    need_lines(ended, "metrics.jsonl cannot be written (No space left on device): make room, or repair it")
     (told,) = events(theatre.run("full"), "save_failed")
     need("No space left on device" in told["reason"], f"event {told}")
     need(steps_kept(theatre.run("full")) == [3, 9, 12], f"checkpoints {steps_kept(theatre.run('full'))}", ended)

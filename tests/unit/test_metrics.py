@@ -52,7 +52,7 @@ def test_a_full_disk_costs_lines_and_ends_no_run(small_disk, monkeypatch, capsys
     assert {*range(1, 100), *range(200, 301)} <= set(written)
     assert len(written) < 300
     said = capsys.readouterr().err
-    assert said.count("metrics.jsonl cannot be written (No space left on device); lines are lost until it can") == 1
+    assert said.count("metrics.jsonl cannot be written (No space left on device): make room, or repair it") == 1
     assert said.count("TensorBoard's events cannot be written") == 1
     assert len(said.splitlines()) == 2
     shown = [scalar.step for scalar in shown_losses(small_disk)]
