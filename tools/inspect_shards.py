@@ -23,7 +23,7 @@ from clipdist.datasets.describe import choose_samples, describe_members, describ
 from clipdist.datasets.examine import MOST_NAMED, Source, Task, examine_shard, in_order
 from clipdist.datasets.images import open_pool
 from clipdist.errors import EXIT_FAULT, UserError, run_main
-from clipdist.evals.sheet import Row, contact_sheet, first_caption
+from clipdist.evals.sheet import SheetRow, contact_sheet, first_caption
 
 EXAMPLE = """examples:
   python tools/inspect_shards.py data/flickr8k/train --sheet train.png
@@ -114,7 +114,7 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
         labels.append(f"{reader.key(sample_id)}\n{first_caption(reader, sample_id)}")
     if not images:
         raise UserError(f"--sheet {path}: none of the pictures looked at can be decoded")
-    contact_sheet([Row(f"{len(images)} of {len(reader.catalog)} samples", images, labels)]).save(path)
+    contact_sheet([SheetRow(f"{len(images)} of {len(reader.catalog)} samples", images, labels)]).save(path)
 
 
 def table(result: dict) -> str:

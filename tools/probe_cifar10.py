@@ -254,12 +254,12 @@ def published_accuracy(context: Context) -> tuple[str, float] | None:
 
 def write_picture(context: Context, probe: Probe, run_dir: Path | None) -> Path | None:
     """The confusion matrix, where it is asked for or there is a run to lay it in."""
-    from clipdist.report.confusion import MOST_CLASSES, confusion_matrix, confusion_picture
+    from clipdist.report.confusion import MOST_CLASSES, confusion_image, confusion_matrix
 
     wanted = Path(context.args.picture) if context.args.picture else run_dir and run_dir / "probe_confusion.png"
     if not wanted or len(probe.classes) > MOST_CLASSES:
         return None
-    picture = confusion_picture(confusion_matrix(probe.labels, probe.predictions, len(probe.classes)), probe.classes)
+    picture = confusion_image(confusion_matrix(probe.labels, probe.predictions, len(probe.classes)), probe.classes)
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
         picture.save(wanted, "PNG")

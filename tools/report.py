@@ -1,4 +1,4 @@
-"""Run folders in, one self-contained HTML page about them out; it can be mailed, read on a phone and printed."""
+"""Write one self-contained HTML page about runs, to be mailed, read on a phone or printed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from clipdist.errors import UserError, run_main
-from clipdist.report.history import read_runs
-from clipdist.report.report import report_page, run_figures
+from clipdist.report.history import read_runs, run_figures
+from clipdist.report.report_page import report_page
 
 EXAMPLES = """examples:
   python tools/report.py runs/demo
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def default_page(runs: list[Path]) -> Path:
-    """RUN/report.html; of several, compare-A-B.html beside the first."""
+    """Return RUN/report.html; of several, compare-A-B.html beside the first."""
     if len(runs) == 1:
         return runs[0] / "report.html"
     names = [run.resolve().name for run in runs]

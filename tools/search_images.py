@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch comes in seconds, a misspelt word should be heard of 
     from clipdist.evals.approximate import ApproximateIndex
     from clipdist.evals.embed import Embeddings, Encode
     from clipdist.evals.search import Hit, Query
-    from clipdist.evals.sheet import Row
+    from clipdist.evals.sheet import SheetRow
     from clipdist.models.load import LoadedModel
     from clipdist.report.search_page import Answer
 
@@ -272,13 +272,13 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
     return Answer(query.text, hits, pixels, decode_pixels(query.picture) if query.picture else None)
 
 
-def sheet_row(answer: Answer) -> Row:
-    from clipdist.evals.sheet import Row
+def sheet_row(answer: Answer) -> SheetRow:
+    from clipdist.evals.sheet import SheetRow
 
     images, labels = list(answer.pixels), [f"{hit.rank}.  {hit.score:.3f}\n{hit.caption}" for hit in answer.hits]
     if answer.query_pixels is not None:
         images, labels = [answer.query_pixels, *images], ["the query", *labels]
-    return Row(answer.query, images, labels)
+    return SheetRow(answer.query, images, labels)
 
 
 def about(session: Session, result: Result) -> str:

@@ -233,15 +233,15 @@ def draw(
 ) -> Any:
     """A sheet of v, scaled so that it can be seen, and some held-out pictures without and with it."""
     from clipdist.evals.perturb import noise_like, perturbation_picture, predict
-    from clipdist.evals.sheet import Row, contact_sheet
+    from clipdist.evals.sheet import SheetRow, contact_sheet
 
     images = held_out.images[:SHOWN]
     moved = (images + v.cpu()).round().clamp(0, 255).byte()
     drawn = [perturbation_picture(v), perturbation_picture(noise_like(v, args.norm, 0))]
-    rows = [Row("the universal perturbation, scaled to be seen", drawn, ["v", "noise of the same norm"])]
+    rows = [SheetRow("the universal perturbation, scaled to be seen", drawn, ["v", "noise of the same norm"])]
     for title, shown in (("pictures, and what the classifier takes them for", images), ("the same, perturbed", moved)):
         answers = predict(classify, shown, v.new_zeros(v.shape), args.batch)
-        rows.append(Row(title, list(shown), [classes[answer] for answer in answers.tolist()]))
+        rows.append(SheetRow(title, list(shown), [classes[answer] for answer in answers.tolist()]))
     return contact_sheet(rows)
 
 

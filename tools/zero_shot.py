@@ -71,7 +71,7 @@ def report(
     """The table, the picture and the JSON object; `templates` is their number."""
     from clipdist.evals.results import keep_result
     from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_metrics
-    from clipdist.report.confusion import confusion_matrix, confusion_picture
+    from clipdist.report.confusion import confusion_image, confusion_matrix
 
     labels, scale = test.labels, loaded.model.logit_scale
     metrics = zero_shot_metrics(test.image, labels, classifier, scale)
@@ -82,7 +82,7 @@ def report(
     print(f"{templates} template{'s' if templates > 1 else ''}; percent")
     print_table(metrics, per_class)
     if args.confusion:
-        confusion_picture(confusion_matrix(labels, predictions, len(data.classes)), data.classes).save(args.confusion)
+        confusion_image(confusion_matrix(labels, predictions, len(data.classes)), data.classes).save(args.confusion)
         print(f"confusion matrix: {args.confusion}")
     facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
     record = {**metrics, "per_class": per_class, "left_out": test.left_out, **facts}

@@ -1,4 +1,4 @@
-"""Queries with their pictures and labels in, one contact sheet (a Pillow image) out: a row of pictures per query."""
+"""Draw contact sheets (Pillow images): a row of labelled images under each query."""
 
 from __future__ import annotations
 
@@ -15,34 +15,43 @@ from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.reader import Reader, open_reader
 from clipdist.evals.embed import Embeddings
 
-TILE = 176  # side of a picture's square, pixels
-COLUMNS = 8  # pictures beside one another, at most
+TILE = 176  # side of an image's square, pixels
+COLUMNS = 8  # images beside one another, at most
 GAP = 12
 MARGIN = 24
 QUERY_SIZE, LABEL_SIZE = 20, 14  # of the fonts, pixels
 QUERY_LINES, LABEL_LINES = 4, 5  # longer text ends in an ellipsis
 PAPER, INK, QUIET, MAT = (255, 255, 255), (24, 28, 36), (96, 104, 118), (240, 242, 245)
-RIGHT = (22, 163, 74)  # frame of a right answer
+CORRECT = (22, 163, 74)  # frame of the correct image
 FRAME = 4  # its width, pixels
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Picture = Image.Image | np.ndarray | Tensor
+AnyImage = Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
-class Row:
-    """One query; `images` are Pillow images, or uint8 [h, w, 3] arrays, or uint8 [3, h, w] tensors; a label each."""
+class SheetRow:
+    """One query and its images.
+
+    Attributes:
+        images: Pillow images, uint8 [h, w, 3] arrays or uint8 [3, h, w] tensors.
+        labels: one per image, "" for none; line breaks are kept.
+        correct: index of the image that gets a green frame, where one is known to be the answer.
+    """
 
     query: str
-    images: Sequence[Picture]
-    labels: Sequence[str]  # "" for none; a line break in a label is kept
-    right: int | None = None  # which of the pictures is the right answer, where that is known: it gets a green frame
+    images: Sequence[AnyImage]
+    labels: Sequence[str]
+    correct: int | None = None
 
 
-def contact_sheet(rows: Sequence[Row], tile: int = TILE) -> Image.Image:
-    """Draws the rows under one another. Pictures keep their aspect inside a square of `tile` pixels.
+def contact_sheet(rows: Sequence[SheetRow], tile: int = TILE) -> Image.Image:
+    """Draw the rows below one another. Images keep their aspect ratio inside a square of `tile` pixels.
 
-    The width follows the longest row, up to COLUMNS pictures; what is more goes on below. The height follows the text.
+    The width follows the longest row, up to COLUMNS images; longer rows are wrapped. The height follows the text.
+
+    Raises:
+        ValueError: no rows, or a row with another number of labels than of images.
     """
     if not rows or any(len(row.images) != len(row.labels) for row in rows):
         raise ValueError("a contact sheet needs rows, and as many labels as pictures in each")
@@ -53,8 +62,8 @@ def contact_sheet(rows: Sequence[Row], tile: int = TILE) -> Image.Image:
         strips.append(_text_strip(row.query, width))
         for begin in range(0, len(row.images), columns):
             part = slice(begin, begin + columns)
-            right = None if row.right is None else row.right - begin
-            strips.append(_picture_strip(row.images[part], row.labels[part], right, width, tile))
+            correct = None if row.correct is None else row.correct - begin
+            strips.append(_image_strip(row.images[part], row.labels[part], correct, width, tile))
     sheet = Image.new("RGB", (width, MARGIN + sum(strip.height for strip in strips)), PAPER)
     y = MARGIN
     for strip in strips:
@@ -63,16 +72,16 @@ def contact_sheet(rows: Sequence[Row], tile: int = TILE) -> Image.Image:
     return sheet
 
 
-def hits_row(query: str, reader: Reader, sample_ids: Sequence[int], scores: Sequence[float]) -> Row:
-    """The row of a query's hits, best first: whole pictures, labelled with rank, score and first caption."""
+def hits_row(query: str, reader: Reader, sample_ids: Sequence[int], scores: Sequence[float]) -> SheetRow:
+    """Return the row of a query's hits, best first: uncropped images, labelled with rank, score and first caption."""
     labels = []
     for rank, (sample_id, score) in enumerate(zip(sample_ids, scores), start=1):
         labels.append(f"{rank}.  {score:.3f}\n{first_caption(reader, sample_id)}")
-    return Row(query, [decode_pixels(reader.image(sample_id)) for sample_id in sample_ids], labels)
+    return SheetRow(query, [decode_pixels(reader.image(sample_id)) for sample_id in sample_ids], labels)
 
 
 def first_caption(reader: Reader, sample_id: int) -> str:
-    """A sample's first caption, "" where it has none."""
+    """Return a sample's first caption, "" where it has none."""
     try:
         return reader.captions(sample_id)[0]
     except BadSample:
@@ -80,9 +89,13 @@ def first_caption(reader: Reader, sample_id: int) -> str:
 
 
 def retrieval_sheet(embeddings: Embeddings, catalog: Catalog, queries: int, hits: int = 6) -> Image.Image:
-    """The sheet that validation shows: captions spread evenly over the set, each with the pictures it finds.
+    """Draw the sheet of a validation: captions spread evenly over the set, each with the images that it retrieves.
 
-    The caption's own picture has a green frame where it is among the hits. The same queries come back every time.
+    The caption's own image has a green frame where it is among the hits. The choice of captions is deterministic.
+
+    Args:
+        queries: number of captions, at most.
+        hits: number of images for each, at most.
     """
     count = min(queries, len(embeddings.captions))
     chosen = [(2 * row + 1) * len(embeddings.captions) // (2 * count) for row in range(count)]
@@ -91,12 +104,12 @@ def retrieval_sheet(embeddings: Embeddings, catalog: Catalog, queries: int, hits
     reader = open_reader(catalog)
     try:
         rows = []
-        for caption, values, pictures in zip(chosen, top.values, top.indices):
+        for caption, values, images in zip(chosen, top.values, top.indices):
             row = hits_row(
-                embeddings.captions[caption], reader, embeddings.sample_ids[pictures].tolist(), values.tolist()
+                embeddings.captions[caption], reader, embeddings.sample_ids[images].tolist(), values.tolist()
             )
-            right = (pictures == embeddings.text_image[caption]).nonzero().flatten().tolist()
-            rows.append(replace(row, right=right[0] if right else None))
+            correct = (images == embeddings.text_image[caption]).nonzero().flatten().tolist()
+            rows.append(replace(row, correct=correct[0] if correct else None))
     finally:
         reader.close()
     return contact_sheet(rows)
@@ -112,8 +125,8 @@ def _text_strip(query: str, width: int) -> Image.Image:
     return strip
 
 
-def _picture_strip(
-    images: Sequence[Picture], labels: Sequence[str], right: int | None, width: int, tile: int
+def _image_strip(
+    images: Sequence[AnyImage], labels: Sequence[str], correct: int | None, width: int, tile: int
 ) -> Image.Image:
     font = ImageFont.load_default(size=LABEL_SIZE)
     wrapped = [_wrap(label, font, tile, LABEL_LINES) for label in labels]
@@ -121,33 +134,33 @@ def _picture_strip(
     height = labels_y + max(len(lines) for lines in wrapped) * _line(LABEL_SIZE) + MARGIN
     strip = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(strip)
-    for column, (picture, lines) in enumerate(zip(images, wrapped)):
+    for column, (image, lines) in enumerate(zip(images, wrapped)):
         x = MARGIN + column * (tile + GAP)
         draw.rectangle((x, 0, x + tile - 1, tile - 1), MAT)
-        fitted = _fit(picture, tile)
+        fitted = _fit(image, tile)
         strip.paste(fitted, (x + (tile - fitted.width) // 2, (tile - fitted.height) // 2))
-        if column == right:
-            draw.rectangle((x, 0, x + tile - 1, tile - 1), outline=RIGHT, width=FRAME)
+        if column == correct:
+            draw.rectangle((x, 0, x + tile - 1, tile - 1), outline=CORRECT, width=FRAME)
         for number, line in enumerate(lines):
-            # The first line carries the rank and the score.
+            # The first line holds the rank and the score.
             draw.text((x, labels_y + number * _line(LABEL_SIZE)), line, INK if number == 0 else QUIET, font)
     return strip
 
 
-def _fit(picture: Picture, tile: int) -> Image.Image:
-    """The picture scaled, up or down, so that its longer side is `tile`."""
-    if isinstance(picture, Tensor):
-        picture = picture.permute(1, 2, 0).cpu().numpy()
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(np.ascontiguousarray(picture))
-    picture = picture.convert("RGB")
-    scale = tile / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.BICUBIC)
+def _fit(image: AnyImage, tile: int) -> Image.Image:
+    """Scale an image, up or down, so that its longer side is `tile` pixels."""
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(np.ascontiguousarray(image))
+    image = image.convert("RGB")
+    scale = tile / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))  # ImageOps.contain rounds to 0
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
-    """Breaks text into at most `most` lines of at most `width` pixels; a word wider than a line is broken too."""
+    """Break text into at most `most` lines of at most `width` pixels; break words that are wider than a line too."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -171,7 +184,7 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
 
 
 def _longest_head(word: str, font: Font, width: int) -> int:
-    """How many characters of a word fit on a line, at least one."""
+    """Return how many characters of a word fit on a line, at least one."""
     head = 1
     while head < len(word) and font.getlength(word[: head + 1]) <= width:
         head += 1

@@ -1,1 +1,1 @@
-"""What a run tells about itself: metrics.jsonl, TensorBoard, the progress line."""
+"""Records of a run: metrics.jsonl, TensorBoard, the progress line, unusable samples, provenance."""

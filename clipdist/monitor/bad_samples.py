@@ -1,4 +1,4 @@
-"""Samples that cannot be used: each rank's findings in; counts by reason and names, the same on all ranks, out."""
+"""Count the unusable samples of all ranks by reason, and name some of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMED = 32
 
 
 class BadSamples:
-    """Collects what this rank could not use.
+    """Collect the samples that this rank could not use.
 
     Attributes:
         totals: {reason: samples} of all ranks since the start of this process, as of the last `share`.
@@ -24,17 +24,18 @@ class BadSamples:
         self._unnamed: list[tuple[int, str]] = []
 
     def add(self, bad: list[tuple[int, str]]) -> None:
-        """(sample id, reason) of each."""
+        """Record the (sample id, reason) of each; a reason is one of REASONS."""
         for sample_id, reason in bad:
             self._counts[REASONS.index(reason)] += 1
             if len(self._unnamed) < NAMED:
                 self._unnamed.append((sample_id, reason))
 
     def share(self, device: torch.device) -> tuple[int, list[tuple[int, str]]]:
-        """Collective: brings the ranks' findings together.
+        """Combine the findings of all ranks. Collective.
 
         Returns:
-            How many are new since the last call, and the (sample id, reason) of those that are named.
+            How many samples are new since the last call, and the (sample id, reason) of those that are named; the same
+            on all ranks.
         """
         counts = all_reduce_sum(torch.tensor(self._counts, device=device)).tolist()
         new = int(sum(counts)) - sum(self.totals.values())

@@ -156,7 +156,7 @@ class Journal:
         sheet = validation.sheet(findings)
         if sheet is None:
             return
-        self.metrics.picture("val/retrieval", sheet, step)
+        self.metrics.image("val/retrieval", sheet, step)
         temporary = self.config.run.dir / "validation.tmp"  # a full disk leaves the last whole one
         try:
             sheet.save(temporary, format="PNG")

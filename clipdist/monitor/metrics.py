@@ -1,4 +1,4 @@
-"""What a run tells about itself: numbers in; metrics.jsonl, TensorBoard events and a progress line out."""
+"""Write metrics.jsonl and TensorBoard's event files, and show progress."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,92 +18,154 @@ import torch
 from tqdm import tqdm
 
 from clipdist.errors import Fault
-from clipdist.monitor.board import Board
-from clipdist.monitor.line_file import LineFile
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-# Records past the resumed step come again with the steps that are run again, except how attempts began and ended.
+# Steps past the resumed one are trained again and logged again; how attempts began and ended is not.
 KEPT_ON_RESUME = ("restart", "interrupted", "rollback", "save_failed", "fault")
+TENSORBOARD_RETRY_S = 60.0  # after a failed write
 
 
 class Metrics:
-    """Writes the records of one run. Only rank 0 holds an open one; elsewhere all calls do nothing.
+    """Write the records of one run to metrics.jsonl and TensorBoard. Do nothing on ranks other than 0.
 
-    A disk that is full or away ends no run: see LineFile and Board.
+    A write that fails (disk full, storage unavailable) is reported once on stderr and loses what it wrote; training
+    goes on, and later writes are tried as usual.
 
     Args:
-        start_step: the step that training goes on from; later records of an earlier, interrupted attempt are dropped.
+        run_dir: the run folder, which exists.
+        start_step: the step that training continues from; later records of an earlier attempt are removed from
+            metrics.jsonl and hidden in TensorBoard, and so is a line that a kill cut short.
 
     Attributes:
-        validated_at: the step of the last validation that is kept; 0: none.
+        validated_at: step of the last validation that is kept; 0 if there is none.
 
     Raises:
         Fault: the run folder cannot be written at the start.
     """
 
     def __init__(self, run_dir: Path, rank: int, start_step: int = 0) -> None:
-        self._lines: LineFile | None = None
         self.validated_at = 0
-        if rank != 0:
+        self._open = rank == 0
+        if not self._open:
             return
-        path = run_dir / "metrics.jsonl"
+        self._path = run_dir / "metrics.jsonl"
+        self._warned: set[str] = set()
         try:
-            if path.exists():
-                kept = _drop_after(path, start_step)
+            if self._path.exists():
+                kept = _drop_after(self._path, start_step)
                 self.validated_at = max([0, *(record["step"] for record in kept if record["type"] == "val")])
-            self._lines = LineFile(path)
+            self._path.touch()
         except OSError as error:
-            raise Fault(f"{path}: cannot be written ({error.strerror or error}); mend it and start again") from None
-        self._board = Board(run_dir, start_step + 1)
+            reason = error.strerror or error
+            raise Fault(f"{self._path}: cannot be written ({reason}); mend it and start again") from None
+        self._board: SummaryWriter | None = None
+        self._board_not_before = 0.0  # monotonic time
+        self._hide_from: int | None = start_step + 1
+        self._show(lambda board: None)
 
     def write(self, kind: str, step: int, samples: int, **values: Any) -> None:
-        """One record: kind is train, val or event. Numbers go to TensorBoard as kind/name, too."""
-        if self._lines is None:
+        """Append one record; its numbers also go to TensorBoard as kind/name.
+
+        Args:
+            kind: train, val or event.
+            values: what JSON can hold; floats that are not finite become null.
+        """
+        if not self._open:
             return
         # JSON has no nan and no infinity (fp16 overflows in its first steps).
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"type": kind, "step": step, "samples": samples, "time": time.time(), **values}
-        self._lines.write(json.dumps(record) + "\n")
+        try:
+            _append(self._path, json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            self._warn(str(self._path), error, "training goes on, and loses its lines")
         if kind == "event":
-            self._board.show(lambda board: board.add_text("events", json.dumps(values), step))
+            self._show(lambda board: board.add_text("events", json.dumps(values), step))
             return
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._board.show(partial(_add_scalar, f"{kind}/{name}", value, step))
+                self._show(partial(_add_scalar, f"{kind}/{name}", value, step))
 
-    def picture(self, name: str, picture: Any, step: int) -> None:
-        """A Pillow picture on TensorBoard's image page."""
-        if self._lines is not None:
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Show an image on TensorBoard's image page."""
+        if self._open:
             import numpy as np
 
-            pixels = np.asarray(picture.convert("RGB"))
-            self._board.show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+            pixels = np.asarray(image.convert("RGB"))
+            self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def settings(self, settings: dict[str, Any], text: str) -> None:
-        """The configuration, to read."""
-        if self._lines is not None:
-            self._board.show(lambda board: board.add_text("config", "    " + text.replace("\n", "\n    ")))
+        """Show the configuration, as text, on TensorBoard; keep it for `outcome`."""
+        if self._open:
+            self._show(lambda board: board.add_text("config", "    " + text.replace("\n", "\n    ")))
             self._settings = {k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in settings.items()}
 
     def outcome(self, results: dict[str, float]) -> None:
-        """Hyper-parameters beside final results, on TensorBoard's HParams page."""
-        if self._lines is not None and results:
+        """Show hyper-parameters beside final results on TensorBoard's HParams page."""
+        if self._open and results:
             named = {f"final/{name}": value for name, value in results.items()}
-            self._board.show(lambda board: board.add_hparams(self._settings, named, run_name="."))
+            self._show(lambda board: board.add_hparams(self._settings, named, run_name="."))
 
     def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-            self._board.close()
-            self._lines = None
+        if self._open and self._board is not None:
+            self._show(lambda board: board.close())
+        self._open = False
+
+    def _show(self, put: Callable[[SummaryWriter], object]) -> None:
+        """Let `put` add to TensorBoard's writer.
+
+        After an error a writer is of no use: its thread has ended, and its file may end in half a record. A new one,
+        with a file of its own, takes its place.
+        """
+        if self._board is None and time.monotonic() < self._board_not_before:
+            return
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self._path.parent), purge_step=self._hide_from)
+                self._hide_from = None
+            put(self._board)
+        except OSError as error:  # also of the writer's thread: it is raised by a later call
+            self._warn(f"{self._path.parent}: TensorBoard's events", error, "training goes on, and loses them")
+            self._board_not_before = time.monotonic() + TENSORBOARD_RETRY_S
+            board, self._board = self._board, None
+            if board is not None:
+                with suppress(OSError):
+                    board.close()  # ends its thread, where that still runs
+
+    def _warn(self, what: str, error: OSError, lost: str) -> None:
+        """Print one line on stderr, once for each `what`."""
+        if what not in self._warned:
+            self._warned.add(what)
+            with suppress(OSError):
+                reason = error.strerror or error
+                line = f"note: {what} cannot be written ({reason}): make room, or repair it; {lost} until then"
+                print(line, file=sys.stderr, flush=True)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line; where that fails, leave nothing of it.
+
+    The file is never created: where a mount is gone, it would be created on another disk.
+    """
+    with path.open("r+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 class Progress:
-    """A bar with ETA on a terminal, plain lines elsewhere; silent on other ranks than 0.
+    """Show a bar with ETA on a terminal, plain lines elsewhere; nothing on ranks other than 0.
 
-    A terminal that is gone, or a log on a full disk, ends no run.
+    An output that cannot be written (terminal closed, disk full) does not end the run.
     """
 
     def __init__(self, total: int, start: int, rank: int) -> None:
@@ -118,7 +181,7 @@ class Progress:
                 self._bar.update(done - self._bar.n)
 
     def show(self, done: int, values: dict[str, float]) -> None:
-        """The numbers of a logged step."""
+        """Show the numbers of a logged step."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             with suppress(OSError):
@@ -144,14 +207,14 @@ def _add_scalar(name: str, value: float, step: int, board: SummaryWriter) -> Non
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far, GB: the device's on a GPU, the process' resident set on a CPU."""
+    """Return the peak memory so far, GB: the device's on a GPU, the process' resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites the file. Returns the records that stay."""
+    """Remove records past `step` and lines that are not whole. Return the records that stay."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := _parse(line))]
     kept = [record for record in records if record["step"] <= step or record.get("event") in KEPT_ON_RESUME]

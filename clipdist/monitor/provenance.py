@@ -1,4 +1,4 @@
-"""Where a figure comes from: the commit and the hardware, as every table and every run folder names them."""
+"""Name the commit and the hardware, for run folders and benchmark tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipdist.config import REPOSITORY, SNAPSHOT
 
 
 def commit() -> str | None:
-    """Of the code that runs here, with "-dirty" where it was changed since; None outside a repository."""
+    """Return the commit of the running code, with "-dirty" where files differ from it; None outside a repository."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads((REPOSITORY / SNAPSHOT).read_text())["commit"]
     words = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
@@ -24,7 +24,7 @@ def commit() -> str | None:
 
 
 def hardware(device: str, threads: int) -> str:
-    """One line: the GPU where there is one, the processor, cores that this process may use, threads, memory."""
+    """Return one line: the GPU if device is "cuda", the processor, cores that this process may use, threads, memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     line = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores, {threads} threads, {memory} GiB"
     if device == "cuda":
@@ -35,6 +35,7 @@ def hardware(device: str, threads: int) -> str:
 
 
 def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system names no model."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

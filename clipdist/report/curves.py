@@ -1,28 +1,67 @@
-"""Named lists of numbers in, one chart as inline SVG out: colours by CSS variables, as many points as can be seen.
+"""Draw curves with matplotlib as inline SVG whose colours are CSS variables.
 
-The page that holds a chart defines --quiet, --line and --series-0 to --series-7, and so decides on light and dark.
+The page that holds a chart defines --quiet, --line and --series-0 to --series-7, for light and dark.
 """
 
 from __future__ import annotations
 
-import html
-import math
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
 
-WIDTH, HEIGHT = 420, 230  # of the drawing, in units of its own; about one pixel each where three stand side by side
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+WIDTH, HEIGHT = 420, 230  # of the drawing, in points; about one pixel each where three stand side by side
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34  # margins: numbers stand to the left and below
 COLOURS = 8  # after which dashes tell series apart
-MOST = 1e300  # a value beyond, of either sign, is drawn here: the axis and its margins stay floats
-DASHES = ("none", "7 3", "2 3", "9 3 2 3")
-COLUMNS = 2 * (WIDTH - LEFT - RIGHT)  # thinning keeps four points in each; finer than a screen shows
-LOG_FROM = 30  # a logarithmic axis is worth it where the largest value is so many times the smallest
-DENSE = COLUMNS // 2  # a series of more points is drawn pale, and its mean over it
-MEANS = COLUMNS // 4  # columns of the mean
+DASHES = ("none", "7 3", "2 3", "9 3 2 3")  # as in SVG's stroke-dasharray
+LIMIT = 1e100  # values beyond, of either sign, are drawn here: limits and margins of the axis stay floats
+LOG_FROM = 30  # a logarithmic axis is used where the largest value is so many times the smallest
+COLUMNS = 360  # thinning keeps four points in each; as fine as a screen shows
+MEANS = 90  # columns of the mean
+DENSE = 360  # a series of more points is drawn pale, with its mean over it
 DOTS = 40  # a series of at most so many points has each of them marked
 MOST_MARKS = 40  # vertical lines of a series
 
 Point = tuple[float, float | None]
+
+# matplotlib draws in the colours on the left; in the SVG they are replaced.
+_SERIES = [f"#0001{number:02x}" for number in range(COLOURS)]
+_QUIET, _LINE = "#0002fe", "#0002ff"
+_VARIABLES = {_QUIET: "var(--quiet)", _LINE: "var(--line)"}
+_VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES)}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "clipdist",  # the same ids every time
+    "text.parse_math": False,
+    "font.size": 12,
+    "axes.edgecolor": _QUIET,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.linewidth": 1,
+    "axes.labelcolor": _QUIET,
+    "axes.labelpad": 1,
+    "grid.color": _LINE,
+    "grid.linewidth": 1,
+    "xtick.color": _QUIET,
+    "ytick.color": _QUIET,
+    "ytick.major.size": 0,
+    "lines.scale_dashes": False,
+    "lines.solid_joinstyle": "round",
+    "lines.solid_capstyle": "round",
+    "lines.dash_capstyle": "round",
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+}
+_NAMESPACES = {"": "http://www.w3.org/2000/svg", "xlink": "http://www.w3.org/1999/xlink"}
 
 
 @dataclass(frozen=True)
@@ -32,222 +71,151 @@ class Series:
     name: str
     points: Sequence[Point]
     colour: int  # its number, from 0
-    marks: Sequence[float] = ()  # places on x with a vertical line, such as restarts
+    marks: Sequence[float] = ()  # x of vertical lines, such as restarts
+
+    @property
+    def values(self) -> list[float]:
+        """The finite values."""
+        return [y for _, y in self.points if y is not None]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """A stretch of numbers on a stretch of the drawing."""
-
-    low: float
-    high: float
-    begin: float  # where `low` and `high` are drawn
-    end: float
-    log: bool = False
-
-    def place(self, value: float) -> float:
-        if self.log:
-            share = (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
-        else:
-            share = (value - self.low) / (self.high - self.low)
-        return self.begin + share * (self.end - self.begin)
-
-
-def chart(title: str, series: Sequence[Series], x_title: str, log: bool = False, zero: bool = False) -> str:
-    """The chart as an <svg> element, without title and legend: those are the page's own text.
+def chart(title: str, series: Sequence[Series], x_title: str, log: bool = False, zero: bool = False) -> Markup:
+    """Return the chart as an <svg> element, without title and legend; empty where no series has a value.
 
     Args:
-        title: said to those who cannot see it.
-        log: draw y on a logarithmic axis where the values are above 0 and spread widely; values of 0 and below are
-            then gaps.
+        title: for those who cannot see the chart.
+        log: use a logarithmic y axis where the values above 0 spread widely; values of 0 and below are then gaps.
         zero: let a linear y axis begin at 0.
-
-    Returns:
-        "" where no series has a single value.
     """
-    series = [replace(line, points=[(x, _clamped(y)) for x, y in line.points]) for line in series]
-    values = [y for line in series for _, y in line.points if y is not None]
-    if not values:
-        return ""
-    xs = [x for line in series for x, _ in line.points]
-    x_axis = Axis(*_widened(min(xs), max(xs)), LEFT, WIDTH - RIGHT)
-    y_axis = _y_axis(values, log, zero)
-    parts = [_grid(x_axis, y_axis, x_title)]
-    parts += [_marks(line, x_axis) for line in series]
-    parts += [_line(line, x_axis, y_axis) for line in series]
-    label = html.escape(f"{title}: {'; '.join(_in_words(line) for line in series)}")
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n{body}</svg>\n'
+    values = np.clip([value for line in series for value in line.values], -LIMIT, LIMIT)
+    if not values.size:
+        return Markup()
+    above = values[values > 1 / LIMIT]
+    log = log and above.size > 0 and above.max() > LOG_FROM * above.min()
+    low, high = (above.min(), above.max()) if log else _widened(values.min(), values.max())
+    margin = (high / low) ** 0.04 if log else 0.05 * (high - low)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        figure.subplots_adjust(LEFT / WIDTH, BOTTOM / HEIGHT, 1 - RIGHT / WIDTH, 1 - TOP / HEIGHT)
+        axes = figure.add_subplot()
+        if log:
+            axes.set_yscale("log")
+            axes.set_ylim(low / margin, high * margin)
+        else:
+            axes.set_ylim(0 if zero and low >= 0 else low - margin, high + margin)
+        xs = [x for line in series for x, _ in line.points]
+        axes.set_xlim(*_widened(min(xs), max(xs)))
+        axes.set_xlabel(x_title)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(LogLocator(numticks=6) if log else MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+        titles: dict[str, str] = {}
+        for number, line in enumerate(series):
+            titles |= _draw(axes, f"series-{number}", line, log)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(file.getvalue(), f"{title}: {'; '.join(map(_in_words, series))}", titles)
 
 
-def key(line: Series) -> str:
-    """A short stroke in the look of a series, for the legend: an <svg> element."""
-    stroke = f'<path class="curve" d="M0 5h26" {_look(line.colour)}/>'
-    return f'<svg class="key" viewBox="0 0 26 10" aria-hidden="true">{stroke}</svg>'
+def dash(colour: int) -> str:
+    """Return the dashes that go with a colour: series can be told apart in a grey print as well."""
+    return DASHES[(colour + colour // COLOURS) % len(DASHES)]
 
 
-def thin(points: Sequence[Point], low: float, high: float, columns: int = COLUMNS) -> list[Point]:
-    """What is seen of the points where x from low to high is drawn on so many columns.
+def thin(x: np.ndarray, y: np.ndarray, columns: int = COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """Reduce points to what can be seen where they are drawn on so many columns.
 
-    Of each column the first, the lowest, the highest and the last stay, so that no peak is lost; a gap stays where its
-    column holds nothing else.
+    The first, lowest, highest and last value of each column stay, so that no peak is lost; a column without a value
+    stays as a gap.
     """
-    if len(points) <= 4 * columns:
-        return list(points)
-    kept: list[Point] = []
-    for column in _by_column(points, low, high, columns):
-        values = [(number, y) for number, (_, y) in enumerate(column) if y is not None]
-        if not values:
-            kept.append(column[0])
-            continue
-        least, most = min(values, key=lambda pair: pair[1]), max(values, key=lambda pair: pair[1])
-        kept += [column[number] for number in sorted({values[0][0], least[0], most[0], values[-1][0]})]
-    return kept
+    if len(x) <= 4 * columns:
+        return x, y
+    kept: set[int] = set()
+    for column in np.array_split(np.arange(len(x)), columns):
+        seen = column[np.isfinite(y[column])]
+        kept |= {seen[0], seen[y[seen].argmin()], seen[y[seen].argmax()], seen[-1]} if len(seen) else {column[0]}
+    rows = sorted(kept)
+    return x[rows], y[rows]
 
 
-def ticks(axis: Axis) -> list[float]:
-    """Round numbers on the axis: 1, 2 or 5 times a power of ten apart; on a logarithmic one, powers of ten."""
-    if axis.log:
-        first, last = math.ceil(math.log10(axis.low) - 1e-9), math.floor(math.log10(axis.high) + 1e-9)
-        every = max(1, (last - first + 1) // 5)
-        return [10.0**power for power in range(first, last + 1, every)]
-    rough = (axis.high - axis.low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.ceil(axis.low / step - 1e-9), math.floor(axis.high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+def means(x: np.ndarray, y: np.ndarray, columns: int = MEANS) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean x and the mean finite y of each column; nan where it has none."""
+    parts = np.array_split(np.arange(len(x)), columns)
+    finite = [y[part][np.isfinite(y[part])] for part in parts]
+    return np.array([x[part].mean() for part in parts]), np.array([v.mean() if len(v) else np.nan for v in finite])
 
 
 def tick_text(value: float) -> str:
-    """Short: 0.5, 150, 12k, 3M, 1e-05."""
+    """Return a short number: 0.5, 150, 12k, 3M, 1e-5."""
     size = abs(value)
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if unit <= size < 1e12:
-            return f"{value / (1e3 if name == 'k' else unit):g}{name}"
-    return (
-        f"{value:.6g}" if 1e-4 <= size < 1e12 or not size else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    )
-
-
-def _y_axis(values: Sequence[float], log: bool, zero: bool) -> Axis:
-    above = [value for value in values if value > 0]
-    if log and above and max(above) / LOG_FROM > min(above):
-        low, high = min(above), max(above)
-        margin = math.exp(0.04 * (math.log(high) - math.log(low)))
-        return Axis(max(low / margin, 5e-324), min(high * margin, 1e308), HEIGHT - BOTTOM, TOP, log=True)
-    low, high = _widened(min(values), max(values))
-    margin = 0.05 * (high - low)
-    if zero and low >= 0:
-        return Axis(0.0, high + margin, HEIGHT - BOTTOM, TOP)
-    return Axis(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
-
-
-def _clamped(value: float | None) -> float | None:
-    return None if value is None else max(-MOST, min(MOST, value))
+    for least, unit, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if least <= size < 1e12:
+            return f"{value / unit:g}{name}"
+    if 1e-4 <= size < 1e12 or not size:
+        return f"{value:.6g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """A stretch that can be drawn and labelled, also where the values are one, or differ in the last bits alone."""
+    """Return limits that can be drawn and labelled, also where the values are equal or differ in the last bits only."""
     least = 1e-6 * max(abs(low), abs(high)) or 1.0
-    if high - low >= least and high > low:
+    if high - low >= least:
         return low, high
     half = 0.05 * max(abs(low), abs(high)) or 0.5
     return low - half, high + half
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_title: str) -> str:
-    parts = []
-    for value in ticks(y_axis):
-        y = y_axis.place(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick_text(value)}</text>\n')
-    base = HEIGHT - BOTTOM
-    parts.append(f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
-    for value in ticks(x_axis):
-        x = x_axis.place(value)
-        anchor = "end" if x > WIDTH - RIGHT - 8 else "middle"
-        parts.append(f'<path class="axis" d="M{x:.1f} {base}v4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="{anchor}">{tick_text(value)}</text>\n')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_title)}</text>\n')
-    return "".join(parts)
-
-
-def _marks(line: Series, x_axis: Axis) -> str:
-    places = {f"{x_axis.place(x):.0f}": x for x in line.marks if x_axis.low <= x <= x_axis.high}
-    return "".join(
-        f'<path class="mark" d="M{place} {TOP}V{HEIGHT - BOTTOM}" {_look(line.colour)}>'
-        f"<title>{html.escape(line.name)}: went on after {x:g}</title></path>\n"
-        for place, x in list(places.items())[-MOST_MARKS:]
-    )
-
-
-def means(points: Sequence[Point], low: float, high: float, columns: int = MEANS) -> list[Point]:
-    """The mean of each column, at its mean x; None where it holds no value."""
-    kept: list[Point] = []
-    for column in _by_column(points, low, high, columns):
-        values = [y for _, y in column if y is not None]
-        x = sum(x for x, _ in column) / len(column)
-        kept.append((x, sum(y / len(values) for y in values) if values else None))
-    return kept
-
-
-def _line(line: Series, x_axis: Axis, y_axis: Axis) -> str:
-    title = f"<title>{html.escape(_in_words(line))}</title>"
-    points, pale = thin(line.points, x_axis.low, x_axis.high), ""
-    if len(line.points) > DENSE:
-        pale = f'<path class="curve pale" d="{_path(points, x_axis, y_axis)}" {_look(line.colour)}>{title}</path>\n'
-        points = means(line.points, x_axis.low, x_axis.high)
-    drawn = f'{pale}<path class="curve" d="{_path(points, x_axis, y_axis)}" {_look(line.colour)}>{title}</path>\n'
-    if len(line.points) > DOTS:
-        return drawn
-    return drawn + "".join(_dot(line, x, y, x_axis, y_axis) for x, y in points if y is not None)
-
-
-def _path(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
-    """A point between two gaps is a line of no length, which round ends make a dot."""
-    words, drawing = [], False
-    for x, y in points:
-        if y is None or (y_axis.log and y <= 0):
-            drawing = False
-            continue
-        place = f"{x_axis.place(x):.1f} {y_axis.place(y):.1f}"
-        words.append(f"L{place}" if drawing else f"M{place}h0")
-        drawing = True
-    return "".join(words)
-
-
-def _dot(line: Series, x: float, y: float, x_axis: Axis, y_axis: Axis) -> str:
-    if y_axis.log and y <= 0:
-        return ""
-    title = f"<title>{html.escape(line.name)}: {y:.4g} at {x:g}</title>"
-    centre = f'cx="{x_axis.place(x):.1f}" cy="{y_axis.place(y):.1f}"'
-    return f'<circle {centre} r="2.4" fill="var(--series-{line.colour % COLOURS})">{title}</circle>\n'
-
-
-def _look(colour: int) -> str:
-    """Dashes go with the colour: a print in grey can be told apart as well."""
-    return f'stroke="var(--series-{colour % COLOURS})" stroke-dasharray="{DASHES[_dash(colour)]}"'
-
-
-def _dash(colour: int) -> int:
-    return (colour + colour // COLOURS) % len(DASHES)
+def _draw(axes: Axes, gid: str, line: Series, log: bool) -> dict[str, str]:
+    """Draw a series and its marks. Return the title of each group of the SVG, by id."""
+    x = np.array([x for x, _ in line.points], dtype=float)
+    y = np.clip(np.array([np.nan if y is None else y for _, y in line.points], dtype=float), -LIMIT, LIMIT)
+    if log:
+        y[~(y > 1 / LIMIT)] = np.nan
+    colour, strokes = _SERIES[line.colour % COLOURS], dash(line.colour)
+    titles = {gid: _in_words(line)}
+    for number, place in enumerate(line.marks[-MOST_MARKS:]):
+        titles[f"{gid}-mark-{number}"] = f"{line.name}: went on after {place:g}"
+        axes.axvline(place, color=colour, linewidth=1, alpha=0.4, gid=f"{gid}-mark-{number}")
+    if len(x) > DENSE:
+        axes.plot(*thin(x, y), color=colour, linewidth=1, alpha=0.3)
+        x, y = means(x, y)
+    finite = np.pad(np.isfinite(y), 1)
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
+    dots = np.flatnonzero(finite[1:-1] if len(line.points) <= DOTS else alone).tolist()
+    style = "solid" if strokes == "none" else (0, tuple(map(float, strokes.split())))
+    look = {"color": colour, "linestyle": style, "linewidth": 1.8, "marker": "o", "markersize": 4, "markevery": dots}
+    axes.plot(x, y, **look, clip_on=False, gid=gid)
+    return titles
 
 
 def _in_words(line: Series) -> str:
-    values = [y for _, y in line.points if y is not None]
+    values = line.values
     if not values:
         return f"{line.name}: no value"
     return f"{line.name}: last {values[-1]:.4g}, lowest {min(values):.4g}, highest {max(values):.4g}"
 
 
-def _by_column(points: Sequence[Point], low: float, high: float, columns: int) -> list[list[Point]]:
-    parts: list[list[Point]] = []
-    before = None
-    for point in points:
-        column = int((point[0] - low) / (high - low) * columns)
-        if column != before:
-            parts.append([])
-        parts[-1].append(point)
-        before = column
-    return parts
+def _inline(svg: str, label: str, titles: dict[str, str]) -> Markup:
+    """Make matplotlib's SVG a part of a page: colours as variables, titles to hover over, no needless ids."""
+    root = ElementTree.fromstring(svg)
+    for prefix, name in _NAMESPACES.items():
+        ElementTree.register_namespace(prefix, name)
+    for unwanted in ("metadata", "defs"):  # these defs hold a style sheet, which would apply to the whole page
+        root.remove(root.find(unwanted, _NAMESPACES))  # type: ignore[arg-type]
+    for element in root.iter():
+        if "style" in element.attrib:
+            style = re.sub(r"font-family:[^;]*;?", "", element.attrib["style"])
+            element.set("style", re.sub(r"#0+[12]\w\w", lambda found: _VARIABLES[found[0]], style))
+        if "d" in element.attrib:
+            element.set("d", re.sub(r"\s+", " ", re.sub(r"(\.\d)\d+", r"\1", element.attrib["d"])).strip())
+        if element.tag.endswith("}g") and (title := titles.get(element.attrib.pop("id", ""))):
+            words = ElementTree.Element(f"{{{_NAMESPACES['']}}}title")
+            words.text = title
+            element.insert(0, words)
+        element.text, element.tail = (text and text.strip() for text in (element.text, element.tail))
+    for name in ("width", "height"):
+        del root.attrib[name]
+    root.attrib |= {"class": "chart", "role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -1,4 +1,4 @@
-"""A run folder in; what it tells (records, configuration, environment, results) and what that comes to out."""
+"""Read a run folder: records, configuration, environment, results, and what they come to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from clipdist.config import Config, load_config
 from clipdist.errors import UserError
 from clipdist.evals.results import read_results
-from clipdist.report.curves import Point
 
 Record = dict[str, Any]
+RECALLS = tuple(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10))
 MOST_STEPS = 1 << 53  # what a float holds exactly; a larger step is a damaged one
 
 
@@ -42,7 +42,7 @@ class RunHistory:
     notes: list[str] = field(default_factory=list)
 
     def of_type(self, kind: str) -> list[Record]:
-        """Records of the type train, val or event; of two train or val records of one step, the later stays."""
+        """Return records of type train, val or event; of two train or val records of one step, the later one."""
         return self._sorted.get(kind, [])
 
     @cached_property
@@ -55,8 +55,8 @@ class RunHistory:
             by_type[kind] = [by_step[step] for step in sorted(by_step)]
         return by_type
 
-    def points(self, kind: str, name: str, x: str = "step") -> list[Point]:
-        """(x, value) of the records that have the name; None for a value that is missing or not finite."""
+    def points(self, kind: str, name: str, x: str = "step") -> list[tuple[float, float | None]]:
+        """Return (x, value) of the records that have the name; None for a value that is missing or not finite."""
         return [
             (place, number(record[name]))
             for record in self.of_type(kind)
@@ -67,7 +67,7 @@ class RunHistory:
         return [record for record in self.of_type("event") if record.get("event") == name]
 
     def attempts(self) -> list[list[Record]]:
-        """The records of every start of the run; a restart begins the next one."""
+        """Return the records of every start of the run; a restart begins the next one."""
         parts: list[list[Record]] = [[]]
         for record in self.records:
             if record.get("event") == "restart" and parts[-1]:
@@ -77,11 +77,11 @@ class RunHistory:
 
     @property
     def step(self) -> int:
-        """The last step that is told of."""
+        """The last step that is recorded."""
         return max((record["step"] for record in self.records), default=0)
 
     def planned_steps(self) -> int | None:
-        """Steps of the whole run; None where that cannot be known."""
+        """Return the steps of the whole run; None where that cannot be known."""
         if self.config is None:
             return None
         train = self.config.train
@@ -99,7 +99,7 @@ class RunHistory:
         return None
 
     def state(self) -> str:
-        """finished, interrupted, or that no end is told of."""
+        """Say whether the run finished, was interrupted, or has no recorded end."""
         planned = self.planned_steps()
         if planned is not None and self.step >= planned:
             return "finished"
@@ -110,7 +110,7 @@ class RunHistory:
         return f"at step {self.step:,}{of}: still going, or ended without a word"
 
     def seconds(self) -> float:
-        """Wall time from the first to the last record of every attempt, added up; what was lost is not in it."""
+        """Return the wall time from the first to the last record of every attempt, added up."""
         total = 0.0
         for attempt in self.attempts():
             times = [time for record in attempt if (time := number(record.get("time"))) is not None]
@@ -118,7 +118,7 @@ class RunHistory:
         return total
 
     def bad_counts(self) -> dict[str, int]:
-        """{reason: samples that could not be used}: every attempt counts anew, its last count holds."""
+        """Return {reason: unusable samples}: every attempt counts from 0, its last count holds."""
         total: Counter[str] = Counter()
         for attempt in self.attempts():
             told = [record.get("counts") for record in attempt if record.get("event") == "bad_samples"]
@@ -127,17 +127,37 @@ class RunHistory:
         return dict(total.most_common())
 
     def median(self, name: str) -> float | None:
-        """Of a name in the train records."""
+        """Return the median of a name in the train records."""
         values = [value for _, value in self.points("train", name) if value is not None]
         return statistics.median(values) if values else None
 
     def last(self, kind: str, name: str) -> float | None:
-        """The newest finite value."""
+        """Return the newest finite value."""
         return next((value for _, value in reversed(self.points(kind, name)) if value is not None), None)
 
 
+def run_figures(run: RunHistory) -> dict[str, Any]:
+    """Return the numbers of the summary by plain names, None where a run does not tell; rates in percent."""
+    wait_share = run.median("wait_share")
+    return {
+        "state": run.state(),
+        "step": run.step,
+        "samples": max((int(number(record.get("samples")) or 0) for record in run.records), default=0),
+        "seconds": round(run.seconds(), 1),
+        "loss": run.last("train", "loss"),
+        "logit_scale": run.last("train", "logit_scale"),
+        "samples_per_s": run.median("samples_per_s"),
+        "wait_percent": None if wait_share is None else 100 * wait_share,
+        **{name: run.last("val", name) for name in RECALLS},
+        "bad_samples": sum(run.bad_counts().values()),
+        "bad_counts": run.bad_counts(),
+        "restarts": len(run.events("restart")),
+        "skipped_steps": len(run.events("skip")),
+    }
+
+
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a record may hold."""
+    """Return a finite number, or None for anything else that a record may hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -147,7 +167,7 @@ def number(value: Any) -> float | None:
 
 
 def read_runs(folders: list[Path]) -> list[RunHistory]:
-    """The runs, labelled by their folders' names, or by the paths as given where two names are alike.
+    """Read the runs, labelled by their folders' names, or by the paths as given where two names are equal.
 
     Raises:
         UserError: a folder that is no run or has logged nothing, a damaged file, or a run that is named twice.
@@ -196,7 +216,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _read_records(path: Path, notes: list[str]) -> list[Record]:
-    """A last line without an end is being written, or was when the run was killed; any other must be a record."""
+    """Read metrics.jsonl. Leave out a torn last line, with a note; any other line must be a record."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -259,6 +259,25 @@ def disk_full(step: int, *ranks: int) -> Prepare:
     return prepare
 
 
+def metrics_refused(step: int) -> Prepare:
+    """The disk has no room for the metrics of one step."""
+
+    def prepare(rank: int) -> None:
+        from clipdist.monitor import metrics
+
+        real = metrics._append
+
+        def append(path: Path, line: bytes) -> None:
+            record = json.loads(line)
+            if (record["type"], record["step"]) == ("train", step):
+                raise OSError(28, "No space left on device", str(path))
+            real(path, line)
+
+        put(metrics, "_append", append)
+
+    return prepare
+
+
 def slow_disk(seconds: float, *ranks: int) -> Prepare:
     def prepare(rank: int) -> None:
         from clipdist.checkpoint import format as checkpoint
@@ -480,14 +499,17 @@ def cut_short(path: Path) -> None:
 
 
 def full_disk(theatre: Theatre) -> None:
-    """For a while: the run goes on, and later saves work."""
+    """For a while: the run goes on, loses a line of metrics.jsonl, and later saves work."""
     settings: dict[str, object] = {"data.retry_s": 0.15}
-    ended = theatre.start("full", [0, 0], settings, [disk_full(6, 1)])
+    ended = theatre.start("full", [0, 0], settings, [disk_full(6, 1), metrics_refused(6)])
     need_lines(ended, "note: a checkpoint could not be written (", "No space left on device", "; the run goes on")
+    need_lines(ended, "metrics.jsonl cannot be written (No space left on device): make room, or repair it")
     (told,) = events(theatre.run("full"), "save_failed")
     need("No space left on device" in told["reason"], f"event {told}")
     need(steps_kept(theatre.run("full")) == [3, 9, 12], f"checkpoints {steps_kept(theatre.run('full'))}", ended)
-    theatre.same("full")
+    whole = history(theatre.whole())
+    need(history(theatre.run("full")) == {step: told for step, told in whole.items() if step != 6}, "another history")
+    need_same_tensors(checkpoint_dir(theatre.run("full"), STEPS), checkpoint_dir(theatre.whole(), STEPS))
 
 
 def full_disk_at_the_end(theatre: Theatre) -> None:

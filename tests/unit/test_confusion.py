@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipdist.report.confusion import DARK, EMPTY, PAPER, confusion_matrix, confusion_picture
+from clipdist.report.confusion import confusion_image, confusion_matrix
+
+DARK, EMPTY, PAPER = (8, 48, 107), (228, 230, 234), (255, 255, 255)
 
 
 def test_rows_are_true_classes_and_columns_predictions() -> None:
@@ -29,12 +31,12 @@ def share_of(picture: np.ndarray, colour: tuple[int, int, int]) -> float:
 
 def test_the_diagonal_of_a_perfect_classifier_is_dark() -> None:
     names = ["a", "b", "c"]
-    perfect = np.asarray(confusion_picture(np.diag([5, 1, 2]), names))
-    nothing = np.asarray(confusion_picture(np.zeros((3, 3), np.int64), names))
+    perfect = np.asarray(confusion_image(np.diag([5, 1, 2]), names))
+    nothing = np.asarray(confusion_image(np.zeros((3, 3), np.int64), names))
     assert perfect.shape == nothing.shape
     assert share_of(perfect, DARK) > 3 * 38 * 38 / perfect.shape[0] / perfect.shape[1]  # three cells, less their text
     assert share_of(nothing, EMPTY) > 9 * 40 * 40 / perfect.shape[0] / perfect.shape[1]
-    wrong = np.asarray(confusion_picture(np.diag([5, 1, 2])[::-1], names))
+    wrong = np.asarray(confusion_image(np.diag([5, 1, 2])[::-1], names))
     moved = (perfect != wrong).any(2)
     assert share_of(wrong, DARK) == pytest.approx(share_of(perfect, DARK), rel=0.1)
     assert moved.sum() > 3 * 38 * 38  # the dark cells stand elsewhere
@@ -43,8 +45,8 @@ def test_the_diagonal_of_a_perfect_classifier_is_dark() -> None:
 @pytest.mark.parametrize("classes", [1, 2, 10, 100])
 def test_pictures_of_all_sizes_hold_their_cells_and_names(classes: int) -> None:
     matrix = np.eye(classes, dtype=np.int64)
-    short = confusion_picture(matrix, [str(label) for label in range(classes)])
-    long = confusion_picture(matrix, ["a class whose name never comes to an end" * 3] * classes)
+    short = confusion_image(matrix, [str(label) for label in range(classes)])
+    long = confusion_image(matrix, ["a class whose name never comes to an end" * 3] * classes)
     assert short.height < long.height < short.height + 200  # names are cut
     assert max(long.size) < 1600
     for picture in (np.asarray(short), np.asarray(long)):
@@ -54,6 +56,6 @@ def test_pictures_of_all_sizes_hold_their_cells_and_names(classes: int) -> None:
 
 def test_a_matrix_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="3 classes"):
-        confusion_picture(np.zeros((2, 2), np.int64), ["a", "b", "c"])
+        confusion_image(np.zeros((2, 2), np.int64), ["a", "b", "c"])
     with pytest.raises(ValueError, match="at most"):
-        confusion_picture(np.zeros((0, 0), np.int64), [])
+        confusion_image(np.zeros((0, 0), np.int64), [])

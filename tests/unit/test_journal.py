@@ -67,7 +67,7 @@ def test_a_sheet_that_cannot_be_written_leaves_the_one_before(journal, capsys, m
         raise REFUSED
 
     monkeypatch.setattr(Image.Image, "save", cut_short)
-    monkeypatch.setattr(journal.metrics, "picture", lambda *_: None)
+    monkeypatch.setattr(journal.metrics, "image", lambda *_: None)
     journal.validation(6, FINDINGS, drawing(lambda _: Image.new("RGB", (9, 9))))
     assert (run / "validation.png").read_bytes() == before
     assert not (run / "validation.tmp").exists()

@@ -1,4 +1,4 @@
-"""What a run tells of itself, on a disk that is full, away or broken: nothing is garbled, and nothing ends."""
+"""What a run writes of itself, on a disk that is full, away or broken: nothing is garbled, and nothing ends."""
 
 from __future__ import annotations
 
@@ -13,97 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clipdist.errors import Fault
-from clipdist.monitor import board as board_module
-from clipdist.monitor import line_file as module
-from clipdist.monitor.line_file import LineFile
+from clipdist.monitor import metrics as metrics_module
 from clipdist.monitor.metrics import Metrics, Progress
 
 
-class Disk:
-    """Takes `room` bytes, then refuses with `code`."""
-
-    def __init__(self, monkeypatch):
-        self.room, self.code, self._write = 10**9, errno.ENOSPC, os.write
-        monkeypatch.setattr(module.os, "write", self.write)
-
-    def write(self, descriptor, data):
-        taken = data[: self.room]
-        if not taken:
-            raise OSError(self.code, os.strerror(self.code))
-        self.room -= len(taken)
-        return self._write(descriptor, taken)
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    return Disk(monkeypatch)
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_lines_wait_for_room_and_come_in_order(tmp_path, disk, capsys, code):
-    path, disk.code = tmp_path / "lines", code
-    file = LineFile(path)
-    for number in range(100):
-        if number == 20:
-            disk.room = 4  # a line is cut short
-        if number == 50:
-            disk.room = 30  # some go, the next is cut short
-        if number == 80:
-            disk.room = 10**9
-        file.write(f"line {number}\n")
-    assert path.read_text().splitlines() == [f"line {number}" for number in range(100)]
-    file.close()
-    said = capsys.readouterr().err
-    assert said.count("cannot be written") == said.count("can be written again") == 1
-    assert os.strerror(code) in said
-    assert "lost" not in said
-
-
-def test_what_was_cut_short_is_removed_at_once_when_it_can_be(tmp_path, disk):
-    path = tmp_path / "lines"
-    file = LineFile(path)
-    file.write("first\n")
-    disk.room = 3
-    file.write("second\n")
-    file.write("third\n")
-    assert path.read_text() == "first\n"
-
-
-def test_too_many_lines_are_counted(tmp_path, disk, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MOST_WAITING", 5)
-    file = LineFile(tmp_path / "lines")
-    disk.room = 0
-    for number in range(12):
-        file.write(f"{number}\n")
-    disk.room = 4
-    file.close()
-    assert (tmp_path / "lines").read_text() == "7\n8\n"
-    assert "10 records are lost (No space left on device)" in capsys.readouterr().err
-
-
-def test_a_folder_that_goes_is_not_made_anew(tmp_path, disk):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    file = LineFile(folder / "lines")
-    disk.room, disk.code = 0, errno.ESTALE
-    file.write("a\n")
-    folder.rename(tmp_path / "away")
-    folder.mkdir()  # an empty mount point
-    disk.room = 10**9
-    file.write("b\n")
-    assert list(folder.iterdir()) == []
-    folder.rmdir()
-    (tmp_path / "away").rename(folder)
-    file.write("c\n")
-    assert (folder / "lines").read_text() == "a\nb\nc\n"
-
-
-def test_a_long_line_that_was_cut_short_is_removed(tmp_path):
-    path = tmp_path / "lines"
-    path.write_text("whole\n" + "x" * 200_000)
-    file = LineFile(path)
-    file.write("next\n")
-    assert path.read_text() == "whole\nnext\n"
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
 
 
 @pytest.fixture
@@ -119,8 +34,8 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
-def test_a_full_disk_ends_no_run(small_disk, monkeypatch, capsys):
-    monkeypatch.setattr(board_module, "AGAIN_S", 0.0)
+def test_a_full_disk_costs_lines_and_ends_no_run(small_disk, monkeypatch, capsys):
+    monkeypatch.setattr(metrics_module, "TENSORBOARD_RETRY_S", 0.0)
     metrics = Metrics(small_disk, rank=0)
     metrics.settings({"a": 1}, "a: 1")
     for step in range(1, 301):
@@ -132,13 +47,48 @@ def test_a_full_disk_ends_no_run(small_disk, monkeypatch, capsys):
     metrics.write("event", 300, 300, event="skip", reason="none")
     metrics.outcome({"loss": 1.0})
     metrics.close()
-    lines = (small_disk / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [*range(1, 301), 300]
+    written = steps(small_disk)  # every line is whole
+    assert written == sorted(written)
+    assert {*range(1, 100), *range(200, 301)} <= set(written)
+    assert len(written) < 300
     said = capsys.readouterr().err
-    assert said.count("metrics.jsonl: cannot be written (No space left on device)") == 1
+    assert said.count("metrics.jsonl cannot be written (No space left on device): make room, or repair it") == 1
     assert said.count("TensorBoard's events cannot be written") == 1
+    assert len(said.splitlines()) == 2
     shown = [scalar.step for scalar in shown_losses(small_disk)]
     assert set(range(1, 90)) | set(range(201, 301)) <= set(shown)
+
+
+def test_a_line_that_the_disk_cuts_short_is_removed(small_disk):
+    metrics = Metrics(small_disk, rank=0)
+    metrics.write("train", 1, 1)
+    fill(small_disk / "fill")
+    metrics.write("train", 2, 2, text="x" * 10_000)  # what fits on the page of line 1 is written
+    before = (small_disk / "metrics.jsonl").read_bytes()
+    assert len(before.splitlines()) == 1
+    assert before.endswith(b"}\n")
+    (small_disk / "fill").unlink()
+    metrics.write("train", 3, 3)
+    metrics.close()
+    assert steps(small_disk) == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_folder_that_goes_is_not_made_anew(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    metrics = Metrics(folder, rank=0)
+    metrics.write("train", 1, 1)
+    folder.rename(tmp_path / "away")
+    folder.mkdir()  # an empty mount point
+    metrics.write("train", 2, 2)
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    (tmp_path / "away").rename(folder)
+    metrics.write("train", 3, 3)
+    metrics.close()
+    assert steps(folder) == [1, 3]
+    assert "metrics.jsonl cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
 def fill(path):
@@ -163,12 +113,12 @@ def test_records_past_the_resumed_step_go(tmp_path):
         metrics.write("val", step, step)
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"type": "train", \xff')  # cut short, and no text
+        file.write(b'{"type": "train", \xff' + b"x" * 200_000)  # cut short, and no text
     metrics = Metrics(tmp_path, rank=0, start_step=2)
     assert metrics.validated_at == 2
     metrics.write("val", 3, 3)
     metrics.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3]
+    assert steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_folder_that_cannot_be_written_at_the_start_is_told_in_one_line(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from PIL import Image
 from clipdist.config import load_config, to_yaml
 from clipdist.errors import EXIT_BAD_INPUT, exit_code
 from clipdist.evals.results import keep_result, read_results
+from clipdist.report.history import read_runs
+from clipdist.report.report_page import report_page
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 16
@@ -153,6 +156,18 @@ def test_the_page_loads_nothing_and_runs_nothing(call, tmp_path: Path) -> None:
         assert not [tag for tag, attrs in page.tags if "src" in attrs]
         assert all((attrs.get("href") or "#").startswith("#") for _, attrs in page.tags)
         assert page.text.count(evil) > 8
+
+
+def test_training_loads_neither_the_report_nor_what_draws_it() -> None:
+    code = "import sys, clipdist.trainer, clipdist.train; print({'clipdist.report', 'matplotlib'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_page_is_the_same_every_time(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "run", [*(train(step) for step in range(1, 9)), validation(8, 1.0)])])
+    made = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    assert report_page(runs, made) == report_page(runs, made)
 
 
 def test_several_runs_stand_side_by_side(call, tmp_path: Path) -> None:

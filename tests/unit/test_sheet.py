@@ -19,7 +19,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.evals import sheet
 from clipdist.evals.embed import Embeddings
-from clipdist.evals.sheet import GAP, MARGIN, MAT, PAPER, RIGHT, Row, contact_sheet, retrieval_sheet
+from clipdist.evals.sheet import CORRECT, GAP, MARGIN, MAT, PAPER, SheetRow, contact_sheet, retrieval_sheet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
@@ -39,14 +39,14 @@ def test_pictures_of_every_kind_stand_in_order() -> None:
     pillow = Image.new("RGB", (50, 50), COLOURS[0])
     array = np.full((30, 30, 3), COLOURS[1], dtype=np.uint8)
     tensor = torch.tensor(COLOURS[2], dtype=torch.uint8)[:, None, None].expand(3, 70, 70)
-    result = contact_sheet([Row("query", [pillow, array, tensor], ["a", "b", "c"])], tile=100)
+    result = contact_sheet([SheetRow("query", [pillow, array, tensor], ["a", "b", "c"])], tile=100)
     assert result.width == 2 * MARGIN + 3 * 100 + 2 * GAP
     assert [column_of(result, colour) for colour in COLOURS] == [{0}, {1}, {2}]
 
 
 def test_aspect_is_kept() -> None:
     wide = Image.new("RGB", (200, 100), COLOURS[0])
-    result = contact_sheet([Row("", [wide], [""])], tile=100)
+    result = contact_sheet([SheetRow("", [wide], [""])], tile=100)
     ys, xs = np.where((np.asarray(result) == COLOURS[0]).all(2))
     assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == (100, 50)
     assert colour_at(result, MARGIN + 50, ys.min() - 5) == MAT
@@ -54,17 +54,17 @@ def test_aspect_is_kept() -> None:
 
 def test_the_right_answer_has_a_frame_also_on_a_second_line() -> None:
     pictures = [Image.new("RGB", (10, 10), COLOURS[0])] * 11
-    framed = contact_sheet([Row("q", pictures, [""] * 11, right=9)], tile=100)
-    assert column_of(framed, RIGHT) == {1}
+    framed = contact_sheet([SheetRow("q", pictures, [""] * 11, correct=9)], tile=100)
+    assert column_of(framed, CORRECT) == {1}
     assert framed.width == 2 * MARGIN + 8 * 100 + 7 * GAP
-    ys, _ = np.where((np.asarray(framed) == RIGHT).all(2))
+    ys, _ = np.where((np.asarray(framed) == CORRECT).all(2))
     assert ys.min() > 100
-    assert not column_of(contact_sheet([Row("q", pictures, [""] * 11)], tile=100), RIGHT)
+    assert not column_of(contact_sheet([SheetRow("q", pictures, [""] * 11)], tile=100), CORRECT)
 
 
 def test_text_stays_inside_its_column() -> None:
     label = "1.  0.3\n" + "w" * 60 + " many words that go on and on " * 4
-    result = contact_sheet([Row("word " * 300, [Image.new("RGB", (9, 9))] * 2, [label, ""])], tile=100)
+    result = contact_sheet([SheetRow("word " * 300, [Image.new("RGB", (9, 9))] * 2, [label, ""])], tile=100)
     ink = (np.asarray(result) != PAPER).any(2)
     assert not ink[:, :MARGIN].any()
     assert not ink[:, result.width - MARGIN :].any()
@@ -86,7 +86,7 @@ def test_wrapping(text: str) -> None:
 
 def test_refuses_rows_without_labels() -> None:
     with pytest.raises(ValueError, match="as many labels"):
-        contact_sheet([Row("q", [Image.new("RGB", (9, 9))], [])])
+        contact_sheet([SheetRow("q", [Image.new("RGB", (9, 9))], [])])
     with pytest.raises(ValueError, match="needs rows"):
         contact_sheet([])
 
@@ -117,7 +117,7 @@ def test_retrieval_sheet_frames_the_captions_own_picture(tmp_path: Path) -> None
         bad={},
     )
     only_best = retrieval_sheet(embeddings, catalog, queries=8, hits=1)
-    ys, _ = np.where((np.asarray(only_best) == RIGHT).all(2))
+    ys, _ = np.where((np.asarray(only_best) == CORRECT).all(2))
     assert len(ys)
     assert ys.max() < only_best.height / 2  # in the first of the two rows alone
     assert retrieval_sheet(embeddings, catalog, queries=1, hits=3).width > only_best.width
