@@ -21,7 +21,7 @@ from clipdist.data.catalog import name_shards
 from clipdist.data.consolidated import Consolidated, Part, write_parts
 from clipdist.data.fetch import Fetcher, is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
-from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, Source, Task, examine_shard, in_order
+from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, in_order
 from clipdist.datasets.images import open_pool
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
@@ -144,7 +144,7 @@ def main() -> int:
             raise UserError(f"{folder}: no such folder, or it cannot be written")
     tally = Tally(conditions)
     with tempfile.TemporaryDirectory(prefix="clipdist-", dir=arguments.cache) as folder:
-        task = Task(
+        task = ShardTask(
             verify=arguments.verify,
             conditions=conditions,
             output="part" if arguments.out else "beside",
@@ -165,7 +165,7 @@ def main() -> int:
     return EXIT_FAULT if tally.empty or (tally.damaged and not arguments.salvage) else 0
 
 
-def find_sources(arguments: argparse.Namespace) -> list[Source]:
+def find_sources(arguments: argparse.Namespace) -> list[ShardSource]:
     """
     Raises:
         UserError: no shards match, or what needs --out is named without it.
@@ -175,15 +175,15 @@ def find_sources(arguments: argparse.Namespace) -> list[Source]:
         if isinstance(part, Consolidated):
             if is_remote(part.name):
                 raise UserError(f"{part.name}: copy this file to a disk first")
-            sources += [Source(tar, part.name, number) for number, tar in enumerate(part.tars)]
+            sources += [ShardSource(tar, part.name, number) for number, tar in enumerate(part.tars)]
         else:
-            sources.append(Source(part))
+            sources.append(ShardSource(part))
         if not arguments.out and (is_remote(sources[-1].tar) or sources[-1].book):
             raise UserError(f"{sources[-1].book or sources[-1].tar}: needs --out NAME{consolidated.SUFFIX}")
     return sources
 
 
-def examine(sources: list[Source], task: Task, tally: Tally, processes: int) -> Iterator[Part]:
+def examine(sources: list[ShardSource], task: ShardTask, tally: Tally, processes: int) -> Iterator[Part]:
     """The parts of the consolidated index, if one is wanted, as the shards get done.
 
     Raises:

@@ -20,7 +20,7 @@ from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
-from clipdist.datasets.examine import MOST_NAMED, Source, Task, examine_shard, in_order
+from clipdist.datasets.examine import MOST_NAMED, ShardSource, ShardTask, examine_shard, in_order
 from clipdist.datasets.images import open_pool
 from clipdist.errors import EXIT_FAULT, UserError, run_main
 from clipdist.evals.sheet import Row, contact_sheet, first_caption
@@ -28,7 +28,7 @@ from clipdist.evals.sheet import Row, contact_sheet, first_caption
 EXAMPLE = """examples:
   python tools/inspect_shards.py data/flickr8k/train --sheet train.png
   python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json"""
-SHEET_PICTURES = 32
+SHEET_IMAGES = 32
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,12 +87,12 @@ def verify(shards: list[str], processes: int) -> dict[str, int]:
     for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
         tars = part.tars if isinstance(part, Consolidated) else [part]
         book = part.name if isinstance(part, Consolidated) else ""
-        sources += [Source(tar, book, number) for number, tar in enumerate(tars)]
+        sources += [ShardSource(tar, book, number) for number, tar in enumerate(tars)]
     defects: Counter[str] = Counter()
     named = 0
     processes = min(processes, len(sources))
     with tempfile.TemporaryDirectory(prefix="clipdist-") as folder, open_pool(processes) as pool:
-        task = Task(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
+        task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
         results = in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes)
         for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
             defects += found.defects
@@ -103,9 +103,9 @@ def verify(shards: list[str], processes: int) -> dict[str, int]:
 
 
 def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
-    """Pictures spread evenly over the samples that were looked at."""
+    """Images spread evenly over the samples that were looked at."""
     images, labels = [], []
-    for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_PICTURES)).astype(int)].tolist():
+    for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_IMAGES)).astype(int)].tolist():
         try:
             images.append(decode_pixels(reader.image(sample_id)))
         except BadSample as error:
@@ -118,7 +118,7 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
 
 
 def table(result: dict) -> str:
-    per_shard, pictures, captions = result["samples_per_shard"], result["pictures"], result["captions"]
+    per_shard, images, captions = result["samples_per_shard"], result["pictures"], result["captions"]
     looked = "all" if result["looked_at"] == result["samples"] else f"a sample of {result['looked_at']}"
     lines = [
         f"{result['samples']} samples in {result['shards']} shards, {result['bytes'] / 1e6:.1f} MB; "
@@ -127,16 +127,16 @@ def table(result: dict) -> str:
         "members, % of samples: " + ", ".join(f"{kind} {share:.4g}" for kind, share in result["kinds"].items()),
         f"token ids: {', '.join(result['token_ids']) or 'none'}",
         f"of {looked}:",
-        "  formats: " + (", ".join(f"{count} {kind}" for kind, count in pictures["formats"].items()) or "none"),
-        f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or pictures["width"]),
+        "  formats: " + (", ".join(f"{count} {kind}" for kind, count in images["formats"].items()) or "none"),
+        f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or images["width"]),
     ]
-    rows = [(name, pictures[name]) for name in ("width", "height", "aspect")]
+    rows = [(name, images[name]) for name in ("width", "height", "aspect")]
     rows += [(name, captions[name]) for name in ("per_picture", "words", "characters")]
     lines += [f"{name.replace('_', ' '):>14}" + "".join(f"{v:>9.4g}" for v in values.values()) for name, values in rows]
     lines += [
         f"  {captions['count']} captions, {captions['vocabulary']} different words: "
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
-        f"  repeats: {pictures['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
+        f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
     ]
     lines += [f"{count:>10}  {reason}" for reason, count in result["unusable"].items()]
     if "verified" in result:

@@ -1,4 +1,4 @@
-"""A seed in; captioned pictures in Flickr8k's layout and labelled ones in CIFAR-10's layout out."""
+"""A seed in; captioned images in Flickr8k's layout and labelled ones in CIFAR-10's layout out."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def main() -> int:
         stamp(arguments.out, {**wanted, "complete": False})
         draw(arguments)
         stamp(arguments.out, {**wanted, "complete": True})
-        pictures = arguments.train + arguments.dev + arguments.test
-        print(f"{arguments.out / SCENES}: {pictures} pictures with five captions each, Flickr8k's layout")
+        images = arguments.train + arguments.dev + arguments.test
+        print(f"{arguments.out / SCENES}: {images} pictures with five captions each, Flickr8k's layout")
         labelled = arguments.labelled_train + arguments.labelled_test
         print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, CIFAR-10's layout")
     if arguments.json:
@@ -92,7 +92,7 @@ def read_stamp(out: Path) -> dict | None:
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier or interrupted run wrote: pictures of two sets must not mix."""
+    """Removes what an earlier or interrupted run wrote: images of two sets must not mix."""
     for name in (SCENES, LABELLED):
         if (out / name).exists():
             shutil.rmtree(out / name)

@@ -13,12 +13,12 @@ from clipdist.datasets.flickr8k import (
     NOT_COMPARABLE,
     SPLITS,
     Defects,
-    Source,
+    Flickr8kSource,
     keep_from_training,
     random_splits,
     read_source,
 )
-from clipdist.datasets.images import Checked, check_pictures, open_pool, write_splits
+from clipdist.datasets.images import CheckedImage, check_images, open_pool, write_splits
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, staging, write_json
 from clipdist.errors import UserError, run_main
 
@@ -83,11 +83,11 @@ def main() -> int:
     return 0
 
 
-def choose_splits(source: Source, arguments: argparse.Namespace) -> str:
+def choose_splits(source: Flickr8kSource, arguments: argparse.Namespace) -> str:
     """ "lists", "json", or "random:SEED".
 
     Raises:
-        UserError: nothing in the source says which picture is for training.
+        UserError: nothing in the source says which image is for training.
     """
     if arguments.splits and arguments.splits.startswith("random:"):
         return arguments.splits
@@ -100,7 +100,7 @@ def choose_splits(source: Source, arguments: argparse.Namespace) -> str:
     return "json" if source.layout == "karpathy" else "lists"
 
 
-def fingerprint(source: Source, split_source: str, arguments: argparse.Namespace) -> str:
+def fingerprint(source: Flickr8kSource, split_source: str, arguments: argparse.Namespace) -> str:
     """Hex digits that are equal where a run would write the same bytes again."""
     said = [FORMAT, source.fingerprint, split_source, arguments.shard_size, arguments.resize, arguments.no_verify]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
@@ -141,18 +141,18 @@ def require_free(arguments: argparse.Namespace) -> None:
 
 
 def build(
-    source: Source, split_source: str, identity: str, arguments: argparse.Namespace, defects: Defects
+    source: Flickr8kSource, split_source: str, identity: str, arguments: argparse.Namespace, defects: Defects
 ) -> dict[str, object]:
     """Checks, splits and writes; the statistics come last, as the sign that all is there."""
-    out, pictures = arguments.out, list(source.pictures.values())
+    out, images = arguments.out, list(source.images.values())
     cores = len(os.sched_getaffinity(0))
     with staging(out, NAMES) as staged, open_pool(arguments.workers or cores) as pool:
         good = []
-        for picture, checked in zip(pictures, check_pictures(pictures, not arguments.no_verify, pool)):
-            if isinstance(checked, Checked):
+        for image, checked in zip(images, check_images(images, not arguments.no_verify, pool)):
+            if isinstance(checked, CheckedImage):
                 good.append(checked)
             else:
-                defects.add(checked, picture.name)
+                defects.add(checked, image.name)
         splits = keep_from_training(by_split(good, source, split_source), defects)
         if not any(splits.values()):
             raise UserError(f"no usable picture with a caption in {' '.join(arguments.source)}: {summary(defects)}")
@@ -165,30 +165,30 @@ def build(
     return stats
 
 
-def by_split(good: list[Checked], source: Source, split_source: str) -> dict[str, list[Checked]]:
+def by_split(good: list[CheckedImage], source: Flickr8kSource, split_source: str) -> dict[str, list[CheckedImage]]:
     _, is_random, seed = split_source.partition("random:")
-    split = random_splits((p.picture.name for p in good), int(seed)) if is_random else source.split
+    split = random_splits((p.source.name for p in good), int(seed)) if is_random else source.split
     assert split is not None
-    return {name: [p for p in good if split.get(p.picture.name, "extra") == name] for name in SPLITS}
+    return {name: [p for p in good if split.get(p.source.name, "extra") == name] for name in SPLITS}
 
 
 def statistics(
-    source: Source,
+    source: Flickr8kSource,
     split_source: str,
     identity: str,
     arguments: argparse.Namespace,
-    splits: dict[str, list[Checked]],
+    splits: dict[str, list[CheckedImage]],
     written: dict[str, list[ShardFacts]],
     defects: Defects,
 ) -> dict[str, object]:
     counts = {
         split: {
-            "pictures": len(pictures),
-            "captions": sum(len(p.picture.captions) for p in pictures),
+            "pictures": len(images),
+            "captions": sum(len(p.source.captions) for p in images),
             "shards": len(written[split]),
             "bytes": sum(shard.size_bytes for shard in written[split]),
         }
-        for split, pictures in splits.items()
+        for split, images in splits.items()
     }
     report = defects.report()
     return {

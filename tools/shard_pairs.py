@@ -1,4 +1,4 @@
-"""Any list of pictures and captions in (CSV, TSV, Parquet, JSONL, a folder of pairs); tar shards out, resumable."""
+"""Any list of images and captions in (CSV, TSV, Parquet, JSONL, a folder of pairs); tar shards out, resumable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clipdist.datasets.images import open_pool
 from clipdist.datasets.pair_lists import PairList, Survey, open_list, survey
-from clipdist.datasets.pair_shards import PackCaptions, Plan, Totals, write_pairs
+from clipdist.datasets.pair_shards import PackCaptions, ShardPlan, Totals, write_pairs
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
 from clipdist.errors import run_main
 
@@ -69,7 +69,7 @@ def main() -> int:
     print(reading(pairs), flush=True)
     pack, kind = tokens_for(arguments.tokens)
     found = survey(pairs)
-    plan = Plan(
+    plan = ShardPlan(
         list=found.fingerprint,
         columns=pairs.columns,
         images_root=str(pairs.root.absolute()),
@@ -81,7 +81,7 @@ def main() -> int:
     processes = arguments.processes or len(os.sched_getaffinity(0))
     try:
         with hold_folder(arguments.out), open_pool(processes) as pool:
-            totals = write_pairs(pairs, found.pictures, arguments.out, plan, pool, processes, pack)
+            totals = write_pairs(pairs, found.images, arguments.out, plan, pool, processes, pack)
     except KeyboardInterrupt:
         print(f"{arguments.out} holds whole shards only; the same command goes on from there", file=sys.stderr)
         raise
@@ -120,7 +120,7 @@ def report(totals: Totals, found: Survey, pairs: PairList, kind: str, out: Path,
         "out": str(out),
         "image_column": pairs.columns[0],
         "caption_column": pairs.columns[1],
-        "pictures": found.pictures,
+        "pictures": found.images,
         "repeated": found.repeated,
         "samples": totals.samples,
         "captions": totals.captions,

@@ -1,4 +1,4 @@
-"""CIFAR-10's and CIFAR-100's python layout (a folder or its tar archive) in, uint8 pictures with labels out; and the
+"""CIFAR-10's and CIFAR-100's python layout (a folder or its tar archive) in, uint8 images with labels out; and the
 way back for CIFAR-10.
 
 Layout: A. Krizhevsky, 2009: data_batch_1 ... and test_batch, each a pickled dictionary with `data` [n, 3072] uint8 and
@@ -31,7 +31,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarLayout:
     """Which files a set has, what they are called, and under which keys they keep labels and class names."""
 
     name: str
@@ -49,11 +49,11 @@ class Layout:
         return name in (self.test, self.meta) or self.train.fullmatch(name) is not None
 
 
-CIFAR_10 = Layout(
+CIFAR_10 = CifarLayout(
     "CIFAR-10", 10, FOLDER, ARCHIVE, re.compile(r"data_batch_\d+"), "data_batch_1", "test_batch", "batches.meta",
     "labels", "label_names",
 )  # fmt: skip
-CIFAR_100 = Layout(
+CIFAR_100 = CifarLayout(
     "CIFAR-100", 100, "cifar-100-python", "cifar-100-python.tar.gz", re.compile("train"), "train", "test", "meta",
     "fine_labels", "fine_label_names",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def read_cifar100(path: str | Path) -> Cifar:
     return _read(Path(path), CIFAR_100)
 
 
-def layout_of(path: str | Path) -> Layout | None:
+def layout_of(path: str | Path) -> CifarLayout | None:
     """Which of the two sets a folder or tar archive holds; None: neither.
 
     Raises:
@@ -116,7 +116,7 @@ def layout_of(path: str | Path) -> Layout | None:
     return None
 
 
-def _read(path: Path, layout: Layout) -> Cifar:
+def _read(path: Path, layout: CifarLayout) -> Cifar:
     files = _read_files(path, layout)
     batches = sorted(filter(layout.train.fullmatch, files), key=lambda name: (len(name), name))  # batch 10 after 9
     for needed, found in ((layout.first_train, batches), (layout.test, layout.test in files)):
@@ -154,7 +154,7 @@ def write_cifar10(
     return out
 
 
-def _read_files(path: Path, layout: Layout) -> dict[str, bytes]:
+def _read_files(path: Path, layout: CifarLayout) -> dict[str, bytes]:
     """Name -> content of the layout's files, wherever under `path` they are."""
     if path.is_file():
         return _read_archive(path, layout)
@@ -168,7 +168,7 @@ def _read_files(path: Path, layout: Layout) -> dict[str, bytes]:
     raise UserError(f"{path}: holds neither {layout.name}'s batches, nor {layout.folder}, nor {layout.archive}")
 
 
-def _folder_of(path: Path, layout: Layout) -> Path | None:
+def _folder_of(path: Path, layout: CifarLayout) -> Path | None:
     """`path` or the layout's folder in it, whichever holds files (not folders) of the layout's names."""
     for folder in (path, path / layout.folder):
         if folder.is_dir() and any(layout.wants(entry.name) and entry.is_file() for entry in folder.iterdir()):
@@ -183,7 +183,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: damaged or truncated archive ({error}); download it again")
 
 
-def _read_archive(path: Path, layout: Layout) -> dict[str, bytes]:
+def _read_archive(path: Path, layout: CifarLayout) -> dict[str, bytes]:
     files = {}
     try:
         with tarfile.open(path, "r:*") as archive:
@@ -200,7 +200,7 @@ def _read_archive(path: Path, layout: Layout) -> dict[str, bytes]:
     return files
 
 
-def _labelled(data: bytes, where: str, layout: Layout) -> LabelledImages:
+def _labelled(data: bytes, where: str, layout: CifarLayout) -> LabelledImages:
     batch = _unpickle(data, where)
     try:
         images, labels = _as_array(batch["data"]), _as_array(batch[layout.labels])
@@ -213,7 +213,7 @@ def _labelled(data: bytes, where: str, layout: Layout) -> LabelledImages:
     return LabelledImages(images.reshape(-1, 3, SIDE, SIDE).copy(), labels.astype(np.int64))
 
 
-def _class_names(data: bytes | None, where: str, count: int, layout: Layout) -> tuple[str, ...]:
+def _class_names(data: bytes | None, where: str, count: int, layout: CifarLayout) -> tuple[str, ...]:
     """The names, or numbers as names where the file with them was lost."""
     if data is None:
         return tuple(str(label) for label in range(max(count, layout.classes)))

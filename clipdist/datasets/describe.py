@@ -1,4 +1,4 @@
-"""Shards in; what they hold in numbers out: members, picture sizes, captions, repeats. Nothing is written."""
+"""Shards in; what they hold in numbers out: members, image sizes, captions, repeats. Nothing is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from clipdist.data.fetch import Fetcher, is_remote
 from clipdist.data.index import ShardIndex, is_fresh, scan_whole_samples, stored_index
 from clipdist.data.loader import group_id
 from clipdist.data.reader import Reader
-from clipdist.datasets.images import Header, check_bytes
+from clipdist.datasets.images import ImageHeader, check_bytes
 from clipdist.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -28,7 +28,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass
-class Opened:
+class OpenedShards:
     """A catalog of what can be read, and what was found on the way."""
 
     catalog: Catalog
@@ -36,7 +36,7 @@ class Opened:
     indexed: int  # shards with a fresh index, beside them or in a consolidated file
 
 
-def open_shards(sources: Sequence[str]) -> Opened:
+def open_shards(sources: Sequence[str]) -> OpenedShards:
     """As Catalog.open, but a damaged local shard does not stop it, and no index is written.
 
     Raises:
@@ -62,7 +62,7 @@ def open_shards(sources: Sequence[str]) -> Opened:
         indexed += fresh
         damaged += [damage] if damage else []
         shards.append(_in_memory(index))
-    return Opened(Catalog(shards), damaged, indexed)
+    return OpenedShards(Catalog(shards), damaged, indexed)
 
 
 def _in_memory(index: ShardIndex) -> Shard:
@@ -91,30 +91,30 @@ def describe_members(catalog: Catalog) -> dict[str, object]:
 
 
 @dataclass
-class Seen:
+class _SampleStatistics:
     """What was gathered from samples that were read."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
     formats: Counter[str] = field(default_factory=Counter)
-    pictures: Counter[bytes] = field(default_factory=Counter)  # by a hash of their bytes
+    images: Counter[bytes] = field(default_factory=Counter)  # by a hash of their bytes
     groups: Counter[int] = field(default_factory=Counter)  # captions, by group_id
-    per_picture: list[int] = field(default_factory=list)
+    per_image: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     vocabulary: Counter[str] = field(default_factory=Counter)
     unusable: Counter[str] = field(default_factory=Counter)
 
-    def add_picture(self, data: bytes) -> None:
-        self.pictures[hashlib.blake2b(data, digest_size=16).digest()] += 1
+    def add_image(self, data: bytes) -> None:
+        self.images[hashlib.blake2b(data, digest_size=16).digest()] += 1
         header = check_bytes(data, decode=False)
-        if isinstance(header, Header):
+        if isinstance(header, ImageHeader):
             self.sizes.append((header.width, header.height))
             self.formats[header.kind] += 1
         else:
             self.unusable[header] += 1
 
     def add_captions(self, captions: list[str]) -> None:
-        self.per_picture.append(len(captions))
+        self.per_image.append(len(captions))
         for caption in captions:
             words = _WORD.findall(caption.lower())
             self.groups[group_id(caption)] += 1
@@ -131,11 +131,11 @@ def choose_samples(catalog: Catalog, samples: int) -> np.ndarray:
 
 
 def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
-    """Picture sizes and formats, captions, and repeats, of these samples: headers are read, pixels are not decoded."""
-    seen = Seen()
+    """Image sizes and formats, captions, and repeats, of these samples: headers are read, pixels are not decoded."""
+    seen = _SampleStatistics()
     for sample_id in tqdm(ids.tolist(), desc="samples", unit="sample", disable=None):
         try:
-            seen.add_picture(reader.image(sample_id))
+            seen.add_image(reader.image(sample_id))
         except BadSample as error:
             seen.unusable[error.reason] += 1
         try:
@@ -150,11 +150,11 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
             "width": _percentiles(width),
             "height": _percentiles(height),
             "aspect": _percentiles(np.maximum(width, height) / np.maximum(1, np.minimum(width, height))),
-            "repeated": _repeats(seen.pictures),
+            "repeated": _repeats(seen.images),
         },
         "captions": {
             "count": len(seen.words),
-            "per_picture": _percentiles(np.array(seen.per_picture)),
+            "per_picture": _percentiles(np.array(seen.per_image)),
             "words": _percentiles(np.array(seen.words)),
             "characters": _percentiles(np.array(seen.characters)),
             "vocabulary": len(seen.vocabulary),

@@ -62,7 +62,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSource:
     """One shard, and the consolidated index that holds it already, if it was named by one."""
 
     tar: str
@@ -71,7 +71,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """What is to be done with every shard.
 
     Attributes:
@@ -130,7 +130,7 @@ class _Unusable(Exception):
     """Nothing of this shard can be used; the message says why."""
 
 
-def examine_shard(source: Source, task: Task) -> Examined:
+def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """Indexes one shard, or takes the index that is there where it has all that is wanted.
 
     Raises:
@@ -148,7 +148,7 @@ def examine_shard(source: Source, task: Task) -> Examined:
     return _summed_up(index, task, damage, made)
 
 
-def _index_of(source: Source, task: Task) -> tuple[ShardIndex, str, bool]:
+def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bool]:
     """The index with what the task wants, what is wrong with the shard, and whether it was made now."""
     try:
         stored = None if task.force and not source.book else _stored(source)
@@ -171,7 +171,7 @@ def _index_of(source: Source, task: Task) -> tuple[ShardIndex, str, bool]:
     return replace(index, tar=source.tar), damage, True
 
 
-def _stored(source: Source) -> ShardIndex | None:
+def _stored(source: ShardSource) -> ShardIndex | None:
     if not source.book:
         return None if is_remote(source.tar) else stored_index(source.tar)
     index = _open_book(source.book).load(source.number)
@@ -185,7 +185,7 @@ def _open_book(path: str) -> Consolidated:
     return Consolidated(path)
 
 
-def _has_all(index: ShardIndex, task: Task) -> bool:
+def _has_all(index: ShardIndex, task: ShardTask) -> bool:
     if DEFECT in index.columns and index.crc is not None:  # verified: a column that is not there is in no sample
         return not (task.verify and (task.force or task.reread))
     wanted = {name for condition in task.conditions for name in condition.columns}
@@ -193,7 +193,7 @@ def _has_all(index: ShardIndex, task: Task) -> bool:
 
 
 @contextlib.contextmanager
-def _at_hand(tar: str, task: Task) -> Iterator[str | Path]:
+def _at_hand(tar: str, task: ShardTask) -> Iterator[str | Path]:
     """A local file with the shard's bytes; a remote one is fetched, and gone afterwards."""
     if not is_remote(tar):
         yield tar
@@ -213,7 +213,7 @@ def _at_hand(tar: str, task: Task) -> Iterator[str | Path]:
         path.unlink(missing_ok=True)
 
 
-def _with_columns(index: ShardIndex, task: Task) -> ShardIndex:
+def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
         return read_samples(index, decode=True)
     wanted = {name for condition in task.conditions for name in condition.columns}
@@ -230,7 +230,7 @@ def _write_beside(index: ShardIndex) -> None:
         ) from None
 
 
-def _summed_up(index: ShardIndex, task: Task, damage: str, made: bool) -> Examined:
+def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
     defect = index.columns.get(DEFECT, np.zeros(len(index), dtype=np.int64)).astype(np.int64)
     good = defect == 0
     keep, passed = good, []
@@ -261,10 +261,10 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
 
     Args:
         index: of a local shard. Checksums in it are compared, those that there are not are made where `decode` is True.
-        decode: read every member and decode every picture; else only pictures' headers, captions and .json.
+        decode: read every member and decode every image; else only images' headers, captions and .json.
 
     Returns:
-        The index with columns [n]: every numeric field of the samples' .json; width and height of the picture, pixels;
+        The index with columns [n]: every numeric field of the samples' .json; width and height of the image, pixels;
         caption_length, characters of the first caption; after decoding `defect`, a place in DEFECTS. NaN: not known.
         Columns that were there stay, unless they are read anew.
 
@@ -294,7 +294,7 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _SampleFindings:
     """What one sample says: CRC-32 of each member, its numbers, and the first thing that is wrong with it."""
 
     crc: list[int]
@@ -302,17 +302,17 @@ class _Look:
     defect: str
 
 
-def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _Look:
+def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _SampleFindings:
     reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
     record, no_record = _try(lambda: reader.metadata(row))
     captions, no_caption = _try(lambda: reader.captions(row))
-    size, no_picture = _try(lambda: _picture_size(reader.image(row), decode))
+    size, no_image = _try(lambda: _image_size(reader.image(row), decode))
     numbers = _numbers(record or {})
     numbers["width"], numbers["height"] = size or (math.nan, math.nan)
     numbers["caption_length"] = len(captions[0]) if captions else math.nan
-    wrong = [*(defect for _, defect in reads), no_record, no_picture, no_caption]
+    wrong = [*(defect for _, defect in reads), no_record, no_image, no_caption]
     crc = [0 if data is None else zlib.crc32(data) for data, _ in reads]
-    return _Look(crc, numbers, next(filter(None, wrong), ""))
+    return _SampleFindings(crc, numbers, next(filter(None, wrong), ""))
 
 
 def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
@@ -325,16 +325,16 @@ def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, error.reason
 
 
-def _picture_size(data: bytes, decode: bool) -> tuple[int, int] | None:
+def _image_size(data: bytes, decode: bool) -> tuple[int, int] | None:
     """Width and height in pixels; None where the header does not tell them."""
     from clipdist.data.decode import decode_pixels
-    from clipdist.datasets.images import Header, check_bytes
+    from clipdist.datasets.images import ImageHeader, check_bytes
 
     if decode:
         height, width, _ = decode_pixels(data).shape
         return width, height
     header = check_bytes(data, decode=False)
-    return (header.width, header.height) if isinstance(header, Header) else None
+    return (header.width, header.height) if isinstance(header, ImageHeader) else None
 
 
 def _numbers(record: dict) -> dict[str, float]:

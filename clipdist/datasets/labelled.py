@@ -1,4 +1,4 @@
-"""A path in (CIFAR's archives, a folder of pictures, or shards with labels), labelled uint8 pictures out.
+"""A path in (CIFAR's archives, a folder of images, or shards with labels), labelled uint8 images out.
 
 Read as
 - CIFAR-10 or CIFAR-100: the folder of their python version, or the tar archive as it is;
@@ -32,12 +32,12 @@ Label = int | str  # a number, or a class' name
 
 @dataclass(frozen=True)
 class Split:
-    """n labelled pictures.
+    """n labelled images.
 
     Attributes:
         labels: int64 [n], numbers of classes.
         read: row -> uint8 [h, w, 3]; may be called by several threads. BadSample: it cannot be decoded.
-        digest: hex digits that name the pictures, their order and labels, as a cache's key; "": not known.
+        digest: hex digits that name the images, their order and labels, as a cache's key; "": not known.
     """
 
     labels: np.ndarray
@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Pictures of named classes; `train` is None where there is only one set of pictures."""
+    """Images of named classes; `train` is None where there is only one set of images."""
 
     name: str
     classes: tuple[str, ...]
@@ -59,10 +59,10 @@ class LabelledSet:
 
 
 def open_labelled(path: str | Path) -> LabelledSet:
-    """Opens a set; pictures of folders and shards are decoded when they are read.
+    """Opens a set; images of folders and shards are decoded when they are read.
 
     Raises:
-        UserError: no such data, a damaged or truncated archive or shard, a class without pictures, a sample without a
+        UserError: no such data, a damaged or truncated archive or shard, a class without images, a sample without a
             label, a label of the test set that the training set or the class names do not have.
     """
     path = Path(path)
@@ -111,7 +111,7 @@ def _from_arrays(data: LabelledImages) -> Split:
 
 def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledSet:
     assert test is not None  # only a tar has none
-    files = {folder: _pictures_by_class(folder) for folder in (train, test) if folder}
+    files = {folder: _images_by_class(folder) for folder in (train, test) if folder}
     classes = tuple(files[train or test])
     unknown = sorted(set(files[test]) - set(classes))
     if unknown:
@@ -120,23 +120,23 @@ def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledS
     return LabelledSet(path.resolve().name, classes, splits[train] if train else None, splits[test])
 
 
-def _pictures_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its pictures at any depth, both sorted.
+def _images_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Class name -> its images at any depth, both sorted.
 
     Raises:
-        UserError: no folders, or one without a picture.
+        UserError: no folders, or one without an image.
     """
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {entry.name: _pictures(entry) for entry in classes}
+    found = {entry.name: _images_below(entry) for entry in classes}
     if not any(found.values()):
         raise UserError(f"{folder}: no folders with pictures; {_EXPECTED}")
-    for name, pictures in found.items():
-        if not pictures:
+    for name, images in found.items():
+        if not images:
             raise UserError(f"{folder / name}: a class without pictures; add some, or remove the folder")
     return found
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     return sorted(
         Path(place) / name
         for place, _, names in os.walk(folder, followlinks=True)
@@ -147,7 +147,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
     number = {name: label for label, name in enumerate(classes)}
-    files = [(file, number[name]) for name, pictures in found.items() for file in pictures]
+    files = [(file, number[name]) for name, images in found.items() for file in images]
     digest = hashlib.sha256()
     for file, label in files:
         stat = file.stat()

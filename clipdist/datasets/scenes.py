@@ -1,7 +1,7 @@
-"""A seed in; captioned pictures of simple scenes out, in Flickr8k's original layout, and labelled ones in CIFAR-10's.
+"""A seed in; captioned images of simple scenes out, in Flickr8k's original layout, and labelled ones in CIFAR-10's.
 
-A scene is a few coloured, textured shapes in a spatial relation on a background. Every picture comes with five
-sentences in different words, each of which says enough to tell it from the others. Picture n depends on (seed, n)
+A scene is a few coloured, textured shapes in a spatial relation on a background. Every image comes with five
+sentences in different words, each of which says enough to tell it from the others. Image n depends on (seed, n)
 alone, so that any number of processes writes the same bytes.
 """
 
@@ -25,7 +25,7 @@ SCENE_SIDE = 96  # pixels
 OVERSAMPLING = 4  # outlines are drawn larger by this factor, then averaged down: smooth edges
 JPEG_QUALITY = 90
 SPLITS = ("train", "dev", "test")
-CAPTIONS = 5  # per picture
+CAPTIONS = 5  # per image
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon", "diamond", "flower")
 COLOURS = {
@@ -52,15 +52,15 @@ BACKGROUNDS = {
 }
 TEXTURES = ("plain", "plain", "striped", "dotted")  # one in two is plain
 RELATIONS = {"left": 0.17, "right": 0.17, "above": 0.17, "below": 0.17, "inside": 0.08, "row": 0.07, "column": 0.05}
-RELATIONS |= {"alone": 0.12}  # share of the pictures
+RELATIONS |= {"alone": 0.12}  # share of the images
 HOLDERS = ("circle", "square", "diamond", "heart")  # shapes with room inside
 MIN_CONTRAST = 105.0  # Euclidean distance in RGB below which two colours are not put on one another
 
 _SHADOW = [value * 2 // 5 for value in range(256)]
-# The third part of a picture's seed: the two sets share no picture.
+# The third part of an image's seed: the two sets share no image.
 _SCENE_STREAM, _LABELLED_STREAM = 0, 1
 _Made = TypeVar("_Made")
-# Radii are shares of the picture's side.
+# Radii are shares of the image's side.
 RADIUS = {
     "small": (0.1, 0.115),
     "medium": (0.14, 0.155),
@@ -394,24 +394,24 @@ def write_scenes(
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Writes captioned pictures in Flickr8k's original layout. The same arguments give the same bytes.
+    """Writes captioned images in Flickr8k's original layout. The same arguments give the same bytes.
 
     Args:
         folder: gets Flicker8k_Dataset/ (sic), Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt.
-        counts: pictures per split, by the names in SPLITS.
-        progress: is told how many pictures were written since it was last told.
+        counts: images per split, by the names in SPLITS.
+        progress: is told how many images were written since it was last told.
     """
-    pictures = folder / "Flicker8k_Dataset"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = folder / "Flicker8k_Dataset"
+    images.mkdir(parents=True, exist_ok=True)
     total = sum(counts[split] for split in SPLITS)
     lines: list[str] = []
-    for captions in _in_parallel(partial(_write_picture, pictures, seed), total, processes, progress):
-        name = _picture_name(len(lines) // CAPTIONS)
+    for captions in _in_parallel(partial(_write_scene, images, seed), total, processes, progress):
+        name = _scene_name(len(lines) // CAPTIONS)
         lines.extend(f"{name}#{i}\t{caption}\n" for i, caption in enumerate(captions))
     _write_text(folder / "Flickr8k.token.txt", lines)
     first = 0
     for split in SPLITS:
-        names = [_picture_name(number) + "\n" for number in range(first, first + counts[split])]
+        names = [_scene_name(number) + "\n" for number in range(first, first + counts[split])]
         _write_text(folder / f"Flickr_8k.{split}Images.txt", names)
         first += counts[split]
 
@@ -424,7 +424,7 @@ def write_labelled(
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Path:
-    """Writes pictures of one shape each, labelled with its colour, in CIFAR-10's python layout.
+    """Writes images of one shape each, labelled with its colour, in CIFAR-10's python layout.
 
     All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background
     tells only which colour it is not.
@@ -438,16 +438,16 @@ def write_labelled(
     return write_cifar10(folder, parts[0], parts[1], tuple(COLOURS))
 
 
-def _write_picture(pictures: Path, seed: int, number: int) -> list[str]:
-    """Writes picture `number` and returns its captions."""
+def _write_scene(images: Path, seed: int, number: int) -> list[str]:
+    """Writes image `number` and returns its captions."""
     rng = np.random.default_rng((seed, number, _SCENE_STREAM))
     scene = sample_scene(rng)
-    render_scene(scene, rng).save(pictures / _picture_name(number), "JPEG", quality=JPEG_QUALITY)
+    render_scene(scene, rng).save(images / _scene_name(number), "JPEG", quality=JPEG_QUALITY)
     return write_captions(scene, rng)
 
 
 def _draw_labelled(seed: int, number: int) -> np.ndarray:
-    """Picture `number` of the labelled set, uint8 [3, SIDE, SIDE]."""
+    """Image `number` of the labelled set, uint8 [3, SIDE, SIDE]."""
     rng = np.random.default_rng((seed, number, _LABELLED_STREAM))
     colour = tuple(COLOURS)[number % len(COLOURS)]
     background = _pick(rng, tuple(name for name in BACKGROUNDS if colour in _visible_on(name)))
@@ -458,7 +458,7 @@ def _draw_labelled(seed: int, number: int) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(_with_grain(canvas, rng)).transpose(2, 0, 1))
 
 
-def _picture_name(number: int) -> str:
+def _scene_name(number: int) -> str:
     return f"scene_{number:05d}.jpg"
 
 

@@ -170,7 +170,7 @@ def write_side_files(folder: Path, name: str, shards: Sequence[ShardFacts]) -> N
     wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": listed}
     write_json(folder / "index.json", wids)
     for shard in shards:
-        # Defective pictures are left out before the shards are cut; times would make every run's files differ.
+        # Defective images are left out before the shards are cut; times would make every run's files differ.
         stats = {
             "count": shard.samples,
             "successes": shard.samples,

@@ -59,7 +59,7 @@ def test_the_flickr8k_reader_finds_nothing_wrong(tmp_path: Path) -> None:
     assert source.split is not None
     in_split = {split: sum(value == split for value in source.split.values()) for split in ("train", "val", "test")}
     assert in_split == {"train": 12, "val": 3, "test": 5}
-    assert all(len(picture.captions) == 5 for picture in source.pictures.values())
+    assert all(len(picture.captions) == 5 for picture in source.images.values())
     assert defects.report()["skipped"] == {}
     with Image.open(tmp_path / "Flicker8k_Dataset" / "scene_00019.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96))
