@@ -21,8 +21,8 @@ from clipdist.data.catalog import name_shards
 from clipdist.data.consolidated import Consolidated, Part, write_parts
 from clipdist.data.fetch import Fetcher, is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
-from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, in_order
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard
+from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
 EXAMPLE = f"""examples:
@@ -153,7 +153,7 @@ def main() -> int:
             folder=Path(folder),
             allow_pipe=arguments.allow_pipe,
         )
-        parts = examine(sources, task, tally, arguments.processes or len(os.sched_getaffinity(0)))
+        parts = examine(sources, task, tally, arguments.processes)
         if arguments.out:
             write_parts(arguments.out, parts, rule_of(conditions))
         else:
@@ -189,13 +189,11 @@ def examine(sources: list[ShardSource], task: ShardTask, tally: Tally, processes
     Raises:
         UserError: in all of the shards there is nothing to train on.
     """
-    processes = min(processes, len(sources))
-    with open_pool(processes) as pool, tqdm(total=len(sources), desc="index", unit="shard", disable=None) as bar:
-        for found in in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes):
-            tally.add(found)
-            bar.update()
-            if found.part is not None:
-                yield found.part
+    found_in_order = in_order(functools.partial(examine_shard, task=task), sources, processes)
+    for found in tqdm(found_in_order, total=len(sources), desc="index", unit="shard", disable=None):
+        tally.add(found)
+        if found.part is not None:
+            yield found.part
     require_samples(tally)
 
 

@@ -20,8 +20,8 @@ from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
-from clipdist.datasets.examine import MOST_NAMED, ShardSource, ShardTask, examine_shard, in_order
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.examine import MOST_NAMED, ShardSource, ShardTask, examine_shard
+from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
 from clipdist.evals.sheet import Row, contact_sheet, first_caption
 
@@ -74,7 +74,7 @@ def main() -> int:
     finally:
         reader.close()
     if arguments.verify:
-        result["verified"] = verify(arguments.shards, arguments.processes or len(os.sched_getaffinity(0)))
+        result["verified"] = verify(arguments.shards, arguments.processes)
     print(table(result))
     if arguments.json:
         print(json.dumps(result))
@@ -90,10 +90,9 @@ def verify(shards: list[str], processes: int) -> dict[str, int]:
         sources += [ShardSource(tar, book, number) for number, tar in enumerate(tars)]
     defects: Counter[str] = Counter()
     named = 0
-    processes = min(processes, len(sources))
-    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder, open_pool(processes) as pool:
+    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
         task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
-        results = in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes)
+        results = in_order(functools.partial(examine_shard, task=task), sources, processes)
         for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
             defects += found.defects
             for key, defect in found.named[: max(0, MOST_NAMED - named)]:

@@ -1,10 +1,9 @@
-"""A seed in; captioned images in Flickr8k's layout and labelled ones in CIFAR-10's layout out."""
+"""Draw captioned images in Flickr8k's layout, and an image folder of labelled ones."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,8 +18,8 @@ EXAMPLE = """examples:
   python tools/make_scenes.py --out runs/demo-data
   python tools/make_scenes.py --out data/scenes --seed 1 --train 20000
 
-Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) and OUT/labelled in CIFAR-10's python
-layout (for tools/probe_cifar10.py). The same options give the same bytes."""
+Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) and OUT/labelled/{train,test}/COLOUR/*.png
+(for tools/probe_cifar10.py). The same options give the same bytes."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +65,7 @@ def main() -> int:
         images = arguments.train + arguments.dev + arguments.test
         print(f"{arguments.out / SCENES}: {images} pictures with five captions each, Flickr8k's layout")
         labelled = arguments.labelled_train + arguments.labelled_test
-        print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, CIFAR-10's layout")
+        print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, a folder per class")
     if arguments.json:
         print(json.dumps({**wanted, "out": str(arguments.out), "written": not there}))
     return 0
@@ -107,17 +106,16 @@ def stamp(out: Path, content: dict) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    workers = arguments.workers or len(os.sched_getaffinity(0))
     counts = {name: getattr(arguments, name) for name in ("train", "dev", "test")}
     total = sum(counts.values()) + arguments.labelled_train + arguments.labelled_test
     with tqdm(total=total, unit="picture", disable=not sys.stderr.isatty()) as bar:
-        write_scenes(arguments.out / SCENES, arguments.seed, counts, workers, bar.update)
+        write_scenes(arguments.out / SCENES, arguments.seed, counts, arguments.workers, bar.update)
         write_labelled(
             arguments.out / LABELLED,
             arguments.seed,
             arguments.labelled_train,
             arguments.labelled_test,
-            workers,
+            arguments.workers,
             bar.update,
         )
 

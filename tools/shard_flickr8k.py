@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from clipdist.datasets.flickr8k import (
     random_splits,
     read_source,
 )
-from clipdist.datasets.images import CheckedImage, check_images, open_pool, write_splits
+from clipdist.datasets.images import CheckedImage, check_images, write_splits
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, staging, write_json
 from clipdist.errors import UserError, run_main
 
@@ -145,10 +144,9 @@ def build(
 ) -> dict[str, object]:
     """Checks, splits and writes; the statistics come last, as the sign that all is there."""
     out, images = arguments.out, list(source.images.values())
-    cores = len(os.sched_getaffinity(0))
-    with staging(out, NAMES) as staged, open_pool(arguments.workers or cores) as pool:
+    with staging(out, NAMES) as staged:
         good = []
-        for image, checked in zip(images, check_images(images, not arguments.no_verify, pool)):
+        for image, checked in zip(images, check_images(images, not arguments.no_verify, arguments.workers)):
             if isinstance(checked, CheckedImage):
                 good.append(checked)
             else:
@@ -156,7 +154,7 @@ def build(
         splits = keep_from_training(by_split(good, source, split_source), defects)
         if not any(splits.values()):
             raise UserError(f"no usable picture with a caption in {' '.join(arguments.source)}: {summary(defects)}")
-        written = write_splits(staged, splits, NAMES, arguments.shard_size, arguments.resize, pool)
+        written = write_splits(staged, splits, NAMES, arguments.shard_size, arguments.resize, arguments.workers)
         stats = statistics(source, split_source, identity, arguments, splits, written, defects)
         (out / "stats.json").unlink(missing_ok=True)
         publish(staged, SPLITS)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-from clipdist.datasets.images import open_pool
 from clipdist.datasets.pair_lists import PairList, Survey, open_list, survey
 from clipdist.datasets.pair_shards import PackCaptions, ShardPlan, Totals, write_pairs
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
@@ -78,10 +76,9 @@ def main() -> int:
         verified=not arguments.no_verify,
         tokens=kind,
     )
-    processes = arguments.processes or len(os.sched_getaffinity(0))
     try:
-        with hold_folder(arguments.out), open_pool(processes) as pool:
-            totals = write_pairs(pairs, found.images, arguments.out, plan, pool, processes, pack)
+        with hold_folder(arguments.out):
+            totals = write_pairs(pairs, found.images, arguments.out, plan, arguments.processes, pack)
     except KeyboardInterrupt:
         print(f"{arguments.out} holds whole shards only; the same command goes on from there", file=sys.stderr)
         raise

@@ -1,5 +1,4 @@
-"""CIFAR-10's and CIFAR-100's python layout (a folder or its tar archive) in, uint8 images with labels out; and the
-way back for CIFAR-10.
+"""Read CIFAR-10 and CIFAR-100 in their python layout, from a folder or its tar archive, without running pickled code.
 
 Layout: A. Krizhevsky, 2009: data_batch_1 ... and test_batch, each a pickled dictionary with `data` [n, 3072] uint8 and
 `labels` [n], and batches.meta with `label_names`; of CIFAR-100 train, test and meta, with `fine_labels` and
@@ -13,10 +12,8 @@ import io
 import lzma
 import pickle
 import re
-import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,25 +130,6 @@ def _read(path: Path, layout: CifarLayout) -> Cifar:
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"{path}: labels {labels.min()} to {labels.max()}, but {len(classes)} class names")
     return Cifar(train, test, classes)
-
-
-def write_cifar10(
-    folder: str | Path, train: LabelledImages, test: LabelledImages, classes: Sequence[str], batches: int = 5
-) -> Path:
-    """Writes the layout of the official archive: protocol 2 with Python 2's strings, so that every reader of it fits.
-
-    Returns:
-        The folder with the batches, FOLDER/cifar-10-batches-py.
-    """
-    out = Path(folder) / FOLDER
-    out.mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(np.array_split(np.arange(len(train)), batches), start=1):
-        title = f"training batch {number} of {batches}"
-        _write(out / f"data_batch_{number}", _batch(train.images[rows], train.labels[rows], title))
-    _write(out / "test_batch", _batch(test.images, test.labels, "testing batch 1 of 1"))
-    meta = {"num_cases_per_batch": len(test), "label_names": list(classes), "num_vis": 3 * SIDE * SIDE}
-    _write(out / "batches.meta", meta)
-    return out
 
 
 def _read_files(path: Path, layout: CifarLayout) -> dict[str, bytes]:
@@ -293,51 +271,3 @@ def _as_array(value: Any) -> np.ndarray:
 
 def _text(value: bytes | str) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-def _batch(images: np.ndarray, labels: np.ndarray, title: str) -> dict[str, Any]:
-    if images.dtype != np.uint8 or images.shape[1:] != (3, SIDE, SIDE) or len(images) != len(labels):
-        raise ValueError(f"expected uint8 [n, 3, {SIDE}, {SIDE}] and n labels, got {images.shape} and {len(labels)}")
-    names = [f"{title.split()[0]}_{row:05d}.png" for row in range(len(images))]
-    rows = np.ascontiguousarray(images.reshape(len(images), -1))
-    return {"batch_label": title, "labels": [int(label) for label in labels], "data": rows, "filenames": names}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_bytes(pickle.PROTO + b"\x02" + _opcodes(content) + pickle.STOP)
-
-
-def _opcodes(value: Any) -> bytes:
-    """A value as protocol 2 of Python 2 writes it; the pickle module of Python 3 cannot write its strings."""
-    match value:
-        case dict():
-            items = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
-            return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-        case list():
-            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_opcodes, value)) + pickle.APPENDS
-        case tuple():
-            return pickle.MARK + b"".join(map(_opcodes, value)) + pickle.TUPLE
-        case bool():  # before int, which it is too
-            return pickle.NEWTRUE if value else pickle.NEWFALSE
-        case int():
-            return pickle.BININT + struct.pack("<i", value)
-        case None:
-            return pickle.NONE
-        case str() | bytes():
-            raw = value.encode("latin1") if isinstance(value, str) else value
-            if len(raw) < 256:
-                return pickle.SHORT_BINSTRING + struct.pack("<B", len(raw)) + raw
-            return pickle.BINSTRING + struct.pack("<i", len(raw)) + raw
-        case np.ndarray():
-            return _uint8_opcodes(value)
-    raise TypeError(f"nothing of the CIFAR-10 layout: {type(value).__name__}")
-
-
-def _uint8_opcodes(array: np.ndarray) -> bytes:
-    """What numpy's __reduce__ gives: an empty array, then its state with the data type's own state inside."""
-    empty = b"cnumpy.core.multiarray\n_reconstruct\n" + pickle.MARK + b"cnumpy\nndarray\n"
-    empty += _opcodes((0,)) + _opcodes("b") + pickle.TUPLE + pickle.REDUCE
-    dtype = b"cnumpy\ndtype\n" + _opcodes(("u1", 0, 1)) + pickle.REDUCE
-    dtype += _opcodes((3, "|", None, None, None, -1, -1, 0)) + pickle.BUILD
-    state = _opcodes(1) + _opcodes(array.shape) + dtype + _opcodes(False) + _opcodes(array.tobytes())
-    return empty + pickle.MARK + state + pickle.TUPLE + pickle.BUILD

@@ -12,9 +12,8 @@ import math
 import os
 import uuid
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -371,19 +370,3 @@ class _Table:
 def _narrowed(values: np.ndarray) -> np.ndarray:
     whole = np.isfinite(values).all() and (np.abs(values) < _WHOLE_NUMBERS).all() and (values == np.floor(values)).all()
     return values.astype(np.int64) if whole else values
-
-
-def in_order(
-    pool: Executor | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """As map, with at most `ahead` results that wait for their turn, so that few are in memory."""
-    if pool is None:
-        yield from map(work, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -10,15 +10,11 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +22,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
@@ -118,18 +115,17 @@ class CheckedImage:
     sha256: str
 
 
-def check_images(images: Sequence[SourceImage], decode: bool, pool: Executor | None) -> list[CheckedImage | str]:
+def check_images(images: Sequence[SourceImage], decode: bool, processes: int) -> list[CheckedImage | str]:
     """Looks at every image: in place of one that cannot be used stands the reason.
 
     Args:
         decode: decode it wholly; else its header alone is read.
-        pool: of open_pool. The results do not depend on it.
+        processes: as in_order takes them.
     """
     chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
     checked: list[CheckedImage | str] = []
-    in_order = pool.map if pool else map
     with tqdm(total=len(images), desc="check", unit="picture", disable=None) as bar:
-        for results in in_order(functools.partial(_check_chunk, decode=decode), chunks):
+        for results in in_order(functools.partial(_check_chunk, decode=decode), chunks, processes):
             checked += results
             bar.update(len(results))
     return checked
@@ -216,7 +212,7 @@ def write_splits(
     names: Mapping[str, str],
     per_shard: int,
     side: int,
-    pool: Executor | None,
+    processes: int,
 ) -> dict[str, list[ShardFacts]]:
     """Writes folder/SPLIT/00000.tar ... with the side files, for every split that has images.
 
@@ -224,7 +220,7 @@ def write_splits(
         names: {split: data set's name for the wids index}.
         per_shard: samples per shard at most; the shards of a split are equal, give or take one.
         side: pixels of the shorter side of an image at most; 0: bytes untouched.
-        pool: of open_pool. The bytes do not depend on it.
+        processes: as in_order takes them.
 
     Raises:
         UserError: an image has changed since it was checked.
@@ -237,10 +233,9 @@ def write_splits(
         for shard, size in enumerate(shard_sizes(len(images), per_shard)):
             jobs.append(_ShardJob(folder / split, split, shard, images[start : start + size], side))
             start += size
-    in_order = pool.map if pool else map
     written: dict[str, list[ShardFacts]] = {split: [] for split in splits}
     with tqdm(total=sum(map(len, splits.values())), desc="write", unit="picture", disable=None) as bar:
-        for job, facts in zip(jobs, in_order(_write_shard, jobs)):
+        for job, facts in zip(jobs, in_order(_write_shard, jobs, processes)):
             written[job.split].append(facts)
             bar.update(facts.samples)
     for split, shards in written.items():
@@ -275,31 +270,3 @@ def _sample(checked: CheckedImage, key: str, job: _ShardJob) -> Sample:
         "json": json.dumps(record, ensure_ascii=False).encode(),
     }
     return Sample(key, members, {**size, "captions": len(image.captions)})
-
-
-@contextlib.contextmanager
-def open_pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes for check_images and write_splits; None for one: the work is then done in this process."""
-    if workers == 1:
-        yield None
-        return
-    # Not fork: the progress bar runs a thread.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed outright leaves workers that would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

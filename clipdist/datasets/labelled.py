@@ -5,7 +5,8 @@ Read as
 - shards: DIR/train/*.tar and DIR/test/*.tar (or DIR/val/*.tar), or DIR/*.tar or one tar, which are then the test set.
   A label is "label", "class" or "cls" of a sample's .json, or its .cls member: a number, or a class' name. Names of
   numbers stand in DIR/classnames.txt, one a line; without it they are called by their numbers;
-- an image folder: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val), or DIR/CLASS/*, which is then the test set.
+- an image folder: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val), or DIR/CLASS/*, which is then the test set,
+  in the order of the files' names.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ def _images_below(folder: Path) -> list[Path]:
 def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
     number = {name: label for label, name in enumerate(classes)}
     files = [(file, number[name]) for name, images in found.items() for file in images]
+    files.sort(key=lambda entry: entry[0].name)  # classes are mixed as they were made, not one after another
     digest = hashlib.sha256()
     for file, label in files:
         stat = file.stat()

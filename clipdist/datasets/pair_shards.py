@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import stat
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from clipdist.data.index import index_path
 from clipdist.datasets.images import check_bytes, shrink
 from clipdist.datasets.pair_lists import Pair, PairList, Skip
+from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
@@ -38,7 +37,6 @@ from clipdist.errors import Fault, UserError
 FORMAT = 1  # of what is written: raise it when the same list would give other bytes
 MAX_SHARDS = 100_000  # img2dataset's keys count shards with five digits
 MAX_IMAGE_BYTES = 1 << 28
-_AHEAD = 3  # shards per process that are prepared: enough that none waits, few rows in memory
 _TOOL = "shard_pairs"
 
 PackCaptions = Callable[[list[str]], bytes]
@@ -191,7 +189,6 @@ def write_pairs(
     images: int,
     out: Path,
     plan: ShardPlan,
-    pool: Executor | None,
     processes: int,
     pack: PackCaptions | None,
 ) -> Totals:
@@ -200,7 +197,7 @@ def write_pairs(
     Args:
         images: in the list, as its survey counted.
         out: the folder, held by hold_folder.
-        pool: of open_pool(processes); None: this process does the work.
+        processes: as in_order takes them.
         pack: captions of an image -> the member named Plan.tokens; None where the plan has none.
 
     Raises:
@@ -216,11 +213,15 @@ def write_pairs(
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     before = len(journal.done)
     jobs = _jobs(pairs, out, plan, pack, journal)
+
+    def images_of(shard: int) -> int:
+        return min(plan.per_shard, images - shard * plan.per_shard)
+
     with tqdm(total=images, desc="write", unit="picture", disable=None) as bar:
-        bar.update(sum(min(plan.per_shard, images - shard * plan.per_shard) for shard in journal.done))
-        for job, done in _in_order(pool, jobs, _AHEAD * processes):
+        bar.update(sum(map(images_of, journal.done)))
+        for done in in_order(_write, jobs, processes):
             journal.add(done)
-            bar.update(sum(isinstance(entry, Pair) for entry in job.entries))
+            bar.update(images_of(done.shard))
     skipped = journal.write_skipped(out / "skipped.jsonl")
     written = [journal.done[shard] for shard in sorted(journal.done)]
     whole = [done.facts for done in written if done.facts.samples]
@@ -259,27 +260,6 @@ def _ranges(pairs: Iterable[Pair | Skip], per_shard: int) -> Iterator[list[Pair 
             images += 1
         entries.append(entry)
     yield entries
-
-
-def _in_order(
-    pool: Executor | None, jobs: Iterable[_PairShardJob], ahead: int
-) -> Iterator[tuple[_PairShardJob, ShardDone]]:
-    """Results in the jobs' order, never more than `ahead` of them begun and not yet given."""
-    if pool is None:
-        for job in jobs:
-            yield job, _write(job)
-        return
-    waiting: deque = deque()
-    try:
-        for job in jobs:
-            waiting.append((job, pool.submit(_write, job)))
-            if len(waiting) >= ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise Fault("a worker process was killed, by want of memory perhaps; the same command goes on") from None
 
 
 # --- what a run that was cut off left ---

@@ -1,4 +1,4 @@
-"""A seed in; captioned images of simple scenes out, in Flickr8k's original layout, and labelled ones in CIFAR-10's.
+"""Draw captioned images of simple scenes, in Flickr8k's original layout, and labelled ones as an image folder.
 
 A scene is a few coloured, textured shapes in a spatial relation on a background. Every image comes with five
 sentences in different words, each of which says enough to tell it from the others. Image n depends on (seed, n)
@@ -8,20 +8,19 @@ alone, so that any number of processes writes the same bytes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from clipdist.datasets.cifar import SIDE, LabelledImages, write_cifar10
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.pool import in_order
 
-SCENES_VERSION = 1  # of the drawing and the sentences: the same seed and version give the same bytes
-SCENE_SIDE = 96  # pixels
+SCENES_VERSION = 2  # of the drawing and the sentences: the same seed and version give the same bytes
+SCENE_SIDE, LABELLED_SIDE = 96, 32  # pixels
 OVERSAMPLING = 4  # outlines are drawn larger by this factor, then averaged down: smooth edges
 JPEG_QUALITY = 90
 SPLITS = ("train", "dev", "test")
@@ -59,7 +58,6 @@ MIN_CONTRAST = 105.0  # Euclidean distance in RGB below which two colours are no
 _SHADOW = [value * 2 // 5 for value in range(256)]
 # The third part of an image's seed: the two sets share no image.
 _SCENE_STREAM, _LABELLED_STREAM = 0, 1
-_Made = TypeVar("_Made")
 # Radii are shares of the image's side.
 RADIUS = {
     "small": (0.1, 0.115),
@@ -299,19 +297,66 @@ _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above
 _PLACE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
+# Of every relation, five sentences. {0}, {1}, {2}: the things, without their size where a - follows.
+_SENTENCES = {
+    "pair": (
+        "{0} {beside} {1} on a {bright} background",
+        "{1} {opposite} {0} in front of a {bright} wall",
+        "there {is} {0} {place} and {1} {other place} , all on {bright}",
+        "{bright} picture with {1-} {other place} and {0-}",
+        "{0} can be seen {beside} {1}",
+    ),
+    "inside": (
+        "{0} {beside} {1} on a {bright} background",
+        "{1} with {0} inside it in front of a {bright} wall",
+        "there is {1} that holds {0} , all on {bright}",
+        "{bright} picture with {0-} within {1-}",
+        "{0} can be seen {beside} {1}",
+    ),
+    "alone": (
+        "{0} on a {bright} background",
+        "in front of a {bright} wall there is {0}",
+        "just {0} , all on {bright}",
+        "{bright} picture with nothing but {0}",
+        "a {bright} background with {0} on it",
+    ),
+    "row": (
+        "{0} , {1} and {2} in a row on a {bright} background",
+        "from right to left : {2} , {1} , {0} before a {bright} wall",
+        "{1} between {0} and {2} , all on {bright}",
+        "{bright} picture with {0} at the left , then {1} , then {2}",
+        "side by side : {0} , {1} and {2}",
+    ),
+    "column": (
+        "{0} , {1} and {2} in a column on a {bright} background",
+        "from bottom to top : {2} , {1} , {0} before a {bright} wall",
+        "{1} between {0} and {2} , all on {bright}",
+        "{bright} picture with {0} at the top , then {1} , then {2}",
+        "stacked : {0} , {1} and {2}",
+    ),
+}
+
+
 def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five sentences about the scene, all different, in the manner of Flickr8k (a full stop after a space)."""
-    say = partial(_phrase, rng=rng)
-    bright = f"{'checkered ' if scene.checkered else ''}{scene.background}"
-    if scene.relation in ("row", "column"):
-        sentences = _captions_of_line(scene, bright, say)
-    elif scene.relation == "alone":
-        sentences = _captions_of_one(scene, bright, say)
-    elif scene.relation == "inside":
-        sentences = _captions_of_holder(scene, bright, say, rng)
-    else:
-        sentences = _captions_of_pair(scene, bright, say, rng)
-    return [f"{text[0].upper()}{text[1:]} ." for text in sentences]
+    """Return five sentences about the scene, all different, in the manner of Flickr8k (a full stop after a space)."""
+    opposite = _OPPOSITE.get(scene.relation, "")
+    words = {
+        "bright": f"{'checkered ' if scene.checkered else ''}{scene.background}",
+        "is": "are" if scene.things[0].count > 1 else "is",
+        "place": _PLACE.get(scene.relation, ""),
+        "other place": _PLACE.get(opposite, ""),
+    }
+    choices = {"beside": _BESIDE.get(scene.relation, ()), "opposite": _BESIDE.get(opposite, ())}
+
+    def fill(gap: re.Match[str]) -> str:
+        name = gap[1]
+        if name[0].isdigit():
+            return _phrase(scene.things[int(name[0])], rng, sized=not name.endswith("-"))
+        return words[name] if name in words else _pick(rng, choices[name])
+
+    sentences = _SENTENCES["pair" if opposite else scene.relation]
+    filled = [re.sub(r"{(.+?)}", fill, sentence) for sentence in sentences]
+    return [f"{text[0].upper()}{text[1:]} ." for text in filled]
 
 
 def _phrase(thing: Thing, rng: np.random.Generator, sized: bool = True) -> str:
@@ -336,54 +381,6 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _captions_of_pair(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
-    first, second = scene.things
-    relation, opposite = scene.relation, _OPPOSITE[scene.relation]
-    verb = "are" if first.count > 1 else "is"
-    return [
-        f"{say(first)} {_pick(rng, _BESIDE[relation])} {say(second)} on a {bright} background",
-        f"{say(second)} {_pick(rng, _BESIDE[opposite])} {say(first)} in front of a {bright} wall",
-        f"there {verb} {say(first)} {_PLACE[relation]} and {say(second)} {_PLACE[opposite]} , all on {bright}",
-        f"{bright} picture with {say(second, sized=False)} {_PLACE[opposite]} and {say(first, sized=False)}",
-        f"{say(first)} can be seen {_pick(rng, _BESIDE[relation])} {say(second)}",
-    ]
-
-
-def _captions_of_holder(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
-    inner, holder = scene.things
-    return [
-        f"{say(inner)} {_pick(rng, _BESIDE['inside'])} {say(holder)} on a {bright} background",
-        f"{say(holder)} with {say(inner)} inside it in front of a {bright} wall",
-        f"there is {say(holder)} that holds {say(inner)} , all on {bright}",
-        f"{bright} picture with {say(inner, sized=False)} within {say(holder, sized=False)}",
-        f"{say(inner)} can be seen {_pick(rng, _BESIDE['inside'])} {say(holder)}",
-    ]
-
-
-def _captions_of_one(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
-    (thing,) = scene.things
-    return [
-        f"{say(thing)} on a {bright} background",
-        f"in front of a {bright} wall there is {say(thing)}",
-        f"just {say(thing)} , all on {bright}",
-        f"{bright} picture with nothing but {say(thing)}",
-        f"a {bright} background with {say(thing)} on it",
-    ]
-
-
-def _captions_of_line(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
-    across = scene.relation == "row"
-    start, end = ("left", "right") if across else ("top", "bottom")
-    names = scene.things
-    return [
-        f"{say(names[0])} , {say(names[1])} and {say(names[2])} in a {scene.relation} on a {bright} background",
-        f"from {end} to {start} : {say(names[2])} , {say(names[1])} , {say(names[0])} before a {bright} wall",
-        f"{say(names[1])} between {say(names[0])} and {say(names[2])} , all on {bright}",
-        f"{bright} picture with {say(names[0])} at the {start} , then {say(names[1])} , then {say(names[2])}",
-        f"{'side by side' if across else 'stacked'} : {say(names[0])} , {say(names[1])} and {say(names[2])}",
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------- writing
 
 
@@ -394,7 +391,7 @@ def write_scenes(
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Writes captioned images in Flickr8k's original layout. The same arguments give the same bytes.
+    """Write captioned images in Flickr8k's original layout. The same arguments give the same bytes.
 
     Args:
         folder: gets Flicker8k_Dataset/ (sic), Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt.
@@ -403,11 +400,11 @@ def write_scenes(
     """
     images = folder / "Flicker8k_Dataset"
     images.mkdir(parents=True, exist_ok=True)
-    total = sum(counts[split] for split in SPLITS)
+    numbers = range(sum(counts[split] for split in SPLITS))
     lines: list[str] = []
-    for captions in _in_parallel(partial(_write_scene, images, seed), total, processes, progress):
-        name = _scene_name(len(lines) // CAPTIONS)
-        lines.extend(f"{name}#{i}\t{caption}\n" for i, caption in enumerate(captions))
+    for number, captions in zip(numbers, in_order(partial(_write_scene, images, seed), numbers, processes)):
+        lines.extend(f"{_scene_name(number)}#{i}\t{caption}\n" for i, caption in enumerate(captions))
+        progress(1)
     _write_text(folder / "Flickr8k.token.txt", lines)
     first = 0
     for split in SPLITS:
@@ -423,56 +420,42 @@ def write_labelled(
     test: int,
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
-) -> Path:
-    """Writes images of one shape each, labelled with its colour, in CIFAR-10's python layout.
+) -> None:
+    """Write images of one shape each, by their colour: FOLDER/train/COLOUR/00000.png and FOLDER/test/COLOUR/...
 
     All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background
     tells only which colour it is not.
-
-    Returns:
-        The folder with the batches, FOLDER/cifar-10-batches-py.
     """
-    images = np.stack(list(_in_parallel(partial(_draw_labelled, seed), train + test, processes, progress)))
-    labels = np.arange(train + test) % len(COLOURS)
-    parts = [LabelledImages(images[rows], labels[rows]) for rows in (slice(train), slice(train, None))]
-    return write_cifar10(folder, parts[0], parts[1], tuple(COLOURS))
+    for split in ("train", "test"):
+        for colour in COLOURS:
+            (folder / split / colour).mkdir(parents=True, exist_ok=True)
+    for _ in in_order(partial(_write_labelled, folder, seed, train), range(train + test), processes):
+        progress(1)
 
 
 def _write_scene(images: Path, seed: int, number: int) -> list[str]:
-    """Writes image `number` and returns its captions."""
+    """Write image `number` and return its captions."""
     rng = np.random.default_rng((seed, number, _SCENE_STREAM))
     scene = sample_scene(rng)
     render_scene(scene, rng).save(images / _scene_name(number), "JPEG", quality=JPEG_QUALITY)
     return write_captions(scene, rng)
 
 
-def _draw_labelled(seed: int, number: int) -> np.ndarray:
-    """Image `number` of the labelled set, uint8 [3, SIDE, SIDE]."""
+def _write_labelled(folder: Path, seed: int, train: int, number: int) -> None:
+    """Write image `number` of the labelled set, of which the first `train` are for training."""
     rng = np.random.default_rng((seed, number, _LABELLED_STREAM))
     colour = tuple(COLOURS)[number % len(COLOURS)]
     background = _pick(rng, tuple(name for name in BACKGROUNDS if colour in _visible_on(name)))
     thing = Thing(_pick(rng, SHAPES), colour, _pick(rng, TEXTURES), "any")
-    canvas = _draw_background(BACKGROUNDS[background], bool(rng.random() < 0.35), rng, SIDE)
-    x, y = ((0.5 + _spread(rng, REACH_LABELLED)) * SIDE for _ in "xy")
-    _draw_shape(canvas, thing, (x, y), float(rng.uniform(*RADIUS["any"])) * SIDE, rng)
-    return np.ascontiguousarray(np.asarray(_with_grain(canvas, rng)).transpose(2, 0, 1))
+    canvas = _draw_background(BACKGROUNDS[background], bool(rng.random() < 0.35), rng, LABELLED_SIDE)
+    x, y = ((0.5 + _spread(rng, REACH_LABELLED)) * LABELLED_SIDE for _ in "xy")
+    _draw_shape(canvas, thing, (x, y), float(rng.uniform(*RADIUS["any"])) * LABELLED_SIDE, rng)
+    split = "train" if number < train else "test"
+    _with_grain(canvas, rng).save(folder / split / colour / f"{number:05d}.png")
 
 
 def _scene_name(number: int) -> str:
     return f"scene_{number:05d}.jpg"
-
-
-def _in_parallel(
-    make: Callable[[int], _Made], total: int, processes: int, progress: Callable[[int], object]
-) -> Iterator[_Made]:
-    """make(0), make(1), ... in order, in several processes."""
-    chunk = 50
-    with open_pool(processes) as pool:
-        results = pool.map(make, range(total), chunksize=chunk) if pool else map(make, range(total))
-        for done, made in enumerate(results, start=1):
-            yield made
-            if done % chunk == 0 or done == total:
-                progress((done - 1) % chunk + 1)
 
 
 def _write_text(path: Path, lines: list[str]) -> None:
