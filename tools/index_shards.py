@@ -17,11 +17,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clipdist.data import consolidated
-from clipdist.data.catalog import name_shards
-from clipdist.data.consolidated import Consolidated, Part, write_parts
-from clipdist.data.fetch import Fetcher, is_remote, safe_name
+from clipdist.data.consolidated import Part, write_parts
+from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
-from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard
+from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
@@ -123,7 +122,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
-    parser.add_argument("--allow-pipe", action="store_true", help="run pipe:COMMAND shards in a shell")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     if not 0 <= arguments.processes <= 1024:
@@ -151,7 +149,6 @@ def main() -> int:
             salvage=arguments.salvage,
             force=arguments.force,
             folder=Path(folder),
-            allow_pipe=arguments.allow_pipe,
         )
         parts = examine(sources, task, tally, arguments.processes)
         if arguments.out:
@@ -170,16 +167,12 @@ def find_sources(arguments: argparse.Namespace) -> list[ShardSource]:
     Raises:
         UserError: no shards match, or what needs --out is named without it.
     """
-    sources = []
-    for part in [part for parts in name_shards(arguments.shards, "SHARDS", Fetcher()) for part in parts]:
-        if isinstance(part, Consolidated):
-            if is_remote(part.name):
-                raise UserError(f"{part.name}: copy this file to a disk first")
-            sources += [ShardSource(tar, part.name, number) for number, tar in enumerate(part.tars)]
-        else:
-            sources.append(ShardSource(part))
-        if not arguments.out and (is_remote(sources[-1].tar) or sources[-1].book):
-            raise UserError(f"{sources[-1].book or sources[-1].tar}: needs --out NAME{consolidated.SUFFIX}")
+    sources = shard_sources(arguments.shards)
+    for source in sources:
+        if source.book and is_remote(source.book):
+            raise UserError(f"{source.book}: copy this file to a disk first")
+        if not arguments.out and (source.book or is_remote(source.tar)):
+            raise UserError(f"{source.book or source.tar}: needs --out NAME{consolidated.SUFFIX}")
     return sources
 
 

@@ -1,4 +1,4 @@
-"""Shards in; what they hold out, as tables and a contact sheet: sizes, captions, repeats, damage."""
+"""Show what shards hold, as tables and a contact sheet: sizes, captions, repeats, damage."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clipdist.data.catalog import name_shards
-from clipdist.data.consolidated import Consolidated
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.fetch import Fetcher, safe_name
+from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
-from clipdist.datasets.examine import MOST_NAMED, ShardSource, ShardTask, examine_shard
+from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
+from clipdist.datasets.interop import compare_readers
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
 from clipdist.evals.sheet import Row, contact_sheet, first_caption
 
 EXAMPLE = """examples:
   python tools/inspect_shards.py data/flickr8k/train --sheet train.png
-  python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json"""
+  python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json
+  python tools/inspect_shards.py data/cc3m --interop"""
 SHEET_IMAGES = 32
 
 
@@ -42,14 +42,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="read and decode every sample; damage ends in exit code 1"
     )
+    parser.add_argument(
+        "--interop", action="store_true", help="only compare with what webdataset reads; differences end in exit code 1"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="of --verify; default: one per core")
+    parser.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="of --verify, --interop; default: one per core"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     if arguments.samples < 1:
         parser.error(f"--samples {arguments.samples}: must be at least 1")
     if not 0 <= arguments.processes <= 1024:
         parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    if arguments.interop and (arguments.verify or arguments.sheet):
+        parser.error("--interop stands alone: leave --verify and --sheet out")
     if arguments.sheet and arguments.sheet.suffix != ".png":
         parser.error(f"--sheet {arguments.sheet}: the name must end in .png")
     return arguments
@@ -59,6 +66,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.sheet and not os.access(arguments.sheet.absolute().parent, os.W_OK):
         raise UserError(f"--sheet {arguments.sheet}: no such folder, or it cannot be written")
+    if arguments.interop:
+        return compare_with_webdataset(arguments)
     opened = open_shards(arguments.shards)
     if not len(opened.catalog):
         raise UserError(opened.damaged[0] if opened.damaged else f"no samples in {' '.join(arguments.shards)}")
@@ -83,11 +92,7 @@ def main() -> int:
 
 def verify(shards: list[str], processes: int) -> dict[str, int]:
     """Reads and decodes everything. How many samples have each defect; the first are named on stderr."""
-    sources = []
-    for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
-        tars = part.tars if isinstance(part, Consolidated) else [part]
-        book = part.name if isinstance(part, Consolidated) else ""
-        sources += [ShardSource(tar, book, number) for number, tar in enumerate(tars)]
+    sources = shard_sources(shards)
     defects: Counter[str] = Counter()
     named = 0
     with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
@@ -99,6 +104,33 @@ def verify(shards: list[str], processes: int) -> dict[str, int]:
                 tqdm.write(f"defective: {safe_name(found.tar)}: {key!r}: {defect}", file=sys.stderr)
                 named += 1
     return dict(defects.most_common())
+
+
+def compare_with_webdataset(arguments: argparse.Namespace) -> int:
+    """Compare both readers on every shard. Return the exit code."""
+    sources = shard_sources(arguments.shards)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
+        compare = functools.partial(compare_readers, folder=Path(folder))
+        results = in_order(compare, sources, arguments.processes)
+        for result in tqdm(results, total=len(sources), desc="interop", unit="shard", disable=None):
+            found.append(result)
+            for line in result.told:
+                tqdm.write(f"differs: {result.tar}: {line}", file=sys.stderr)
+    totals = {
+        "shards": len(found),
+        "samples": sum(shard.clipdist for shard in found),
+        "samples_webdataset": sum(shard.webdataset for shard in found),
+        "differences": sum(shard.differences for shard in found),
+    }
+    print(
+        f"{totals['shards']} shards: {totals['samples']} samples for clipdist, {totals['samples_webdataset']} for "
+        f"webdataset, {totals['differences'] or 'no'} differences"
+    )
+    if arguments.json:
+        differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
+        print(json.dumps({**totals, "differing": differing}))
+    return EXIT_FAULT if totals["differences"] else 0
 
 
 def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:

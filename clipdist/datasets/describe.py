@@ -15,9 +15,10 @@ from clipdist.data.catalog import Catalog, Shard, name_shards
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import Fetcher, is_remote
-from clipdist.data.index import ShardIndex, is_fresh, scan_whole_samples, stored_index
+from clipdist.data.index import ShardIndex
 from clipdist.data.loader import group_id
 from clipdist.data.reader import Reader
+from clipdist.datasets.examine import read_index
 from clipdist.datasets.images import ImageHeader, check_bytes
 from clipdist.errors import UserError
 
@@ -53,9 +54,7 @@ def open_shards(sources: Sequence[str]) -> OpenedShards:
             indexed += len(opened)
             continue
         try:
-            stored = stored_index(part)
-            fresh = stored is not None and is_fresh(stored)
-            index, damage = (stored, "") if stored is not None and fresh else scan_whole_samples(part)
+            index, damage, fresh = read_index(part)
         except UserError as error:
             damaged.append(str(error))
             continue

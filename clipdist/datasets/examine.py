@@ -13,7 +13,7 @@ import os
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -90,7 +90,6 @@ class ShardTask:
     force: bool = False
     reread: bool = False
     folder: Path = Path()
-    allow_pipe: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,24 @@ class Examined:
     part: Part | None = None
 
 
-class _Unusable(Exception):
+def shard_sources(shards: Sequence[str]) -> list[ShardSource]:
+    """Expand folders, patterns, lists and consolidated indices to single shards.
+
+    Raises:
+        UserError: no shards match, or one is named twice.
+    """
+    from clipdist.data.catalog import name_shards
+
+    sources = []
+    for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
+        if isinstance(part, Consolidated):
+            sources += [ShardSource(tar, part.name, number) for number, tar in enumerate(part.tars)]
+        else:
+            sources.append(ShardSource(part))
+    return sources
+
+
+class UnusableShard(Exception):
     """Nothing of this shard can be used; the message says why."""
 
 
@@ -137,7 +153,7 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """
     try:
         index, damage, made = _index_of(source, task)
-    except _Unusable as error:
+    except UnusableShard as error:
         return Examined(source.tar, damage=str(error))
     if damage and not task.salvage:
         lost = Counter({"in a damaged shard": len(index)})
@@ -153,7 +169,7 @@ def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bo
         stored = None if task.force and not source.book else _stored(source)
         if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
             return stored, "", False
-        with _at_hand(source.tar, task) as path:
+        with shard_at_hand(source.tar, task.folder) as path:
             if stored is not None and (source.book or is_fresh(stored)):
                 index, damage = replace(stored, tar=str(path)), ""
             else:
@@ -164,10 +180,25 @@ def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bo
     except Fault:
         raise
     except UserError as error:
-        raise _Unusable(str(error)) from None
+        raise UnusableShard(str(error)) from None
     if is_remote(source.tar):
         index = replace(index, tar_mtime_ns=0)
     return replace(index, tar=source.tar), damage, True
+
+
+def read_index(tar: str | Path) -> tuple[ShardIndex, str, bool]:
+    """Return the index beside a local shard where it is fresh, else what a scan gives of it.
+
+    Returns:
+        The index, what is wrong with the shard ("": nothing), and whether the index was there.
+
+    Raises:
+        UserError: the shard cannot be read.
+    """
+    stored = stored_index(tar)
+    if stored is not None and is_fresh(stored):
+        return stored, "", True
+    return *scan_whole_samples(tar), False
 
 
 def _stored(source: ShardSource) -> ShardIndex | None:
@@ -192,21 +223,24 @@ def _has_all(index: ShardIndex, task: ShardTask) -> bool:
 
 
 @contextlib.contextmanager
-def _at_hand(tar: str, task: ShardTask) -> Iterator[str | Path]:
-    """A local file with the shard's bytes; a remote one is fetched, and gone afterwards."""
+def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
+    """Give a local file with the shard's bytes; a remote one is fetched into `folder`, and gone afterwards.
+
+    Raises:
+        UnusableShard: it cannot be had.
+        Fault: `folder` cannot be written.
+    """
     if not is_remote(tar):
         yield tar
         return
-    path = task.folder / f"{uuid.uuid4().hex}.tar"
+    path = folder / f"{uuid.uuid4().hex}.tar"
     try:
         try:
-            Fetcher(allow_pipe=task.allow_pipe).fetch(tar, path)
+            Fetcher().fetch(tar, path)
         except UserError as error:  # one shard that cannot be had does not stop the others
-            raise _Unusable(str(error)) from None
+            raise UnusableShard(str(error)) from None
         except OSError as error:
-            raise Fault(
-                f"{task.folder}: cannot be written ({error.strerror}); name a larger place by --cache"
-            ) from None
+            raise Fault(f"{folder}: cannot be written ({error.strerror}); name a larger place by --cache") from None
         yield path
     finally:
         path.unlink(missing_ok=True)
