@@ -1,10 +1,9 @@
-"""Shards in; their sample indices out: one beside each shard, or one file for all, checked and filtered if wanted."""
+"""Index the samples of shards: one file beside each shard, or one for all, checked and filtered if wanted."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from clipdist.data.consolidated import Part, write_parts
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
 from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
@@ -101,9 +101,7 @@ class Tally:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, addresses, .txt lists"
     )
@@ -122,10 +120,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
-    if not 0 <= arguments.processes <= 1024:
-        parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.where and not arguments.out:
         parser.error("--where needs --out: shards are not rewritten, the one file names the samples that are kept")
     if arguments.out and not arguments.out.name.endswith(consolidated.SUFFIX):
@@ -156,9 +152,8 @@ def main() -> int:
         else:
             for _ in parts:
                 pass
-    print(table(tally, arguments, time.perf_counter() - began))
-    if arguments.json:
-        print(json.dumps(report(tally, arguments, time.perf_counter() - began)))
+    seconds = time.perf_counter() - began
+    finish(arguments, table(tally, arguments, seconds), report(tally, arguments, seconds))
     return EXIT_FAULT if tally.empty or (tally.damaged and not arguments.salvage) else 0
 
 
@@ -231,7 +226,7 @@ def report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[
     }
 
 
-def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
+def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> list[str]:
     lines = [
         f"{tally.made} of {tally.shards} shards indexed now, in {seconds:.1f} s"
         if tally.made
@@ -240,14 +235,8 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
         f"{tally.shards:>10}{tally.samples:>12}{tally.kept:>12}{tally.tar_bytes / 1e6:>12.1f}"
         f"{tally.samples / seconds:>12.0f}",
     ]
-    reasons = dropped(tally)
-    if reasons:
-        lines.append(
-            "left out:"
-            if arguments.out
-            else "not to be used (what is defective is marked in the index, and left out by --out):"
-        )
-        lines += [f"{count:>10}  {reason}" for reason, count in reasons.items()]
+    marked = "not to be used (what is defective is marked in the index, and left out by --out):"
+    lines += count_lines("left out:" if arguments.out else marked, dropped(tally))
     if tally.conditions:
         lines.append(f"of {tally.good} good samples")
         lines += [f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed)]
@@ -256,7 +245,7 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
         lines.append(f"{len(tally.damaged):>10}  shards are damaged (named above): {state}")
     if arguments.out:
         lines.append(f"wrote {arguments.out}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

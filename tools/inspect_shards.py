@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
 from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.interop import compare_readers
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
@@ -32,9 +32,7 @@ SHEET_IMAGES = 32
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, .txt lists, .index.zip files"
     )
@@ -49,12 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=0, metavar="N", help="of --verify, --interop; default: one per core"
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     if arguments.samples < 1:
         parser.error(f"--samples {arguments.samples}: must be at least 1")
-    if not 0 <= arguments.processes <= 1024:
-        parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.interop and (arguments.verify or arguments.sheet):
         parser.error("--interop stands alone: leave --verify and --sheet out")
     if arguments.sheet and arguments.sheet.suffix != ".png":
@@ -84,9 +80,7 @@ def main() -> int:
         reader.close()
     if arguments.verify:
         result["verified"] = verify(arguments.shards, arguments.processes)
-    print(table(result))
-    if arguments.json:
-        print(json.dumps(result))
+    finish(arguments, table(result), result)
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
@@ -123,13 +117,12 @@ def compare_with_webdataset(arguments: argparse.Namespace) -> int:
         "samples_webdataset": sum(shard.webdataset for shard in found),
         "differences": sum(shard.differences for shard in found),
     }
-    print(
+    line = (
         f"{totals['shards']} shards: {totals['samples']} samples for clipdist, {totals['samples_webdataset']} for "
         f"webdataset, {totals['differences'] or 'no'} differences"
     )
-    if arguments.json:
-        differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
-        print(json.dumps({**totals, "differing": differing}))
+    differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
+    finish(arguments, [line], {**totals, "differing": differing})
     return EXIT_FAULT if totals["differences"] else 0
 
 
@@ -148,7 +141,7 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
     contact_sheet([Row(f"{len(images)} of {len(reader.catalog)} samples", images, labels)]).save(path)
 
 
-def table(result: dict) -> str:
+def table(result: dict) -> list[str]:
     per_shard, images, captions = result["samples_per_shard"], result["pictures"], result["captions"]
     looked = "all" if result["looked_at"] == result["samples"] else f"a sample of {result['looked_at']}"
     lines = [
@@ -169,11 +162,12 @@ def table(result: dict) -> str:
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
         f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
     ]
-    lines += [f"{count:>10}  {reason}" for reason, count in result["unusable"].items()]
+    lines += count_lines("", result["unusable"])[1:]
     if "verified" in result:
-        lines.append("verified: every sample" + (", of which" if result["verified"] else " is good"))
-        lines += [f"{count:>10}  {reason}" for reason, count in result["verified"].items()]
-    return "\n".join(lines)
+        lines += count_lines("verified: every sample, of which", result["verified"]) or [
+            "verified: every sample is good"
+        ]
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clipdist.datasets.front import shard_parser
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
 from clipdist.errors import UserError, run_main
 
@@ -23,10 +24,8 @@ Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) an
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draws captioned scenes, and pictures with a colour as label: data to try everything on.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = shard_parser(
+        "Draws captioned scenes, and pictures with a colour as label: data to try everything on.", EXAMPLE
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for scenes/ and labelled/")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other pictures (0)")
@@ -39,7 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     for name in ("seed", "workers"):
         if getattr(arguments, name) < 0:

@@ -1,4 +1,4 @@
-"""Flickr8k as people have it in; captioned images by split out, and a record of everything left out.
+"""Read Flickr8k as people have it: captioned images by split, and a record of everything left out.
 
 Three layouts: the original distribution (Flicker8k_Dataset/, Flickr8k.token.txt, Flickr_8k.*Images.txt), Kaggle's
 (Images/, captions.txt) and Karpathy's JSON (dataset_flickr8k.json); in folders or zips, which are read in place.
@@ -13,13 +13,13 @@ import io
 import json
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipdist.datasets.images import LFS_POINTER, CheckedImage, SourceFile, SourceImage, open_zip
+from clipdist.datasets.files import SourceFile, files_below
+from clipdist.datasets.images import LFS_POINTER, CheckedImage, SourceImage
 from clipdist.errors import UserError
 
 SPLITS = ("train", "val", "test", "extra")
@@ -81,7 +81,7 @@ class Defects:
 
 
 def printable(name: str) -> str:
-    """The name, with bytes that are not UTF-8 as backslash escapes."""
+    """Return the name, with bytes that are not UTF-8 as backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -109,7 +109,7 @@ def read_source(
     lists: str | Path | None = None,
     with_splits: bool = True,
 ) -> Flickr8kSource:
-    """Finds images, captions and splits.
+    """Find images, captions and splits.
 
     Args:
         sources: folders, zips or files, searched in depth.
@@ -154,54 +154,25 @@ def read_source(
 
 
 def find_files(sources: Iterable[str | Path], defects: Defects) -> list[SourceFile]:
-    """All files of the sources, sorted per source, the members of zips among them; junk is counted and left out.
+    """Return all files of the sources, sorted per source, the members of zips among them; junk is counted and left out.
 
     Raises:
         UserError: a source is not there, or a zip is damaged as a whole.
     """
-    found: list[SourceFile] = []
-    for source in sources:
-        top = Path(source)
-        if not top.exists():
-            raise UserError(f"{source}: no such file or folder; docs/data.md says where Flickr8k comes from")
-        for path in sorted(_walk(top)) if top.is_dir() else [str(top)]:
-            is_zip = path.lower().endswith(".zip")
-            found += _members(path) if is_zip else [SourceFile(path, "", os.stat(path).st_size, 0)]
     kept = []
-    for file in found:
-        if "__MACOSX" in file.folder.split("/") or file.name.startswith("._"):
-            defects.add("junk file", file.member or file.path)
-        else:
-            kept.append(file)
+    for source in sources:
+        if not Path(source).exists():
+            raise UserError(f"{source}: no such file or folder; docs/data.md says where Flickr8k comes from")
+        for file in files_below(Path(source)):
+            if "__MACOSX" in file.folder.split("/") or file.name.startswith("._"):
+                defects.add("junk file", file.member or file.path)
+            else:
+                kept.append(file)
     return kept
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Files below a folder; linked folders are followed, once."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(here) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        yield from (path for name in files if os.path.isfile(path := os.path.join(here, name)))
-
-
-def _members(path: str) -> list[SourceFile]:
-    try:
-        infos = open_zip(path).infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: not a zip, or not wholly downloaded ({error}); fetch it again") from None
-    files = (info for info in infos if not info.is_dir())
-    return sorted((SourceFile(path, i.filename, i.file_size, i.CRC) for i in files), key=lambda file: file.member)
-
-
 def _images_by_name(files: list[SourceFile], defects: Defects) -> dict[str, SourceFile]:
-    """One file per file name: where a name occurs twice, the one in the folder that holds more images."""
+    """Return one file per name: where a name occurs twice, the one in the folder that holds more images."""
     files = [file for file in files if _IMAGE_NAME.fullmatch(file.name)]
     crowd = Counter(file.folder for file in files)
     by_name: dict[str, SourceFile] = {}
@@ -214,7 +185,7 @@ def _images_by_name(files: list[SourceFile], defects: Defects) -> dict[str, Sour
 
 
 def _caption_file(files: list[SourceFile], sources: Sequence[str | Path], defects: Defects) -> tuple[str, SourceFile]:
-    """The layout, and the one file that holds its captions. The JSON comes first: it knows the splits."""
+    """Return the layout, and the one file that holds its captions. The JSON comes first: it knows the splits."""
     named = {str(Path(source)) for source in sources}
     jsons = [
         p for p in files if re.fullmatch(r"dataset.*\.json", p.name) or (p.path in named and p.name[-5:] == ".json")
@@ -237,7 +208,7 @@ def _caption_file(files: list[SourceFile], sources: Sequence[str | Path], defect
 
 
 def _one_of(copies: list[SourceFile]) -> SourceFile:
-    """One of several copies of a text file.
+    """Return one of several copies of a text file.
 
     Raises:
         UserError: they differ.
@@ -272,7 +243,7 @@ def decode_text(data: bytes) -> str:
 
 
 def token_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
-    """(image, caption) of "name.jpg#0<TAB>caption" lines, in their order."""
+    """Yield (image, caption) of "name.jpg#0<TAB>caption" lines, in their order."""
     for number, line in enumerate(text.split("\n"), 1):
         match = _TOKEN_LINE.fullmatch(line)
         if match and _IMAGE_NAME.fullmatch(match[1]):
@@ -282,7 +253,7 @@ def token_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
 
 
 def csv_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
-    """(image, caption) of Kaggle's captions.txt, in their order.
+    """Yield (image, caption) of Kaggle's captions.txt, in their order.
 
     A record is parsed by itself, so that a quote that is never closed costs one caption and not the rest of the file.
     """
@@ -300,7 +271,7 @@ def csv_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
 
 
 def _csv_records(text: str) -> Iterator[tuple[int, str]]:
-    """(line number, record): a line is continued only while a quote is open and no new row begins."""
+    """Yield (line number, record): a line is continued only while a quote is open and no new row begins."""
     start, record = 0, ""
     for number, line in enumerate(text.split("\n"), 1):
         if record and record.count('"') % 2 and not _CSV_ROW_START.match(line):
@@ -316,7 +287,7 @@ def _csv_records(text: str) -> Iterator[tuple[int, str]]:
 def _read_karpathy(
     data: bytes, where: str, defects: Defects, with_splits: bool
 ) -> tuple[dict[str, list[str]], dict[str, str] | None]:
-    """Captions and splits of {"images": [{"filename", "split", "sentences": [{"raw"}]}]}."""
+    """Return captions and splits of {"images": [{"filename", "split", "sentences": [{"raw"}]}]}."""
     try:
         images = json.loads(data)["images"]
         entries = [(image["filename"], image["split"], [s["raw"] for s in image["sentences"]]) for image in images]
@@ -327,19 +298,16 @@ def _read_karpathy(
     if not with_splits:
         return captions, None
     split: dict[str, str] = {}
-    for word in (*EVALUATED, "train", "extra"):
-        for name in (os.path.basename(str(name)) for name, said, _ in entries if _split_of(said) == word):
-            if split.setdefault(name, word) != word:
-                defects.add("listed in two splits", f"{name}: {word}, kept in {split[name]}")
+    order = (*EVALUATED, "train", "extra")
+    listed = [(os.path.basename(str(name)), word if word in SPLITS else "extra") for name, word, _ in entries]
+    for name, word in sorted(listed, key=lambda entry: order.index(entry[1])):
+        if split.setdefault(name, word) != word:
+            defects.add("listed in two splits", f"{name}: {word}, kept in {split[name]}")
     return captions, split
 
 
-def _split_of(word: object) -> str:
-    return word if isinstance(word, str) and word in SPLITS else "extra"
-
-
 def _group(rows: Iterable[tuple[str, str]], defects: Defects) -> dict[str, list[str]]:
-    """{image: captions}; an image that lost all of its captions stays, with none."""
+    """Return {image: captions}; an image that lost all of its captions stays, with none."""
     captions: dict[str, list[str]] = {}
     for name, text in rows:
         kept = captions.setdefault(name, [])
@@ -357,7 +325,7 @@ def _group(rows: Iterable[tuple[str, str]], defects: Defects) -> dict[str, list[
 
 
 def _read_lists(files: list[SourceFile], defects: Defects) -> dict[str, str] | None:
-    """{image: split} of Flickr_8k.{train,dev,test}Images.txt; None where there is no list at all.
+    """Return {image: split} of Flickr_8k.{train,dev,test}Images.txt; None where there is no list at all.
 
     An image that is listed twice stays out of train, whatever the order: nothing that is tested may be trained on.
     """
@@ -389,7 +357,7 @@ def _read_lists(files: list[SourceFile], defects: Defects) -> dict[str, str] | N
 
 
 def random_splits(names: Iterable[str], seed: int) -> dict[str, str]:
-    """1000 images for val and for test, or an eighth each of a smaller set; the rest is train.
+    """Draw 1000 images for val and for test, or an eighth each of a smaller set; the rest is train.
 
     By a hash of seed and name: the same on every machine and for every order of the files.
     """
@@ -399,7 +367,7 @@ def random_splits(names: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def keep_from_training(splits: dict[str, list[CheckedImage]], defects: Defects) -> dict[str, list[CheckedImage]]:
-    """The splits without the train images whose bytes are those of a test or val image under another name."""
+    """Return the splits without the train images whose bytes are those of a test or val image under another name."""
     held = {image.sha256: image.source.name for split in EVALUATED for image in splits.get(split, [])}
     for image in splits.get("train", []):
         if image.sha256 in held:
@@ -410,7 +378,7 @@ def keep_from_training(splits: dict[str, list[CheckedImage]], defects: Defects) 
 def _match(
     files: dict[str, SourceFile], captions: dict[str, list[str]], split: dict[str, str] | None, defects: Defects
 ) -> dict[str, SourceImage]:
-    """The images that have both a file and a caption, sorted by name; everything else is recorded."""
+    """Return the images that have both a file and a caption, sorted by name; everything else is recorded."""
     split = split or {}
     for name in sorted(set(captions) | set(split)):
         if name not in files:

@@ -1,4 +1,4 @@
-"""Captioned images in files or zips in; checked images and folders of shards out, on all cores.
+"""Check captioned images of files or zips and write them as folders of shards, on all cores.
 
 The bytes of an image stay as they are unless it is to be shrunk. No torch here: worker processes start quickly.
 """
@@ -10,10 +10,7 @@ import functools
 import hashlib
 import io
 import json
-import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from clipdist.datasets.files import SourceFile
 from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
@@ -44,59 +42,6 @@ _CHUNK = 32  # images per task: small enough for a smooth progress bar
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """Where the bytes of one file lie: the file `path`, or the member `member` of the zip `path`."""
-
-    path: str
-    member: str
-    size: int
-    crc: int  # of a zip's member; 0 for a file
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(_with_slashes(self.member) or self.path)
-
-    @property
-    def folder(self) -> str:
-        return (
-            f"{self.path}!/{os.path.dirname(_with_slashes(self.member))}" if self.member else os.path.dirname(self.path)
-        )
-
-    def __str__(self) -> str:
-        return f"{self.path}!{self.member}" if self.member else self.path
-
-    def read(self) -> bytes:
-        """
-        Raises:
-            OSError: the disk or the archive does not give the bytes.
-        """
-        if not self.member:
-            return Path(self.path).read_bytes()
-        try:
-            return open_zip(self.path).read(self.member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-            raise OSError(f"{self}: {error}") from None
-
-
-def _with_slashes(member: str) -> str:
-    return member.replace("\\", "/")  # some archives made on Windows
-
-
-def open_zip(path: str) -> zipfile.ZipFile:
-    """The archive, opened once by every process.
-
-    Raises:
-        zipfile.BadZipFile: it is none, or its end is missing.
-    """
-    return _open_zip(path, os.stat(path).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=8)
-def _open_zip(path: str, mtime_ns: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)  # mtime_ns: an archive that was replaced is opened anew
-
-
-@dataclass(frozen=True)
 class SourceImage:
     """An image's file name, where it lies, and what is said about it."""
 
@@ -116,7 +61,7 @@ class CheckedImage:
 
 
 def check_images(images: Sequence[SourceImage], decode: bool, processes: int) -> list[CheckedImage | str]:
-    """Looks at every image: in place of one that cannot be used stands the reason.
+    """Look at every image: in place of one that cannot be used stands the reason.
 
     Args:
         decode: decode it wholly; else its header alone is read.
@@ -136,7 +81,7 @@ def _check_chunk(images: Sequence[SourceImage], decode: bool) -> list[CheckedIma
 
 
 def check_image(image: SourceImage, decode: bool = True) -> CheckedImage | str:
-    """The image's facts, or the reason why it cannot be used."""
+    """Return the image's facts, or the reason why it cannot be used."""
     try:
         data = image.file.read()
     except OSError:
@@ -157,7 +102,7 @@ class ImageHeader:
 
 
 def check_bytes(data: bytes, decode: bool) -> ImageHeader | str:
-    """What an image's bytes say of it, or the reason why it cannot be used; `decode` as in check_images."""
+    """Return what an image's bytes say of it, or the reason why it cannot be used; `decode` as in check_images."""
     if data.startswith(LFS_POINTER):
         return "git-LFS pointer"
     if not decode and data.startswith(_JPEG_MARK):
@@ -183,7 +128,7 @@ def check_bytes(data: bytes, decode: bool) -> ImageHeader | str:
 
 
 def shrink(data: bytes, side: int) -> tuple[bytes, int, int]:
-    """The image with its shorter side cut to `side` pixels, as JPEG, and its width and height.
+    """Return the image with its shorter side cut to `side` pixels, as JPEG, and its width and height.
 
     One that is as small already keeps its bytes. EXIF orientation is neither applied nor kept: no reader applies it.
     """
@@ -214,7 +159,7 @@ def write_splits(
     side: int,
     processes: int,
 ) -> dict[str, list[ShardFacts]]:
-    """Writes folder/SPLIT/00000.tar ... with the side files, for every split that has images.
+    """Write folder/SPLIT/00000.tar ... with the side files, for every split that has images.
 
     Args:
         names: {split: data set's name for the wids index}.

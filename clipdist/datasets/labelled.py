@@ -1,4 +1,4 @@
-"""A path in (CIFAR's archives, a folder of images, or shards with labels), labelled uint8 images out.
+"""Open a set of labelled images: CIFAR's archives, an image folder, or shards with labels.
 
 Read as
 - CIFAR-10 or CIFAR-100: the folder of their python version, or the tar archive as it is;
@@ -12,7 +12,6 @@ Read as
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.reader import PICTURE_KINDS, Reader, open_reader
 from clipdist.datasets.cifar import CIFAR_10, LabelledImages, layout_of, read_cifar10, read_cifar100
+from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
 CLASS_NAMES = "classnames.txt"  # as clip_benchmark's shards have it
@@ -60,7 +60,7 @@ class LabelledSet:
 
 
 def open_labelled(path: str | Path) -> LabelledSet:
-    """Opens a set; images of folders and shards are decoded when they are read.
+    """Open a set; images of folders and shards are decoded when they are read.
 
     Raises:
         UserError: no such data, a damaged or truncated archive or shard, a class without images, a sample without a
@@ -83,7 +83,7 @@ _EXPECTED = "expected CIFAR's python version, shards with labels, or folders DIR
 
 
 def _split_folders(path: Path) -> tuple[Path | None, Path | None]:
-    """(folder of the training set or None, folder of the test set, which may be `path` itself; None: a tar).
+    """Return (folder of the training set or None, folder of the test set, which may be `path` itself; None: a tar).
 
     Raises:
         UserError: a training set without a test set.
@@ -122,7 +122,7 @@ def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledS
 
 
 def _images_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its images at any depth, both sorted.
+    """Return class name -> its images at any depth, both sorted.
 
     Raises:
         UserError: no folders, or one without an image.
@@ -139,8 +139,8 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
 
 def _images_below(folder: Path) -> list[Path]:
     return sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
+        Path(here) / name
+        for here, _, names in walk(folder)
         for name in names
         if name.rpartition(".")[2].lower() in PICTURE_KINDS and not name.startswith(".")
     )
@@ -204,7 +204,7 @@ def _label_of(reader: Reader, sample_id: int, source: Path) -> Label:
 
 
 def _class_names(path: Path, labels: Sequence[Label]) -> tuple[str, ...]:
-    """What classnames.txt says; else the names that occur, sorted, or numbers up to the largest."""
+    """Return what classnames.txt says; else the names that occur, sorted, or numbers up to the largest."""
     listed = (path if path.is_dir() else path.parent) / CLASS_NAMES
     if listed.is_file():
         try:

@@ -1,4 +1,4 @@
-"""A list of images and captions in: CSV, TSV, Parquet, JSONL, or a folder of pairs; one image after another out.
+"""Read lists of images and captions: CSV, TSV, Parquet, JSONL, or a folder of pairs.
 
 Lists are read as a stream, however long they are: nothing is kept but the rows at hand, and of a folder its own names.
 Neighbouring rows with the same image are one image with several captions.
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
 # Column names that need not be given, the likeliest first; case does not matter.
@@ -112,7 +113,7 @@ def open_list(
     root: Path | None = None,
     quotes: bool = True,
 ) -> PairList:
-    """Finds out what a source is and which of its columns name the image and the caption.
+    """Find out what a source is and which of its columns name the image and the caption.
 
     Args:
         image_column, caption_column: None: the first of IMAGE_COLUMNS and CAPTION_COLUMNS that is there.
@@ -166,7 +167,7 @@ class Survey:
 
 
 def survey(pairs: PairList) -> Survey:
-    """Reads the whole list, so that what is wrong with it is known at once. Memory: 8 bytes per image, twice.
+    """Read the whole list, so that what is wrong with it is known at once. Memory: 8 bytes per image, twice.
 
     Raises:
         UserError: as iterating; no row has both an image and a caption.
@@ -216,7 +217,7 @@ def _entries(rows: Iterable[ListRow], pairs: PairList) -> Iterator[Pair | Skip]:
 
 
 def _captions(cell: Any) -> tuple[tuple[str, ...], str]:
-    """The captions of a cell, and why there are none where there are none."""
+    """Return the captions of a cell, and why there are none where there are none."""
     texts = [str(text).strip() for text in (cell if isinstance(cell, list) else [cell]) if text is not None]
     captions = tuple(text for text in texts if text and _is_utf8(text))
     return captions, "caption is not UTF-8" if any(texts) else "empty caption"
@@ -227,7 +228,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _clean(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Without empty cells and numbers that JSON does not know; strings that cannot be written are mended."""
+    """Return the cells but empty ones and numbers that JSON does not know; mend strings that cannot be written."""
     kept: dict[str, Any] = {}
     for name, value in extra.items():
         if not name or value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
@@ -237,7 +238,7 @@ def _clean(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grouped(entries: Iterable[Pair | Skip]) -> Iterator[Pair | Skip]:
-    """Neighbouring rows of one image become one; rows without a caption between them do not part them."""
+    """Join neighbouring rows of one image; rows without a caption between them do not part them."""
     held: Pair | None = None
     captions: list[str] = []
     for entry in entries:
@@ -285,7 +286,7 @@ def _form_of(source: Path, head: bytes) -> Form:
 
 
 def _delimiter(source: Path, head: bytes) -> str:
-    """A .tsv has tabs; else what stands most often in the first line."""
+    """Return the tab for a .tsv, else what stands most often in the first line."""
     if source.suffix.lower() == ".tsv":
         return "\t"
     first = head.splitlines()[0].decode("utf-8", "replace")
@@ -331,7 +332,7 @@ def _csv_rows(pairs: PairList) -> Iterator[ListRow]:
 
 
 def _csv_lines(source: Path, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str]]]:
-    """(0, header), (1, first row) ...; empty lines are passed over."""
+    """Yield (0, header), (1, first row) ...; empty lines are passed over."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     # What is not UTF-8 becomes lone surrogates: the one caption is left out, not the list refused.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -350,7 +351,7 @@ def _csv_lines(source: Path, delimiter: str, quotes: bool) -> Iterator[tuple[int
 
 
 def _number(text: str) -> int | float | str:
-    """The number that a cell is, else the cell. Empty cells are common: the pattern is the dearest part."""
+    """Return the number that a cell is, else the cell. Empty cells are common: the pattern is the dearest part."""
     if not text or not _NUMBER.fullmatch(text):
         return text
     return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -360,7 +361,7 @@ def _number(text: str) -> int | float | str:
 
 
 def _json_rows(source: Path) -> Iterator[ListRow]:
-    """Rows by their line's number; empty lines are passed over."""
+    """Yield rows by their line's number; empty lines are passed over."""
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -380,7 +381,7 @@ def _json_rows(source: Path) -> Iterator[ListRow]:
 
 
 def _open_parquet(source: Path) -> Any:
-    """pyarrow.parquet.ParquetFile of the source.
+    """Return pyarrow.parquet.ParquetFile of the source.
 
     Raises:
         UserError: pyarrow is not installed, or this is not a Parquet file.
@@ -397,7 +398,7 @@ def _open_parquet(source: Path) -> Any:
 
 
 def _parquet_rows(source: Path) -> Iterator[ListRow]:
-    """Batches of one row group after another; columns of bytes (images in the list itself) are not read."""
+    """Yield one row group after another; columns of bytes (images in the list itself) are not read."""
     file = _open_parquet(source)
     import pyarrow
 
@@ -416,17 +417,8 @@ def _parquet_rows(source: Path) -> Iterator[ListRow]:
 
 
 def _folder_entries(folder: Path) -> Iterator[Pair | Skip]:
-    """Images in the order of their paths, with the captions of the .txt or .json beside them."""
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:  # a link back to where we came from
-            folders.clear()
-            continue
-        seen.add(real)
+    """Yield images in the order of their paths, with the captions of the .txt or .json beside them."""
+    for here, folders, files in walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         stems = {name for name in files if name.endswith((".txt", ".json"))}
         for name in sorted(files):
@@ -436,7 +428,7 @@ def _folder_entries(folder: Path) -> Iterator[Pair | Skip]:
 
 
 def _folder_pair(folder: Path, file: str, stem: str, beside: set[str]) -> Pair | Skip:
-    """The captions are those of the .json ("captions" or "caption"), else the lines of the .txt."""
+    """Take the captions from the .json beside it ("captions" or "caption"), else the lines of the .txt."""
     where = (folder / file).parent
     record: dict[str, Any] = {}
     try:

@@ -1,4 +1,4 @@
-"""Images with captions, from a list, in; a folder of shards out that a run which was cut off can be finished with.
+"""Write the images and captions of a list as a folder of shards; a run that was cut off can be finished.
 
 A shard is a fixed range of the list, written by one process: the bytes depend neither on the number of processes nor on
 interruptions. plan.json says what decides the bytes; shards.jsonl has one line for every shard that is done.
@@ -26,6 +26,7 @@ from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
+    read_own,
     sample_key,
     shard_name,
     write_json,
@@ -73,16 +74,6 @@ class ShardDone:
     captions: int
     facts: ShardFacts
     skipped: tuple[Skip, ...]
-
-
-@dataclass(frozen=True)
-class Totals:
-    samples: int
-    captions: int
-    shards: int
-    size_bytes: int
-    skipped: dict[str, int]
-    written_now: int
 
 
 # --- one shard, in a worker process ---
@@ -137,7 +128,7 @@ class _StoredImage:
 
 
 def _read_image(path: str, plan: ShardPlan) -> _StoredImage | str:
-    """The image as it is to be stored, or the reason why it is not."""
+    """Return the image as it is to be stored, or the reason why it is not."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device would never end
@@ -191,14 +182,17 @@ def write_pairs(
     plan: ShardPlan,
     processes: int,
     pack: PackCaptions | None,
-) -> Totals:
-    """Writes the shards that `out` lacks, then the side files; skipped.jsonl names all that was left out.
+) -> dict[str, Any]:
+    """Write the shards that `out` lacks, then the side files; skipped.jsonl names all that was left out.
 
     Args:
         images: in the list, as its survey counted.
         out: the folder, held by hold_folder.
         processes: as in_order takes them.
         pack: captions of an image -> the member named Plan.tokens; None where the plan has none.
+
+    Returns:
+        The counts of the tool's JSON object: samples, captions, shards, shards_written_now, bytes, skipped.
 
     Raises:
         UserError: `out` is of another plan or not ours, or nothing of the list is usable.
@@ -234,9 +228,14 @@ def write_pairs(
             "(--images-root)"
         )
     write_side_files(out, pairs.source.absolute().stem, whole)
-    captions = sum(done.captions for done in written)
-    samples, size = sum(facts.samples for facts in whole), sum(facts.size_bytes for facts in whole)
-    return Totals(samples, captions, len(whole), size, dict(sorted(skipped.items())), len(written) - before)
+    return {
+        "samples": sum(facts.samples for facts in whole),
+        "captions": sum(done.captions for done in written),
+        "shards": len(whole),
+        "shards_written_now": len(written) - before,
+        "bytes": sum(facts.size_bytes for facts in whole),
+        "skipped": dict(sorted(skipped.items())),
+    }
 
 
 def _jobs(
@@ -249,7 +248,7 @@ def _jobs(
 
 
 def _ranges(pairs: Iterable[Pair | Skip], per_shard: int) -> Iterator[list[Pair | Skip]]:
-    """Runs of `per_shard` images; rows that name none ride along."""
+    """Yield runs of `per_shard` images; rows that name none ride along."""
     entries: list[Pair | Skip] = []
     images = 0
     for entry in pairs:
@@ -266,11 +265,11 @@ def _ranges(pairs: Iterable[Pair | Skip], per_shard: int) -> Iterator[list[Pair 
 
 
 def _check_plan(out: Path, plan: ShardPlan) -> None:
-    """Notes the plan in a new folder; in one that has a plan it must be this one."""
+    """Note the plan in a new folder; in one that has a plan it must be this one."""
     path = out / "plan.json"
     said = json.loads(json.dumps({"tool": _TOOL, "format": FORMAT, **asdict(plan)}))
-    if path.exists():
-        there = _read_plan(path)
+    there = read_own(path, tool=_TOOL)
+    if there is not None:
         differ = [
             f"{name} was {there.get(name)!r}, now {said[name]!r}" for name in said if there.get(name) != said[name]
         ]
@@ -286,16 +285,6 @@ def _check_plan(out: Path, plan: ShardPlan) -> None:
         write_json(path, said)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there["tool"] == _TOOL:
-            return there
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path}: was not written by this tool; move it away or choose another --out")
 
 
 class _Journal:
@@ -339,7 +328,7 @@ class _Journal:
         self._remember(done, offset)
 
     def write_skipped(self, path: Path) -> Counter[str]:
-        """Writes what was left out, in the list's order; counts it by reason."""
+        """Write what was left out, in the list's order; counts it by reason."""
         counts: Counter[str] = Counter()
         partial = path.with_name(path.name + ".tmp")
         with open(self._path, "rb") as journal, open(partial, "w", encoding="utf-8", errors="replace") as file:

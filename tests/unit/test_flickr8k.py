@@ -21,8 +21,9 @@ from PIL import Image
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import index_path, load_index, scan_shard
+from clipdist.datasets.files import SourceFile
 from clipdist.datasets.flickr8k import Defects, csv_rows, decode_text, random_splits, read_source, token_rows
-from clipdist.datasets.images import LFS_POINTER, SourceFile, SourceImage, check_image, shrink
+from clipdist.datasets.images import LFS_POINTER, SourceImage, check_image, shrink
 from clipdist.datasets.shard_writer import Sample, sample_key, shard_sizes, write_shard
 from clipdist.errors import UserError
 
