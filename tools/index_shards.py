@@ -90,7 +90,7 @@ class Tally:
                 raise UserError(f"--where '{condition}': no such column; there are: {', '.join(there)}")
 
     def _say(self, found: Examined) -> None:
-        """Names damaged shards, and the first defective samples."""
+        """Name damaged shards, and the first defective samples."""
         if found.damage:
             self.unsaid.append(f"damaged: {found.damage}")
         for key, defect in found.named[: max(0, MOST_NAMED - self.named)]:
@@ -172,7 +172,7 @@ def find_sources(arguments: argparse.Namespace) -> list[ShardSource]:
 
 
 def examine(sources: list[ShardSource], task: ShardTask, tally: Tally, processes: int) -> Iterator[Part]:
-    """The parts of the consolidated index, if one is wanted, as the shards get done.
+    """Yield the parts of the consolidated index, if one is wanted, as the shards get done.
 
     Raises:
         UserError: in all of the shards there is nothing to train on.
@@ -202,7 +202,7 @@ def require_samples(tally: Tally) -> None:
 
 
 def dropped(tally: Tally) -> dict[str, int]:
-    """Samples that are not kept, by reason."""
+    """Return samples that are not kept, by reason."""
     unmet = {"conditions not met": tally.good - tally.kept} if tally.good > tally.kept else {}
     return {**dict(tally.defects.most_common()), **unmet}
 

@@ -85,7 +85,7 @@ def main() -> int:
 
 
 def verify(shards: list[str], processes: int) -> dict[str, int]:
-    """Reads and decodes everything. How many samples have each defect; the first are named on stderr."""
+    """Read and decode everything. Return how many samples have each defect; the first are named on stderr."""
     sources = shard_sources(shards)
     defects: Counter[str] = Counter()
     named = 0
@@ -127,7 +127,7 @@ def compare_with_webdataset(arguments: argparse.Namespace) -> int:
 
 
 def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
-    """Images spread evenly over the samples that were looked at."""
+    """Draw images spread evenly over the samples that were looked at."""
     images, labels = [], []
     for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_IMAGES)).astype(int)].tolist():
         try:

@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def read_stamp(out: Path) -> dict | None:
-    """What was written here and whether to the end; None where nothing was.
+    """Return what was written here and whether to the end; None where nothing was.
 
     Raises:
         UserError: the folders hold something that this tool did not write.
@@ -89,7 +89,7 @@ def read_stamp(out: Path) -> dict | None:
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier or interrupted run wrote: images of two sets must not mix."""
+    """Remove what an earlier or interrupted run wrote: images of two sets must not mix."""
     for name in (SCENES, LABELLED):
         if (out / name).exists():
             shutil.rmtree(out / name)

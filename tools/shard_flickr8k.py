@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def choose_splits(source: Flickr8kSource, arguments: argparse.Namespace) -> str:
-    """ "lists", "json", or "random:SEED".
+    """Return "lists", "json", or "random:SEED".
 
     Raises:
         UserError: nothing in the source says which image is for training.
@@ -94,13 +94,13 @@ def choose_splits(source: Flickr8kSource, arguments: argparse.Namespace) -> str:
 
 
 def fingerprint(source: Flickr8kSource, split_source: str, arguments: argparse.Namespace) -> str:
-    """Hex digits that are equal where a run would write the same bytes again."""
+    """Return hex digits that are equal where a run would write the same bytes again."""
     said = [FORMAT, source.fingerprint, split_source, arguments.shard_size, arguments.resize, arguments.no_verify]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def finished(out: Path, identity: str) -> dict | None:
-    """The statistics of an earlier run with the same outcome, if all of its shards are still there."""
+    """Return the statistics of an earlier run with the same outcome, if all of its shards are still there."""
     stats, report = (read_own(out / name, dataset="flickr8k") for name in ("stats.json", "report.json"))
     if stats is None or report is None or stats.get("fingerprint") != identity:
         return None
@@ -119,7 +119,7 @@ def require_free(arguments: argparse.Namespace) -> None:
 def build(
     source: Flickr8kSource, split_source: str, identity: str, arguments: argparse.Namespace, defects: Defects
 ) -> dict[str, object]:
-    """Checks, splits and writes; the statistics come last, as the sign that all is there."""
+    """Check, split and write; the statistics come last, as the sign that all is there."""
     out, images = arguments.out, list(source.images.values())
     with staging(out, NAMES) as staged:
         good = []

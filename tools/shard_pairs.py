@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def tokens_for(model: str | None) -> tuple[PackCaptions | None, str]:
-    """What makes the member with token ids, and its kind; here, in one process: it is a small part of the work.
+    """Return what makes the member with token ids, and its kind; here, in one process: it is a small part of the work.
 
     Raises:
         UserError: no such model, or its tokenizer is not to be had.

@@ -8,12 +8,14 @@ Pickles can run code, so these pass an unpickler that knows arrays and plain con
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import pickle
 import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ class Cifar:
 
 
 def read_cifar10(path: str | Path) -> Cifar:
-    """Reads any number of training batches (at least one), the test batch and the class names.
+    """Read any number of training batches (at least one), the test batch and the class names.
 
     Args:
         path: the folder with the batches, the folder above it, or the tar archive (compressed or not), which is read
@@ -86,12 +88,12 @@ def read_cifar10(path: str | Path) -> Cifar:
 
 
 def read_cifar100(path: str | Path) -> Cifar:
-    """As read_cifar10, with the hundred fine labels."""
+    """Read CIFAR-100 as read_cifar10 does, with the hundred fine labels."""
     return _read(Path(path), CIFAR_100)
 
 
 def layout_of(path: str | Path) -> CifarLayout | None:
-    """Which of the two sets a folder or tar archive holds; None: neither.
+    """Return which of the two sets a folder or tar archive holds; None: neither.
 
     Raises:
         UserError: an archive that is damaged before its first file of interest.
@@ -102,14 +104,11 @@ def layout_of(path: str | Path) -> CifarLayout | None:
             return layout
     if not path.is_file():
         return None
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                for layout in (CIFAR_10, CIFAR_100):
-                    if member.isfile() and layout.wants(Path(member.name).name):
-                        return layout
-    except _TAR_ERRORS as error:
-        raise _damaged(path, error) from None
+    with _open_archive(path) as archive:
+        for member in archive:
+            for layout in (CIFAR_10, CIFAR_100):
+                if member.isfile() and layout.wants(Path(member.name).name):
+                    return layout
     return None
 
 
@@ -121,9 +120,8 @@ def _read(path: Path, layout: CifarLayout) -> Cifar:
             where = f"({layout.folder} or {layout.archive})"
             raise UserError(f"{path}: holds no {needed}; expected {layout.name}'s python version {where}")
     parts = [_labelled(files[name], f"{path}: {name}", layout) for name in batches]
-    train = LabelledImages(
-        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
-    )
+    images, train_labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("images", "labels"))
+    train = LabelledImages(images, train_labels)
     test = _labelled(files[layout.test], f"{path}: {layout.test}", layout)
     labels = np.concatenate([train.labels, test.labels])
     classes = _class_names(files.get(layout.meta), f"{path}: {layout.meta}", int(labels.max()) + 1, layout)
@@ -133,7 +131,7 @@ def _read(path: Path, layout: CifarLayout) -> Cifar:
 
 
 def _read_files(path: Path, layout: CifarLayout) -> dict[str, bytes]:
-    """Name -> content of the layout's files, wherever under `path` they are."""
+    """Return name -> content of the layout's files, wherever under `path` they are."""
     if path.is_file():
         return _read_archive(path, layout)
     if not path.is_dir():
@@ -154,27 +152,26 @@ def _folder_of(path: Path, layout: CifarLayout) -> Path | None:
     return None
 
 
-_TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged or truncated archive ({error}); download it again")
+@contextlib.contextmanager
+def _open_archive(path: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            yield archive
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}); download it again") from None
 
 
 def _read_archive(path: Path, layout: CifarLayout) -> dict[str, bytes]:
     files = {}
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if member.isfile() and layout.wants(name):
-                    stream = archive.extractfile(member)
-                    assert stream is not None  # a plain file always has content
-                    files[name] = stream.read()
-                    if len(files[name]) < member.size:  # an uncompressed archive ends without an error
-                        raise EOFError(f"{name} is cut off")
-    except _TAR_ERRORS as error:
-        raise _damaged(path, error) from None
+    with _open_archive(path) as archive:
+        for member in archive:
+            name = Path(member.name).name
+            if member.isfile() and layout.wants(name):
+                stream = archive.extractfile(member)
+                assert stream is not None  # a plain file always has content
+                files[name] = stream.read()
+                if len(files[name]) < member.size:  # an uncompressed archive ends without an error
+                    raise EOFError(f"{name} is cut off")
     return files
 
 
@@ -192,7 +189,7 @@ def _labelled(data: bytes, where: str, layout: CifarLayout) -> LabelledImages:
 
 
 def _class_names(data: bytes | None, where: str, count: int, layout: CifarLayout) -> tuple[str, ...]:
-    """The names, or numbers as names where the file with them was lost."""
+    """Return the names, or numbers as names where the file with them was lost."""
     if data is None:
         return tuple(str(label) for label in range(max(count, layout.classes)))
     names = _unpickle(data, where).get(layout.class_names)
@@ -226,7 +223,7 @@ def _reconstruct(*_arguments: Any) -> _Array:
 
 
 def _encode(text: str, _codec: str) -> bytes:
-    """How Python 3 writes bytes at protocol 2; only ever with latin1."""
+    """Undo how Python 3 writes bytes at protocol 2; only ever with latin1."""
     return text.encode("latin1")
 
 
@@ -258,7 +255,7 @@ def _unpickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """A list of numbers, or an array's pickled state (version, shape, dtype, column-major, bytes)."""
+    """Take a list of numbers, or an array's pickled state (version, shape, dtype, column-major, bytes)."""
     if not isinstance(value, _Array):
         return np.asarray(value)
     _version, shape, dtype, column_major, raw = value.state

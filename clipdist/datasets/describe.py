@@ -1,4 +1,4 @@
-"""Shards in; what they hold in numbers out: members, image sizes, captions, repeats. Nothing is written."""
+"""Describe what shards hold in numbers: members, image sizes, captions, repeats. Nothing is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -38,7 +38,7 @@ class OpenedShards:
 
 
 def open_shards(sources: Sequence[str]) -> OpenedShards:
-    """As Catalog.open, but a damaged local shard does not stop it, and no index is written.
+    """Open shards as Catalog.open does, but a damaged local shard does not stop it, and no index is written.
 
     Raises:
         UserError: no shards match, or an address has no index.
@@ -69,7 +69,7 @@ def _in_memory(index: ShardIndex) -> Shard:
 
 
 def describe_members(catalog: Catalog) -> dict[str, object]:
-    """Samples per shard, bytes, the share of samples that has each kind of member, checksums and token ids."""
+    """Return samples per shard, bytes, the share of samples that has each kind of member, checksums and token ids."""
     kinds: Counter[str] = Counter()
     tar_bytes = checksums = 0
     for number in tqdm(range(len(catalog.shards)), desc="members", unit="shard", disable=None):
@@ -89,78 +89,69 @@ def describe_members(catalog: Catalog) -> dict[str, object]:
     }
 
 
-@dataclass
-class _SampleStatistics:
-    """What was gathered from samples that were read."""
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    images: Counter[bytes] = field(default_factory=Counter)  # by a hash of their bytes
-    groups: Counter[int] = field(default_factory=Counter)  # captions, by group_id
-    per_image: list[int] = field(default_factory=list)
-    words: list[int] = field(default_factory=list)
-    characters: list[int] = field(default_factory=list)
-    vocabulary: Counter[str] = field(default_factory=Counter)
-    unusable: Counter[str] = field(default_factory=Counter)
-
-    def add_image(self, data: bytes) -> None:
-        self.images[hashlib.blake2b(data, digest_size=16).digest()] += 1
-        header = check_bytes(data, decode=False)
-        if isinstance(header, ImageHeader):
-            self.sizes.append((header.width, header.height))
-            self.formats[header.kind] += 1
-        else:
-            self.unusable[header] += 1
-
-    def add_captions(self, captions: list[str]) -> None:
-        self.per_image.append(len(captions))
-        for caption in captions:
-            words = _WORD.findall(caption.lower())
-            self.groups[group_id(caption)] += 1
-            self.words.append(len(words))
-            self.characters.append(len(caption))
-            self.vocabulary.update(words)
-
-
 def choose_samples(catalog: Catalog, samples: int) -> np.ndarray:
-    """Sample ids int64, ascending: all, or as many as asked for, the same every time."""
+    """Return sample ids int64, ascending: all, or as many as asked for, the same every time."""
     if len(catalog) <= samples:
         return np.arange(len(catalog))
     return np.sort(np.random.default_rng(0).choice(len(catalog), samples, replace=False))
 
 
 def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
-    """Image sizes and formats, captions, and repeats, of these samples: headers are read, pixels are not decoded."""
-    seen = _SampleStatistics()
+    """Return image sizes and formats, captions, and repeats, of these samples; pixels are not decoded."""
+    sizes: list[tuple[int, int]] = []
+    formats: Counter[str] = Counter()
+    images: Counter[bytes] = Counter()  # by a hash of their bytes
+    captions: list[list[str]] = []  # of every sample
+    unusable: Counter[str] = Counter()
     for sample_id in tqdm(ids.tolist(), desc="samples", unit="sample", disable=None):
         try:
-            seen.add_image(reader.image(sample_id))
+            data = reader.image(sample_id)
         except BadSample as error:
-            seen.unusable[error.reason] += 1
+            unusable[error.reason] += 1
+        else:
+            images[hashlib.blake2b(data, digest_size=16).digest()] += 1
+            header = check_bytes(data, decode=False)
+            if isinstance(header, ImageHeader):
+                sizes.append((header.width, header.height))
+                formats[header.kind] += 1
+            else:
+                unusable[header] += 1
         try:
-            seen.add_captions(reader.captions(sample_id))
+            captions.append(reader.captions(sample_id))
         except BadSample as error:
-            seen.unusable[error.reason] += 1
-    width, height = np.array(seen.sizes, dtype=np.float64).reshape(-1, 2).T
+            unusable[error.reason] += 1
+    width, height = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     return {
         "looked_at": len(ids),
         "pictures": {
-            "formats": dict(seen.formats.most_common()),
+            "formats": dict(formats.most_common()),
             "width": _percentiles(width),
             "height": _percentiles(height),
             "aspect": _percentiles(np.maximum(width, height) / np.maximum(1, np.minimum(width, height))),
-            "repeated": _repeats(seen.images),
+            "repeated": _repeats(images),
         },
-        "captions": {
-            "count": len(seen.words),
-            "per_picture": _percentiles(np.array(seen.per_image)),
-            "words": _percentiles(np.array(seen.words)),
-            "characters": _percentiles(np.array(seen.characters)),
-            "vocabulary": len(seen.vocabulary),
-            "most_frequent": dict(seen.vocabulary.most_common(TOP_WORDS)),
-            "repeated": _repeats(seen.groups),
-        },
-        "unusable": dict(seen.unusable.most_common()),
+        "captions": _describe_captions(captions),
+        "unusable": dict(unusable.most_common()),
+    }
+
+
+def _describe_captions(captions: list[list[str]]) -> dict[str, object]:
+    """Return numbers of the captions of all samples."""
+    every = [caption for own in captions for caption in own]
+    words = []  # of every caption, their number
+    vocabulary: Counter[str] = Counter()
+    for caption in every:
+        found = _WORD.findall(caption.lower())
+        words.append(len(found))
+        vocabulary.update(found)
+    return {
+        "count": len(every),
+        "per_picture": _percentiles(np.array([len(own) for own in captions])),
+        "words": _percentiles(np.array(words)),
+        "characters": _percentiles(np.array([len(caption) for caption in every])),
+        "vocabulary": len(vocabulary),
+        "most_frequent": dict(vocabulary.most_common(TOP_WORDS)),
+        "repeated": _repeats(Counter(map(group_id, every))),
     }
 
 
@@ -169,5 +160,5 @@ def _percentiles(values: np.ndarray, at: Sequence[int] = PERCENTILES) -> dict[st
 
 
 def _repeats(counts: Counter) -> int:
-    """How many are equal to an earlier one."""
+    """Return how many are equal to an earlier one."""
     return counts.total() - len(counts)

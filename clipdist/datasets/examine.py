@@ -1,4 +1,4 @@
-"""Shards in; their indices out, with checksums, columns for filters, and the defects of samples.
+"""Index shards, with checksums, columns for filters, and the defects of samples.
 
 Shards are not changed, and each process holds one at a time. Beside a shard its index keeps all samples, the defective
 ones marked; a consolidated index holds the good samples that pass the filters.
@@ -91,6 +91,11 @@ class ShardTask:
     reread: bool = False
     folder: Path = Path()
 
+    @property
+    def columns(self) -> set[str]:
+        """Those that the conditions ask for."""
+        return {name for condition in self.conditions for name in condition.columns}
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -146,7 +151,7 @@ class UnusableShard(Exception):
 
 
 def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
-    """Indexes one shard, or takes the index that is there where it has all that is wanted.
+    """Index one shard, or take the index that is there where it has all that is wanted.
 
     Raises:
         UserError, Fault: the index or the temporary copy cannot be written.
@@ -164,7 +169,7 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
 
 
 def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bool]:
-    """The index with what the task wants, what is wrong with the shard, and whether it was made now."""
+    """Return the index with what the task wants, what is wrong with the shard, and whether it was made now."""
     try:
         stored = None if task.force and not source.book else _stored(source)
         if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
@@ -218,8 +223,7 @@ def _open_book(path: str) -> Consolidated:
 def _has_all(index: ShardIndex, task: ShardTask) -> bool:
     if DEFECT in index.columns and index.crc is not None:  # verified: a column that is not there is in no sample
         return not (task.verify and (task.force or task.reread))
-    wanted = {name for condition in task.conditions for name in condition.columns}
-    return not task.verify and wanted <= index.columns.keys()
+    return not task.verify and task.columns <= index.columns.keys()
 
 
 @contextlib.contextmanager
@@ -249,8 +253,7 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
 def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
         return read_samples(index, decode=True)
-    wanted = {name for condition in task.conditions for name in condition.columns}
-    return index if wanted <= index.columns.keys() else read_samples(index, decode=False)
+    return index if task.columns <= index.columns.keys() else read_samples(index, decode=False)
 
 
 def _write_beside(index: ShardIndex) -> None:
@@ -290,7 +293,7 @@ def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> E
 
 
 def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
-    """The index with what only the members' data tell, by the rules of training.
+    """Return the index with what only the members' data tell, by the rules of training.
 
     Args:
         index: of a local shard. Checksums in it are compared, those that there are not are made where `decode` is True.
@@ -308,34 +311,26 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
     from clipdist.data.catalog import Catalog, Shard
     from clipdist.data.reader import Reader
 
-    table = _Table(len(index))
+    columns: dict[str, np.ndarray] = {}
     crc = np.zeros(index.size.shape, dtype=np.uint32)
     reader = Reader(Catalog([Shard(index.tar, len(index), b"", lambda: index)]))
     try:
         for row in range(len(index)):
-            looked = _look(reader, row, index.kinds if decode else (), decode)
-            crc[row, : len(looked.crc)] = looked.crc
-            table.fill(row, looked.numbers)
-            if decode:
-                table.fill(row, {DEFECT: DEFECTS.index(looked.defect)})
+            sums, numbers, defect = _look(reader, row, index.kinds if decode else (), decode)
+            crc[row, : len(sums)] = sums
+            numbers |= {DEFECT: DEFECTS.index(defect)} if decode else {}
+            _fill(columns, len(index), row, numbers)
     except OSError as error:
         raise UserError(f"{index.tar}: cannot be read ({error.strerror or error})") from None
     finally:
         reader.close()
+    narrow = {name: _narrowed(values) for name, values in columns.items()}
     old_crc = index.crc if index.crc is not None else (crc if decode else None)
-    return replace(index, crc=old_crc, columns={**index.columns, **table.columns()})
+    return replace(index, crc=old_crc, columns={**index.columns, **narrow})
 
 
-@dataclass(frozen=True)
-class _SampleFindings:
-    """What one sample says: CRC-32 of each member, its numbers, and the first thing that is wrong with it."""
-
-    crc: list[int]
-    numbers: dict[str, float]
-    defect: str
-
-
-def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _SampleFindings:
+def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tuple[list[int], dict[str, float], str]:
+    """Return the CRC-32 of each member of a sample, its numbers, and the first thing that is wrong with it."""
     reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
     record, no_record = _try(lambda: reader.metadata(row))
     captions, no_caption = _try(lambda: reader.captions(row))
@@ -345,11 +340,11 @@ def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _Sa
     numbers["caption_length"] = len(captions[0]) if captions else math.nan
     wrong = [*(defect for _, defect in reads), no_record, no_image, no_caption]
     crc = [0 if data is None else zlib.crc32(data) for data, _ in reads]
-    return _SampleFindings(crc, numbers, next(filter(None, wrong), ""))
+    return crc, numbers, next(filter(None, wrong), "")
 
 
 def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
-    """What it gives, or the reason why it gives nothing."""
+    """Return what it gives, or the reason why it gives nothing."""
     from clipdist.data.decode import BadSample
 
     try:
@@ -359,7 +354,7 @@ def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def _image_size(data: bytes, decode: bool) -> tuple[int, int] | None:
-    """Width and height in pixels; None where the header does not tell them."""
+    """Return width and height in pixels; None where the header does not tell them."""
     from clipdist.data.decode import decode_pixels
     from clipdist.datasets.images import ImageHeader, check_bytes
 
@@ -379,28 +374,17 @@ def _numbers(record: dict) -> dict[str, float]:
     return numbers
 
 
-class _Table:
-    """Columns of n numbers, which appear as samples name them."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._columns: dict[str, np.ndarray] = {}
-
-    def fill(self, row: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            column = self._columns.get(name)
-            if column is None:
-                own = name in ("width", "height", "caption_length", DEFECT)
-                if len(self._columns) >= _MOST_COLUMNS and not own:
-                    continue
-                column = self._columns[name] = np.full(self._n, np.nan)
-            column[row] = value
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """int64 where all are whole numbers, else float64."""
-        return {name: _narrowed(values) for name, values in self._columns.items()}
+def _fill(columns: dict[str, np.ndarray], n: int, row: int, numbers: dict[str, float]) -> None:
+    """Put a sample's numbers into columns [n], which appear as samples name them."""
+    for name, value in numbers.items():
+        own = name in ("width", "height", "caption_length", DEFECT)
+        if name not in columns and (own or len(columns) < _MOST_COLUMNS):
+            columns[name] = np.full(n, np.nan)
+        if name in columns:
+            columns[name][row] = value
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:
+    """Return int64 where all are whole numbers, else float64."""
     whole = np.isfinite(values).all() and (np.abs(values) < _WHOLE_NUMBERS).all() and (values == np.floor(values)).all()
     return values.astype(np.int64) if whole else values

@@ -69,7 +69,7 @@ class Defects:
         self.names.setdefault(reason, []).append(printable(name))
 
     def report(self) -> dict[str, dict[str, dict[str, object]]]:
-        """{"skipped" | "noted": {reason: {"count", "meaning", "names"}}}, in a fixed order."""
+        """Return {"skipped" | "noted": {reason: {"count", "meaning", "names"}}}, in a fixed order."""
         return {
             group: {
                 reason: {"count": len(names), "meaning": reasons[reason], "names": sorted(names)}
@@ -237,7 +237,7 @@ def _read_text(file: SourceFile) -> bytes:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 with any line ends to text with \\n; bytes that are no UTF-8 become lone surrogates, to be told later."""
+    """Decode UTF-8 with any line ends to text with \\n; bytes that are none become lone surrogates, to tell later."""
     text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -92,7 +92,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws a scene whose things have different colours, each well visible on what is behind it."""
+    """Sample a scene whose things have different colours, each well visible on what is behind it."""
     relation = str(rng.choice(list(RELATIONS), p=list(RELATIONS.values())))
     background = _pick(rng, tuple(BACKGROUNDS))
     colours = [str(name) for name in rng.permutation(_visible_on(background))]
@@ -120,7 +120,7 @@ def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
 
 
 def _visible_on(background: str) -> list[str]:
-    """The colours that stand out from a background."""
+    """Return the colours that stand out from a background."""
     return [name for name in COLOURS if _contrast(COLOURS[name], BACKGROUNDS[background]) >= MIN_CONTRAST]
 
 
@@ -132,7 +132,7 @@ def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, side: int = SCENE_SIDE) -> Image.Image:
-    """Draws the scene, RGB, side x side pixels; `rng` gives what no sentence tells (tilt, shade, exact places)."""
+    """Draw the scene, RGB, side x side pixels; `rng` gives what no sentence tells (tilt, shade, exact places)."""
     canvas = _draw_background(BACKGROUNDS[scene.background], scene.checkered, rng, side)
     for thing, (x, y) in _places(scene, rng):
         _draw_shape(canvas, thing, (x * side, y * side), _radius(scene, thing, rng) * side, rng)
@@ -140,7 +140,7 @@ def render_scene(scene: Scene, rng: np.random.Generator, side: int = SCENE_SIDE)
 
 
 def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tuple[float, float]]]:
-    """Yields (thing, centre of one of its shapes), back to front, in shares of the side."""
+    """Yield (thing, centre of one of its shapes), back to front, in shares of the side."""
     if scene.relation in ("inside", "alone"):
         reach = 0.05 if scene.relation == "inside" else REACH_ALONE
         centre = (0.5 + _spread(rng, reach), 0.5 + _spread(rng, reach))
@@ -160,7 +160,7 @@ def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tup
 
 
 def _group_offsets(count: int, along: int) -> list[tuple[float, float]]:
-    """Offsets of equal shapes around their common middle: a line across the relation, or two by two."""
+    """Return offsets of equal shapes around their common middle: a line across the relation, or two by two."""
     step = 0.26
     if count == 4:
         return [(x * step / 2, y * step / 2) for y in (-1, 1) for x in (-1, 1)]
@@ -179,7 +179,7 @@ def _spread(rng: np.random.Generator, reach: float) -> float:
 
 
 def _draw_background(colour: tuple[int, int, int], checkered: bool, rng: np.random.Generator, side: int) -> Image.Image:
-    """A wall that is a little brighter on one side, with two tones of squares where it is checkered."""
+    """Draw a wall that is a little brighter on one side, with two tones of squares where it is checkered."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     angle = rng.uniform(0, 2 * math.pi)
     shade = 1 + 0.14 * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
@@ -192,7 +192,7 @@ def _draw_background(colour: tuple[int, int, int], checkered: bool, rng: np.rand
 def _draw_shape(
     canvas: Image.Image, thing: Thing, centre: tuple[float, float], radius: float, rng: np.random.Generator
 ) -> None:
-    """Draws one shape with its soft shadow onto the canvas, in place. `centre`, `radius`: pixels."""
+    """Draw one shape with its soft shadow onto the canvas, in place. `centre`, `radius`: pixels."""
     half = math.ceil(radius * 1.25) + 2  # of the tile: room for the shadow's soft edge
     corner = (math.floor(centre[0]) - half, math.floor(centre[1]) - half)
     within = (centre[0] - corner[0], centre[1] - corner[1])
@@ -214,7 +214,7 @@ def _shape_mask(shape: str, side: int, centre: tuple[float, float], radius: floa
 
 
 def _fill(thing: Thing, side: int, radius: float, period: float, rng: np.random.Generator) -> Image.Image:
-    """The tile that shows through the shape: its colour, lit from above, with light stripes or dots."""
+    """Draw the tile that shows through the shape: its colour, lit from above, with light stripes or dots."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) - side / 2
     base = _jitter(COLOURS[thing.colour], rng, 8)
     light = (1.04 - 0.08 * y / radius)[..., None]
@@ -244,7 +244,7 @@ def _to_image(pixels: np.ndarray) -> Image.Image:
 
 @cache
 def _outlines(shape: str) -> tuple[np.ndarray, ...]:
-    """Closed outlines float64 [points, 2] within the unit circle, y down; the second one is a hole."""
+    """Return closed outlines float64 [points, 2] within the unit circle, y down; the second one is a hole."""
     around = np.linspace(0, 2 * math.pi, 73)[:-1]
     match shape:
         case "circle":
@@ -360,7 +360,7 @@ def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def _phrase(thing: Thing, rng: np.random.Generator, sized: bool = True) -> str:
-    """A noun phrase, such as "three small red stars with dots"; in other words at every call."""
+    """Return a noun phrase, such as "three small red stars with dots"; in other words at every call."""
     words = [_NUMBERS[thing.count]] if thing.count > 1 else ["a"]
     if sized and thing.size in _SIZE_WORDS:
         words.append(_pick(rng, _SIZE_WORDS[thing.size]))
