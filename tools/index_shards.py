@@ -1,10 +1,9 @@
-"""Shards in; their sample indices out: one beside each shard, or one file for all, checked and filtered if wanted."""
+"""Index the samples of shards: one file beside each shard, or one for all, checked and filtered if wanted."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -17,12 +16,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clipdist.data import consolidated
-from clipdist.data.catalog import name_shards
-from clipdist.data.consolidated import Consolidated, Part, write_parts
-from clipdist.data.fetch import Fetcher, is_remote, safe_name
+from clipdist.data.consolidated import Part, write_parts
+from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
-from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, Source, Task, examine_shard, in_order
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
+from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 
 EXAMPLE = f"""examples:
@@ -91,7 +90,7 @@ class Tally:
                 raise UserError(f"--where '{condition}': no such column; there are: {', '.join(there)}")
 
     def _say(self, found: Examined) -> None:
-        """Names damaged shards, and the first defective samples."""
+        """Name damaged shards, and the first defective samples."""
         if found.damage:
             self.unsaid.append(f"damaged: {found.damage}")
         for key, defect in found.named[: max(0, MOST_NAMED - self.named)]:
@@ -102,9 +101,7 @@ class Tally:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, addresses, .txt lists"
     )
@@ -123,10 +120,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
-    if not 0 <= arguments.processes <= 1024:
-        parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.where and not arguments.out:
         parser.error("--where needs --out: shards are not rewritten, the one file names the samples that are kept")
     if arguments.out and not arguments.out.name.endswith(consolidated.SUFFIX):
@@ -143,7 +138,7 @@ def main() -> int:
             raise UserError(f"{folder}: no such folder, or it cannot be written")
     tally = Tally(conditions)
     with tempfile.TemporaryDirectory(prefix="clipdist-", dir=arguments.cache) as folder:
-        task = Task(
+        task = ShardTask(
             verify=arguments.verify,
             conditions=conditions,
             output="part" if arguments.out else "beside",
@@ -151,49 +146,42 @@ def main() -> int:
             force=arguments.force,
             folder=Path(folder),
         )
-        parts = examine(sources, task, tally, arguments.processes or len(os.sched_getaffinity(0)))
+        parts = examine(sources, task, tally, arguments.processes)
         if arguments.out:
             write_parts(arguments.out, parts, rule_of(conditions))
         else:
             for _ in parts:
                 pass
-    print(table(tally, arguments, time.perf_counter() - began))
-    if arguments.json:
-        print(json.dumps(report(tally, arguments, time.perf_counter() - began)))
+    seconds = time.perf_counter() - began
+    finish(arguments, table(tally, arguments, seconds), report(tally, arguments, seconds))
     return EXIT_FAULT if tally.empty or (tally.damaged and not arguments.salvage) else 0
 
 
-def find_sources(arguments: argparse.Namespace) -> list[Source]:
+def find_sources(arguments: argparse.Namespace) -> list[ShardSource]:
     """
     Raises:
         UserError: no shards match, or what needs --out is named without it.
     """
-    sources = []
-    for part in [part for parts in name_shards(arguments.shards, "SHARDS", Fetcher()) for part in parts]:
-        if isinstance(part, Consolidated):
-            if is_remote(part.name):
-                raise UserError(f"{part.name}: copy this file to a disk first")
-            sources += [Source(tar, part.name, number) for number, tar in enumerate(part.tars)]
-        else:
-            sources.append(Source(part))
-        if not arguments.out and (is_remote(sources[-1].tar) or sources[-1].book):
-            raise UserError(f"{sources[-1].book or sources[-1].tar}: needs --out NAME{consolidated.SUFFIX}")
+    sources = shard_sources(arguments.shards)
+    for source in sources:
+        if source.book and is_remote(source.book):
+            raise UserError(f"{source.book}: copy this file to a disk first")
+        if not arguments.out and (source.book or is_remote(source.tar)):
+            raise UserError(f"{source.book or source.tar}: needs --out NAME{consolidated.SUFFIX}")
     return sources
 
 
-def examine(sources: list[Source], task: Task, tally: Tally, processes: int) -> Iterator[Part]:
-    """The parts of the consolidated index, if one is wanted, as the shards get done.
+def examine(sources: list[ShardSource], task: ShardTask, tally: Tally, processes: int) -> Iterator[Part]:
+    """Yield the parts of the consolidated index, if one is wanted, as the shards get done.
 
     Raises:
         UserError: in all of the shards there is nothing to train on.
     """
-    processes = min(processes, len(sources))
-    with open_pool(processes) as pool, tqdm(total=len(sources), desc="index", unit="shard", disable=None) as bar:
-        for found in in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes):
-            tally.add(found)
-            bar.update()
-            if found.part is not None:
-                yield found.part
+    found_in_order = in_order(functools.partial(examine_shard, task=task), sources, processes)
+    for found in tqdm(found_in_order, total=len(sources), desc="index", unit="shard", disable=None):
+        tally.add(found)
+        if found.part is not None:
+            yield found.part
     require_samples(tally)
 
 
@@ -214,7 +202,7 @@ def require_samples(tally: Tally) -> None:
 
 
 def dropped(tally: Tally) -> dict[str, int]:
-    """Samples that are not kept, by reason."""
+    """Return samples that are not kept, by reason."""
     unmet = {"conditions not met": tally.good - tally.kept} if tally.good > tally.kept else {}
     return {**dict(tally.defects.most_common()), **unmet}
 
@@ -238,7 +226,7 @@ def report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[
     }
 
 
-def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
+def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> list[str]:
     lines = [
         f"{tally.made} of {tally.shards} shards indexed now, in {seconds:.1f} s"
         if tally.made
@@ -247,14 +235,8 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
         f"{tally.shards:>10}{tally.samples:>12}{tally.kept:>12}{tally.tar_bytes / 1e6:>12.1f}"
         f"{tally.samples / seconds:>12.0f}",
     ]
-    reasons = dropped(tally)
-    if reasons:
-        lines.append(
-            "left out:"
-            if arguments.out
-            else "not to be used (what is defective is marked in the index, and left out by --out):"
-        )
-        lines += [f"{count:>10}  {reason}" for reason, count in reasons.items()]
+    marked = "not to be used (what is defective is marked in the index, and left out by --out):"
+    lines += count_lines("left out:" if arguments.out else marked, dropped(tally))
     if tally.conditions:
         lines.append(f"of {tally.good} good samples")
         lines += [f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed)]
@@ -263,7 +245,7 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> str:
         lines.append(f"{len(tally.damaged):>10}  shards are damaged (named above): {state}")
     if arguments.out:
         lines.append(f"wrote {arguments.out}")
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Shards in; what they hold out, as tables and a contact sheet: sizes, captions, repeats, damage."""
+"""Show what shards hold, as tables and a contact sheet: sizes, captions, repeats, damage."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -14,27 +13,26 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clipdist.data.catalog import name_shards
-from clipdist.data.consolidated import Consolidated
 from clipdist.data.decode import BadSample, decode_pixels
-from clipdist.data.fetch import Fetcher, safe_name
+from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
-from clipdist.datasets.examine import MOST_NAMED, Source, Task, examine_shard, in_order
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
+from clipdist.datasets.interop import compare_readers
+from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
 from clipdist.evals.sheet import SheetRow, contact_sheet, first_caption
 
 EXAMPLE = """examples:
   python tools/inspect_shards.py data/flickr8k/train --sheet train.png
-  python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json"""
-SHEET_PICTURES = 32
+  python tools/inspect_shards.py data/cc3m --samples 2000 --verify --json
+  python tools/inspect_shards.py data/cc3m --interop"""
+SHEET_IMAGES = 32
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, .txt lists, .index.zip files"
     )
@@ -42,14 +40,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="read and decode every sample; damage ends in exit code 1"
     )
+    parser.add_argument(
+        "--interop", action="store_true", help="only compare with what webdataset reads; differences end in exit code 1"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="of --verify; default: one per core")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="of --verify, --interop; default: one per core"
+    )
     arguments = parser.parse_args()
     if arguments.samples < 1:
         parser.error(f"--samples {arguments.samples}: must be at least 1")
-    if not 0 <= arguments.processes <= 1024:
-        parser.error(f"--processes {arguments.processes}: must lie in 0 .. 1024")
+    require_ranges(parser, arguments, processes=(0, 1024))
+    if arguments.interop and (arguments.verify or arguments.sheet):
+        parser.error("--interop stands alone: leave --verify and --sheet out")
     if arguments.sheet and arguments.sheet.suffix != ".png":
         parser.error(f"--sheet {arguments.sheet}: the name must end in .png")
     return arguments
@@ -59,6 +62,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.sheet and not os.access(arguments.sheet.absolute().parent, os.W_OK):
         raise UserError(f"--sheet {arguments.sheet}: no such folder, or it cannot be written")
+    if arguments.interop:
+        return compare_with_webdataset(arguments)
     opened = open_shards(arguments.shards)
     if not len(opened.catalog):
         raise UserError(opened.damaged[0] if opened.damaged else f"no samples in {' '.join(arguments.shards)}")
@@ -74,26 +79,19 @@ def main() -> int:
     finally:
         reader.close()
     if arguments.verify:
-        result["verified"] = verify(arguments.shards, arguments.processes or len(os.sched_getaffinity(0)))
-    print(table(result))
-    if arguments.json:
-        print(json.dumps(result))
+        result["verified"] = verify(arguments.shards, arguments.processes)
+    finish(arguments, table(result), result)
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
 def verify(shards: list[str], processes: int) -> dict[str, int]:
-    """Reads and decodes everything. How many samples have each defect; the first are named on stderr."""
-    sources = []
-    for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
-        tars = part.tars if isinstance(part, Consolidated) else [part]
-        book = part.name if isinstance(part, Consolidated) else ""
-        sources += [Source(tar, book, number) for number, tar in enumerate(tars)]
+    """Read and decode everything. Return how many samples have each defect; the first are named on stderr."""
+    sources = shard_sources(shards)
     defects: Counter[str] = Counter()
     named = 0
-    processes = min(processes, len(sources))
-    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder, open_pool(processes) as pool:
-        task = Task(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
-        results = in_order(pool, functools.partial(examine_shard, task=task), sources, 2 * processes)
+    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
+        task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
+        results = in_order(functools.partial(examine_shard, task=task), sources, processes)
         for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
             defects += found.defects
             for key, defect in found.named[: max(0, MOST_NAMED - named)]:
@@ -102,10 +100,36 @@ def verify(shards: list[str], processes: int) -> dict[str, int]:
     return dict(defects.most_common())
 
 
+def compare_with_webdataset(arguments: argparse.Namespace) -> int:
+    """Compare both readers on every shard. Return the exit code."""
+    sources = shard_sources(arguments.shards)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
+        compare = functools.partial(compare_readers, folder=Path(folder))
+        results = in_order(compare, sources, arguments.processes)
+        for result in tqdm(results, total=len(sources), desc="interop", unit="shard", disable=None):
+            found.append(result)
+            for line in result.told:
+                tqdm.write(f"differs: {result.tar}: {line}", file=sys.stderr)
+    totals = {
+        "shards": len(found),
+        "samples": sum(shard.clipdist for shard in found),
+        "samples_webdataset": sum(shard.webdataset for shard in found),
+        "differences": sum(shard.differences for shard in found),
+    }
+    line = (
+        f"{totals['shards']} shards: {totals['samples']} samples for clipdist, {totals['samples_webdataset']} for "
+        f"webdataset, {totals['differences'] or 'no'} differences"
+    )
+    differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
+    finish(arguments, [line], {**totals, "differing": differing})
+    return EXIT_FAULT if totals["differences"] else 0
+
+
 def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
-    """Pictures spread evenly over the samples that were looked at."""
+    """Draw images spread evenly over the samples that were looked at."""
     images, labels = [], []
-    for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_PICTURES)).astype(int)].tolist():
+    for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_IMAGES)).astype(int)].tolist():
         try:
             images.append(decode_pixels(reader.image(sample_id)))
         except BadSample as error:
@@ -117,8 +141,8 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
     contact_sheet([SheetRow(f"{len(images)} of {len(reader.catalog)} samples", images, labels)]).save(path)
 
 
-def table(result: dict) -> str:
-    per_shard, pictures, captions = result["samples_per_shard"], result["pictures"], result["captions"]
+def table(result: dict) -> list[str]:
+    per_shard, images, captions = result["samples_per_shard"], result["pictures"], result["captions"]
     looked = "all" if result["looked_at"] == result["samples"] else f"a sample of {result['looked_at']}"
     lines = [
         f"{result['samples']} samples in {result['shards']} shards, {result['bytes'] / 1e6:.1f} MB; "
@@ -127,22 +151,23 @@ def table(result: dict) -> str:
         "members, % of samples: " + ", ".join(f"{kind} {share:.4g}" for kind, share in result["kinds"].items()),
         f"token ids: {', '.join(result['token_ids']) or 'none'}",
         f"of {looked}:",
-        "  formats: " + (", ".join(f"{count} {kind}" for kind, count in pictures["formats"].items()) or "none"),
-        f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or pictures["width"]),
+        "  formats: " + (", ".join(f"{count} {kind}" for kind, count in images["formats"].items()) or "none"),
+        f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or images["width"]),
     ]
-    rows = [(name, pictures[name]) for name in ("width", "height", "aspect")]
+    rows = [(name, images[name]) for name in ("width", "height", "aspect")]
     rows += [(name, captions[name]) for name in ("per_picture", "words", "characters")]
     lines += [f"{name.replace('_', ' '):>14}" + "".join(f"{v:>9.4g}" for v in values.values()) for name, values in rows]
     lines += [
         f"  {captions['count']} captions, {captions['vocabulary']} different words: "
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
-        f"  repeats: {pictures['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
+        f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
     ]
-    lines += [f"{count:>10}  {reason}" for reason, count in result["unusable"].items()]
+    lines += count_lines("", result["unusable"])[1:]
     if "verified" in result:
-        lines.append("verified: every sample" + (", of which" if result["verified"] else " is good"))
-        lines += [f"{count:>10}  {reason}" for reason, count in result["verified"].items()]
-    return "\n".join(lines)
+        lines += count_lines("verified: every sample, of which", result["verified"]) or [
+            "verified: every sample is good"
+        ]
+    return lines
 
 
 if __name__ == "__main__":

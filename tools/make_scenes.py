@@ -1,16 +1,16 @@
-"""A seed in; captioned pictures in Flickr8k's layout and labelled ones in CIFAR-10's layout out."""
+"""Draw captioned images in Flickr8k's layout, and an image folder of labelled ones."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from clipdist.datasets.front import shard_parser
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
 from clipdist.errors import UserError, run_main
 
@@ -19,15 +19,13 @@ EXAMPLE = """examples:
   python tools/make_scenes.py --out runs/demo-data
   python tools/make_scenes.py --out data/scenes --seed 1 --train 20000
 
-Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) and OUT/labelled in CIFAR-10's python
-layout (for tools/probe_cifar10.py). The same options give the same bytes."""
+Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) and OUT/labelled/{train,test}/COLOUR/*.png
+(for tools/probe_cifar10.py). The same options give the same bytes."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draws captioned scenes, and pictures with a colour as label: data to try everything on.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = shard_parser(
+        "Draws captioned scenes, and pictures with a colour as label: data to try everything on.", EXAMPLE
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for scenes/ and labelled/")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other pictures (0)")
@@ -40,7 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     for name in ("seed", "workers"):
         if getattr(arguments, name) < 0:
@@ -63,17 +60,17 @@ def main() -> int:
         stamp(arguments.out, {**wanted, "complete": False})
         draw(arguments)
         stamp(arguments.out, {**wanted, "complete": True})
-        pictures = arguments.train + arguments.dev + arguments.test
-        print(f"{arguments.out / SCENES}: {pictures} pictures with five captions each, Flickr8k's layout")
+        images = arguments.train + arguments.dev + arguments.test
+        print(f"{arguments.out / SCENES}: {images} pictures with five captions each, Flickr8k's layout")
         labelled = arguments.labelled_train + arguments.labelled_test
-        print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, CIFAR-10's layout")
+        print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, a folder per class")
     if arguments.json:
         print(json.dumps({**wanted, "out": str(arguments.out), "written": not there}))
     return 0
 
 
 def read_stamp(out: Path) -> dict | None:
-    """What was written here and whether to the end; None where nothing was.
+    """Return what was written here and whether to the end; None where nothing was.
 
     Raises:
         UserError: the folders hold something that this tool did not write.
@@ -92,7 +89,7 @@ def read_stamp(out: Path) -> dict | None:
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier or interrupted run wrote: pictures of two sets must not mix."""
+    """Remove what an earlier or interrupted run wrote: images of two sets must not mix."""
     for name in (SCENES, LABELLED):
         if (out / name).exists():
             shutil.rmtree(out / name)
@@ -107,17 +104,16 @@ def stamp(out: Path, content: dict) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    workers = arguments.workers or len(os.sched_getaffinity(0))
     counts = {name: getattr(arguments, name) for name in ("train", "dev", "test")}
     total = sum(counts.values()) + arguments.labelled_train + arguments.labelled_test
     with tqdm(total=total, unit="picture", disable=not sys.stderr.isatty()) as bar:
-        write_scenes(arguments.out / SCENES, arguments.seed, counts, workers, bar.update)
+        write_scenes(arguments.out / SCENES, arguments.seed, counts, arguments.workers, bar.update)
         write_labelled(
             arguments.out / LABELLED,
             arguments.seed,
             arguments.labelled_train,
             arguments.labelled_test,
-            workers,
+            arguments.workers,
             bar.update,
         )
 

@@ -1,11 +1,10 @@
-"""Flickr8k as downloaded in; tar shards by split, statistics, and a report of everything left out."""
+"""Write Flickr8k, as downloaded, as tar shards by split, with statistics and a report of everything left out."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from clipdist.datasets.flickr8k import (
     NOT_COMPARABLE,
     SPLITS,
     Defects,
-    Source,
+    Flickr8kSource,
     keep_from_training,
     random_splits,
     read_source,
 )
-from clipdist.datasets.images import Checked, check_pictures, open_pool, write_splits
-from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, staging, write_json
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
+from clipdist.datasets.images import CheckedImage, check_images, write_splits
+from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, read_own, staging, write_json
 from clipdist.errors import UserError, run_main
 
 FORMAT = 1  # of what is written: raise it when the same source would give other bytes
@@ -33,9 +33,7 @@ docs/data.md says where the data set comes from."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="folder, zip or file; the layout is detected")
     parser.add_argument("--out", required=True, type=Path, help="folder for train/, val/, test/, extra/ and stats.json")
     parser.add_argument("--images", metavar="DIR", help="take the pictures from this folder or zip")
@@ -50,13 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
     parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
     parser.add_argument("--overwrite", action="store_true", help="write anew, in place of what an earlier run wrote")
-    parser.add_argument("--json", action="store_true", help="end with the statistics as one JSON object")
     arguments = parser.parse_args()
     if arguments.splits and not re.fullmatch(r"official|random:\d+", arguments.splits):
         parser.error(f"--splits {arguments.splits}: expected official, or random: and a whole number (random:0)")
-    for name, low, high in (("shard_size", 1, MAX_SHARD_SIZE), ("resize", 0, 65_500), ("workers", 0, 1024)):
-        if not low <= getattr(arguments, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must lie in {low} .. {high}")
+    require_ranges(parser, arguments, shard_size=(1, MAX_SHARD_SIZE), resize=(0, 65_500), workers=(0, 1024))
     if arguments.lists and (arguments.splits or "").startswith("random:"):
         parser.error("--lists and --splits random: exclude one another")
     if arguments.resize and arguments.no_verify:
@@ -77,17 +72,15 @@ def main() -> int:
         stats = build(source, split_source, identity, arguments, defects)
     else:
         print(f"{arguments.out} is there already, from this source and with these options: nothing to do")
-    print(table(stats, arguments.out))
-    if arguments.json:
-        print(json.dumps({**stats, "out": str(arguments.out)}))
+    finish(arguments, table(stats, arguments.out), {**stats, "out": str(arguments.out)})
     return 0
 
 
-def choose_splits(source: Source, arguments: argparse.Namespace) -> str:
-    """ "lists", "json", or "random:SEED".
+def choose_splits(source: Flickr8kSource, arguments: argparse.Namespace) -> str:
+    """Return "lists", "json", or "random:SEED".
 
     Raises:
-        UserError: nothing in the source says which picture is for training.
+        UserError: nothing in the source says which image is for training.
     """
     if arguments.splits and arguments.splits.startswith("random:"):
         return arguments.splits
@@ -100,32 +93,15 @@ def choose_splits(source: Source, arguments: argparse.Namespace) -> str:
     return "json" if source.layout == "karpathy" else "lists"
 
 
-def fingerprint(source: Source, split_source: str, arguments: argparse.Namespace) -> str:
-    """Hex digits that are equal where a run would write the same bytes again."""
+def fingerprint(source: Flickr8kSource, split_source: str, arguments: argparse.Namespace) -> str:
+    """Return hex digits that are equal where a run would write the same bytes again."""
     said = [FORMAT, source.fingerprint, split_source, arguments.shard_size, arguments.resize, arguments.no_verify]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def read_own(path: Path) -> dict | None:
-    """A JSON file that this tool wrote, or None where there is none.
-
-    Raises:
-        UserError: there is one, and something else wrote it.
-    """
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["dataset"] == "flickr8k":
-            return value
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path}: was not written by this tool; move it away or choose another --out")
-
-
 def finished(out: Path, identity: str) -> dict | None:
-    """The statistics of an earlier run with the same outcome, if all of its shards are still there."""
-    stats, report = read_own(out / "stats.json"), read_own(out / "report.json")
+    """Return the statistics of an earlier run with the same outcome, if all of its shards are still there."""
+    stats, report = (read_own(out / name, dataset="flickr8k") for name in ("stats.json", "report.json"))
     if stats is None or report is None or stats.get("fingerprint") != identity:
         return None
     return stats if all(is_whole(out / split) for split, count in stats["splits"].items() if count["shards"]) else None
@@ -141,22 +117,21 @@ def require_free(arguments: argparse.Namespace) -> None:
 
 
 def build(
-    source: Source, split_source: str, identity: str, arguments: argparse.Namespace, defects: Defects
+    source: Flickr8kSource, split_source: str, identity: str, arguments: argparse.Namespace, defects: Defects
 ) -> dict[str, object]:
-    """Checks, splits and writes; the statistics come last, as the sign that all is there."""
-    out, pictures = arguments.out, list(source.pictures.values())
-    cores = len(os.sched_getaffinity(0))
-    with staging(out, NAMES) as staged, open_pool(arguments.workers or cores) as pool:
+    """Check, split and write; the statistics come last, as the sign that all is there."""
+    out, images = arguments.out, list(source.images.values())
+    with staging(out, NAMES) as staged:
         good = []
-        for picture, checked in zip(pictures, check_pictures(pictures, not arguments.no_verify, pool)):
-            if isinstance(checked, Checked):
+        for image, checked in zip(images, check_images(images, not arguments.no_verify, arguments.workers)):
+            if isinstance(checked, CheckedImage):
                 good.append(checked)
             else:
-                defects.add(checked, picture.name)
+                defects.add(checked, image.name)
         splits = keep_from_training(by_split(good, source, split_source), defects)
         if not any(splits.values()):
             raise UserError(f"no usable picture with a caption in {' '.join(arguments.source)}: {summary(defects)}")
-        written = write_splits(staged, splits, NAMES, arguments.shard_size, arguments.resize, pool)
+        written = write_splits(staged, splits, NAMES, arguments.shard_size, arguments.resize, arguments.workers)
         stats = statistics(source, split_source, identity, arguments, splits, written, defects)
         (out / "stats.json").unlink(missing_ok=True)
         publish(staged, SPLITS)
@@ -165,30 +140,30 @@ def build(
     return stats
 
 
-def by_split(good: list[Checked], source: Source, split_source: str) -> dict[str, list[Checked]]:
+def by_split(good: list[CheckedImage], source: Flickr8kSource, split_source: str) -> dict[str, list[CheckedImage]]:
     _, is_random, seed = split_source.partition("random:")
-    split = random_splits((p.picture.name for p in good), int(seed)) if is_random else source.split
+    split = random_splits((p.source.name for p in good), int(seed)) if is_random else source.split
     assert split is not None
-    return {name: [p for p in good if split.get(p.picture.name, "extra") == name] for name in SPLITS}
+    return {name: [p for p in good if split.get(p.source.name, "extra") == name] for name in SPLITS}
 
 
 def statistics(
-    source: Source,
+    source: Flickr8kSource,
     split_source: str,
     identity: str,
     arguments: argparse.Namespace,
-    splits: dict[str, list[Checked]],
+    splits: dict[str, list[CheckedImage]],
     written: dict[str, list[ShardFacts]],
     defects: Defects,
 ) -> dict[str, object]:
     counts = {
         split: {
-            "pictures": len(pictures),
-            "captions": sum(len(p.picture.captions) for p in pictures),
+            "pictures": len(images),
+            "captions": sum(len(p.source.captions) for p in images),
             "shards": len(written[split]),
             "bytes": sum(shard.size_bytes for shard in written[split]),
         }
-        for split, pictures in splits.items()
+        for split, images in splits.items()
     }
     report = defects.report()
     return {
@@ -211,7 +186,7 @@ def summary(defects: Defects) -> str:
     return ", ".join(f"{entry['count']} x {reason}" for reason, entry in skipped.items()) or "none was found"
 
 
-def table(stats: dict, out: Path) -> str:
+def table(stats: dict, out: Path) -> list[str]:
     note = f" ({stats['note']})" if stats["note"] else ""
     lines = [
         f"{out}: layout {stats['layout']}, splits by {stats['split_source']}{note}",
@@ -221,10 +196,8 @@ def table(stats: dict, out: Path) -> str:
         megabytes = count["bytes"] / 1e6
         lines.append(f"{split:<8}{count['pictures']:>10}{count['captions']:>10}{count['shards']:>8}{megabytes:>10.1f}")
     for group, title in (("skipped", "left out"), ("noted", "kept, worth knowing")):
-        if stats[group]:
-            lines.append(f"{title} (names in {out / 'report.json'}):")
-            lines += [f"{count:>10}  {reason}" for reason, count in stats[group].items()]
-    return "\n".join(lines)
+        lines += count_lines(f"{title} (names in {out / 'report.json'}):", stats[group])
+    return lines
 
 
 if __name__ == "__main__":

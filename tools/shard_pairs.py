@@ -1,18 +1,16 @@
-"""Any list of pictures and captions in (CSV, TSV, Parquet, JSONL, a folder of pairs); tar shards out, resumable."""
+"""Write any list of images and captions (CSV, TSV, Parquet, JSONL, a folder of pairs) as tar shards, resumable."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import sys
 import time
 from pathlib import Path
 
-from clipdist.datasets.images import open_pool
-from clipdist.datasets.pair_lists import PairList, Survey, open_list, survey
-from clipdist.datasets.pair_shards import PackCaptions, Plan, Totals, write_pairs
+from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
+from clipdist.datasets.pair_lists import PairList, open_list, survey
+from clipdist.datasets.pair_shards import PackCaptions, ShardPlan, write_pairs
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
 from clipdist.errors import run_main
 
@@ -25,9 +23,7 @@ A run that was cut off is finished by the same command. docs/data.md says more."
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = shard_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help=".csv, .tsv, .parquet, .jsonl, or a folder of pairs"
     )
@@ -47,11 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-quotes", action="store_true", help="quotation marks of a CSV or TSV are plain characters")
     parser.add_argument("--tokens", metavar="MODEL", help="store token ids for this model (open_clip name or JSON) too")
     parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
-    for name, low, high in (("per_shard", 1, MAX_SHARD_SIZE), ("shrink", 0, 65_500), ("processes", 0, 1024)):
-        if not low <= getattr(arguments, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must lie in {low} .. {high}")
+    require_ranges(parser, arguments, per_shard=(1, MAX_SHARD_SIZE), shrink=(0, 65_500), processes=(0, 1024))
     if arguments.shrink and arguments.no_verify:
         parser.error("--shrink decodes every picture: it does not go with --no-verify")
     return arguments
@@ -69,7 +62,7 @@ def main() -> int:
     print(reading(pairs), flush=True)
     pack, kind = tokens_for(arguments.tokens)
     found = survey(pairs)
-    plan = Plan(
+    plan = ShardPlan(
         list=found.fingerprint,
         columns=pairs.columns,
         images_root=str(pairs.root.absolute()),
@@ -78,22 +71,29 @@ def main() -> int:
         verified=not arguments.no_verify,
         tokens=kind,
     )
-    processes = arguments.processes or len(os.sched_getaffinity(0))
     try:
-        with hold_folder(arguments.out), open_pool(processes) as pool:
-            totals = write_pairs(pairs, found.pictures, arguments.out, plan, pool, processes, pack)
+        with hold_folder(arguments.out):
+            totals = write_pairs(pairs, found.images, arguments.out, plan, arguments.processes, pack)
     except KeyboardInterrupt:
         print(f"{arguments.out} holds whole shards only; the same command goes on from there", file=sys.stderr)
         raise
     seconds = time.perf_counter() - began
-    print(table(totals, found, arguments.out, seconds))
-    if arguments.json:
-        print(json.dumps(report(totals, found, pairs, kind, arguments.out, seconds)))
+    record = {
+        "out": str(arguments.out),
+        "image_column": pairs.columns[0],
+        "caption_column": pairs.columns[1],
+        "pictures": found.images,
+        "repeated": found.repeated,
+        **totals,
+        "tokens": kind,
+        "seconds": round(seconds, 3),
+    }
+    finish(arguments, table(record, seconds), record)
     return 0
 
 
 def tokens_for(model: str | None) -> tuple[PackCaptions | None, str]:
-    """What makes the member with token ids, and its kind; here, in one process: it is a small part of the work.
+    """Return what makes the member with token ids, and its kind; here, in one process: it is a small part of the work.
 
     Raises:
         UserError: no such model, or its tokenizer is not to be had.
@@ -115,39 +115,20 @@ def reading(pairs: PairList) -> str:
     return f"{pairs.source}: pictures of column {image!r} in {pairs.root}, captions of column {caption!r}"
 
 
-def report(totals: Totals, found: Survey, pairs: PairList, kind: str, out: Path, seconds: float) -> dict[str, object]:
-    return {
-        "out": str(out),
-        "image_column": pairs.columns[0],
-        "caption_column": pairs.columns[1],
-        "pictures": found.pictures,
-        "repeated": found.repeated,
-        "samples": totals.samples,
-        "captions": totals.captions,
-        "shards": totals.shards,
-        "shards_written_now": totals.written_now,
-        "bytes": totals.size_bytes,
-        "skipped": totals.skipped,
-        "tokens": kind,
-        "seconds": round(seconds, 3),
-    }
-
-
-def table(totals: Totals, found: Survey, out: Path, seconds: float) -> str:
+def table(record: dict, seconds: float) -> list[str]:
+    out = Path(record["out"])
     lines = [
-        f"{out}: {totals.written_now} shards written now, in {seconds:.1f} s"
-        if totals.written_now
+        f"{out}: {record['shards_written_now']} shards written now, in {seconds:.1f} s"
+        if record["shards_written_now"]
         else f"{out}: all shards are there already: nothing to do",
         f"{'samples':>10}{'captions':>10}{'shards':>8}{'MB':>10}",
-        f"{totals.samples:>10}{totals.captions:>10}{totals.shards:>8}{totals.size_bytes / 1e6:>10.1f}",
+        f"{record['samples']:>10}{record['captions']:>10}{record['shards']:>8}{record['bytes'] / 1e6:>10.1f}",
+        *count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
     ]
-    if totals.skipped:
-        lines.append(f"left out (named in {out / 'skipped.jsonl'}):")
-        lines += [f"{count:>10}  {reason}" for reason, count in totals.skipped.items()]
-    if found.repeated:
-        lines.append("kept, worth knowing:")
-        lines.append(f"{found.repeated:>10}  pictures repeated elsewhere in the list (sort it to join their captions)")
-    return "\n".join(lines)
+    if record["repeated"]:
+        reason = "pictures repeated elsewhere in the list (sort it to join their captions)"
+        lines += count_lines("kept, worth knowing:", {reason: record["repeated"]})
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""CIFAR-10's and CIFAR-100's python layout (a folder or its tar archive) in, uint8 pictures with labels out; and the
-way back for CIFAR-10.
+"""Read CIFAR-10 and CIFAR-100 in their python layout, from a folder or its tar archive, without running pickled code.
 
 Layout: A. Krizhevsky, 2009: data_batch_1 ... and test_batch, each a pickled dictionary with `data` [n, 3072] uint8 and
 `labels` [n], and batches.meta with `label_names`; of CIFAR-100 train, test and meta, with `fine_labels` and
@@ -9,14 +8,14 @@ Pickles can run code, so these pass an unpickler that knows arrays and plain con
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import pickle
 import re
-import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 
 
 @dataclass(frozen=True)
-class Layout:
+class CifarLayout:
     """Which files a set has, what they are called, and under which keys they keep labels and class names."""
 
     name: str
@@ -49,11 +48,11 @@ class Layout:
         return name in (self.test, self.meta) or self.train.fullmatch(name) is not None
 
 
-CIFAR_10 = Layout(
+CIFAR_10 = CifarLayout(
     "CIFAR-10", 10, FOLDER, ARCHIVE, re.compile(r"data_batch_\d+"), "data_batch_1", "test_batch", "batches.meta",
     "labels", "label_names",
 )  # fmt: skip
-CIFAR_100 = Layout(
+CIFAR_100 = CifarLayout(
     "CIFAR-100", 100, "cifar-100-python", "cifar-100-python.tar.gz", re.compile("train"), "train", "test", "meta",
     "fine_labels", "fine_label_names",
 )  # fmt: skip
@@ -76,7 +75,7 @@ class Cifar:
 
 
 def read_cifar10(path: str | Path) -> Cifar:
-    """Reads any number of training batches (at least one), the test batch and the class names.
+    """Read any number of training batches (at least one), the test batch and the class names.
 
     Args:
         path: the folder with the batches, the folder above it, or the tar archive (compressed or not), which is read
@@ -89,12 +88,12 @@ def read_cifar10(path: str | Path) -> Cifar:
 
 
 def read_cifar100(path: str | Path) -> Cifar:
-    """As read_cifar10, with the hundred fine labels."""
+    """Read CIFAR-100 as read_cifar10 does, with the hundred fine labels."""
     return _read(Path(path), CIFAR_100)
 
 
-def layout_of(path: str | Path) -> Layout | None:
-    """Which of the two sets a folder or tar archive holds; None: neither.
+def layout_of(path: str | Path) -> CifarLayout | None:
+    """Return which of the two sets a folder or tar archive holds; None: neither.
 
     Raises:
         UserError: an archive that is damaged before its first file of interest.
@@ -105,18 +104,15 @@ def layout_of(path: str | Path) -> Layout | None:
             return layout
     if not path.is_file():
         return None
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                for layout in (CIFAR_10, CIFAR_100):
-                    if member.isfile() and layout.wants(Path(member.name).name):
-                        return layout
-    except _TAR_ERRORS as error:
-        raise _damaged(path, error) from None
+    with _open_archive(path) as archive:
+        for member in archive:
+            for layout in (CIFAR_10, CIFAR_100):
+                if member.isfile() and layout.wants(Path(member.name).name):
+                    return layout
     return None
 
 
-def _read(path: Path, layout: Layout) -> Cifar:
+def _read(path: Path, layout: CifarLayout) -> Cifar:
     files = _read_files(path, layout)
     batches = sorted(filter(layout.train.fullmatch, files), key=lambda name: (len(name), name))  # batch 10 after 9
     for needed, found in ((layout.first_train, batches), (layout.test, layout.test in files)):
@@ -124,9 +120,8 @@ def _read(path: Path, layout: Layout) -> Cifar:
             where = f"({layout.folder} or {layout.archive})"
             raise UserError(f"{path}: holds no {needed}; expected {layout.name}'s python version {where}")
     parts = [_labelled(files[name], f"{path}: {name}", layout) for name in batches]
-    train = LabelledImages(
-        np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
-    )
+    images, train_labels = (np.concatenate([getattr(p, name) for p in parts]) for name in ("images", "labels"))
+    train = LabelledImages(images, train_labels)
     test = _labelled(files[layout.test], f"{path}: {layout.test}", layout)
     labels = np.concatenate([train.labels, test.labels])
     classes = _class_names(files.get(layout.meta), f"{path}: {layout.meta}", int(labels.max()) + 1, layout)
@@ -135,27 +130,8 @@ def _read(path: Path, layout: Layout) -> Cifar:
     return Cifar(train, test, classes)
 
 
-def write_cifar10(
-    folder: str | Path, train: LabelledImages, test: LabelledImages, classes: Sequence[str], batches: int = 5
-) -> Path:
-    """Writes the layout of the official archive: protocol 2 with Python 2's strings, so that every reader of it fits.
-
-    Returns:
-        The folder with the batches, FOLDER/cifar-10-batches-py.
-    """
-    out = Path(folder) / FOLDER
-    out.mkdir(parents=True, exist_ok=True)
-    for number, rows in enumerate(np.array_split(np.arange(len(train)), batches), start=1):
-        title = f"training batch {number} of {batches}"
-        _write(out / f"data_batch_{number}", _batch(train.images[rows], train.labels[rows], title))
-    _write(out / "test_batch", _batch(test.images, test.labels, "testing batch 1 of 1"))
-    meta = {"num_cases_per_batch": len(test), "label_names": list(classes), "num_vis": 3 * SIDE * SIDE}
-    _write(out / "batches.meta", meta)
-    return out
-
-
-def _read_files(path: Path, layout: Layout) -> dict[str, bytes]:
-    """Name -> content of the layout's files, wherever under `path` they are."""
+def _read_files(path: Path, layout: CifarLayout) -> dict[str, bytes]:
+    """Return name -> content of the layout's files, wherever under `path` they are."""
     if path.is_file():
         return _read_archive(path, layout)
     if not path.is_dir():
@@ -168,7 +144,7 @@ def _read_files(path: Path, layout: Layout) -> dict[str, bytes]:
     raise UserError(f"{path}: holds neither {layout.name}'s batches, nor {layout.folder}, nor {layout.archive}")
 
 
-def _folder_of(path: Path, layout: Layout) -> Path | None:
+def _folder_of(path: Path, layout: CifarLayout) -> Path | None:
     """`path` or the layout's folder in it, whichever holds files (not folders) of the layout's names."""
     for folder in (path, path / layout.folder):
         if folder.is_dir() and any(layout.wants(entry.name) and entry.is_file() for entry in folder.iterdir()):
@@ -176,31 +152,30 @@ def _folder_of(path: Path, layout: Layout) -> Path | None:
     return None
 
 
-_TAR_ERRORS = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged or truncated archive ({error}); download it again")
-
-
-def _read_archive(path: Path, layout: Layout) -> dict[str, bytes]:
-    files = {}
+@contextlib.contextmanager
+def _open_archive(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if member.isfile() and layout.wants(name):
-                    stream = archive.extractfile(member)
-                    assert stream is not None  # a plain file always has content
-                    files[name] = stream.read()
-                    if len(files[name]) < member.size:  # an uncompressed archive ends without an error
-                        raise EOFError(f"{name} is cut off")
-    except _TAR_ERRORS as error:
-        raise _damaged(path, error) from None
+            yield archive
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{path}: damaged or truncated archive ({error}); download it again") from None
+
+
+def _read_archive(path: Path, layout: CifarLayout) -> dict[str, bytes]:
+    files = {}
+    with _open_archive(path) as archive:
+        for member in archive:
+            name = Path(member.name).name
+            if member.isfile() and layout.wants(name):
+                stream = archive.extractfile(member)
+                assert stream is not None  # a plain file always has content
+                files[name] = stream.read()
+                if len(files[name]) < member.size:  # an uncompressed archive ends without an error
+                    raise EOFError(f"{name} is cut off")
     return files
 
 
-def _labelled(data: bytes, where: str, layout: Layout) -> LabelledImages:
+def _labelled(data: bytes, where: str, layout: CifarLayout) -> LabelledImages:
     batch = _unpickle(data, where)
     try:
         images, labels = _as_array(batch["data"]), _as_array(batch[layout.labels])
@@ -213,8 +188,8 @@ def _labelled(data: bytes, where: str, layout: Layout) -> LabelledImages:
     return LabelledImages(images.reshape(-1, 3, SIDE, SIDE).copy(), labels.astype(np.int64))
 
 
-def _class_names(data: bytes | None, where: str, count: int, layout: Layout) -> tuple[str, ...]:
-    """The names, or numbers as names where the file with them was lost."""
+def _class_names(data: bytes | None, where: str, count: int, layout: CifarLayout) -> tuple[str, ...]:
+    """Return the names, or numbers as names where the file with them was lost."""
     if data is None:
         return tuple(str(label) for label in range(max(count, layout.classes)))
     names = _unpickle(data, where).get(layout.class_names)
@@ -248,7 +223,7 @@ def _reconstruct(*_arguments: Any) -> _Array:
 
 
 def _encode(text: str, _codec: str) -> bytes:
-    """How Python 3 writes bytes at protocol 2; only ever with latin1."""
+    """Undo how Python 3 writes bytes at protocol 2; only ever with latin1."""
     return text.encode("latin1")
 
 
@@ -280,7 +255,7 @@ def _unpickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _as_array(value: Any) -> np.ndarray:
-    """A list of numbers, or an array's pickled state (version, shape, dtype, column-major, bytes)."""
+    """Take a list of numbers, or an array's pickled state (version, shape, dtype, column-major, bytes)."""
     if not isinstance(value, _Array):
         return np.asarray(value)
     _version, shape, dtype, column_major, raw = value.state
@@ -293,51 +268,3 @@ def _as_array(value: Any) -> np.ndarray:
 
 def _text(value: bytes | str) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
-
-
-def _batch(images: np.ndarray, labels: np.ndarray, title: str) -> dict[str, Any]:
-    if images.dtype != np.uint8 or images.shape[1:] != (3, SIDE, SIDE) or len(images) != len(labels):
-        raise ValueError(f"expected uint8 [n, 3, {SIDE}, {SIDE}] and n labels, got {images.shape} and {len(labels)}")
-    names = [f"{title.split()[0]}_{row:05d}.png" for row in range(len(images))]
-    rows = np.ascontiguousarray(images.reshape(len(images), -1))
-    return {"batch_label": title, "labels": [int(label) for label in labels], "data": rows, "filenames": names}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_bytes(pickle.PROTO + b"\x02" + _opcodes(content) + pickle.STOP)
-
-
-def _opcodes(value: Any) -> bytes:
-    """A value as protocol 2 of Python 2 writes it; the pickle module of Python 3 cannot write its strings."""
-    match value:
-        case dict():
-            items = b"".join(_opcodes(key) + _opcodes(item) for key, item in value.items())
-            return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-        case list():
-            return pickle.EMPTY_LIST + pickle.MARK + b"".join(map(_opcodes, value)) + pickle.APPENDS
-        case tuple():
-            return pickle.MARK + b"".join(map(_opcodes, value)) + pickle.TUPLE
-        case bool():  # before int, which it is too
-            return pickle.NEWTRUE if value else pickle.NEWFALSE
-        case int():
-            return pickle.BININT + struct.pack("<i", value)
-        case None:
-            return pickle.NONE
-        case str() | bytes():
-            raw = value.encode("latin1") if isinstance(value, str) else value
-            if len(raw) < 256:
-                return pickle.SHORT_BINSTRING + struct.pack("<B", len(raw)) + raw
-            return pickle.BINSTRING + struct.pack("<i", len(raw)) + raw
-        case np.ndarray():
-            return _uint8_opcodes(value)
-    raise TypeError(f"nothing of the CIFAR-10 layout: {type(value).__name__}")
-
-
-def _uint8_opcodes(array: np.ndarray) -> bytes:
-    """What numpy's __reduce__ gives: an empty array, then its state with the data type's own state inside."""
-    empty = b"cnumpy.core.multiarray\n_reconstruct\n" + pickle.MARK + b"cnumpy\nndarray\n"
-    empty += _opcodes((0,)) + _opcodes("b") + pickle.TUPLE + pickle.REDUCE
-    dtype = b"cnumpy\ndtype\n" + _opcodes(("u1", 0, 1)) + pickle.REDUCE
-    dtype += _opcodes((3, "|", None, None, None, -1, -1, 0)) + pickle.BUILD
-    state = _opcodes(1) + _opcodes(array.shape) + dtype + _opcodes(False) + _opcodes(array.tobytes())
-    return empty + pickle.MARK + state + pickle.TUPLE + pickle.BUILD

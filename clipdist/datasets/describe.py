@@ -1,4 +1,4 @@
-"""Shards in; what they hold in numbers out: members, picture sizes, captions, repeats. Nothing is written."""
+"""Describe what shards hold in numbers: members, image sizes, captions, repeats. Nothing is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -15,10 +15,11 @@ from clipdist.data.catalog import Catalog, Shard, name_shards
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import Fetcher, is_remote
-from clipdist.data.index import ShardIndex, is_fresh, scan_whole_samples, stored_index
+from clipdist.data.index import ShardIndex
 from clipdist.data.loader import group_id
 from clipdist.data.reader import Reader
-from clipdist.datasets.images import Header, check_bytes
+from clipdist.datasets.examine import read_index
+from clipdist.datasets.images import ImageHeader, check_bytes
 from clipdist.errors import UserError
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -28,7 +29,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass
-class Opened:
+class OpenedShards:
     """A catalog of what can be read, and what was found on the way."""
 
     catalog: Catalog
@@ -36,8 +37,8 @@ class Opened:
     indexed: int  # shards with a fresh index, beside them or in a consolidated file
 
 
-def open_shards(sources: Sequence[str]) -> Opened:
-    """As Catalog.open, but a damaged local shard does not stop it, and no index is written.
+def open_shards(sources: Sequence[str]) -> OpenedShards:
+    """Open shards as Catalog.open does, but a damaged local shard does not stop it, and no index is written.
 
     Raises:
         UserError: no shards match, or an address has no index.
@@ -53,16 +54,14 @@ def open_shards(sources: Sequence[str]) -> Opened:
             indexed += len(opened)
             continue
         try:
-            stored = stored_index(part)
-            fresh = stored is not None and is_fresh(stored)
-            index, damage = (stored, "") if stored is not None and fresh else scan_whole_samples(part)
+            index, damage, fresh = read_index(part)
         except UserError as error:
             damaged.append(str(error))
             continue
         indexed += fresh
         damaged += [damage] if damage else []
         shards.append(_in_memory(index))
-    return Opened(Catalog(shards), damaged, indexed)
+    return OpenedShards(Catalog(shards), damaged, indexed)
 
 
 def _in_memory(index: ShardIndex) -> Shard:
@@ -70,7 +69,7 @@ def _in_memory(index: ShardIndex) -> Shard:
 
 
 def describe_members(catalog: Catalog) -> dict[str, object]:
-    """Samples per shard, bytes, the share of samples that has each kind of member, checksums and token ids."""
+    """Return samples per shard, bytes, the share of samples that has each kind of member, checksums and token ids."""
     kinds: Counter[str] = Counter()
     tar_bytes = checksums = 0
     for number in tqdm(range(len(catalog.shards)), desc="members", unit="shard", disable=None):
@@ -90,78 +89,69 @@ def describe_members(catalog: Catalog) -> dict[str, object]:
     }
 
 
-@dataclass
-class Seen:
-    """What was gathered from samples that were read."""
-
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    formats: Counter[str] = field(default_factory=Counter)
-    pictures: Counter[bytes] = field(default_factory=Counter)  # by a hash of their bytes
-    groups: Counter[int] = field(default_factory=Counter)  # captions, by group_id
-    per_picture: list[int] = field(default_factory=list)
-    words: list[int] = field(default_factory=list)
-    characters: list[int] = field(default_factory=list)
-    vocabulary: Counter[str] = field(default_factory=Counter)
-    unusable: Counter[str] = field(default_factory=Counter)
-
-    def add_picture(self, data: bytes) -> None:
-        self.pictures[hashlib.blake2b(data, digest_size=16).digest()] += 1
-        header = check_bytes(data, decode=False)
-        if isinstance(header, Header):
-            self.sizes.append((header.width, header.height))
-            self.formats[header.kind] += 1
-        else:
-            self.unusable[header] += 1
-
-    def add_captions(self, captions: list[str]) -> None:
-        self.per_picture.append(len(captions))
-        for caption in captions:
-            words = _WORD.findall(caption.lower())
-            self.groups[group_id(caption)] += 1
-            self.words.append(len(words))
-            self.characters.append(len(caption))
-            self.vocabulary.update(words)
-
-
 def choose_samples(catalog: Catalog, samples: int) -> np.ndarray:
-    """Sample ids int64, ascending: all, or as many as asked for, the same every time."""
+    """Return sample ids int64, ascending: all, or as many as asked for, the same every time."""
     if len(catalog) <= samples:
         return np.arange(len(catalog))
     return np.sort(np.random.default_rng(0).choice(len(catalog), samples, replace=False))
 
 
 def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
-    """Picture sizes and formats, captions, and repeats, of these samples: headers are read, pixels are not decoded."""
-    seen = Seen()
+    """Return image sizes and formats, captions, and repeats, of these samples; pixels are not decoded."""
+    sizes: list[tuple[int, int]] = []
+    formats: Counter[str] = Counter()
+    images: Counter[bytes] = Counter()  # by a hash of their bytes
+    captions: list[list[str]] = []  # of every sample
+    unusable: Counter[str] = Counter()
     for sample_id in tqdm(ids.tolist(), desc="samples", unit="sample", disable=None):
         try:
-            seen.add_picture(reader.image(sample_id))
+            data = reader.image(sample_id)
         except BadSample as error:
-            seen.unusable[error.reason] += 1
+            unusable[error.reason] += 1
+        else:
+            images[hashlib.blake2b(data, digest_size=16).digest()] += 1
+            header = check_bytes(data, decode=False)
+            if isinstance(header, ImageHeader):
+                sizes.append((header.width, header.height))
+                formats[header.kind] += 1
+            else:
+                unusable[header] += 1
         try:
-            seen.add_captions(reader.captions(sample_id))
+            captions.append(reader.captions(sample_id))
         except BadSample as error:
-            seen.unusable[error.reason] += 1
-    width, height = np.array(seen.sizes, dtype=np.float64).reshape(-1, 2).T
+            unusable[error.reason] += 1
+    width, height = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     return {
         "looked_at": len(ids),
         "pictures": {
-            "formats": dict(seen.formats.most_common()),
+            "formats": dict(formats.most_common()),
             "width": _percentiles(width),
             "height": _percentiles(height),
             "aspect": _percentiles(np.maximum(width, height) / np.maximum(1, np.minimum(width, height))),
-            "repeated": _repeats(seen.pictures),
+            "repeated": _repeats(images),
         },
-        "captions": {
-            "count": len(seen.words),
-            "per_picture": _percentiles(np.array(seen.per_picture)),
-            "words": _percentiles(np.array(seen.words)),
-            "characters": _percentiles(np.array(seen.characters)),
-            "vocabulary": len(seen.vocabulary),
-            "most_frequent": dict(seen.vocabulary.most_common(TOP_WORDS)),
-            "repeated": _repeats(seen.groups),
-        },
-        "unusable": dict(seen.unusable.most_common()),
+        "captions": _describe_captions(captions),
+        "unusable": dict(unusable.most_common()),
+    }
+
+
+def _describe_captions(captions: list[list[str]]) -> dict[str, object]:
+    """Return numbers of the captions of all samples."""
+    every = [caption for own in captions for caption in own]
+    words = []  # of every caption, their number
+    vocabulary: Counter[str] = Counter()
+    for caption in every:
+        found = _WORD.findall(caption.lower())
+        words.append(len(found))
+        vocabulary.update(found)
+    return {
+        "count": len(every),
+        "per_picture": _percentiles(np.array([len(own) for own in captions])),
+        "words": _percentiles(np.array(words)),
+        "characters": _percentiles(np.array([len(caption) for caption in every])),
+        "vocabulary": len(vocabulary),
+        "most_frequent": dict(vocabulary.most_common(TOP_WORDS)),
+        "repeated": _repeats(Counter(map(group_id, every))),
     }
 
 
@@ -170,5 +160,5 @@ def _percentiles(values: np.ndarray, at: Sequence[int] = PERCENTILES) -> dict[st
 
 
 def _repeats(counts: Counter) -> int:
-    """How many are equal to an earlier one."""
+    """Return how many are equal to an earlier one."""
     return counts.total() - len(counts)

@@ -1,4 +1,4 @@
-"""Shards in; their indices out, with checksums, columns for filters, and the defects of samples.
+"""Index shards, with checksums, columns for filters, and the defects of samples.
 
 Shards are not changed, and each process holds one at a time. Beside a shard its index keeps all samples, the defective
 ones marked; a consolidated index holds the good samples that pass the filters.
@@ -12,9 +12,8 @@ import math
 import os
 import uuid
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -62,7 +61,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardSource:
     """One shard, and the consolidated index that holds it already, if it was named by one."""
 
     tar: str
@@ -71,7 +70,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """What is to be done with every shard.
 
     Attributes:
@@ -91,6 +90,11 @@ class Task:
     force: bool = False
     reread: bool = False
     folder: Path = Path()
+
+    @property
+    def columns(self) -> set[str]:
+        """Those that the conditions ask for."""
+        return {name for condition in self.conditions for name in condition.columns}
 
 
 @dataclass(frozen=True)
@@ -125,19 +129,36 @@ class Examined:
     part: Part | None = None
 
 
-class _Unusable(Exception):
+def shard_sources(shards: Sequence[str]) -> list[ShardSource]:
+    """Expand folders, patterns, lists and consolidated indices to single shards.
+
+    Raises:
+        UserError: no shards match, or one is named twice.
+    """
+    from clipdist.data.catalog import name_shards
+
+    sources = []
+    for part in [part for parts in name_shards(shards, "SHARDS", Fetcher()) for part in parts]:
+        if isinstance(part, Consolidated):
+            sources += [ShardSource(tar, part.name, number) for number, tar in enumerate(part.tars)]
+        else:
+            sources.append(ShardSource(part))
+    return sources
+
+
+class UnusableShard(Exception):
     """Nothing of this shard can be used; the message says why."""
 
 
-def examine_shard(source: Source, task: Task) -> Examined:
-    """Indexes one shard, or takes the index that is there where it has all that is wanted.
+def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
+    """Index one shard, or take the index that is there where it has all that is wanted.
 
     Raises:
         UserError, Fault: the index or the temporary copy cannot be written.
     """
     try:
         index, damage, made = _index_of(source, task)
-    except _Unusable as error:
+    except UnusableShard as error:
         return Examined(source.tar, damage=str(error))
     if damage and not task.salvage:
         lost = Counter({"in a damaged shard": len(index)})
@@ -147,13 +168,13 @@ def examine_shard(source: Source, task: Task) -> Examined:
     return _summed_up(index, task, damage, made)
 
 
-def _index_of(source: Source, task: Task) -> tuple[ShardIndex, str, bool]:
-    """The index with what the task wants, what is wrong with the shard, and whether it was made now."""
+def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bool]:
+    """Return the index with what the task wants, what is wrong with the shard, and whether it was made now."""
     try:
         stored = None if task.force and not source.book else _stored(source)
         if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
             return stored, "", False
-        with _at_hand(source.tar, task) as path:
+        with shard_at_hand(source.tar, task.folder) as path:
             if stored is not None and (source.book or is_fresh(stored)):
                 index, damage = replace(stored, tar=str(path)), ""
             else:
@@ -164,13 +185,28 @@ def _index_of(source: Source, task: Task) -> tuple[ShardIndex, str, bool]:
     except Fault:
         raise
     except UserError as error:
-        raise _Unusable(str(error)) from None
+        raise UnusableShard(str(error)) from None
     if is_remote(source.tar):
         index = replace(index, tar_mtime_ns=0)
     return replace(index, tar=source.tar), damage, True
 
 
-def _stored(source: Source) -> ShardIndex | None:
+def read_index(tar: str | Path) -> tuple[ShardIndex, str, bool]:
+    """Return the index beside a local shard where it is fresh, else what a scan gives of it.
+
+    Returns:
+        The index, what is wrong with the shard ("": nothing), and whether the index was there.
+
+    Raises:
+        UserError: the shard cannot be read.
+    """
+    stored = stored_index(tar)
+    if stored is not None and is_fresh(stored):
+        return stored, "", True
+    return *scan_whole_samples(tar), False
+
+
+def _stored(source: ShardSource) -> ShardIndex | None:
     if not source.book:
         return None if is_remote(source.tar) else stored_index(source.tar)
     index = _open_book(source.book).load(source.number)
@@ -184,39 +220,40 @@ def _open_book(path: str) -> Consolidated:
     return Consolidated(path)
 
 
-def _has_all(index: ShardIndex, task: Task) -> bool:
+def _has_all(index: ShardIndex, task: ShardTask) -> bool:
     if DEFECT in index.columns and index.crc is not None:  # verified: a column that is not there is in no sample
         return not (task.verify and (task.force or task.reread))
-    wanted = {name for condition in task.conditions for name in condition.columns}
-    return not task.verify and wanted <= index.columns.keys()
+    return not task.verify and task.columns <= index.columns.keys()
 
 
 @contextlib.contextmanager
-def _at_hand(tar: str, task: Task) -> Iterator[str | Path]:
-    """A local file with the shard's bytes; a remote one is fetched, and gone afterwards."""
+def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
+    """Give a local file with the shard's bytes; a remote one is fetched into `folder`, and gone afterwards.
+
+    Raises:
+        UnusableShard: it cannot be had.
+        Fault: `folder` cannot be written.
+    """
     if not is_remote(tar):
         yield tar
         return
-    path = task.folder / f"{uuid.uuid4().hex}.tar"
+    path = folder / f"{uuid.uuid4().hex}.tar"
     try:
         try:
             Fetcher().fetch(tar, path)
         except UserError as error:  # one shard that cannot be had does not stop the others
-            raise _Unusable(str(error)) from None
+            raise UnusableShard(str(error)) from None
         except OSError as error:
-            raise Fault(
-                f"{task.folder}: cannot be written ({error.strerror}); name a larger place by --cache"
-            ) from None
+            raise Fault(f"{folder}: cannot be written ({error.strerror}); name a larger place by --cache") from None
         yield path
     finally:
         path.unlink(missing_ok=True)
 
 
-def _with_columns(index: ShardIndex, task: Task) -> ShardIndex:
+def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
         return read_samples(index, decode=True)
-    wanted = {name for condition in task.conditions for name in condition.columns}
-    return index if wanted <= index.columns.keys() else read_samples(index, decode=False)
+    return index if task.columns <= index.columns.keys() else read_samples(index, decode=False)
 
 
 def _write_beside(index: ShardIndex) -> None:
@@ -229,7 +266,7 @@ def _write_beside(index: ShardIndex) -> None:
         ) from None
 
 
-def _summed_up(index: ShardIndex, task: Task, damage: str, made: bool) -> Examined:
+def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
     defect = index.columns.get(DEFECT, np.zeros(len(index), dtype=np.int64)).astype(np.int64)
     good = defect == 0
     keep, passed = good, []
@@ -256,14 +293,14 @@ def _summed_up(index: ShardIndex, task: Task, damage: str, made: bool) -> Examin
 
 
 def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
-    """The index with what only the members' data tell, by the rules of training.
+    """Return the index with what only the members' data tell, by the rules of training.
 
     Args:
         index: of a local shard. Checksums in it are compared, those that there are not are made where `decode` is True.
-        decode: read every member and decode every picture; else only pictures' headers, captions and .json.
+        decode: read every member and decode every image; else only images' headers, captions and .json.
 
     Returns:
-        The index with columns [n]: every numeric field of the samples' .json; width and height of the picture, pixels;
+        The index with columns [n]: every numeric field of the samples' .json; width and height of the image, pixels;
         caption_length, characters of the first caption; after decoding `defect`, a place in DEFECTS. NaN: not known.
         Columns that were there stay, unless they are read anew.
 
@@ -274,48 +311,40 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
     from clipdist.data.catalog import Catalog, Shard
     from clipdist.data.reader import Reader
 
-    table = _Table(len(index))
+    columns: dict[str, np.ndarray] = {}
     crc = np.zeros(index.size.shape, dtype=np.uint32)
     reader = Reader(Catalog([Shard(index.tar, len(index), b"", lambda: index)]))
     try:
         for row in range(len(index)):
-            looked = _look(reader, row, index.kinds if decode else (), decode)
-            crc[row, : len(looked.crc)] = looked.crc
-            table.fill(row, looked.numbers)
-            if decode:
-                table.fill(row, {DEFECT: DEFECTS.index(looked.defect)})
+            sums, numbers, defect = _look(reader, row, index.kinds if decode else (), decode)
+            crc[row, : len(sums)] = sums
+            numbers |= {DEFECT: DEFECTS.index(defect)} if decode else {}
+            _fill(columns, len(index), row, numbers)
     except OSError as error:
         raise UserError(f"{index.tar}: cannot be read ({error.strerror or error})") from None
     finally:
         reader.close()
+    narrow = {name: _narrowed(values) for name, values in columns.items()}
     old_crc = index.crc if index.crc is not None else (crc if decode else None)
-    return replace(index, crc=old_crc, columns={**index.columns, **table.columns()})
+    return replace(index, crc=old_crc, columns={**index.columns, **narrow})
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What one sample says: CRC-32 of each member, its numbers, and the first thing that is wrong with it."""
-
-    crc: list[int]
-    numbers: dict[str, float]
-    defect: str
-
-
-def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> _Look:
+def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tuple[list[int], dict[str, float], str]:
+    """Return the CRC-32 of each member of a sample, its numbers, and the first thing that is wrong with it."""
     reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
     record, no_record = _try(lambda: reader.metadata(row))
     captions, no_caption = _try(lambda: reader.captions(row))
-    size, no_picture = _try(lambda: _picture_size(reader.image(row), decode))
+    size, no_image = _try(lambda: _image_size(reader.image(row), decode))
     numbers = _numbers(record or {})
     numbers["width"], numbers["height"] = size or (math.nan, math.nan)
     numbers["caption_length"] = len(captions[0]) if captions else math.nan
-    wrong = [*(defect for _, defect in reads), no_record, no_picture, no_caption]
+    wrong = [*(defect for _, defect in reads), no_record, no_image, no_caption]
     crc = [0 if data is None else zlib.crc32(data) for data, _ in reads]
-    return _Look(crc, numbers, next(filter(None, wrong), ""))
+    return crc, numbers, next(filter(None, wrong), "")
 
 
 def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
-    """What it gives, or the reason why it gives nothing."""
+    """Return what it gives, or the reason why it gives nothing."""
     from clipdist.data.decode import BadSample
 
     try:
@@ -324,16 +353,16 @@ def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
         return None, error.reason
 
 
-def _picture_size(data: bytes, decode: bool) -> tuple[int, int] | None:
-    """Width and height in pixels; None where the header does not tell them."""
+def _image_size(data: bytes, decode: bool) -> tuple[int, int] | None:
+    """Return width and height in pixels; None where the header does not tell them."""
     from clipdist.data.decode import decode_pixels
-    from clipdist.datasets.images import Header, check_bytes
+    from clipdist.datasets.images import ImageHeader, check_bytes
 
     if decode:
         height, width, _ = decode_pixels(data).shape
         return width, height
     header = check_bytes(data, decode=False)
-    return (header.width, header.height) if isinstance(header, Header) else None
+    return (header.width, header.height) if isinstance(header, ImageHeader) else None
 
 
 def _numbers(record: dict) -> dict[str, float]:
@@ -345,44 +374,17 @@ def _numbers(record: dict) -> dict[str, float]:
     return numbers
 
 
-class _Table:
-    """Columns of n numbers, which appear as samples name them."""
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._columns: dict[str, np.ndarray] = {}
-
-    def fill(self, row: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            column = self._columns.get(name)
-            if column is None:
-                own = name in ("width", "height", "caption_length", DEFECT)
-                if len(self._columns) >= _MOST_COLUMNS and not own:
-                    continue
-                column = self._columns[name] = np.full(self._n, np.nan)
-            column[row] = value
-
-    def columns(self) -> dict[str, np.ndarray]:
-        """int64 where all are whole numbers, else float64."""
-        return {name: _narrowed(values) for name, values in self._columns.items()}
+def _fill(columns: dict[str, np.ndarray], n: int, row: int, numbers: dict[str, float]) -> None:
+    """Put a sample's numbers into columns [n], which appear as samples name them."""
+    for name, value in numbers.items():
+        own = name in ("width", "height", "caption_length", DEFECT)
+        if name not in columns and (own or len(columns) < _MOST_COLUMNS):
+            columns[name] = np.full(n, np.nan)
+        if name in columns:
+            columns[name][row] = value
 
 
 def _narrowed(values: np.ndarray) -> np.ndarray:
+    """Return int64 where all are whole numbers, else float64."""
     whole = np.isfinite(values).all() and (np.abs(values) < _WHOLE_NUMBERS).all() and (values == np.floor(values)).all()
     return values.astype(np.int64) if whole else values
-
-
-def in_order(
-    pool: Executor | None, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """As map, with at most `ahead` results that wait for their turn, so that few are in memory."""
-    if pool is None:
-        yield from map(work, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

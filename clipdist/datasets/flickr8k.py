@@ -1,4 +1,4 @@
-"""Flickr8k as people have it in; captioned pictures by split out, and a record of everything left out.
+"""Read Flickr8k as people have it: captioned images by split, and a record of everything left out.
 
 Three layouts: the original distribution (Flicker8k_Dataset/, Flickr8k.token.txt, Flickr_8k.*Images.txt), Kaggle's
 (Images/, captions.txt) and Karpathy's JSON (dataset_flickr8k.json); in folders or zips, which are read in place.
@@ -13,20 +13,20 @@ import io
 import json
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipdist.datasets.images import LFS_POINTER, Checked, Picture, Place, open_zip
+from clipdist.datasets.files import SourceFile, files_below
+from clipdist.datasets.images import LFS_POINTER, CheckedImage, SourceImage
 from clipdist.errors import UserError
 
 SPLITS = ("train", "val", "test", "extra")
-EVALUATED = ("test", "val")  # a picture that is in one of these too stays out of train
+EVALUATED = ("test", "val")  # an image that is in one of these too stays out of train
 LISTED = {"train": "train", "dev": "val", "test": "test"}  # the word in a list file's name -> the split
 NOT_COMPARABLE = "not comparable with published numbers"
-_PICTURE_NAME = re.compile(r".+\.(jpe?g|png|webp)(\.\d+)?", re.IGNORECASE)  # Flickr8k's captions name one .jpg.1
+_IMAGE_NAME = re.compile(r".+\.(jpe?g|png|webp)(\.\d+)?", re.IGNORECASE)  # Flickr8k's captions name one .jpg.1
 _TOKEN_LINE = re.compile(r"(.+?)#\d+(?:\s+(.*))?")
 _CSV_ROW_START = re.compile(r'"?[^,"\n]+\.(jpe?g|png|webp)"?\s*,|image\s*,', re.IGNORECASE)
 _UNDECODABLE = re.compile("[\ud800-\udfff]")  # what errors="surrogateescape" makes of bytes that are not UTF-8
@@ -69,7 +69,7 @@ class Defects:
         self.names.setdefault(reason, []).append(printable(name))
 
     def report(self) -> dict[str, dict[str, dict[str, object]]]:
-        """{"skipped" | "noted": {reason: {"count", "meaning", "names"}}}, in a fixed order."""
+        """Return {"skipped" | "noted": {reason: {"count", "meaning", "names"}}}, in a fixed order."""
         return {
             group: {
                 reason: {"count": len(names), "meaning": reasons[reason], "names": sorted(names)}
@@ -81,23 +81,23 @@ class Defects:
 
 
 def printable(name: str) -> str:
-    """The name, with bytes that are not UTF-8 as backslash escapes."""
+    """Return the name, with bytes that are not UTF-8 as backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a source holds, before any picture is opened.
+class Flickr8kSource:
+    """What a source holds, before any image is opened.
 
     Attributes:
         layout: "original", "kaggle" or "karpathy".
-        pictures: {name: picture}, those that have a file and a caption.
+        images: {name: image}, those that have a file and a caption.
         split: {name: split} where lists or the JSON say so; None where nothing does.
         fingerprint: hex, of names, sizes and texts: equal for copies.
     """
 
     layout: str
-    pictures: dict[str, Picture]
+    images: dict[str, SourceImage]
     split: dict[str, str] | None
     fingerprint: str
 
@@ -108,26 +108,26 @@ def read_source(
     images: str | Path | None = None,
     lists: str | Path | None = None,
     with_splits: bool = True,
-) -> Source:
-    """Finds pictures, captions and splits.
+) -> Flickr8kSource:
+    """Find images, captions and splits.
 
     Args:
         sources: folders, zips or files, searched in depth.
-        images: take pictures from here alone.
+        images: take images from here alone.
         lists: take split lists from here alone.
         with_splits: False passes over what the source says about splits.
 
     Raises:
-        UserError: nothing there, no pictures, no captions, an archive that is damaged as a whole.
+        UserError: nothing there, no images, no captions, an archive that is damaged as a whole.
     """
-    places = find_places(sources, defects)
-    found = find_places([images], defects) if images is not None else places
-    files = _pictures_by_name(found, defects)
+    found = find_files(sources, defects)
+    candidates = find_files([images], defects) if images is not None else found
+    files = _images_by_name(candidates, defects)
     if not files:
-        inner = [place for place in found if place.name.lower().endswith(".zip")]
+        inner = [file for file in candidates if file.name.lower().endswith(".zip")]
         hint = f"; it holds the archive {inner[0].name}: unpack that one" if inner else ""
         raise UserError(f"{_named(sources, images)}: no pictures (.jpg) there{hint}")
-    layout, text_file = _caption_file(places, sources, defects)
+    layout, text_file = _caption_file(found, sources, defects)
     raw = _read_text(text_file)
     split: dict[str, str] | None
     if layout == "karpathy":
@@ -137,91 +137,63 @@ def read_source(
     else:
         text = decode_text(raw)
         captions = _group(token_rows(text, defects) if layout == "original" else csv_rows(text, defects), defects)
-        list_places = find_places([lists], defects) if lists is not None else places
-        split = _read_lists(list_places, defects) if with_splits else None
+        listed = find_files([lists], defects) if lists is not None else found
+        split = _read_lists(listed, defects) if with_splits else None
         if lists is not None and split is None:
             raise UserError(f"--lists {lists}: no Flickr_8k.trainImages.txt, .devImages.txt or .testImages.txt there")
     if not captions:
         raise UserError(f"{text_file}: no captions in it")
-    pictures = _match(files, captions, split, defects)
+    captioned = _match(files, captions, split, defects)
     digest = hashlib.sha256(raw + json.dumps(sorted((split or {}).items())).encode())
     for name in sorted(files):
         digest.update(f"{printable(name)} {files[name].size} {files[name].crc}\n".encode())
-    return Source(layout, pictures, split, digest.hexdigest())
+    return Flickr8kSource(layout, captioned, split, digest.hexdigest())
 
 
 # --- where the files are ---
 
 
-def find_places(sources: Iterable[str | Path], defects: Defects) -> list[Place]:
-    """All files of the sources, sorted per source, the members of zips among them; junk is counted and left out.
+def find_files(sources: Iterable[str | Path], defects: Defects) -> list[SourceFile]:
+    """Return all files of the sources, sorted per source, the members of zips among them; junk is counted and left out.
 
     Raises:
         UserError: a source is not there, or a zip is damaged as a whole.
     """
-    places = []
-    for source in sources:
-        path = Path(source)
-        if not path.exists():
-            raise UserError(f"{source}: no such file or folder; docs/data.md says where Flickr8k comes from")
-        for file in sorted(_walk(path)) if path.is_dir() else [str(path)]:
-            places += _members(file) if file.lower().endswith(".zip") else [Place(file, "", os.stat(file).st_size, 0)]
     kept = []
-    for place in places:
-        if "__MACOSX" in place.folder.split("/") or place.name.startswith("._"):
-            defects.add("junk file", place.member or place.path)
-        else:
-            kept.append(place)
+    for source in sources:
+        if not Path(source).exists():
+            raise UserError(f"{source}: no such file or folder; docs/data.md says where Flickr8k comes from")
+        for file in files_below(Path(source)):
+            if "__MACOSX" in file.folder.split("/") or file.name.startswith("._"):
+                defects.add("junk file", file.member or file.path)
+            else:
+                kept.append(file)
     return kept
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Files below a folder; linked folders are followed, once."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(here) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        yield from (path for name in files if os.path.isfile(path := os.path.join(here, name)))
-
-
-def _members(path: str) -> list[Place]:
-    try:
-        infos = open_zip(path).infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: not a zip, or not wholly downloaded ({error}); fetch it again") from None
-    files = (info for info in infos if not info.is_dir())
-    return sorted((Place(path, i.filename, i.file_size, i.CRC) for i in files), key=lambda place: place.member)
-
-
-def _pictures_by_name(places: list[Place], defects: Defects) -> dict[str, Place]:
-    """One place per file name: where a name occurs twice, the one in the folder that holds more pictures."""
-    places = [place for place in places if _PICTURE_NAME.fullmatch(place.name)]
-    crowd = Counter(place.folder for place in places)
-    by_name: dict[str, Place] = {}
-    for place in sorted(places, key=lambda place: -crowd[place.folder]):
-        if place.name in by_name:
-            defects.add("picture found twice", place.member or place.path)
+def _images_by_name(files: list[SourceFile], defects: Defects) -> dict[str, SourceFile]:
+    """Return one file per name: where a name occurs twice, the one in the folder that holds more images."""
+    files = [file for file in files if _IMAGE_NAME.fullmatch(file.name)]
+    crowd = Counter(file.folder for file in files)
+    by_name: dict[str, SourceFile] = {}
+    for file in sorted(files, key=lambda file: -crowd[file.folder]):
+        if file.name in by_name:
+            defects.add("picture found twice", file.member or file.path)
         else:
-            by_name[place.name] = place
+            by_name[file.name] = file
     return by_name
 
 
-def _caption_file(places: list[Place], sources: Sequence[str | Path], defects: Defects) -> tuple[str, Place]:
-    """The layout, and the one file that holds its captions. The JSON comes first: it knows the splits."""
+def _caption_file(files: list[SourceFile], sources: Sequence[str | Path], defects: Defects) -> tuple[str, SourceFile]:
+    """Return the layout, and the one file that holds its captions. The JSON comes first: it knows the splits."""
     named = {str(Path(source)) for source in sources}
     jsons = [
-        p for p in places if re.fullmatch(r"dataset.*\.json", p.name) or (p.path in named and p.name[-5:] == ".json")
+        p for p in files if re.fullmatch(r"dataset.*\.json", p.name) or (p.path in named and p.name[-5:] == ".json")
     ]
     found = {
         "karpathy": [p for p in jsons if p.name == "dataset_flickr8k.json"] or jsons,
-        "original": [p for p in places if p.name.lower() == "flickr8k.token.txt"],
-        "kaggle": [p for p in places if p.name.lower() == "captions.txt"],
+        "original": [p for p in files if p.name.lower() == "flickr8k.token.txt"],
+        "kaggle": [p for p in files if p.name.lower() == "captions.txt"],
     }
     layouts = [layout for layout, files in found.items() if files]
     if not layouts:
@@ -230,13 +202,13 @@ def _caption_file(places: list[Place], sources: Sequence[str | Path], defects: D
             "dataset_flickr8k.json (Karpathy); name every zip or folder that belongs together"
         )
     for other in layouts[1:]:
-        for place in found[other]:
-            defects.add("other captions not used", place.member or place.path)
+        for file in found[other]:
+            defects.add("other captions not used", file.member or file.path)
     return layouts[0], _one_of(found[layouts[0]])
 
 
-def _one_of(copies: list[Place]) -> Place:
-    """One of several copies of a text file.
+def _one_of(copies: list[SourceFile]) -> SourceFile:
+    """Return one of several copies of a text file.
 
     Raises:
         UserError: they differ.
@@ -251,13 +223,13 @@ def _named(sources: Sequence[str | Path], images: str | Path | None = None) -> s
     return f"--images {images}" if images is not None else " ".join(str(source) for source in sources)
 
 
-def _read_text(place: Place) -> bytes:
+def _read_text(file: SourceFile) -> bytes:
     try:
-        data = place.read()
+        data = file.read()
     except OSError as error:
-        raise UserError(f"{place}: cannot be read ({error})") from None
+        raise UserError(f"{file}: cannot be read ({error})") from None
     if data.startswith(LFS_POINTER):
-        raise UserError(f"{place}: is a git-LFS pointer, not the file; fetch it with `git lfs pull`")
+        raise UserError(f"{file}: is a git-LFS pointer, not the file; fetch it with `git lfs pull`")
     return data
 
 
@@ -265,23 +237,23 @@ def _read_text(place: Place) -> bytes:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 with any line ends to text with \\n; bytes that are no UTF-8 become lone surrogates, to be told later."""
+    """Decode UTF-8 with any line ends to text with \\n; bytes that are none become lone surrogates, to tell later."""
     text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def token_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
-    """(picture, caption) of "name.jpg#0<TAB>caption" lines, in their order."""
+    """Yield (image, caption) of "name.jpg#0<TAB>caption" lines, in their order."""
     for number, line in enumerate(text.split("\n"), 1):
         match = _TOKEN_LINE.fullmatch(line)
-        if match and _PICTURE_NAME.fullmatch(match[1]):
+        if match and _IMAGE_NAME.fullmatch(match[1]):
             yield match[1], match[2] or ""
         elif line.strip():
             defects.add("stray line", f"Flickr8k.token.txt line {number}: {line[:80]}")
 
 
 def csv_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
-    """(picture, caption) of Kaggle's captions.txt, in their order.
+    """Yield (image, caption) of Kaggle's captions.txt, in their order.
 
     A record is parsed by itself, so that a quote that is never closed costs one caption and not the rest of the file.
     """
@@ -292,14 +264,14 @@ def csv_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
             row = []
         if [cell.strip().lower() for cell in row] == ["image", "caption"] and number == 1:
             continue
-        if len(row) >= 2 and _PICTURE_NAME.fullmatch(row[0].strip()):
+        if len(row) >= 2 and _IMAGE_NAME.fullmatch(row[0].strip()):
             yield row[0].strip(), ",".join(row[1:])  # a copy without quotes has commas of the caption as separators
         else:
             defects.add("stray line", f"captions.txt line {number}: {record[:80]}")
 
 
 def _csv_records(text: str) -> Iterator[tuple[int, str]]:
-    """(line number, record): a line is continued only while a quote is open and no new row begins."""
+    """Yield (line number, record): a line is continued only while a quote is open and no new row begins."""
     start, record = 0, ""
     for number, line in enumerate(text.split("\n"), 1):
         if record and record.count('"') % 2 and not _CSV_ROW_START.match(line):
@@ -315,7 +287,7 @@ def _csv_records(text: str) -> Iterator[tuple[int, str]]:
 def _read_karpathy(
     data: bytes, where: str, defects: Defects, with_splits: bool
 ) -> tuple[dict[str, list[str]], dict[str, str] | None]:
-    """Captions and splits of {"images": [{"filename", "split", "sentences": [{"raw"}]}]}."""
+    """Return captions and splits of {"images": [{"filename", "split", "sentences": [{"raw"}]}]}."""
     try:
         images = json.loads(data)["images"]
         entries = [(image["filename"], image["split"], [s["raw"] for s in image["sentences"]]) for image in images]
@@ -326,19 +298,16 @@ def _read_karpathy(
     if not with_splits:
         return captions, None
     split: dict[str, str] = {}
-    for word in (*EVALUATED, "train", "extra"):
-        for name in (os.path.basename(str(name)) for name, said, _ in entries if _split_of(said) == word):
-            if split.setdefault(name, word) != word:
-                defects.add("listed in two splits", f"{name}: {word}, kept in {split[name]}")
+    order = (*EVALUATED, "train", "extra")
+    listed = [(os.path.basename(str(name)), word if word in SPLITS else "extra") for name, word, _ in entries]
+    for name, word in sorted(listed, key=lambda entry: order.index(entry[1])):
+        if split.setdefault(name, word) != word:
+            defects.add("listed in two splits", f"{name}: {word}, kept in {split[name]}")
     return captions, split
 
 
-def _split_of(word: object) -> str:
-    return word if isinstance(word, str) and word in SPLITS else "extra"
-
-
 def _group(rows: Iterable[tuple[str, str]], defects: Defects) -> dict[str, list[str]]:
-    """{picture: captions}; a picture that lost all of its captions stays, with none."""
+    """Return {image: captions}; an image that lost all of its captions stays, with none."""
     captions: dict[str, list[str]] = {}
     for name, text in rows:
         kept = captions.setdefault(name, [])
@@ -355,25 +324,25 @@ def _group(rows: Iterable[tuple[str, str]], defects: Defects) -> dict[str, list[
 # --- splits ---
 
 
-def _read_lists(places: list[Place], defects: Defects) -> dict[str, str] | None:
-    """{picture: split} of Flickr_8k.{train,dev,test}Images.txt; None where there is no list at all.
+def _read_lists(files: list[SourceFile], defects: Defects) -> dict[str, str] | None:
+    """Return {image: split} of Flickr_8k.{train,dev,test}Images.txt; None where there is no list at all.
 
-    A picture that is listed twice stays out of train, whatever the order: nothing that is tested may be trained on.
+    An image that is listed twice stays out of train, whatever the order: nothing that is tested may be trained on.
     """
     split: dict[str, str] = {}
     found = set()
     for word in ("test", "dev", "train"):
-        files = [place for place in places if place.name.lower() == f"flickr_8k.{word}images.txt"]
-        if not files:
+        copies = [file for file in files if file.name.lower() == f"flickr_8k.{word}images.txt"]
+        if not copies:
             continue
         found.add(word)
-        file = _one_of(files)
+        file = _one_of(copies)
         seen: set[str] = set()
         for number, line in enumerate(decode_text(_read_text(file)).split("\n"), 1):
             name = os.path.basename(line.strip())
             if not line.strip():
                 continue
-            if not _PICTURE_NAME.fullmatch(name) or _UNDECODABLE.search(name):
+            if not _IMAGE_NAME.fullmatch(name) or _UNDECODABLE.search(name):
                 defects.add("stray line", f"{file.name} line {number}: {line[:80]}")
             elif name in seen:
                 defects.add("repeated list line", f"{file.name} line {number}: {name}")
@@ -388,7 +357,7 @@ def _read_lists(places: list[Place], defects: Defects) -> dict[str, str] | None:
 
 
 def random_splits(names: Iterable[str], seed: int) -> dict[str, str]:
-    """1000 pictures for val and for test, or an eighth each of a smaller set; the rest is train.
+    """Draw 1000 images for val and for test, or an eighth each of a smaller set; the rest is train.
 
     By a hash of seed and name: the same on every machine and for every order of the files.
     """
@@ -397,36 +366,36 @@ def random_splits(names: Iterable[str], seed: int) -> dict[str, str]:
     return {n: "test" if i < held else "val" if i < 2 * held else "train" for i, n in enumerate(order)}
 
 
-def keep_from_training(splits: dict[str, list[Checked]], defects: Defects) -> dict[str, list[Checked]]:
-    """The splits without the train pictures whose bytes are those of a test or val picture under another name."""
-    held = {picture.sha256: picture.picture.name for split in EVALUATED for picture in splits.get(split, [])}
-    for picture in splits.get("train", []):
-        if picture.sha256 in held:
-            defects.add("same bytes as a test or val picture", f"{picture.picture.name}: {held[picture.sha256]}")
+def keep_from_training(splits: dict[str, list[CheckedImage]], defects: Defects) -> dict[str, list[CheckedImage]]:
+    """Return the splits without the train images whose bytes are those of a test or val image under another name."""
+    held = {image.sha256: image.source.name for split in EVALUATED for image in splits.get(split, [])}
+    for image in splits.get("train", []):
+        if image.sha256 in held:
+            defects.add("same bytes as a test or val picture", f"{image.source.name}: {held[image.sha256]}")
     return {**splits, "train": [p for p in splits.get("train", []) if p.sha256 not in held]}
 
 
 def _match(
-    files: dict[str, Place], captions: dict[str, list[str]], split: dict[str, str] | None, defects: Defects
-) -> dict[str, Picture]:
-    """The pictures that have both a file and a caption, sorted by name; everything else is recorded."""
+    files: dict[str, SourceFile], captions: dict[str, list[str]], split: dict[str, str] | None, defects: Defects
+) -> dict[str, SourceImage]:
+    """Return the images that have both a file and a caption, sorted by name; everything else is recorded."""
     split = split or {}
     for name in sorted(set(captions) | set(split)):
         if name not in files:
             defects.add("listed picture missing" if name in split else "captions without picture", name)
-    pictures = {}
+    images = {}
     for name in sorted(files):
         texts = captions.get(name, [])
         if not texts or _UNDECODABLE.search(name):
             defects.add("picture without captions", name)
             continue
-        pictures[name] = Picture(name, files[name], tuple(texts))
+        images[name] = SourceImage(name, files[name], tuple(texts))
         if split and name not in split:
             defects.add("picture in no list", name)
         if len(set(texts)) < len(texts):
             defects.add("repeated caption", name)
-    spread = Counter(c for p in pictures.values() for c in set(p.captions))
+    spread = Counter(c for p in images.values() for c in set(p.captions))
     for caption, count in spread.items():
         if count > 1:
             defects.add("caption on several pictures", f"{count}: {caption}")
-    return pictures
+    return images

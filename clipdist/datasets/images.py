@@ -1,6 +1,6 @@
-"""Captioned pictures in files or zips in; checked pictures and folders of shards out, on all cores.
+"""Check captioned images of files or zips and write them as folders of shards, on all cores.
 
-The bytes of a picture stay as they are unless it is to be shrunk. No torch here: worker processes start quickly.
+The bytes of an image stay as they are unless it is to be shrunk. No torch here: worker processes start quickly.
 """
 
 from __future__ import annotations
@@ -10,15 +10,8 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import warnings
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +19,8 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from clipdist.datasets.files import SourceFile
+from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
@@ -39,120 +34,66 @@ from clipdist.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_PIXELS = 100_000_000
-JPEG_QUALITY = 95  # of pictures that are shrunk
+JPEG_QUALITY = 95  # of images that are shrunk
 # {Pillow's format: file extension}; for some other formats Pillow would start programs
 _FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _JPEG_MARK = b"\xff\xd8\xff"
-_CHUNK = 32  # pictures per task: small enough for a smooth progress bar
+_CHUNK = 32  # images per task: small enough for a smooth progress bar
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the bytes of one file lie: the file `path`, or the member `member` of the zip `path`."""
-
-    path: str
-    member: str
-    size: int
-    crc: int  # of a zip's member; 0 for a file
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(_with_slashes(self.member) or self.path)
-
-    @property
-    def folder(self) -> str:
-        return (
-            f"{self.path}!/{os.path.dirname(_with_slashes(self.member))}" if self.member else os.path.dirname(self.path)
-        )
-
-    def __str__(self) -> str:
-        return f"{self.path}!{self.member}" if self.member else self.path
-
-    def read(self) -> bytes:
-        """
-        Raises:
-            OSError: the disk or the archive does not give the bytes.
-        """
-        if not self.member:
-            return Path(self.path).read_bytes()
-        try:
-            return open_zip(self.path).read(self.member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-            raise OSError(f"{self}: {error}") from None
-
-
-def _with_slashes(member: str) -> str:
-    return member.replace("\\", "/")  # some archives made on Windows
-
-
-def open_zip(path: str) -> zipfile.ZipFile:
-    """The archive, opened once by every process.
-
-    Raises:
-        zipfile.BadZipFile: it is none, or its end is missing.
-    """
-    return _open_zip(path, os.stat(path).st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=8)
-def _open_zip(path: str, mtime_ns: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)  # mtime_ns: an archive that was replaced is opened anew
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture's file name, where it lies, and what is said about it."""
+class SourceImage:
+    """An image's file name, where it lies, and what is said about it."""
 
     name: str
-    place: Place
+    file: SourceFile
     captions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A picture that can be decoded, with its width and height in pixels and the SHA-256 of its bytes."""
+class CheckedImage:
+    """An image that can be decoded, with its width and height in pixels and the SHA-256 of its bytes."""
 
-    picture: Picture
+    source: SourceImage
     width: int
     height: int
     sha256: str
 
 
-def check_pictures(pictures: Sequence[Picture], decode: bool, pool: Executor | None) -> list[Checked | str]:
-    """Looks at every picture: in place of one that cannot be used stands the reason.
+def check_images(images: Sequence[SourceImage], decode: bool, processes: int) -> list[CheckedImage | str]:
+    """Look at every image: in place of one that cannot be used stands the reason.
 
     Args:
         decode: decode it wholly; else its header alone is read.
-        pool: of open_pool. The results do not depend on it.
+        processes: as in_order takes them.
     """
-    chunks = [pictures[i : i + _CHUNK] for i in range(0, len(pictures), _CHUNK)]
-    checked: list[Checked | str] = []
-    in_order = pool.map if pool else map
-    with tqdm(total=len(pictures), desc="check", unit="picture", disable=None) as bar:
-        for results in in_order(functools.partial(_check_chunk, decode=decode), chunks):
+    chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
+    checked: list[CheckedImage | str] = []
+    with tqdm(total=len(images), desc="check", unit="picture", disable=None) as bar:
+        for results in in_order(functools.partial(_check_chunk, decode=decode), chunks, processes):
             checked += results
             bar.update(len(results))
     return checked
 
 
-def _check_chunk(pictures: Sequence[Picture], decode: bool) -> list[Checked | str]:
-    return [check_picture(picture, decode) for picture in pictures]
+def _check_chunk(images: Sequence[SourceImage], decode: bool) -> list[CheckedImage | str]:
+    return [check_image(image, decode) for image in images]
 
 
-def check_picture(picture: Picture, decode: bool = True) -> Checked | str:
-    """The picture's facts, or the reason why it cannot be used."""
+def check_image(image: SourceImage, decode: bool = True) -> CheckedImage | str:
+    """Return the image's facts, or the reason why it cannot be used."""
     try:
-        data = picture.place.read()
+        data = image.file.read()
     except OSError:
         return "unreadable file"
     header = check_bytes(data, decode)
     if isinstance(header, str):
         return header
-    return Checked(picture, header.width, header.height, hashlib.sha256(data).hexdigest())
+    return CheckedImage(image, header.width, header.height, hashlib.sha256(data).hexdigest())
 
 
 @dataclass(frozen=True)
-class Header:
+class ImageHeader:
     """Width and height in pixels, and the file extension of the format: jpg, png, webp, gif or bmp."""
 
     width: int
@@ -160,14 +101,14 @@ class Header:
     kind: str
 
 
-def check_bytes(data: bytes, decode: bool) -> Header | str:
-    """What a picture's bytes say of it, or the reason why it cannot be used; `decode` as in check_pictures."""
+def check_bytes(data: bytes, decode: bool) -> ImageHeader | str:
+    """Return what an image's bytes say of it, or the reason why it cannot be used; `decode` as in check_images."""
     if data.startswith(LFS_POINTER):
         return "git-LFS pointer"
     if not decode and data.startswith(_JPEG_MARK):
         with contextlib.suppress(ValueError):  # what libjpeg does not know Pillow may still tell about
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)  # 2 us, Pillow's takes 100
-            return Header(width, height, "jpg") if width * height <= MAX_PIXELS else "too many pixels"
+            return ImageHeader(width, height, "jpg") if width * height <= MAX_PIXELS else "too many pixels"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit on pixels follows
@@ -183,11 +124,11 @@ def check_bytes(data: bytes, decode: bool) -> Header | str:
     except Exception:  # Pillow raises many kinds on damaged bytes
         is_jpeg, has_end = data.startswith(_JPEG_MARK), data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
         return "truncated picture" if is_jpeg and not has_end else "not a picture"
-    return Header(width, height, _FORMATS[image.format or "JPEG"])
+    return ImageHeader(width, height, _FORMATS[image.format or "JPEG"])
 
 
 def shrink(data: bytes, side: int) -> tuple[bytes, int, int]:
-    """The picture with its shorter side cut to `side` pixels, as JPEG, and its width and height.
+    """Return the image with its shorter side cut to `side` pixels, as JPEG, and its width and height.
 
     One that is as small already keeps its bytes. EXIF orientation is neither applied nor kept: no reader applies it.
     """
@@ -206,41 +147,40 @@ class _ShardJob:
     folder: Path
     split: str
     shard: int
-    pictures: Sequence[Checked]
+    images: Sequence[CheckedImage]
     side: int
 
 
 def write_splits(
     folder: Path,
-    splits: Mapping[str, Sequence[Checked]],
+    splits: Mapping[str, Sequence[CheckedImage]],
     names: Mapping[str, str],
     per_shard: int,
     side: int,
-    pool: Executor | None,
+    processes: int,
 ) -> dict[str, list[ShardFacts]]:
-    """Writes folder/SPLIT/00000.tar ... with the side files, for every split that has pictures.
+    """Write folder/SPLIT/00000.tar ... with the side files, for every split that has images.
 
     Args:
         names: {split: data set's name for the wids index}.
         per_shard: samples per shard at most; the shards of a split are equal, give or take one.
-        side: pixels of the shorter side of a picture at most; 0: bytes untouched.
-        pool: of open_pool. The bytes do not depend on it.
+        side: pixels of the shorter side of an image at most; 0: bytes untouched.
+        processes: as in_order takes them.
 
     Raises:
-        UserError: a picture has changed since it was checked.
+        UserError: an image has changed since it was checked.
     """
     jobs = []
-    for split, pictures in splits.items():
-        if pictures:
+    for split, images in splits.items():
+        if images:
             (folder / split).mkdir()
         start = 0
-        for shard, size in enumerate(shard_sizes(len(pictures), per_shard)):
-            jobs.append(_ShardJob(folder / split, split, shard, pictures[start : start + size], side))
+        for shard, size in enumerate(shard_sizes(len(images), per_shard)):
+            jobs.append(_ShardJob(folder / split, split, shard, images[start : start + size], side))
             start += size
-    in_order = pool.map if pool else map
     written: dict[str, list[ShardFacts]] = {split: [] for split in splits}
     with tqdm(total=sum(map(len, splits.values())), desc="write", unit="picture", disable=None) as bar:
-        for job, facts in zip(jobs, in_order(_write_shard, jobs)):
+        for job, facts in zip(jobs, in_order(_write_shard, jobs, processes)):
             written[job.split].append(facts)
             bar.update(facts.samples)
     for split, shards in written.items():
@@ -250,19 +190,19 @@ def write_splits(
 
 
 def _write_shard(job: _ShardJob) -> ShardFacts:
-    samples = (_sample(picture, sample_key(job.shard, row), job) for row, picture in enumerate(job.pictures))
+    samples = (_sample(image, sample_key(job.shard, row), job) for row, image in enumerate(job.images))
     return write_shard(job.folder / shard_name(job.shard), samples)
 
 
-def _sample(checked: Checked, key: str, job: _ShardJob) -> Sample:
-    picture, size = checked.picture, {"width": checked.width, "height": checked.height}
+def _sample(checked: CheckedImage, key: str, job: _ShardJob) -> Sample:
+    image, size = checked.source, {"width": checked.width, "height": checked.height}
     try:
-        data = picture.place.read()
+        data = image.file.read()
     except OSError as error:
-        raise UserError(f"{picture.place}: cannot be read any more ({error}); run again") from None
+        raise UserError(f"{image.file}: cannot be read any more ({error}); run again") from None
     if hashlib.sha256(data).hexdigest() != checked.sha256:
-        raise UserError(f"{picture.place}: changed while it was being read; run again")
-    record: dict[str, object] = {"key": key, "captions": picture.captions, "filename": picture.name, "split": job.split}
+        raise UserError(f"{image.file}: changed while it was being read; run again")
+    record: dict[str, object] = {"key": key, "captions": image.captions, "filename": image.name, "split": job.split}
     sha256 = checked.sha256
     if job.side:
         data, width, height = shrink(data, job.side)
@@ -271,35 +211,7 @@ def _sample(checked: Checked, key: str, job: _ShardJob) -> Sample:
     record |= {**size, "sha256": sha256}
     members = {
         "jpg": data,
-        "txt": picture.captions[0].encode(),
+        "txt": image.captions[0].encode(),
         "json": json.dumps(record, ensure_ascii=False).encode(),
     }
-    return Sample(key, members, {**size, "captions": len(picture.captions)})
-
-
-@contextlib.contextmanager
-def open_pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes for check_pictures and write_splits; None for one: the work is then done in this process."""
-    if workers == 1:
-        yield None
-        return
-    # Not fork: the progress bar runs a thread.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """A parent that is killed outright leaves workers that would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    return Sample(key, members, {**size, "captions": len(image.captions)})

@@ -1,17 +1,17 @@
-"""A path in (CIFAR's archives, a folder of pictures, or shards with labels), labelled uint8 pictures out.
+"""Open a set of labelled images: CIFAR's archives, an image folder, or shards with labels.
 
 Read as
 - CIFAR-10 or CIFAR-100: the folder of their python version, or the tar archive as it is;
 - shards: DIR/train/*.tar and DIR/test/*.tar (or DIR/val/*.tar), or DIR/*.tar or one tar, which are then the test set.
   A label is "label", "class" or "cls" of a sample's .json, or its .cls member: a number, or a class' name. Names of
   numbers stand in DIR/classnames.txt, one a line; without it they are called by their numbers;
-- an image folder: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val), or DIR/CLASS/*, which is then the test set.
+- an image folder: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val), or DIR/CLASS/*, which is then the test set,
+  in the order of the files' names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
 from clipdist.datasets.cifar import CIFAR_10, LabelledImages, layout_of, read_cifar10, read_cifar100
+from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
 CLASS_NAMES = "classnames.txt"  # as clip_benchmark's shards have it
@@ -32,12 +33,12 @@ Label = int | str  # a number, or a class' name
 
 @dataclass(frozen=True)
 class Split:
-    """n labelled pictures.
+    """n labelled images.
 
     Attributes:
         labels: int64 [n], numbers of classes.
         read: row -> uint8 [h, w, 3]; may be called by several threads. BadSample: it cannot be decoded.
-        digest: hex digits that name the pictures, their order and labels, as a cache's key; "": not known.
+        digest: hex digits that name the images, their order and labels, as a cache's key; "": not known.
     """
 
     labels: np.ndarray
@@ -50,7 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Pictures of named classes; `train` is None where there is only one set of pictures."""
+    """Images of named classes; `train` is None where there is only one set of images."""
 
     name: str
     classes: tuple[str, ...]
@@ -59,10 +60,10 @@ class LabelledSet:
 
 
 def open_labelled(path: str | Path) -> LabelledSet:
-    """Opens a set; pictures of folders and shards are decoded when they are read.
+    """Open a set; images of folders and shards are decoded when they are read.
 
     Raises:
-        UserError: no such data, a damaged or truncated archive or shard, a class without pictures, a sample without a
+        UserError: no such data, a damaged or truncated archive or shard, a class without images, a sample without a
             label, a label of the test set that the training set or the class names do not have.
     """
     path = Path(path)
@@ -82,7 +83,7 @@ _EXPECTED = "expected CIFAR's python version, shards with labels, or folders DIR
 
 
 def _split_folders(path: Path) -> tuple[Path | None, Path | None]:
-    """(folder of the training set or None, folder of the test set, which may be `path` itself; None: a tar).
+    """Return (folder of the training set or None, folder of the test set, which may be `path` itself; None: a tar).
 
     Raises:
         UserError: a training set without a test set.
@@ -111,7 +112,7 @@ def _from_arrays(data: LabelledImages) -> Split:
 
 def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledSet:
     assert test is not None  # only a tar has none
-    files = {folder: _pictures_by_class(folder) for folder in (train, test) if folder}
+    files = {folder: _images_by_class(folder) for folder in (train, test) if folder}
     classes = tuple(files[train or test])
     unknown = sorted(set(files[test]) - set(classes))
     if unknown:
@@ -120,26 +121,26 @@ def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledS
     return LabelledSet(path.resolve().name, classes, splits[train] if train else None, splits[test])
 
 
-def _pictures_by_class(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its pictures at any depth, both sorted.
+def _images_by_class(folder: Path) -> dict[str, list[Path]]:
+    """Return class name -> its images at any depth, both sorted.
 
     Raises:
-        UserError: no folders, or one without a picture.
+        UserError: no folders, or one without an image.
     """
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {entry.name: _pictures(entry) for entry in classes}
+    found = {entry.name: _images_below(entry) for entry in classes}
     if not any(found.values()):
         raise UserError(f"{folder}: no folders with pictures; {_EXPECTED}")
-    for name, pictures in found.items():
-        if not pictures:
+    for name, images in found.items():
+        if not images:
             raise UserError(f"{folder / name}: a class without pictures; add some, or remove the folder")
     return found
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     return sorted(
-        Path(place) / name
-        for place, _, names in os.walk(folder, followlinks=True)
+        Path(here) / name
+        for here, _, names in walk(folder)
         for name in names
         if name.rpartition(".")[2].lower() in IMAGE_KINDS and not name.startswith(".")
     )
@@ -147,7 +148,8 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
     number = {name: label for label, name in enumerate(classes)}
-    files = [(file, number[name]) for name, pictures in found.items() for file in pictures]
+    files = [(file, number[name]) for name, images in found.items() for file in images]
+    files.sort(key=lambda entry: entry[0].name)  # classes are mixed as they were made, not one after another
     digest = hashlib.sha256()
     for file, label in files:
         stat = file.stat()
@@ -202,7 +204,7 @@ def _label_of(reader: Reader, sample_id: int, source: Path) -> Label:
 
 
 def _class_names(path: Path, labels: Sequence[Label]) -> tuple[str, ...]:
-    """What classnames.txt says; else the names that occur, sorted, or numbers up to the largest."""
+    """Return what classnames.txt says; else the names that occur, sorted, or numbers up to the largest."""
     listed = (path if path.is_dir() else path.parent) / CLASS_NAMES
     if listed.is_file():
         try:

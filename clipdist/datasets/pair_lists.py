@@ -1,7 +1,7 @@
-"""A list of pictures and captions in: CSV, TSV, Parquet, JSONL, or a folder of pairs; one picture after another out.
+"""Read lists of images and captions: CSV, TSV, Parquet, JSONL, or a folder of pairs.
 
 Lists are read as a stream, however long they are: nothing is kept but the rows at hand, and of a folder its own names.
-Neighbouring rows with the same picture are one picture with several captions.
+Neighbouring rows with the same image are one image with several captions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
 # Column names that need not be given, the likeliest first; case does not matter.
@@ -29,7 +30,7 @@ IMAGE_COLUMNS = (
     *("filename", "file_name", "image_name", "img", "picture", "url"),
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "description", "comment", "alt_text")
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl"}
 _SUFFIXES |= {".ndjson": "jsonl"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
@@ -41,12 +42,12 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,17})(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)  # 007 and 20 digits are names
 
 Form = Literal["csv", "parquet", "jsonl", "folder"]
-Row = tuple[int, Mapping[str, Any]]  # its number, and its cells by column
+ListRow = tuple[int, Mapping[str, Any]]  # its number, and its cells by column
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its captions, at least one.
+    """An image and its captions, at least one.
 
     Attributes:
         row: of its first caption, from 1 (a CSV's header does not count; in JSONL the line); 0 in a folder.
@@ -63,7 +64,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Skip:
-    """A row or picture that is left out, and why."""
+    """A row or image that is left out, and why."""
 
     row: int
     file: str
@@ -75,7 +76,7 @@ class PairList:
     """A list that has been found readable. Iterating reads it, anew each time, in the same order.
 
     Attributes:
-        columns: of the picture and of the caption; empty names for a folder.
+        columns: of the image and of the caption; empty names for a folder.
         root: where relative file names start.
         delimiter, quotes: of a CSV.
     """
@@ -90,11 +91,11 @@ class PairList:
     def __iter__(self) -> Iterator[Pair | Skip]:
         """
         Raises:
-            UserError: the list cannot be read to its end, or a picture is an address on the web.
+            UserError: the list cannot be read to its end, or an image is an address on the web.
         """
         if self.form == "folder":
             return _folder_entries(self.source)
-        rows: Iterable[Row]
+        rows: Iterable[ListRow]
         match self.form:
             case "csv":
                 rows = _csv_rows(self)
@@ -112,7 +113,7 @@ def open_list(
     root: Path | None = None,
     quotes: bool = True,
 ) -> PairList:
-    """Finds out what a source is and which of its columns name the picture and the caption.
+    """Find out what a source is and which of its columns name the image and the caption.
 
     Args:
         image_column, caption_column: None: the first of IMAGE_COLUMNS and CAPTION_COLUMNS that is there.
@@ -155,21 +156,21 @@ class Survey:
     """A list read once to its end.
 
     Attributes:
-        pictures: with a caption at least.
-        repeated: pictures that stand again at another place of the list, and become a sample of their own there.
+        images: with a caption at least.
+        repeated: images that stand again at another place of the list, and become a sample of their own there.
         fingerprint: hex digits that change with any file name, caption or other cell.
     """
 
-    pictures: int
+    images: int
     repeated: int
     fingerprint: str
 
 
 def survey(pairs: PairList) -> Survey:
-    """Reads the whole list, so that what is wrong with it is known at once. Memory: 8 bytes per picture, twice.
+    """Read the whole list, so that what is wrong with it is known at once. Memory: 8 bytes per image, twice.
 
     Raises:
-        UserError: as iterating; no row has both a picture and a caption.
+        UserError: as iterating; no row has both an image and a caption.
     """
     digest = hashlib.blake2b(digest_size=16)
     files = array("Q")
@@ -190,10 +191,10 @@ def survey(pairs: PairList) -> Survey:
     return Survey(len(files), int((ordered[1:] == ordered[:-1]).sum()), digest.hexdigest())
 
 
-# --- rows to pictures ---
+# --- rows to images ---
 
 
-def _entries(rows: Iterable[Row], pairs: PairList) -> Iterator[Pair | Skip]:
+def _entries(rows: Iterable[ListRow], pairs: PairList) -> Iterator[Pair | Skip]:
     image, caption = pairs.columns
     for number, cells in rows:
         file = cells.get(image)
@@ -216,7 +217,7 @@ def _entries(rows: Iterable[Row], pairs: PairList) -> Iterator[Pair | Skip]:
 
 
 def _captions(cell: Any) -> tuple[tuple[str, ...], str]:
-    """The captions of a cell, and why there are none where there are none."""
+    """Return the captions of a cell, and why there are none where there are none."""
     texts = [str(text).strip() for text in (cell if isinstance(cell, list) else [cell]) if text is not None]
     captions = tuple(text for text in texts if text and _is_utf8(text))
     return captions, "caption is not UTF-8" if any(texts) else "empty caption"
@@ -227,7 +228,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _clean(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Without empty cells and numbers that JSON does not know; strings that cannot be written are mended."""
+    """Return the cells but empty ones and numbers that JSON does not know; mend strings that cannot be written."""
     kept: dict[str, Any] = {}
     for name, value in extra.items():
         if not name or value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
@@ -237,7 +238,7 @@ def _clean(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grouped(entries: Iterable[Pair | Skip]) -> Iterator[Pair | Skip]:
-    """Neighbouring rows of one picture become one; rows without a caption between them do not part them."""
+    """Join neighbouring rows of one image; rows without a caption between them do not part them."""
     held: Pair | None = None
     captions: list[str] = []
     for entry in entries:
@@ -285,7 +286,7 @@ def _form_of(source: Path, head: bytes) -> Form:
 
 
 def _delimiter(source: Path, head: bytes) -> str:
-    """A .tsv has tabs; else what stands most often in the first line."""
+    """Return the tab for a .tsv, else what stands most often in the first line."""
     if source.suffix.lower() == ".tsv":
         return "\t"
     first = head.splitlines()[0].decode("utf-8", "replace")
@@ -319,7 +320,7 @@ def _csv_header(source: Path, delimiter: str, quotes: bool) -> list[str]:
     return header
 
 
-def _csv_rows(pairs: PairList) -> Iterator[Row]:
+def _csv_rows(pairs: PairList) -> Iterator[ListRow]:
     lines = _csv_lines(pairs.source, pairs.delimiter, pairs.quotes)
     header = [name.strip() for name in next(lines)[1]]
     numeric = [name not in pairs.columns for name in header]
@@ -331,7 +332,7 @@ def _csv_rows(pairs: PairList) -> Iterator[Row]:
 
 
 def _csv_lines(source: Path, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str]]]:
-    """(0, header), (1, first row) ...; empty lines are passed over."""
+    """Yield (0, header), (1, first row) ...; empty lines are passed over."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     # What is not UTF-8 becomes lone surrogates: the one caption is left out, not the list refused.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -350,7 +351,7 @@ def _csv_lines(source: Path, delimiter: str, quotes: bool) -> Iterator[tuple[int
 
 
 def _number(text: str) -> int | float | str:
-    """The number that a cell is, else the cell. Empty cells are common: the pattern is the dearest part."""
+    """Return the number that a cell is, else the cell. Empty cells are common: the pattern is the dearest part."""
     if not text or not _NUMBER.fullmatch(text):
         return text
     return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -359,8 +360,8 @@ def _number(text: str) -> int | float | str:
 # --- JSONL ---
 
 
-def _json_rows(source: Path) -> Iterator[Row]:
-    """Rows by their line's number; empty lines are passed over."""
+def _json_rows(source: Path) -> Iterator[ListRow]:
+    """Yield rows by their line's number; empty lines are passed over."""
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -380,7 +381,7 @@ def _json_rows(source: Path) -> Iterator[Row]:
 
 
 def _open_parquet(source: Path) -> Any:
-    """pyarrow.parquet.ParquetFile of the source.
+    """Return pyarrow.parquet.ParquetFile of the source.
 
     Raises:
         UserError: pyarrow is not installed, or this is not a Parquet file.
@@ -396,8 +397,8 @@ def _open_parquet(source: Path) -> Any:
         raise UserError(f"{source}: not a Parquet file, or cut off ({error}); fetch it again") from None
 
 
-def _parquet_rows(source: Path) -> Iterator[Row]:
-    """Batches of one row group after another; columns of bytes (pictures in the list itself) are not read."""
+def _parquet_rows(source: Path) -> Iterator[ListRow]:
+    """Yield one row group after another; columns of bytes (images in the list itself) are not read."""
     file = _open_parquet(source)
     import pyarrow
 
@@ -416,27 +417,18 @@ def _parquet_rows(source: Path) -> Iterator[Row]:
 
 
 def _folder_entries(folder: Path) -> Iterator[Pair | Skip]:
-    """Pictures in the order of their paths, with the captions of the .txt or .json beside them."""
-    seen: set[str] = set()
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for here, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(here)) in seen:  # a link back to where we came from
-            folders.clear()
-            continue
-        seen.add(real)
+    """Yield images in the order of their paths, with the captions of the .txt or .json beside them."""
+    for here, folders, files in walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         stems = {name for name in files if name.endswith((".txt", ".json"))}
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in PICTURE_SUFFIXES and not name.startswith("."):
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
                 yield _folder_pair(folder, os.path.relpath(os.path.join(here, name), folder), stem, stems)
 
 
 def _folder_pair(folder: Path, file: str, stem: str, beside: set[str]) -> Pair | Skip:
-    """The captions are those of the .json ("captions" or "caption"), else the lines of the .txt."""
+    """Take the captions from the .json beside it ("captions" or "caption"), else the lines of the .txt."""
     where = (folder / file).parent
     record: dict[str, Any] = {}
     try:

@@ -1,4 +1,4 @@
-"""Pictures with captions, from a list, in; a folder of shards out that a run which was cut off can be finished with.
+"""Write the images and captions of a list as a folder of shards; a run that was cut off can be finished.
 
 A shard is a fixed range of the list, written by one process: the bytes depend neither on the number of processes nor on
 interruptions. plan.json says what decides the bytes; shards.jsonl has one line for every shard that is done.
@@ -11,10 +11,8 @@ import hashlib
 import json
 import os
 import stat
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,11 @@ from tqdm import tqdm
 from clipdist.data.index import index_path
 from clipdist.datasets.images import check_bytes, shrink
 from clipdist.datasets.pair_lists import Pair, PairList, Skip
+from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
+    read_own,
     sample_key,
     shard_name,
     write_json,
@@ -37,24 +37,23 @@ from clipdist.errors import Fault, UserError
 
 FORMAT = 1  # of what is written: raise it when the same list would give other bytes
 MAX_SHARDS = 100_000  # img2dataset's keys count shards with five digits
-MAX_PICTURE_BYTES = 1 << 28
-_AHEAD = 3  # shards per process that are prepared: enough that none waits, few rows in memory
+MAX_IMAGE_BYTES = 1 << 28
 _TOOL = "shard_pairs"
 
 PackCaptions = Callable[[list[str]], bytes]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """All that decides the bytes of the shards.
 
     Attributes:
         list: fingerprint of the list's content.
-        columns: of the picture and of the caption.
+        columns: of the image and of the caption.
         images_root: where relative file names start.
-        per_shard: pictures of the list per shard.
+        per_shard: images of the list per shard.
         shrink: pixels of the shorter side at most; 0: bytes untouched.
-        verified: pictures are decoded before they are taken.
+        verified: images are decoded before they are taken.
         tokens: kind of the member with token ids; "": none.
     """
 
@@ -77,29 +76,19 @@ class ShardDone:
     skipped: tuple[Skip, ...]
 
 
-@dataclass(frozen=True)
-class Totals:
-    samples: int
-    captions: int
-    shards: int
-    size_bytes: int
-    skipped: dict[str, int]
-    written_now: int
-
-
 # --- one shard, in a worker process ---
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PairShardJob:
     out: Path
     shard: int
     entries: Sequence[Pair | Skip]
     tokens: Sequence[bytes]  # of every Pair; empty without Plan.tokens
-    plan: Plan
+    plan: ShardPlan
 
 
-def _write(job: _Job) -> ShardDone:
+def _write(job: _PairShardJob) -> ShardDone:
     """
     Raises:
         Fault: the shard cannot be written (disk full, ...).
@@ -112,11 +101,11 @@ def _write(job: _Job) -> ShardDone:
         nonlocal captions
         row = 0
         for number, pair in enumerate(pairs):
-            picture = _read_picture(os.path.join(job.plan.images_root, pair.file), job.plan)
-            if isinstance(picture, str):
-                skipped.append(Skip(pair.row, pair.file, picture))
+            image = _read_image(os.path.join(job.plan.images_root, pair.file), job.plan)
+            if isinstance(image, str):
+                skipped.append(Skip(pair.row, pair.file, image))
                 continue
-            yield _sample(sample_key(job.shard, row), pair, picture, job, number)
+            yield _sample(sample_key(job.shard, row), pair, image, job, number)
             captions += len(pair.captions)
             row += 1
 
@@ -132,19 +121,19 @@ def _write(job: _Job) -> ShardDone:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _StoredImage:
     data: bytes
     kind: str
     sizes: dict[str, int]
 
 
-def _read_picture(path: str, plan: Plan) -> _Picture | str:
-    """The picture as it is to be stored, or the reason why it is not."""
+def _read_image(path: str, plan: ShardPlan) -> _StoredImage | str:
+    """Return the image as it is to be stored, or the reason why it is not."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device would never end
             return "not a file"
-        if status.st_size > MAX_PICTURE_BYTES:
+        if status.st_size > MAX_IMAGE_BYTES:
             return "file too large"
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
@@ -156,30 +145,30 @@ def _read_picture(path: str, plan: Plan) -> _Picture | str:
         return header
     sizes = {"width": header.width, "height": header.height}
     if not plan.shrink or min(header.width, header.height) <= plan.shrink:
-        return _Picture(data, header.kind, sizes)
+        return _StoredImage(data, header.kind, sizes)
     data, width, height = shrink(data, plan.shrink)
     original = {f"original_{name}": pixels for name, pixels in sizes.items()}
-    return _Picture(data, "jpg", {"width": width, "height": height, **original})
+    return _StoredImage(data, "jpg", {"width": width, "height": height, **original})
 
 
-def _sample(key: str, pair: Pair, picture: _Picture, job: _Job, number: int) -> Sample:
+def _sample(key: str, pair: Pair, image: _StoredImage, job: _PairShardJob, number: int) -> Sample:
     record = {
         "filename": pair.file.encode(errors="replace").decode(),
         **pair.extra,  # a column may be named filename; what is measured here wins over columns
         "key": key,
         "caption": pair.captions[0],
         "captions": pair.captions,
-        **picture.sizes,
-        "sha256": hashlib.sha256(picture.data).hexdigest(),
+        **image.sizes,
+        "sha256": hashlib.sha256(image.data).hexdigest(),
     }
     members = {
-        picture.kind: picture.data,
+        image.kind: image.data,
         "txt": pair.captions[0].encode(),
         "json": json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace"),
     }
     if job.plan.tokens:
         members[job.plan.tokens] = job.tokens[number]
-    size = {name: picture.sizes[name] for name in ("width", "height")}
+    size = {name: image.sizes[name] for name in ("width", "height")}
     return Sample(key, members, {**size, "captions": len(pair.captions)})
 
 
@@ -188,29 +177,29 @@ def _sample(key: str, pair: Pair, picture: _Picture, job: _Job, number: int) -> 
 
 def write_pairs(
     pairs: PairList,
-    pictures: int,
+    images: int,
     out: Path,
-    plan: Plan,
-    pool: Executor | None,
+    plan: ShardPlan,
     processes: int,
     pack: PackCaptions | None,
-) -> Totals:
-    """Writes the shards that `out` lacks, then the side files; skipped.jsonl names all that was left out.
+) -> dict[str, Any]:
+    """Write the shards that `out` lacks, then the side files; skipped.jsonl names all that was left out.
 
     Args:
-        pictures: in the list, as its survey counted.
+        images: in the list, as its survey counted.
         out: the folder, held by hold_folder.
-        pool: of open_pool(processes); None: this process does the work.
-        pack: captions of a picture -> the member named Plan.tokens; None where the plan has none.
+        processes: as in_order takes them.
+        pack: captions of an image -> the member named Plan.tokens; None where the plan has none.
+
+    Returns:
+        The counts of the tool's JSON object: samples, captions, shards, shards_written_now, bytes, skipped.
 
     Raises:
         UserError: `out` is of another plan or not ours, or nothing of the list is usable.
         Fault: a shard cannot be written, or a worker process was killed.
     """
-    if -(-pictures // plan.per_shard) > MAX_SHARDS:
-        raise UserError(
-            f"--per-shard {plan.per_shard}: {pictures} pictures make more than {MAX_SHARDS} shards; raise it"
-        )
+    if -(-images // plan.per_shard) > MAX_SHARDS:
+        raise UserError(f"--per-shard {plan.per_shard}: {images} pictures make more than {MAX_SHARDS} shards; raise it")
     _check_plan(out, plan)
     try:
         journal = _Journal(out)
@@ -218,11 +207,15 @@ def write_pairs(
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     before = len(journal.done)
     jobs = _jobs(pairs, out, plan, pack, journal)
-    with tqdm(total=pictures, desc="write", unit="picture", disable=None) as bar:
-        bar.update(sum(min(plan.per_shard, pictures - shard * plan.per_shard) for shard in journal.done))
-        for job, done in _in_order(pool, jobs, _AHEAD * processes):
+
+    def images_of(shard: int) -> int:
+        return min(plan.per_shard, images - shard * plan.per_shard)
+
+    with tqdm(total=images, desc="write", unit="picture", disable=None) as bar:
+        bar.update(sum(map(images_of, journal.done)))
+        for done in in_order(_write, jobs, processes):
             journal.add(done)
-            bar.update(sum(isinstance(entry, Pair) for entry in job.entries))
+            bar.update(images_of(done.shard))
     skipped = journal.write_skipped(out / "skipped.jsonl")
     written = [journal.done[shard] for shard in sorted(journal.done)]
     whole = [done.facts for done in written if done.facts.samples]
@@ -235,60 +228,48 @@ def write_pairs(
             "(--images-root)"
         )
     write_side_files(out, pairs.source.absolute().stem, whole)
-    captions = sum(done.captions for done in written)
-    samples, size = sum(facts.samples for facts in whole), sum(facts.size_bytes for facts in whole)
-    return Totals(samples, captions, len(whole), size, dict(sorted(skipped.items())), len(written) - before)
+    return {
+        "samples": sum(facts.samples for facts in whole),
+        "captions": sum(done.captions for done in written),
+        "shards": len(whole),
+        "shards_written_now": len(written) - before,
+        "bytes": sum(facts.size_bytes for facts in whole),
+        "skipped": dict(sorted(skipped.items())),
+    }
 
 
-def _jobs(pairs: PairList, out: Path, plan: Plan, pack: PackCaptions | None, journal: _Journal) -> Iterator[_Job]:
+def _jobs(
+    pairs: PairList, out: Path, plan: ShardPlan, pack: PackCaptions | None, journal: _Journal
+) -> Iterator[_PairShardJob]:
     for shard, entries in enumerate(_ranges(pairs, plan.per_shard)):
         if shard not in journal.done:
             tokens = [pack(list(entry.captions)) for entry in entries if isinstance(entry, Pair)] if pack else []
-            yield _Job(out, shard, entries, tokens, plan)
+            yield _PairShardJob(out, shard, entries, tokens, plan)
 
 
 def _ranges(pairs: Iterable[Pair | Skip], per_shard: int) -> Iterator[list[Pair | Skip]]:
-    """Runs of `per_shard` pictures; rows that name none ride along."""
+    """Yield runs of `per_shard` images; rows that name none ride along."""
     entries: list[Pair | Skip] = []
-    pictures = 0
+    images = 0
     for entry in pairs:
         if isinstance(entry, Pair):
-            if pictures == per_shard:
+            if images == per_shard:
                 yield entries
-                entries, pictures = [], 0
-            pictures += 1
+                entries, images = [], 0
+            images += 1
         entries.append(entry)
     yield entries
-
-
-def _in_order(pool: Executor | None, jobs: Iterable[_Job], ahead: int) -> Iterator[tuple[_Job, ShardDone]]:
-    """Results in the jobs' order, never more than `ahead` of them begun and not yet given."""
-    if pool is None:
-        for job in jobs:
-            yield job, _write(job)
-        return
-    waiting: deque = deque()
-    try:
-        for job in jobs:
-            waiting.append((job, pool.submit(_write, job)))
-            if len(waiting) >= ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise Fault("a worker process was killed, by want of memory perhaps; the same command goes on") from None
 
 
 # --- what a run that was cut off left ---
 
 
-def _check_plan(out: Path, plan: Plan) -> None:
-    """Notes the plan in a new folder; in one that has a plan it must be this one."""
+def _check_plan(out: Path, plan: ShardPlan) -> None:
+    """Note the plan in a new folder; in one that has a plan it must be this one."""
     path = out / "plan.json"
     said = json.loads(json.dumps({"tool": _TOOL, "format": FORMAT, **asdict(plan)}))
-    if path.exists():
-        there = _read_plan(path)
+    there = read_own(path, tool=_TOOL)
+    if there is not None:
         differ = [
             f"{name} was {there.get(name)!r}, now {said[name]!r}" for name in said if there.get(name) != said[name]
         ]
@@ -304,16 +285,6 @@ def _check_plan(out: Path, plan: Plan) -> None:
         write_json(path, said)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there["tool"] == _TOOL:
-            return there
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path}: was not written by this tool; move it away or choose another --out")
 
 
 class _Journal:
@@ -357,7 +328,7 @@ class _Journal:
         self._remember(done, offset)
 
     def write_skipped(self, path: Path) -> Counter[str]:
-        """Writes what was left out, in the list's order; counts it by reason."""
+        """Write what was left out, in the list's order; counts it by reason."""
         counts: Counter[str] = Counter()
         partial = path.with_name(path.name + ".tmp")
         with open(self._path, "rb") as journal, open(partial, "w", encoding="utf-8", errors="replace") as file:

@@ -1,31 +1,30 @@
-"""A seed in; captioned pictures of simple scenes out, in Flickr8k's original layout, and labelled ones in CIFAR-10's.
+"""Draw captioned images of simple scenes, in Flickr8k's original layout, and labelled ones as an image folder.
 
-A scene is a few coloured, textured shapes in a spatial relation on a background. Every picture comes with five
-sentences in different words, each of which says enough to tell it from the others. Picture n depends on (seed, n)
+A scene is a few coloured, textured shapes in a spatial relation on a background. Every image comes with five
+sentences in different words, each of which says enough to tell it from the others. Image n depends on (seed, n)
 alone, so that any number of processes writes the same bytes.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from clipdist.datasets.cifar import SIDE, LabelledImages, write_cifar10
-from clipdist.datasets.images import open_pool
+from clipdist.datasets.pool import in_order
 
-SCENES_VERSION = 1  # of the drawing and the sentences: the same seed and version give the same bytes
-SCENE_SIDE = 96  # pixels
+SCENES_VERSION = 2  # of the drawing and the sentences: the same seed and version give the same bytes
+SCENE_SIDE, LABELLED_SIDE = 96, 32  # pixels
 OVERSAMPLING = 4  # outlines are drawn larger by this factor, then averaged down: smooth edges
 JPEG_QUALITY = 90
 SPLITS = ("train", "dev", "test")
-CAPTIONS = 5  # per picture
+CAPTIONS = 5  # per image
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon", "diamond", "flower")
 COLOURS = {
@@ -52,15 +51,14 @@ BACKGROUNDS = {
 }
 TEXTURES = ("plain", "plain", "striped", "dotted")  # one in two is plain
 RELATIONS = {"left": 0.17, "right": 0.17, "above": 0.17, "below": 0.17, "inside": 0.08, "row": 0.07, "column": 0.05}
-RELATIONS |= {"alone": 0.12}  # share of the pictures
+RELATIONS |= {"alone": 0.12}  # share of the images
 HOLDERS = ("circle", "square", "diamond", "heart")  # shapes with room inside
 MIN_CONTRAST = 105.0  # Euclidean distance in RGB below which two colours are not put on one another
 
 _SHADOW = [value * 2 // 5 for value in range(256)]
-# The third part of a picture's seed: the two sets share no picture.
+# The third part of an image's seed: the two sets share no image.
 _SCENE_STREAM, _LABELLED_STREAM = 0, 1
-_Made = TypeVar("_Made")
-# Radii are shares of the picture's side.
+# Radii are shares of the image's side.
 RADIUS = {
     "small": (0.1, 0.115),
     "medium": (0.14, 0.155),
@@ -94,7 +92,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draws a scene whose things have different colours, each well visible on what is behind it."""
+    """Sample a scene whose things have different colours, each well visible on what is behind it."""
     relation = str(rng.choice(list(RELATIONS), p=list(RELATIONS.values())))
     background = _pick(rng, tuple(BACKGROUNDS))
     colours = [str(name) for name in rng.permutation(_visible_on(background))]
@@ -122,7 +120,7 @@ def _pick(rng: np.random.Generator, names: tuple[str, ...]) -> str:
 
 
 def _visible_on(background: str) -> list[str]:
-    """The colours that stand out from a background."""
+    """Return the colours that stand out from a background."""
     return [name for name in COLOURS if _contrast(COLOURS[name], BACKGROUNDS[background]) >= MIN_CONTRAST]
 
 
@@ -134,7 +132,7 @@ def _contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, side: int = SCENE_SIDE) -> Image.Image:
-    """Draws the scene, RGB, side x side pixels; `rng` gives what no sentence tells (tilt, shade, exact places)."""
+    """Draw the scene, RGB, side x side pixels; `rng` gives what no sentence tells (tilt, shade, exact places)."""
     canvas = _draw_background(BACKGROUNDS[scene.background], scene.checkered, rng, side)
     for thing, (x, y) in _places(scene, rng):
         _draw_shape(canvas, thing, (x * side, y * side), _radius(scene, thing, rng) * side, rng)
@@ -142,7 +140,7 @@ def render_scene(scene: Scene, rng: np.random.Generator, side: int = SCENE_SIDE)
 
 
 def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tuple[float, float]]]:
-    """Yields (thing, centre of one of its shapes), back to front, in shares of the side."""
+    """Yield (thing, centre of one of its shapes), back to front, in shares of the side."""
     if scene.relation in ("inside", "alone"):
         reach = 0.05 if scene.relation == "inside" else REACH_ALONE
         centre = (0.5 + _spread(rng, reach), 0.5 + _spread(rng, reach))
@@ -162,7 +160,7 @@ def _places(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[Thing, tup
 
 
 def _group_offsets(count: int, along: int) -> list[tuple[float, float]]:
-    """Offsets of equal shapes around their common middle: a line across the relation, or two by two."""
+    """Return offsets of equal shapes around their common middle: a line across the relation, or two by two."""
     step = 0.26
     if count == 4:
         return [(x * step / 2, y * step / 2) for y in (-1, 1) for x in (-1, 1)]
@@ -181,7 +179,7 @@ def _spread(rng: np.random.Generator, reach: float) -> float:
 
 
 def _draw_background(colour: tuple[int, int, int], checkered: bool, rng: np.random.Generator, side: int) -> Image.Image:
-    """A wall that is a little brighter on one side, with two tones of squares where it is checkered."""
+    """Draw a wall that is a little brighter on one side, with two tones of squares where it is checkered."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     angle = rng.uniform(0, 2 * math.pi)
     shade = 1 + 0.14 * ((x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle))
@@ -194,7 +192,7 @@ def _draw_background(colour: tuple[int, int, int], checkered: bool, rng: np.rand
 def _draw_shape(
     canvas: Image.Image, thing: Thing, centre: tuple[float, float], radius: float, rng: np.random.Generator
 ) -> None:
-    """Draws one shape with its soft shadow onto the canvas, in place. `centre`, `radius`: pixels."""
+    """Draw one shape with its soft shadow onto the canvas, in place. `centre`, `radius`: pixels."""
     half = math.ceil(radius * 1.25) + 2  # of the tile: room for the shadow's soft edge
     corner = (math.floor(centre[0]) - half, math.floor(centre[1]) - half)
     within = (centre[0] - corner[0], centre[1] - corner[1])
@@ -216,7 +214,7 @@ def _shape_mask(shape: str, side: int, centre: tuple[float, float], radius: floa
 
 
 def _fill(thing: Thing, side: int, radius: float, period: float, rng: np.random.Generator) -> Image.Image:
-    """The tile that shows through the shape: its colour, lit from above, with light stripes or dots."""
+    """Draw the tile that shows through the shape: its colour, lit from above, with light stripes or dots."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) - side / 2
     base = _jitter(COLOURS[thing.colour], rng, 8)
     light = (1.04 - 0.08 * y / radius)[..., None]
@@ -246,7 +244,7 @@ def _to_image(pixels: np.ndarray) -> Image.Image:
 
 @cache
 def _outlines(shape: str) -> tuple[np.ndarray, ...]:
-    """Closed outlines float64 [points, 2] within the unit circle, y down; the second one is a hole."""
+    """Return closed outlines float64 [points, 2] within the unit circle, y down; the second one is a hole."""
     around = np.linspace(0, 2 * math.pi, 73)[:-1]
     match shape:
         case "circle":
@@ -299,23 +297,70 @@ _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above
 _PLACE = {"left": "on the left", "right": "on the right", "above": "at the top", "below": "at the bottom"}
 
 
+# Of every relation, five sentences. {0}, {1}, {2}: the things, without their size where a - follows.
+_SENTENCES = {
+    "pair": (
+        "{0} {beside} {1} on a {bright} background",
+        "{1} {opposite} {0} in front of a {bright} wall",
+        "there {is} {0} {place} and {1} {other place} , all on {bright}",
+        "{bright} picture with {1-} {other place} and {0-}",
+        "{0} can be seen {beside} {1}",
+    ),
+    "inside": (
+        "{0} {beside} {1} on a {bright} background",
+        "{1} with {0} inside it in front of a {bright} wall",
+        "there is {1} that holds {0} , all on {bright}",
+        "{bright} picture with {0-} within {1-}",
+        "{0} can be seen {beside} {1}",
+    ),
+    "alone": (
+        "{0} on a {bright} background",
+        "in front of a {bright} wall there is {0}",
+        "just {0} , all on {bright}",
+        "{bright} picture with nothing but {0}",
+        "a {bright} background with {0} on it",
+    ),
+    "row": (
+        "{0} , {1} and {2} in a row on a {bright} background",
+        "from right to left : {2} , {1} , {0} before a {bright} wall",
+        "{1} between {0} and {2} , all on {bright}",
+        "{bright} picture with {0} at the left , then {1} , then {2}",
+        "side by side : {0} , {1} and {2}",
+    ),
+    "column": (
+        "{0} , {1} and {2} in a column on a {bright} background",
+        "from bottom to top : {2} , {1} , {0} before a {bright} wall",
+        "{1} between {0} and {2} , all on {bright}",
+        "{bright} picture with {0} at the top , then {1} , then {2}",
+        "stacked : {0} , {1} and {2}",
+    ),
+}
+
+
 def write_captions(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """Five sentences about the scene, all different, in the manner of Flickr8k (a full stop after a space)."""
-    say = partial(_phrase, rng=rng)
-    bright = f"{'checkered ' if scene.checkered else ''}{scene.background}"
-    if scene.relation in ("row", "column"):
-        sentences = _captions_of_line(scene, bright, say)
-    elif scene.relation == "alone":
-        sentences = _captions_of_one(scene, bright, say)
-    elif scene.relation == "inside":
-        sentences = _captions_of_holder(scene, bright, say, rng)
-    else:
-        sentences = _captions_of_pair(scene, bright, say, rng)
-    return [f"{text[0].upper()}{text[1:]} ." for text in sentences]
+    """Return five sentences about the scene, all different, in the manner of Flickr8k (a full stop after a space)."""
+    opposite = _OPPOSITE.get(scene.relation, "")
+    words = {
+        "bright": f"{'checkered ' if scene.checkered else ''}{scene.background}",
+        "is": "are" if scene.things[0].count > 1 else "is",
+        "place": _PLACE.get(scene.relation, ""),
+        "other place": _PLACE.get(opposite, ""),
+    }
+    choices = {"beside": _BESIDE.get(scene.relation, ()), "opposite": _BESIDE.get(opposite, ())}
+
+    def fill(gap: re.Match[str]) -> str:
+        name = gap[1]
+        if name[0].isdigit():
+            return _phrase(scene.things[int(name[0])], rng, sized=not name.endswith("-"))
+        return words[name] if name in words else _pick(rng, choices[name])
+
+    sentences = _SENTENCES["pair" if opposite else scene.relation]
+    filled = [re.sub(r"{(.+?)}", fill, sentence) for sentence in sentences]
+    return [f"{text[0].upper()}{text[1:]} ." for text in filled]
 
 
 def _phrase(thing: Thing, rng: np.random.Generator, sized: bool = True) -> str:
-    """A noun phrase, such as "three small red stars with dots"; in other words at every call."""
+    """Return a noun phrase, such as "three small red stars with dots"; in other words at every call."""
     words = [_NUMBERS[thing.count]] if thing.count > 1 else ["a"]
     if sized and thing.size in _SIZE_WORDS:
         words.append(_pick(rng, _SIZE_WORDS[thing.size]))
@@ -336,54 +381,6 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _captions_of_pair(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
-    first, second = scene.things
-    relation, opposite = scene.relation, _OPPOSITE[scene.relation]
-    verb = "are" if first.count > 1 else "is"
-    return [
-        f"{say(first)} {_pick(rng, _BESIDE[relation])} {say(second)} on a {bright} background",
-        f"{say(second)} {_pick(rng, _BESIDE[opposite])} {say(first)} in front of a {bright} wall",
-        f"there {verb} {say(first)} {_PLACE[relation]} and {say(second)} {_PLACE[opposite]} , all on {bright}",
-        f"{bright} picture with {say(second, sized=False)} {_PLACE[opposite]} and {say(first, sized=False)}",
-        f"{say(first)} can be seen {_pick(rng, _BESIDE[relation])} {say(second)}",
-    ]
-
-
-def _captions_of_holder(scene: Scene, bright: str, say: Callable[..., str], rng: np.random.Generator) -> list[str]:
-    inner, holder = scene.things
-    return [
-        f"{say(inner)} {_pick(rng, _BESIDE['inside'])} {say(holder)} on a {bright} background",
-        f"{say(holder)} with {say(inner)} inside it in front of a {bright} wall",
-        f"there is {say(holder)} that holds {say(inner)} , all on {bright}",
-        f"{bright} picture with {say(inner, sized=False)} within {say(holder, sized=False)}",
-        f"{say(inner)} can be seen {_pick(rng, _BESIDE['inside'])} {say(holder)}",
-    ]
-
-
-def _captions_of_one(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
-    (thing,) = scene.things
-    return [
-        f"{say(thing)} on a {bright} background",
-        f"in front of a {bright} wall there is {say(thing)}",
-        f"just {say(thing)} , all on {bright}",
-        f"{bright} picture with nothing but {say(thing)}",
-        f"a {bright} background with {say(thing)} on it",
-    ]
-
-
-def _captions_of_line(scene: Scene, bright: str, say: Callable[..., str]) -> list[str]:
-    across = scene.relation == "row"
-    start, end = ("left", "right") if across else ("top", "bottom")
-    names = scene.things
-    return [
-        f"{say(names[0])} , {say(names[1])} and {say(names[2])} in a {scene.relation} on a {bright} background",
-        f"from {end} to {start} : {say(names[2])} , {say(names[1])} , {say(names[0])} before a {bright} wall",
-        f"{say(names[1])} between {say(names[0])} and {say(names[2])} , all on {bright}",
-        f"{bright} picture with {say(names[0])} at the {start} , then {say(names[1])} , then {say(names[2])}",
-        f"{'side by side' if across else 'stacked'} : {say(names[0])} , {say(names[1])} and {say(names[2])}",
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------- writing
 
 
@@ -394,24 +391,24 @@ def write_scenes(
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Writes captioned pictures in Flickr8k's original layout. The same arguments give the same bytes.
+    """Write captioned images in Flickr8k's original layout. The same arguments give the same bytes.
 
     Args:
         folder: gets Flicker8k_Dataset/ (sic), Flickr8k.token.txt and Flickr_8k.{train,dev,test}Images.txt.
-        counts: pictures per split, by the names in SPLITS.
-        progress: is told how many pictures were written since it was last told.
+        counts: images per split, by the names in SPLITS.
+        progress: is told how many images were written since it was last told.
     """
-    pictures = folder / "Flicker8k_Dataset"
-    pictures.mkdir(parents=True, exist_ok=True)
-    total = sum(counts[split] for split in SPLITS)
+    images = folder / "Flicker8k_Dataset"
+    images.mkdir(parents=True, exist_ok=True)
+    numbers = range(sum(counts[split] for split in SPLITS))
     lines: list[str] = []
-    for captions in _in_parallel(partial(_write_picture, pictures, seed), total, processes, progress):
-        name = _picture_name(len(lines) // CAPTIONS)
-        lines.extend(f"{name}#{i}\t{caption}\n" for i, caption in enumerate(captions))
+    for number, captions in zip(numbers, in_order(partial(_write_scene, images, seed), numbers, processes)):
+        lines.extend(f"{_scene_name(number)}#{i}\t{caption}\n" for i, caption in enumerate(captions))
+        progress(1)
     _write_text(folder / "Flickr8k.token.txt", lines)
     first = 0
     for split in SPLITS:
-        names = [_picture_name(number) + "\n" for number in range(first, first + counts[split])]
+        names = [_scene_name(number) + "\n" for number in range(first, first + counts[split])]
         _write_text(folder / f"Flickr_8k.{split}Images.txt", names)
         first += counts[split]
 
@@ -423,56 +420,42 @@ def write_labelled(
     test: int,
     processes: int = 1,
     progress: Callable[[int], object] = lambda done: None,
-) -> Path:
-    """Writes pictures of one shape each, labelled with its colour, in CIFAR-10's python layout.
+) -> None:
+    """Write images of one shape each, by their colour: FOLDER/train/COLOUR/00000.png and FOLDER/test/COLOUR/...
 
     All colours come equally often. Shape, texture, size and place tell nothing about the class, and the background
     tells only which colour it is not.
-
-    Returns:
-        The folder with the batches, FOLDER/cifar-10-batches-py.
     """
-    images = np.stack(list(_in_parallel(partial(_draw_labelled, seed), train + test, processes, progress)))
-    labels = np.arange(train + test) % len(COLOURS)
-    parts = [LabelledImages(images[rows], labels[rows]) for rows in (slice(train), slice(train, None))]
-    return write_cifar10(folder, parts[0], parts[1], tuple(COLOURS))
+    for split in ("train", "test"):
+        for colour in COLOURS:
+            (folder / split / colour).mkdir(parents=True, exist_ok=True)
+    for _ in in_order(partial(_write_labelled, folder, seed, train), range(train + test), processes):
+        progress(1)
 
 
-def _write_picture(pictures: Path, seed: int, number: int) -> list[str]:
-    """Writes picture `number` and returns its captions."""
+def _write_scene(images: Path, seed: int, number: int) -> list[str]:
+    """Write image `number` and return its captions."""
     rng = np.random.default_rng((seed, number, _SCENE_STREAM))
     scene = sample_scene(rng)
-    render_scene(scene, rng).save(pictures / _picture_name(number), "JPEG", quality=JPEG_QUALITY)
+    render_scene(scene, rng).save(images / _scene_name(number), "JPEG", quality=JPEG_QUALITY)
     return write_captions(scene, rng)
 
 
-def _draw_labelled(seed: int, number: int) -> np.ndarray:
-    """Picture `number` of the labelled set, uint8 [3, SIDE, SIDE]."""
+def _write_labelled(folder: Path, seed: int, train: int, number: int) -> None:
+    """Write image `number` of the labelled set, of which the first `train` are for training."""
     rng = np.random.default_rng((seed, number, _LABELLED_STREAM))
     colour = tuple(COLOURS)[number % len(COLOURS)]
     background = _pick(rng, tuple(name for name in BACKGROUNDS if colour in _visible_on(name)))
     thing = Thing(_pick(rng, SHAPES), colour, _pick(rng, TEXTURES), "any")
-    canvas = _draw_background(BACKGROUNDS[background], bool(rng.random() < 0.35), rng, SIDE)
-    x, y = ((0.5 + _spread(rng, REACH_LABELLED)) * SIDE for _ in "xy")
-    _draw_shape(canvas, thing, (x, y), float(rng.uniform(*RADIUS["any"])) * SIDE, rng)
-    return np.ascontiguousarray(np.asarray(_with_grain(canvas, rng)).transpose(2, 0, 1))
+    canvas = _draw_background(BACKGROUNDS[background], bool(rng.random() < 0.35), rng, LABELLED_SIDE)
+    x, y = ((0.5 + _spread(rng, REACH_LABELLED)) * LABELLED_SIDE for _ in "xy")
+    _draw_shape(canvas, thing, (x, y), float(rng.uniform(*RADIUS["any"])) * LABELLED_SIDE, rng)
+    split = "train" if number < train else "test"
+    _with_grain(canvas, rng).save(folder / split / colour / f"{number:05d}.png")
 
 
-def _picture_name(number: int) -> str:
+def _scene_name(number: int) -> str:
     return f"scene_{number:05d}.jpg"
-
-
-def _in_parallel(
-    make: Callable[[int], _Made], total: int, processes: int, progress: Callable[[int], object]
-) -> Iterator[_Made]:
-    """make(0), make(1), ... in order, in several processes."""
-    chunk = 50
-    with open_pool(processes) as pool:
-        results = pool.map(make, range(total), chunksize=chunk) if pool else map(make, range(total))
-        for done, made in enumerate(results, start=1):
-            yield made
-            if done % chunk == 0 or done == total:
-                progress((done - 1) % chunk + 1)
 
 
 def _write_text(path: Path, lines: list[str]) -> None:

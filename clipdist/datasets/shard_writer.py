@@ -1,4 +1,4 @@
-"""Samples in, a folder of tar shards out: deterministic to the byte, with the side files that other readers look for.
+"""Write samples as tar shards, the same to the byte every time, with the side files that other readers look for.
 
 A shard is USTAR; the members of a sample are neighbours; owner, mode and mtime are fixed. Beside the shards lie the
 sample index (clipdist.data.index), open_clip's sizes.json, the wids index (index.json) and img2dataset-like statistics.
@@ -45,7 +45,7 @@ class ShardFacts:
 
 
 def shard_sizes(n: int, per_shard: int) -> list[int]:
-    """Sizes of the fewest shards of at most `per_shard` samples; they differ by one at most.
+    """Return the sizes of the fewest shards of at most `per_shard` samples; they differ by one at most.
 
     Raises:
         UserError: per_shard is not in 1 .. MAX_SHARD_SIZE.
@@ -61,12 +61,12 @@ def shard_name(shard: int) -> str:
 
 
 def sample_key(shard: int, row: int) -> str:
-    """img2dataset's nine digits: five of the shard, four of the sample in it."""
+    """Return img2dataset's nine digits: five of the shard, four of the sample in it."""
     return f"{shard:05d}{row:04d}"
 
 
 def write_shard(path: str | Path, samples: Iterable[Sample]) -> ShardFacts:
-    """Writes one shard and its index. The same samples give the same bytes; the shard appears whole or not at all.
+    """Write one shard and its index. The same samples give the same bytes; the shard appears whole or not at all.
 
     Raises:
         UserError: a key that is empty, holds a dot or a slash, is too long for USTAR, or occurs twice.
@@ -98,24 +98,16 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> ShardFacts:
 
 
 class _TarWriter:
-    """Writes what tarfile would write (USTAR; mtime, uid and gid 0, no owner's name, mode 644), many times as fast.
+    """Write what tarfile would write: USTAR; mtime, uid and gid 0, no owner's name, mode 644.
 
     Attributes:
         md5: of all that has been written.
     """
 
-    _EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-    _NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # fields of a header
-
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115  closed on exit
         self._position = 0
         self.md5 = hashlib.md5(usedforsecurity=False)
-        fixed = bytearray(self._EMPTY)
-        for field_ in (self._NAME, self._SIZE):
-            fixed[field_] = bytes(field_.stop - field_.start)
-        fixed[self._CHECKSUM] = b" " * 8
-        self._fixed_sum = sum(fixed)
 
     def __enter__(self) -> _TarWriter:
         return self
@@ -127,29 +119,18 @@ class _TarWriter:
         self._file.close()
 
     def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Appends a member; gives the offset of its data and their size.
+        """Append a member. Return the offset of its data and their size.
 
         Raises:
             ValueError: the name is too long for USTAR.
         """
-        self._write(self._header(name, len(data)))
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
         offset = self._position
         self._write(data)
         self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
         return offset, len(data)
-
-    def _header(self, name: str, size: int) -> bytes:
-        raw, octal = name.encode("utf-8", "surrogateescape"), b"%011o\0" % size
-        if (
-            not name.isascii() or len(raw) > 100 or len(octal) > 12
-        ):  # what few have: tarfile splits the name, or refuses
-            info = tarfile.TarInfo(name)
-            info.size = size
-            return info.tobuf(tarfile.USTAR_FORMAT)
-        header = bytearray(self._EMPTY)
-        header[self._NAME], header[self._SIZE] = raw.ljust(100, b"\0"), octal
-        header[self._CHECKSUM] = b"%06o\0 " % (self._fixed_sum + sum(raw) + sum(octal))
-        return bytes(header)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
@@ -158,7 +139,7 @@ class _TarWriter:
 
 
 def write_side_files(folder: Path, name: str, shards: Sequence[ShardFacts]) -> None:
-    """Writes sizes.json, index.json and one NNNNN_stats.json per shard.
+    """Write sizes.json, index.json and one NNNNN_stats.json per shard.
 
     `name` goes into the wids index; by it a later run recognises the folder as written here.
     """
@@ -170,26 +151,37 @@ def write_side_files(folder: Path, name: str, shards: Sequence[ShardFacts]) -> N
     wids = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": listed}
     write_json(folder / "index.json", wids)
     for shard in shards:
-        # Defective pictures are left out before the shards are cut; times would make every run's files differ.
-        stats = {
-            "count": shard.samples,
-            "successes": shard.samples,
-            "failed_to_download": 0,
-            "failed_to_resize": 0,
-            "status_dict": {"success": shard.samples},
-        }
+        # Defective images are left out before the shards are cut; times would make every run's files differ.
+        n = shard.samples
+        stats: dict[str, object] = {"count": n, "successes": n, "failed_to_download": 0, "failed_to_resize": 0}
+        stats |= {"status_dict": {"success": n}}
         write_json(folder / f"{Path(shard.name).stem}_stats.json", stats)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON, atomically."""
+    """Write JSON, atomically."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
+def read_own(path: Path, **mark: str) -> dict | None:
+    """Return the JSON object of a file that has this mark, a key and its value; None where there is no file.
+
+    Raises:
+        UserError: there is one without the mark: something else wrote it.
+    """
+    if not path.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if mark.items() <= there.items():
+            return there
+    raise UserError(f"{path}: was not written by this tool; move it away or choose another --out")
+
+
 def is_whole(folder: Path) -> bool:
-    """Whether a folder holds every shard that its wids index lists, in the size it lists."""
+    """Return whether a folder holds every shard that its wids index lists, in the size it lists."""
     try:
         listed = json.loads((folder / "index.json").read_text(encoding="utf-8"))["shardlist"]
         return all((folder / shard["url"]).stat().st_size == shard["filesize"] for shard in listed)
@@ -199,7 +191,7 @@ def is_whole(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def staging(out: Path, names: Mapping[str, str]) -> Iterator[Path]:
-    """A folder in `out` to write the splits in; gone afterwards, whatever happens. What a killed run left is removed.
+    """Give a folder in `out` to write the splits in; afterwards it is gone. What a killed run left is removed.
 
     Args:
         out: made if need be.
@@ -226,7 +218,7 @@ def staging(out: Path, names: Mapping[str, str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def hold_folder(out: Path) -> Iterator[None]:
-    """Makes `out` and keeps it for this process.
+    """Make `out` and keep it for this process.
 
     Raises:
         UserError: it cannot be written, or another run holds it.
@@ -237,14 +229,20 @@ def hold_folder(out: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     try:
-        _lock(descriptor, out)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = "another run is writing there; wait for it or choose another folder"
+            raise UserError(f"--out {out}: {message}") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(descriptor)
 
 
 def publish(staged: Path, splits: Sequence[str]) -> None:
-    """Moves the staged split folders to their place; the older ones go, those that are not written anew included."""
+    """Move the staged split folders to their place; the older ones go, those that are not written anew included."""
     out = staged.parent
     for split in splits:
         if (out / split).exists():
@@ -253,17 +251,8 @@ def publish(staged: Path, splits: Sequence[str]) -> None:
             (staged / split).rename(out / split)
 
 
-def _lock(descriptor: int, out: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; wait for it or choose another folder") from None
-    except OSError:
-        pass  # a file system without locks
-
-
 def _refuse_foreign_files(folder: Path, name: str) -> None:
-    """A folder that write_side_files did not describe under this name, or that holds more, is not ours to replace."""
+    """Raise UserError for a folder that write_side_files did not describe under this name, or that holds more."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder}: is no plain folder; move it away or choose another --out")
     if not folder.exists():

@@ -21,6 +21,7 @@ from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.rank import DistEnv, world_size
 from clipdist.errors import UserError
+from clipdist.models.dual_encoder import DualEncoder
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
 Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]

@@ -21,8 +21,9 @@ from PIL import Image
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import index_path, load_index, scan_shard
+from clipdist.datasets.files import SourceFile
 from clipdist.datasets.flickr8k import Defects, csv_rows, decode_text, random_splits, read_source, token_rows
-from clipdist.datasets.images import LFS_POINTER, Picture, Place, check_picture, shrink
+from clipdist.datasets.images import LFS_POINTER, SourceImage, check_image, shrink
 from clipdist.datasets.shard_writer import Sample, sample_key, shard_sizes, write_shard
 from clipdist.errors import UserError
 
@@ -388,12 +389,12 @@ def test_any_cut_of_a_picture_is_noticed(tmp_path: Path) -> None:
         Image.effect_noise((48, 40), 80).convert("RGB").save(file, "JPEG", progressive=progressive)
         data = file.getvalue()
         path = tmp_path / "x.jpg"
-        picture = Picture("x.jpg", Place(str(path), "", 0, 0), ("x",))
+        picture = SourceImage("x.jpg", SourceFile(str(path), "", 0, 0), ("x",))
         path.write_bytes(data)
-        assert not isinstance(check_picture(picture), str)
+        assert not isinstance(check_image(picture), str)
         for length in range(4, len(data) - 32, len(data) // 40):
             path.write_bytes(data[:length])
-            assert check_picture(picture) == "truncated picture", length
+            assert check_image(picture) == "truncated picture", length
 
 
 def test_png_under_a_jpg_name_stays(tmp_path: Path, tool: Tool) -> None:
@@ -688,8 +689,8 @@ def test_the_real_data_set() -> None:
     defects = Defects()
     source = read_source([REAL / "Flickr8k_Dataset.zip", REAL / "Flickr8k_text.zip"], defects)
     assert source.split is not None
-    assert Counter(source.split[picture] for picture in source.pictures) == {"train": 5997, "val": 1000}
-    assert {len(picture.captions) for picture in source.pictures.values()} == {5}
+    assert Counter(source.split[picture] for picture in source.images) == {"train": 5997, "val": 1000}
+    assert {len(picture.captions) for picture in source.images.values()} == {5}
     assert {reason: entry["count"] for reason, entry in defects.report()["skipped"].items()} == {
         "captions without picture": 1,
         "listed picture missing": 1,

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from clipdist.data.consolidated import make_part, write_parts
-from clipdist.data.index import load_index
+from clipdist.data.index import load_index, write_index
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import EXIT_FAULT, UserError
 
@@ -142,3 +143,76 @@ def test_bad_input_is_told(folder: Path, monkeypatch, tmp_path: Path, arguments:
     monkeypatch.setattr(sys, "argv", ["inspect_shards.py", *arguments])
     with pytest.raises(UserError, match=text):
         tool.main()
+
+
+# --interop
+
+
+def write_tar(path: Path, names: list[str]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 10 + number
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    return path
+
+
+def test_webdataset_reads_the_same(folder: Path, monkeypatch, capsys) -> None:
+    code, result, said = run(monkeypatch, capsys, folder, "--interop")
+    expected = {"shards": 2, "samples": 6, "samples_webdataset": 6, "differences": 0, "differing": {}}
+    assert (code, result) == (0, expected)
+    assert "differs" not in said
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "lines"),
+    [
+        (["a.v2.jpg", "a.v2.txt", "b.jpg", "d.1/c.JPG"], (3, 3), []),  # a dot in a key begins the kind, for both
+        (
+            ["a.jpg", "b.jpg", "b.txt", "a.txt"],
+            (1, 3),
+            [
+                "clipdist reads no further: {tar}: the key 'a' occurs twice (again with 'txt')",
+                "'b': a sample of webdataset alone, with jpg, txt",
+                "'a': webdataset has a further sample of this key, with txt",
+            ],
+        ),
+        (
+            ["a.jpg", "b.jpg", "b.JPG", "c.jpg"],
+            (1, 1),
+            ["clipdist reads no further: {tar}: the key 'b' occurs twice", "webdataset reads no further: ValueError"],
+        ),
+        (["d/.a.jpg", "b.jpg"], (1, 2), ["'d/': a sample of webdataset alone, with a.jpg"]),
+    ],
+)
+def test_where_webdataset_reads_otherwise(
+    tmp_path: Path, monkeypatch, capsys, names: list[str], samples: tuple[int, int], lines: list[str]
+) -> None:
+    tar = write_tar(tmp_path / "0.tar", names)
+    code, result, said = run(monkeypatch, capsys, tar, "--interop")
+    assert code == (EXIT_FAULT if lines else 0)
+    assert (result["samples"], result["samples_webdataset"]) == samples
+    told = result["differing"].get(str(tar), [])
+    lines = [line.format(tar=tar) for line in lines]
+    assert [line[: len(start)] for line, start in zip(told, lines, strict=True)] == lines
+    assert all(f"differs: {tar}: {line}" in said for line in told)
+
+
+def test_an_index_that_misleads_is_noticed(folder: Path, monkeypatch, capsys) -> None:
+    index = load_index(folder / "0.tar")
+    index.offset[1, 0] += 3
+    index.size[2, 1] -= 1
+    write_index(index)
+    code, result, _ = run(monkeypatch, capsys, folder, "--interop")
+    assert (code, result["differences"]) == (EXIT_FAULT, 2)
+    first, second = result["differing"][str(folder / "0.tar")]
+    assert first.startswith("'s1': jpg: differs from byte 0 on (")
+    size = index.size[2, 1]
+    assert second == f"'s2': json: differs from byte {size} on ({size} bytes of clipdist, {size + 1} of webdataset)"
+
+
+def test_webdataset_runs_no_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    code, result, said = run(monkeypatch, capsys, f"pipe:touch {tmp_path}/ran", "--interop")
+    assert (code, result["differences"]) == (EXIT_FAULT, 1)
+    assert "clipdist reads nothing" in said
+    assert not (tmp_path / "ran").exists()

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cifar_files import write_cifar10
 from PIL import Image
 
 from clipdist.data.decode import BadSample, eval_image, eval_pixels
-from clipdist.datasets.cifar import LabelledImages, read_cifar10, read_cifar100, write_cifar10
+from clipdist.datasets.cifar import LabelledImages, read_cifar10, read_cifar100
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError

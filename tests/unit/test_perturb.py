@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cifar_files import write_cifar10
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from clipdist import config
-from clipdist.datasets.cifar import LabelledImages, write_cifar10
+from clipdist.datasets.cifar import LabelledImages
 from clipdist.errors import UserError
 from clipdist.evals import perturb
 from clipdist.evals.perturb import (

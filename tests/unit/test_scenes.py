@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from clipdist.datasets import scenes
-from clipdist.datasets.cifar import read_cifar10
 from clipdist.datasets.flickr8k import Defects, read_source
+from clipdist.datasets.labelled import open_labelled
 from clipdist.datasets.scenes import COLOURS, SHAPES, Scene, Thing, render_scene, sample_scene, write_captions
 
 COUNTS = {"train": 12, "dev": 3, "test": 5}
@@ -44,7 +44,7 @@ def test_bytes_depend_on_the_seed_alone(tmp_path: Path) -> None:
         scenes.write_scenes(tmp_path / name, seed, COUNTS, processes)
         scenes.write_labelled(tmp_path / name, seed, 20, 10, processes)
     one, two, other = (digests(tmp_path / name) for name in ("one", "two", "other"))
-    assert len(one) == 20 + 4 + 7  # pictures, captions and lists, CIFAR-10's files
+    assert len(one) == 20 + 4 + 30  # pictures, captions and lists, labelled pictures
     assert one == two
     pictures = [name for name in one if name.endswith(".jpg")]
     assert all(one[name] != other[name] for name in pictures)
@@ -59,7 +59,7 @@ def test_the_flickr8k_reader_finds_nothing_wrong(tmp_path: Path) -> None:
     assert source.split is not None
     in_split = {split: sum(value == split for value in source.split.values()) for split in ("train", "val", "test")}
     assert in_split == {"train": 12, "val": 3, "test": 5}
-    assert all(len(picture.captions) == 5 for picture in source.pictures.values())
+    assert all(len(picture.captions) == 5 for picture in source.images.values())
     assert defects.report()["skipped"] == {}
     with Image.open(tmp_path / "Flicker8k_Dataset" / "scene_00019.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (96, 96))
@@ -166,15 +166,16 @@ def test_an_unknown_shape_is_refused() -> None:
         scenes._outlines("blob")
 
 
-def test_labelled_colours_in_cifar10s_layout(tmp_path: Path) -> None:
-    folder = scenes.write_labelled(tmp_path, 0, 60, 20)
-    data = read_cifar10(folder)
-    assert data.classes == tuple(COLOURS)
-    assert data.train.images.shape == (60, 3, 32, 32)
-    assert np.bincount(data.train.labels).tolist() == [6] * 10
+def test_labelled_colours_by_class(tmp_path: Path) -> None:
+    scenes.write_labelled(tmp_path, 0, 60, 20)
+    data = open_labelled(tmp_path)
+    assert data.classes == tuple(sorted(COLOURS))
+    assert data.train is not None
+    assert (len(data.train), data.train.read(0).shape) == (60, (32, 32, 3))
+    assert [data.classes[label] for label in data.train.labels] == 6 * list(COLOURS)
     assert np.bincount(data.test.labels).tolist() == [2] * 10
-    flat = np.concatenate([data.train.images, data.test.images]).reshape(80, -1)
-    assert len(np.unique(flat, axis=0)) == 80
+    flat = {split.read(row).tobytes() for split in (data.train, data.test) for row in range(len(split))}
+    assert len(flat) == 80
 
 
 def test_the_tool_writes_once_and_goes_on_after_an_interruption(tmp_path: Path) -> None:

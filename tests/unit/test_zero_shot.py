@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from cifar_files import write_cifar10
 
 from clipdist import config
 from clipdist.data.decode import BadSample
-from clipdist.datasets.cifar import LabelledImages, write_cifar10
+from clipdist.datasets.cifar import LabelledImages
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
 from clipdist.evals.features import embed_split
