@@ -40,7 +40,7 @@ EXAMPLE = """example:
   python tools/bench/search.py --pictures 100000 --model ViT-B-32 --json"""
 PER_SHARD = 10_000
 LOOKS = 32  # different pictures
-TOOL = Path(__file__).with_name("search_images.py")
+TOOL = Path(__file__).parents[1] / "search_images.py"
 
 
 def main() -> None:

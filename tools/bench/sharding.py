@@ -84,7 +84,7 @@ def shard(args: argparse.Namespace, out: Path) -> None:
     try:
         sys.argv = [args.tool, *words]
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(args.tool).main()
+            importlib.import_module(f"tools.{args.tool}").main()
     finally:
         sys.argv = before
 
