@@ -46,7 +46,7 @@ EXAMPLES = """examples:
   python tools/bench/loss.py --n 2048 --dtype bf16 --device cpu --world 1 2 4 --out runs/bench_loss
   python tools/bench/loss.py --n 32768 --dtype bf16 --op infonce --impl kernel open_clip --json"""
 OPS = ("infonce", "sigmoid")
-IMPLS = ("tiles", "compiled", "kernel", "open_clip")
+IMPLS = ("tiles", "kernel", "open_clip")
 OPEN_CLIP = {"infonce": "open_clip ClipLoss", "sigmoid": "open_clip SigLipLoss"}
 MODEL_WORLDS = (2, 4, 8, 64, 512, 4096)
 COSINE = 0.3  # of a pair, about: a loss well above 0, as in training
