@@ -27,7 +27,7 @@ ACCUM_FREQ = 4
 
 
 @dataclass(frozen=True)
-class Peer:
+class OpenClipWay:
     """One way of open_clip to train: a loss with its flags, and how many batches its feature cache joins."""
 
     name: str
@@ -35,7 +35,7 @@ class Peer:
     accum_freq: int = 1
 
 
-def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
+def peers_of(loss_name: str, dist_env: DistEnv) -> list[OpenClipWay]:
     """The ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
     from open_clip.loss import ClipLoss, SigLipLoss
 
@@ -43,8 +43,8 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
     if loss_name == "sigmoid":
         ways = [SigLipLoss(dist_impl=impl, **ranks) for impl in ("bidir", "shift", "reduce", "gather")]
         names = [f"open_clip SigLipLoss dist_impl={way.dist_impl}" for way in ways]
-        peers = [Peer(name, way) for name, way in zip(names, ways)]
-        return [*peers, Peer(f"open_clip SigLipLoss accum_freq={ACCUM_FREQ}", ways[0], ACCUM_FREQ)]
+        peers = [OpenClipWay(name, way) for name, way in zip(names, ways)]
+        return [*peers, OpenClipWay(f"open_clip SigLipLoss accum_freq={ACCUM_FREQ}", ways[0], ACCUM_FREQ)]
     flags = {
         "default flags": {},
         "--local-loss": {"local_loss": True},
@@ -53,8 +53,8 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
     }
     clip = {name: ClipLoss(**chosen, **ranks) for name, chosen in flags.items()}
     best = "--local-loss --gather-with-grad"
-    peers = [Peer(f"open_clip {name}", way) for name, way in clip.items()]
-    return [*peers, Peer(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
+    peers = [OpenClipWay(f"open_clip {name}", way) for name, way in clip.items()]
+    return [*peers, OpenClipWay(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
 
 
 def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
@@ -82,7 +82,7 @@ def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
     return rows
 
 
-def _measure(peer: Peer, audit: Audit, pairs: Pairs, step: int) -> Measured:
+def _measure(peer: OpenClipWay, audit: Audit, pairs: Pairs, step: int) -> Measured:
     """The peer's loss, and its gradients as DDP leaves them on every rank."""
     dist_env, model = audit.dist_env, audit.reference.model
     share = len(pairs.valid) // dist_env.world_size
@@ -106,7 +106,7 @@ def _measure(peer: Peer, audit: Audit, pairs: Pairs, step: int) -> Measured:
 
 
 def _accumulate(
-    peer: Peer, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, dist_env: DistEnv, step: int
+    peer: OpenClipWay, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, dist_env: DistEnv, step: int
 ) -> torch.Tensor:
     """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward each.
 

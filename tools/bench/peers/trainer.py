@@ -46,7 +46,7 @@ _PROGRESS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")  # samples so far
 
 
 @dataclass(frozen=True)
-class Start:
+class StartWeights:
     """Weights from which both sides begin, in open_clip's form.
 
     Attributes:
@@ -73,7 +73,7 @@ def check_comparable(config: Config) -> None:
     import_peer()
 
 
-def make_start(config: Config, folder: Path) -> Start:
+def make_start(config: Config, folder: Path) -> StartWeights:
     """Draws (or loads) the weights of config.model and writes them to `folder` for both sides.
 
     Raises:
@@ -90,12 +90,12 @@ def make_start(config: Config, folder: Path) -> Start:
         described = json.loads(export.config.read_text(encoding="utf-8"))
         described["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(export.merges)}
         export.config.write_text(json.dumps(described), encoding="utf-8")
-    return Start(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
+    return StartWeights(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
 
 
 def flags(
     config: Config,
-    start: Start,
+    start: StartWeights,
     shards: list[Path],
     *,
     world: int,
@@ -209,9 +209,9 @@ def run_theirs(report: Path, model_json: Path | None, batches: Path | None, word
     losses: list[torch.Tensor] = []
     if batches:
         fed = load_config(batches)
-        vars(peer)["get_data"] = lambda *_, **__: {"train": _Fed(fed)}
+        vars(peer)["get_data"] = lambda *_, **__: {"train": _FedBatches(fed)}
         vars(peer)["create_loss"] = _keeping(peer.create_loss, losses)
-    watch = _Watch()
+    watch = _ProgressTimes()
     logging.root.addHandler(watch)
     if peer.main(words):
         raise UserError(f"open_clip_train refused its arguments; see {report.parent}")
@@ -227,7 +227,7 @@ def rank_report(report: Path, rank: int) -> Path:
     return report.with_name(f"{report.stem}-{rank}{report.suffix}")
 
 
-class _Watch(logging.Handler):
+class _ProgressTimes(logging.Handler):
     """Keeps (samples so far, seconds) of each progress line."""
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ class _Watch(logging.Handler):
             self.times.append((int(found[1]), record.created))
 
 
-class _Fed:
+class _FedBatches:
     """clipdist's batches in the form that open_clip_train's loop takes: float pixels, normalised, and token ids.
 
     Args:
