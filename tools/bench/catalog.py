@@ -25,7 +25,7 @@ from clipdist.data.consolidated import SUFFIX, Part, make_part, write_parts
 from clipdist.data.index import ShardIndex
 from clipdist.data.order import Order, OrderKey
 from clipdist.errors import Fault, UserError, run_main
-from tools.bench.harness import BenchmarkParser, finish, markdown_table, provenance, timed, workspace
+from tools.bench import harness
 from tools.bench.peak_memory import proc_bytes
 from tools.bench.processes import Workers
 
@@ -38,7 +38,7 @@ _STUB = b"a part that is never read"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--shards", 100_000, "N", "")
     parser.number("--samples-per-shard", 10_000, "N", "about")
     return parser.parse()
@@ -50,18 +50,18 @@ def main() -> int:
     samples = int(counts.sum())
     if samples < GLOBAL_BATCH:
         raise UserError(f"{samples} samples are fewer than a global batch of {GLOBAL_BATCH}")
-    with workspace() as folder:
+    with harness.workspace() as folder:
         path = folder / f"all{SUFFIX}"
         write_parts(path, make_parts(counts))
         record = {"shards": len(counts), "samples": samples, "file_bytes": path.stat().st_size}
         # A fresh process: nothing of what made the file is in its memory.
         with Workers(multiprocessing.get_context("spawn"), OpenedCatalog, path) as process:
             record |= process.ask("measure")
-    return finish(args, report(record), record)
+    return harness.finish(args, report(record), record)
 
 
 def shard_counts(shards: int, about: int) -> np.ndarray:
-    """int64 [S]: as uneven as shards of downloads that partly failed."""
+    """Draw int64 [S]: as uneven as shards of downloads that partly failed."""
     return np.random.default_rng(0).integers(max(1, about * 9 // 10), about * 11 // 10 + 1, shards)
 
 
@@ -75,7 +75,7 @@ def make_parts(counts: np.ndarray) -> Iterator[Part]:
 
 
 def real_index(tar: str, count: int) -> ShardIndex:
-    """Three members a sample, of sizes as in the web's corpora."""
+    """Make an index of three members a sample, of sizes as in the web's corpora."""
     size = np.random.default_rng(count).integers(1, 60_000, (count, 3))
     blocks = -(-size // 512) + 1
     offset = (np.cumsum(blocks).reshape(count, 3) - blocks + 1) * 512
@@ -92,11 +92,11 @@ class OpenedCatalog:
     def measure(self) -> dict[str, object]:
         """Raise a Fault where an order repeats a sample."""
         before = proc_bytes("VmRSS")
-        open_s, catalog = timed(lambda: Catalog.open([str(self.path)]))
-        fingerprint_s, fingerprint = timed(catalog.fingerprint)
+        open_s, catalog = harness.timed(lambda: Catalog.open([str(self.path)]))
+        fingerprint_s, fingerprint = harness.timed(catalog.fingerprint)
         memory = proc_bytes("VmHWM") - before
         tables = min(REAL_PARTS, len(catalog.shards))
-        tables_s, _ = timed(lambda: [catalog.table(number) for number in range(tables)])
+        tables_s, _ = harness.timed(lambda: [catalog.table(number) for number in range(tables)])
         return {
             "open_s": round(open_s, 3),
             "fingerprint_s": round(fingerprint_s, 3),
@@ -112,9 +112,9 @@ def measure_order(starts: np.ndarray, window: int) -> dict[str, object]:
     """Time a step's ids at random positions of one epoch, and check that no sample comes twice in it."""
     key = OrderKey(seed=1, global_batch=GLOBAL_BATCH, streams=STREAMS, window=window)
     order = Order(starts, key)
-    first_s, _ = timed(lambda: order.ids(0))
+    first_s, _ = harness.timed(lambda: order.ids(0))
     positions = np.random.default_rng(window).integers(0, order.steps_per_epoch, STEPS).tolist()
-    times = [timed(partial(order.ids, position))[0] for position in positions]
+    times = [harness.timed(partial(order.ids, position))[0] for position in positions]
     return {
         "window": window,
         "first_s": round(first_s, 4),
@@ -145,7 +145,7 @@ def check_epoch(order: Order) -> int:
 
 
 def check_windows(order: Order, steps: int) -> None:
-    """A window is a permutation of its places: its ids are a few runs of neighbours, one for each shard it touches."""
+    """Check that a window is a permutation of its places: its ids are a few runs of neighbours, one per shard."""
     window = order.key.window
     if not window or steps * GLOBAL_BATCH // STREAMS < window:
         return
@@ -170,9 +170,9 @@ def report(record: dict) -> str:
         f"- with the orders and their check {record['all_memory_bytes'] / 1e6:.0f} MB",
         f"- members of one shard: {record['table_s'] * 1e3:.1f} ms",
         "",
-        *markdown_table(["window", "first ms", "step ms", "slowest ms", "ids checked"], rows, left=0),
+        *harness.markdown_table(["window", "first ms", "step ms", "slowest ms", "ids checked"], rows, left=0),
         "",
-        *provenance("cpu", 1),
+        *harness.provenance("cpu", 1),
     ]
     return "\n".join(lines)
 

@@ -24,11 +24,20 @@ from typing import Any
 
 from clipdist.config import Config, load_config
 from clipdist.errors import run_main
-from tools.bench.harness import BenchmarkParser, finish, markdown_table, provenance, say, take_turns, timed, workspace
+from tools.bench import harness
 from tools.bench.peak_memory import synchronize
 
 RECIPE = "configs/tiny.yaml"
 MODELS = ("configs/models/vit_tiny_flickr8k.json", "ViT-B-32")
+PARTS = {  # of a start: title in the table
+    "verify": "checksums",
+    "model": "model",
+    "weights": "weights",
+    "engine": "engine",
+    "restore": "moments",
+    "step": "first step",
+}
+StartTimes = dict[str, float]  # seconds of each part
 LIMIT_SHARE, LIMIT_S = 0.1, 0.05  # of a step; the larger one counts
 EXAMPLES = """  python tools/bench/checkpoint.py
   python tools/bench/checkpoint.py --models ViT-B-32 --batch 16 --saves 5 --out bench.md
@@ -44,21 +53,6 @@ class SaveTimes:
     beside_s: list[float] = field(default_factory=list)  # steps while one was at work, time in the saver left out
     in_loop_s: list[float] = field(default_factory=list)  # by save: save() and wait_copied()
     gone_s: list[float] = field(default_factory=list)
-
-
-@dataclass
-class StartTimes:
-    """Seconds of the parts of a start."""
-
-    verify: float = 0.0
-    model: float = 0.0
-    weights: float = 0.0
-    engine: float = 0.0
-    restore: float = 0.0
-    step: float = 0.0
-
-    def total(self) -> float:
-        return sum(asdict(self).values())
 
 
 @dataclass
@@ -78,7 +72,7 @@ class CheckpointCosts:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe")
     parser.add_argument("--config", default=RECIPE, help=f"recipe ({RECIPE})")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"({' '.join(MODELS)})")
@@ -93,10 +87,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, [f"train.global_batch={args.batch}", *args.overrides])
-    with workspace(args.work):  # that it can be written is known before the long imports
+    with harness.workspace(args.work):  # that it can be written is known before the long imports
         pass
 
-    import_s, _ = timed(import_all)
+    import_s, _ = harness.timed(import_all)
     from clipdist.distributed import rank as distributed
 
     dist_env = distributed.start(distributed.resolve_device(config.device))
@@ -105,7 +99,7 @@ def main() -> int:
     finally:
         distributed.stop()
     text = report(results, import_s, args, str(dist_env.device.type))
-    return finish(args, text, {"import_s": import_s, "models": [asdict(result) for result in results]})
+    return harness.finish(args, text, {"import_s": import_s, "models": [asdict(result) for result in results]})
 
 
 def import_all() -> None:
@@ -118,10 +112,10 @@ def measure(model: str, args: argparse.Namespace, dist_env: Any) -> CheckpointCo
     """Take steps and saves, then start from the last checkpoint and afresh by turns: the quickest of either counts."""
     words = [f"train.global_batch={args.batch}", *args.overrides, f"model.name={model}"]
     config = load_config(args.config, words)
-    with workspace(args.work) as run_dir:
+    with harness.workspace(args.work) as run_dir:
         engine, spec, _ = start(config, dist_env, None)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.engine.module.parameters())
-        say(f"{model}: {parameters / 1e6:.1f} M parameters")
+        harness.say(f"{model}: {parameters / 1e6:.1f} M parameters")
         saves, folder = save_by_turns(engine, spec, config, args, run_dir)
         size = sum(path.stat().st_size for path in folder.iterdir())
         del engine  # two at one time need not fit
@@ -131,8 +125,8 @@ def measure(model: str, args: argparse.Namespace, dist_env: Any) -> CheckpointCo
             return start(config, dist_env, source)[2]
 
         sides = {"resumed": partial(times_of_start, folder), "fresh": partial(times_of_start, None)}
-        starts = take_turns(sides, args.starts)
-    fresh, resumed = (min(starts[name], key=StartTimes.total) for name in ("fresh", "resumed"))
+        starts = harness.take_turns(sides, args.starts)
+    fresh, resumed = (min(starts[name], key=lambda times: sum(times.values())) for name in ("fresh", "resumed"))
     return CheckpointCosts(model, parameters, size, saves, fresh, resumed)
 
 
@@ -147,7 +141,7 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
     from clipdist.models.dual_encoder import build_model
     from clipdist.models.spec import ModelSpec
 
-    times = StartTimes()
+    times = dict.fromkeys(PARTS, 0.0)
     torch.manual_seed(config.train.seed)
     reader = CheckpointReader(folder) if folder else None
     if reader:
@@ -172,10 +166,10 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
 
 @contextmanager
 def timed_part(times: StartTimes, part: str) -> Iterator[None]:
-    """Set an attribute of `times` to the seconds of the block."""
+    """Set a part of `times` to the seconds of the block."""
     began = time.perf_counter()
     yield
-    setattr(times, part, time.perf_counter() - began)
+    times[part] = time.perf_counter() - began
 
 
 def take_step(engine: Any, spec: Any, config: Config, step: int) -> float:
@@ -192,7 +186,7 @@ def take_step(engine: Any, spec: Any, config: Config, step: int) -> float:
         synchronize(device.type)
 
     synchronize(device.type)
-    return timed(step_and_wait)[0]
+    return harness.timed(step_and_wait)[0]
 
 
 def save_by_turns(
@@ -224,7 +218,9 @@ def save_by_turns(
             step += 1
         saver.wait()
         saves.gone_s.append(time.perf_counter() - began)
-        say(f"  saved: {saves.in_loop_s[-1] * 1e3:.1f} ms of the loop; a step {median(saves.plain_s) * 1e3:.0f} ms")
+        harness.say(
+            f"  saved: {saves.in_loop_s[-1] * 1e3:.1f} ms of the loop; a step {median(saves.plain_s) * 1e3:.0f} ms"
+        )
     folder = newest_checkpoint(run_dir)
     assert folder is not None
     return saves, folder
@@ -234,13 +230,12 @@ def report(results: list[CheckpointCosts], import_s: float, args: argparse.Names
     import torch
 
     saving = ["checkpoint, MB", "step, ms", "in the loop: median, ms", "largest, ms", "largest / limit"]
-    starting = ["checksums", "model", "weights", "engine", "moments", "first step", "in all", "with imports, / fresh"]
     lines = [
         f"# What a checkpoint costs, {device}",
         "",
         "Time that the loop spends on a save, beside a step without one; and the steps while the writer is at work.",
         "",
-        *markdown_table(
+        *harness.markdown_table(
             ["model", *saving, "steps beside the writer / others", "complete after, s"],
             [save_row(result) for result in results],
         ),
@@ -251,13 +246,13 @@ def report(results: list[CheckpointCosts], import_s: float, args: argparse.Names
         f"A start up to the end of the first step, seconds, the quickest of {args.starts} by turns; before it"
         f" {import_s:.1f} s of imports, alike for both.",
         "",
-        *markdown_table(
-            ["model", "start", *starting],
+        *harness.markdown_table(
+            ["model", "start", *PARTS.values(), "in all", "with imports, / fresh"],
             [row for result in results for row in start_rows(result, import_s)],
             left=2,
         ),
         "",
-        *provenance(device, torch.get_num_threads(), "deepspeed"),
+        *harness.provenance(device, torch.get_num_threads(), "deepspeed"),
         f"- batch {args.batch}, {args.saves} saves",
     ]
     return "\n".join(lines)
@@ -281,9 +276,10 @@ def save_row(result: CheckpointCosts) -> list[str]:
 
 def start_rows(result: CheckpointCosts, import_s: float) -> Iterator[list[str]]:
     for name, times in (("fresh", result.fresh), ("resumed", result.resumed)):
-        parts = [f"{seconds:.2f}" for seconds in asdict(times).values()]
-        ratio = (import_s + times.total()) / (import_s + result.fresh.total())
-        yield [result.title, name, *parts, f"{times.total():.2f}", f"{ratio:.2f}"]
+        parts = [f"{seconds:.2f}" for seconds in times.values()]
+        total = sum(times.values())
+        ratio = (import_s + total) / (import_s + sum(result.fresh.values()))
+        yield [result.title, name, *parts, f"{total:.2f}", f"{ratio:.2f}"]
 
 
 if __name__ == "__main__":

@@ -27,17 +27,7 @@ from typing import Any
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import PICTURE_KINDS
 from clipdist.errors import UserError, run_main
-from tools.bench.harness import (
-    BenchmarkParser,
-    by_round,
-    finish,
-    markdown_table,
-    percent,
-    provenance,
-    ratios,
-    say,
-    take_turns,
-)
+from tools.bench import harness
 from tools.bench.peers.data import STAGE_SAMPLES, STAGES, InstalledWebdataset, LoadingJob, get_webdataset
 from tools.bench.processes import Workers
 
@@ -69,11 +59,11 @@ class LoadingResults:
         return median(self.rates[side])
 
     def ratios(self, side: str, other: str) -> list[float]:
-        return ratios(self.rates[side], self.rates[other])
+        return harness.ratios(self.rates[side], self.rates[other])
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "shards", nargs="*", metavar="SHARDS", help="folders, tars or patterns, on a disk of this machine"
@@ -122,7 +112,7 @@ def main() -> int:
         webdataset=webdataset.folder,
     )
     results = measure(job, args)
-    return finish(args, report(job, results, webdataset), summary(results))
+    return harness.finish(args, report(job, results, webdataset), summary(results))
 
 
 def check(catalog: Catalog, args: argparse.Namespace) -> None:
@@ -153,11 +143,11 @@ def measure(job: LoadingJob, args: argparse.Namespace) -> LoadingResults:
         results.step_s = args.step_ms / 1e3 or STEP_FACTOR * job.batch / results.rate("clipdist")
         with ours.alone([peer, ceiling]):
             results.wait_share = ours.ask("wait_share", results.step_s)
-        say(f"waiting  {percent(results.wait_share)} of the time")
+        harness.say(f"waiting  {harness.percent(results.wait_share)} of the time")
     for name, make in (("clipdist", data_sides.ClipdistStages), ("open_clip", data_sides.OpenClipStages)):
         with Workers(context, make, job) as process:
             results.stages[name] = process.ask("seconds")
-        say(f"stages   {name}: {sum(results.stages[name].values()) * 1e6:.0f} us per sample")
+        harness.say(f"stages   {name}: {sum(results.stages[name].values()) * 1e6:.0f} us per sample")
     measure_starts(context, job, results, args.starts)
     return results
 
@@ -169,7 +159,7 @@ def probe_workers(context: ForkServerContext, job: LoadingJob, results: LoadingR
     for workers in sorted({1, job.threads, job.threads + 1, 2 * job.threads}):
         with Workers(context, OpenClipLoading, replace(job, workers=workers)) as peer:
             results.probes[workers] = peer.ask("window")
-        say(f"open_clip with {workers} workers {results.probes[workers]:9.1f} samples/s")
+        harness.say(f"open_clip with {workers} workers {results.probes[workers]:9.1f} samples/s")
     results.workers = max(results.probes, key=results.probes.__getitem__)
 
 
@@ -179,14 +169,14 @@ def measure_rates(results: LoadingResults, sides: dict[str, Workers], rounds: in
     def window(name: str) -> float:
         with sides[name].alone(sides.values()):
             rate = sides[name].ask("window")
-        say(f"{name:<12}{rate:9.1f} samples/s")
+        harness.say(f"{name:<12}{rate:9.1f} samples/s")
         return rate
 
     def after_round() -> None:
         results.loads.append(os.getloadavg()[0])
         results.grown_bytes.append(sides["clipdist"].ask("grown_bytes"))
 
-    results.rates = take_turns({name: partial(window, name) for name in sides}, rounds, after_round=after_round)
+    results.rates = harness.take_turns({name: partial(window, name) for name in sides}, rounds, after_round=after_round)
 
 
 def measure_starts(context: ForkServerContext, job: LoadingJob, results: LoadingResults, count: int) -> None:
@@ -197,10 +187,10 @@ def measure_starts(context: ForkServerContext, job: LoadingJob, results: Loading
         with Workers(context, FirstBatch, job).started() as process:
             return process.ask("seconds", share)
 
-    times = take_turns({"first": partial(start, 0.0), "late": partial(start, LATE)}, count)
+    times = harness.take_turns({"first": partial(start, 0.0), "late": partial(start, LATE)}, count)
     results.starts = {name: [first_batch_s for _, first_batch_s in pairs] for name, pairs in times.items()}
     results.starts["construct"] = [construct_s for pairs in times.values() for construct_s, _ in pairs]
-    say("starts   " + ", ".join(f"{name} {median(s):.3f} s" for name, s in results.starts.items()))
+    harness.say("starts   " + ", ".join(f"{name} {median(s):.3f} s" for name, s in results.starts.items()))
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -252,22 +242,22 @@ def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdat
     lines = ["# The data engine beside open_clip_train's", "", *rate_table(results), ""]
     for name in ("open_clip", "ceiling"):
         compared = results.ratios("clipdist", name)
-        lines.append(f"clipdist / {name}: {median(compared):.3f}, by round {by_round(compared, '.3f')}")
+        lines.append(f"clipdist / {name}: {median(compared):.3f}, by round {harness.by_round(compared, '.3f')}")
     lines += ["", "Microseconds of computing per sample, by stage:", "", *stage_table(results), ""]
     lines += [
         "Read is the tar or the index, and the captions; resize is the crop too, and for open_clip_train the conversion"
         " to normalised float32, which clipdist leaves to the device; other is all else, for open_clip_train stacking.",
         "",
         f"- start: {told['start_s']:.3f} s to construct; first batch after {told['first_batch_s']:.3f} s, at"
-        f" {percent(LATE)} of the epoch {told['resume_ratio']:.2f} times that; medians of"
+        f" {harness.percent(LATE)} of the epoch {told['resume_ratio']:.2f} times that; medians of"
         f" {len(results.starts['first'])} fresh processes each",
-        f"- waiting: {percent(results.wait_share)} of the time, at {1e3 * results.step_s:.0f} ms a step",
+        f"- waiting: {harness.percent(results.wait_share)} of the time, at {1e3 * results.step_s:.0f} ms a step",
         "- memory over the imported process, by round: "
-        + by_round([grown / 1e6 for grown in results.grown_bytes], ".0f")
+        + harness.by_round([grown / 1e6 for grown in results.grown_bytes], ".0f")
         + " MB",
         f"- open_clip_train's workers: {probes} samples/s; {results.workers} are taken",
-        *provenance("cpu", job.threads, "open_clip_torch", "pillow", "simplejpeg"),
-        f"- load {results.loads[0]:.2f} before, then {by_round(results.loads[1:], '.2f')}",
+        *harness.provenance("cpu", job.threads, "open_clip_torch", "pillow", "simplejpeg"),
+        f"- load {results.loads[0]:.2f} before, then {harness.by_round(results.loads[1:], '.2f')}",
         f"- webdataset {webdataset.said}",
         f"- data: {job.samples} pictures in {len(job.shards)} shards, {mean_image_kb(job):.1f} KB each; output"
         f" {job.output}, crop scale {job.crop_scale:g}, batch {job.batch}{', DCT-scaled decoding' if job.dct else ''}",
@@ -282,9 +272,10 @@ def rate_table(results: LoadingResults) -> list[str]:
         "ceiling": "decode and resize alone",
     }
     rows = [
-        [title, f"{results.rate(name):.1f}", by_round(results.rates[name], ".1f")] for name, title in titles.items()
+        [title, f"{results.rate(name):.1f}", harness.by_round(results.rates[name], ".1f")]
+        for name, title in titles.items()
     ]
-    return markdown_table(["", "samples/s, median", "rounds"], rows)
+    return harness.markdown_table(["", "samples/s, median", "rounds"], rows)
 
 
 def stage_table(results: LoadingResults) -> list[str]:
@@ -294,11 +285,11 @@ def stage_table(results: LoadingResults) -> list[str]:
         cells = [stage]
         for name in ("clipdist", "open_clip"):
             seconds = results.stages[name][stage]
-            cells += [f"{1e6 * seconds:.0f}", percent(seconds / whole[name])]
+            cells += [f"{1e6 * seconds:.0f}", harness.percent(seconds / whole[name])]
         rows.append(cells)
     ours, theirs = (f"{1e6 * whole[name]:.0f}" for name in ("clipdist", "open_clip"))
     header = ["", "clipdist", "share", "open_clip_train", "share"]
-    return markdown_table(header, [*rows, ["all", ours, "", theirs, ""]])
+    return harness.markdown_table(header, [*rows, ["all", ours, "", theirs, ""]])
 
 
 def mean_image_kb(job: LoadingJob) -> float:

@@ -35,7 +35,7 @@ CONTEXT_LENGTH = 77
 
 
 def steady_rate(take: Callable[[], int], seconds: float, skip: int, at_once: int) -> float:
-    """Samples/s over a window of about `seconds`, whole numbers of `at_once` batches.
+    """Return samples/s over a window of about `seconds`, whole numbers of `at_once` batches.
 
     Args:
         take: gives a batch, returns its size.
@@ -66,7 +66,7 @@ class ClipdistLoading:
         return steady_rate(lambda: len(self.loader.next().valid), self.job.seconds, self.loader.cfg.prefetch + 1, 1)
 
     def wait_share(self, step_s: float) -> float:
-        """Share of the time spent in next(), by a consumer that rests `step_s` seconds after each."""
+        """Return the share of the time spent in next(), by a consumer that rests `step_s` seconds after each."""
         inside = 0.0
         started = time.perf_counter()
         for _ in range(WAIT_BATCHES):
@@ -138,7 +138,7 @@ class ClipdistStages:
         self.job = replace(job, threads=1)
 
     def seconds(self) -> dict[str, float]:
-        """Per sample, by stage. "other" is what is left of the loader's: putting together, handing over."""
+        """Return seconds per sample, by stage; "other" is what is left: putting together, handing over."""
         images, uniforms = (rows[:STAGE_SAMPLES] for rows in load_images(self.job))
         tokenizer, how = make_tokenizer(), augmentation_of(self.job)
         size, out = self.job.output, empty_image(self.job)
@@ -176,7 +176,7 @@ class ClipdistStages:
 
 
 class OpenClipStages:
-    """The same of open_clip_train."""
+    """What each stage of open_clip_train computes for."""
 
     def __init__(self, job: LoadingJob) -> None:
         self.job = job
@@ -193,7 +193,7 @@ class FirstBatch:
         self.tokenizer = make_tokenizer()
 
     def seconds(self, share: float) -> tuple[float, float]:
-        """(to construct catalog, reader, order and loader; from the catalog to the first batch at this place)."""
+        """Return seconds (to construct catalog and loader; from the catalog to the first batch at this share)."""
         opened_s, catalog = timed(lambda: Catalog.open(self.job.shards))
         loader_s, loader = timed(lambda: make_loader(self.job, catalog, self.tokenizer, share))
         batch_s, _ = timed(loader.next)
@@ -202,7 +202,7 @@ class FirstBatch:
 
 
 def per_sample(stage: Callable[[], None]) -> float:
-    """Seconds of this thread's computing: the median of some repeats, after one that counts for nothing."""
+    """Return seconds of this thread's computing: the median of some repeats, after one that counts for nothing."""
     times = []
     for _ in range(1 + STAGE_REPEATS):
         began = time.thread_time()
@@ -212,7 +212,7 @@ def per_sample(stage: Callable[[], None]) -> float:
 
 
 def own_bytes() -> int:
-    """Memory of this process that belongs to no file: libraries that are mapped in later do not count."""
+    """Return the memory of this process that belongs to no file: libraries that are mapped in later do not count."""
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
 
@@ -226,19 +226,19 @@ def augmentation_of(job: LoadingJob) -> augment.Augmentation:
 
 
 def make_tokenizer() -> BPETokenizer:
-    """CLIP's, as open_clip_train has it."""
+    """Make CLIP's, as open_clip_train has it."""
     return BPETokenizer(BPE_VOCABULARY, CONTEXT_LENGTH)
 
 
 def make_loader(job: LoadingJob, catalog: Catalog, tokenizer: BPETokenizer, share: float = 0.0) -> Loader:
-    """At this share of the first epoch."""
+    """Open the loader at this share of the first epoch."""
     key = OrderKey(seed=0, global_batch=job.batch, streams=choose_streams(job.batch, 1), window=0)
     start = int(share * (len(catalog) // job.batch))
     return open_loader(catalog, key, tokenizer, settings(job), image_size=job.output, rank=0, world=1, start=start)
 
 
 def load_images(job: LoadingJob) -> tuple[list[bytes], np.ndarray]:
-    """Encoded images and their uniform numbers, as training would draw them in epoch 0.
+    """Read encoded images and their uniform numbers, as training would draw them in epoch 0.
 
     Raises:
         UserError: one cannot be decoded. open_clip_train leaves such samples out, clipdist keeps their rows.
@@ -262,5 +262,5 @@ def load_images(job: LoadingJob) -> tuple[list[bytes], np.ndarray]:
 
 
 def empty_image(job: LoadingJob) -> torch.Tensor:
-    """uint8 [3, size, size], channels last in memory: what train_image writes into fastest."""
+    """Return uint8 [3, size, size], channels last in memory: what train_image writes into fastest."""
     return torch.zeros(job.output, job.output, 3, dtype=torch.uint8).permute(2, 0, 1)

@@ -31,16 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.losses.wire import BYTES, clipdist_bytes, open_clip_bytes
-from tools.bench.harness import (
-    BenchmarkParser,
-    finish,
-    markdown_table,
-    optional,
-    provenance,
-    say,
-    take_turns,
-    workspace,
-)
+from tools.bench import harness
 from tools.bench.processes import Workers
 
 if TYPE_CHECKING:
@@ -72,7 +63,7 @@ class LossRow:
 
     def prepare(self, ranks: Workers) -> None:
         """Call the loss for the first time, and compare its gradients."""
-        say(f"W={self.job.world} {self.job.ops[0]}, {self.job.label}: first call")
+        harness.say(f"W={self.job.world} {self.job.ops[0]}, {self.job.label}: first call")
         replies = self.ask(ranks, "prepare")
         if self.note:
             return
@@ -114,7 +105,7 @@ class LossRow:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--n", 4096, "N", "pairs of the global batch")
     parser.number("--d", 512, "D", "features")
     parser.add_argument("--dtype", default="fp32", help="of the features: fp32, bf16 or fp16 (fp32)")
@@ -168,14 +159,14 @@ def main() -> int:
 
     rows: list[LossRow] = []
     units: list[float] = []
-    with workspace() as folder:
+    with harness.workspace() as folder:
         product = LossJob("product", tuple(args.op), args.n, args.d, args.dtype, args.device, threads(1), folder)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["clipdist.losses.infonce", "clipdist.losses.sigmoid", "tools.bench.loss_ranks", "tools.bench.peers.losses"]
         )
         with Workers(context, MatrixProduct, product) as unit:
-            say("float64 gradients to compare with")
+            harness.say("float64 gradients to compare with")
             unit.ask("prepare")
             for world in args.world:
                 jobs = [
@@ -188,7 +179,7 @@ def main() -> int:
                 units += units_s
     unit_s = statistics.median(units)
     record = {"rows": [row.as_json() for row in rows], "unit_s": unit_s, "notes": notes(args, rows)}
-    finish(args, report(args, rows, unit_s), record, "table.md")
+    harness.finish(args, report(args, rows, unit_s), record, "table.md")
     if args.out:
         plot(args, rows, args.out / "plot.png")
     return 1 if any(row.fault for row in rows) else 0
@@ -210,7 +201,7 @@ def measure(
             ranks = started.enter_context(workers)
             row.prepare(ranks)
             sides[f"{row.job.ops} {row.job.impl}"] = partial(row.step, ranks)
-        take_turns(sides | {"product": lambda: units.append(unit.ask("step").time_s)}, repeats)
+        harness.take_turns(sides | {"product": lambda: units.append(unit.ask("step").time_s)}, repeats)
     return rows, units
 
 
@@ -218,7 +209,7 @@ def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
     lines = [
         f"# Losses, forward and backward: n={args.n}, d={args.d}, {args.dtype}, {args.device}",
         "",
-        *provenance(args.device, threads(1), "open_clip_torch"),
+        *harness.provenance(args.device, threads(1), "open_clip_torch"),
         f"- median of {args.repeats} rounds, in each of which every implementation ran once; memory is the largest",
         f"- 1 unit: one {args.n} x {args.n} x {args.d} product in {args.dtype} in one process, {unit_s:.4g} s",
         "- W: processes on this machine over gloo; time and memory are those of the rank that needs most",
@@ -233,18 +224,18 @@ def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
                 r["op"],
                 r["impl"],
                 str(r["world"]),
-                optional(time_s, ".4g"),
-                optional(divided(time_s, unit_s), ".2f"),
-                optional(divided(time_s, peer["time_s"]), ".2f"),
-                optional(divided(extra, 1 << 20), ".1f"),
-                optional(divided(extra, peer["extra_bytes"]), ".3f"),
-                optional(r["grad_error"], ".1e"),
-                optional(divided(r["wire_bytes"], 1e6), ".3f"),
+                harness.optional(time_s, ".4g"),
+                harness.optional(divided(time_s, unit_s), ".2f"),
+                harness.optional(divided(time_s, peer["time_s"]), ".2f"),
+                harness.optional(divided(extra, 1 << 20), ".1f"),
+                harness.optional(divided(extra, peer["extra_bytes"]), ".3f"),
+                harness.optional(r["grad_error"], ".1e"),
+                harness.optional(divided(r["wire_bytes"], 1e6), ".3f"),
             ]
         )
     header = ["op", "implementation", "W", "time, s", "units", "time / open_clip's", "extra MiB"]
     header += ["memory / open_clip's", "gradient error", "sent, MB per rank"]
-    lines += [*markdown_table(header, cells, left=2), ""]
+    lines += [*harness.markdown_table(header, cells, left=2), ""]
     lines += [*(f"- {note}" for note in notes(args, rows)), "", *wire_table(args, rows)]
     return "\n".join(lines)
 
@@ -280,13 +271,15 @@ def wire_table(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
             own = next((row.as_json()["wire_bytes"] for row in of_world if row.job.impl != "open_clip"), None)
             peer = next((row.as_json()["wire_bytes"] for row in of_world if row.job.impl == "open_clip"), None)
             modelled = [f"{ours / 1e6:.3f}", f"{theirs / 1e6:.3f}", f"{ours / theirs:.3f}"]
-            measured = [optional(divided(x, 1e6), ".3f") for x in (own, peer)] + [optional(divided(own, peer), ".3f")]
+            measured = [harness.optional(divided(x, 1e6), ".3f") for x in (own, peer)] + [
+                harness.optional(divided(own, peer), ".3f")
+            ]
             rows_of_table.append([op, str(world), str(b), *modelled, *measured])
     header = ["op", "W", "pairs per rank", "clipdist", "open_clip", "ratio"]
     return [
         f"Sent per rank and step, MB: the model of clipdist.losses.wire for each W that divides n={args.n}; measured:",
         "",
-        *markdown_table([*header, "measured: clipdist", "open_clip", "ratio"], rows_of_table),
+        *harness.markdown_table([*header, "measured: clipdist", "open_clip", "ratio"], rows_of_table),
     ]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clipdist.losses.wire import written_bytes
 from tools.bench.harness import timed
@@ -20,6 +22,7 @@ OPEN_CLIP = {"infonce": "open_clip ClipLoss", "sigmoid": "open_clip SigLipLoss"}
 COSINE = 0.3  # of a pair, about: a loss well above 0, as in training
 LOG_SCALE = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10)}  # where training starts, as the papers have it
 BIAS = -10.0
+BLOCK = 512  # rows of the float64 matrix of similarities that are there at one time
 # Pairs up to which gradients are compared with float64, whose cost grows like the loss' own.
 ERROR_PAIRS = {"cpu": 16384, "cuda": 131072}
 
@@ -80,7 +83,7 @@ class LossRank:
         return [side[rows].clone().requires_grad_() for side in features(replace(self.job, n=n))]
 
     def prepare(self) -> tuple[float, float]:
-        """The first call at this size; squared norms of the gradients' error and of the float64 gradients, own rows."""
+        """Call the loss. Return the squared norms of the gradients' error and of the float64 gradients, own rows."""
         n = self.job.error_pairs()
         self.call(self.features)
         own = self.features if n == self.job.n else self.own_features(n)
@@ -185,29 +188,24 @@ def loss_function(job: LossJob, rank: int) -> Callable[..., torch.Tensor]:
     return lambda x, y, t, bias: loss(x, y, t, bias, implementation=job.impl)[0]
 
 
-def exact_gradients(op: str, images: torch.Tensor, texts: torch.Tensor) -> list[torch.Tensor]:
-    """Return the gradients of the global loss towards float64 features [n, d], a block of rows at a time."""
-    n, scale = len(images), math.exp(LOG_SCALE[op])
-    x, y = (side / side.norm(dim=1, keepdim=True) for side in (images, texts))
-    blocks = [slice(i, min(i + 512, n)) for i in range(0, n, 512)]
-    row_lse, column_lse = x.new_empty(n), x.new_full((n,), -torch.inf)
+def exact_gradients(op: str, images: torch.Tensor, texts: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the gradients of the global loss towards float64 features [n, d]: the dense formula, by blocks of rows.
+
+    InfoNCE is the mean of the cross-entropies of rows and columns; the sigmoid loss takes softplus(s + bias) of all
+    pairs and subtracts s + bias of the matching ones.
+    """
+    leaves = [images.requires_grad_(), texts.requires_grad_()]
+    x, y = (F.normalize(leaf, dim=1) for leaf in leaves)
+    scale = math.exp(LOG_SCALE[op])
+
+    def block(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        s = scale * rows @ y.T
+        if op == "sigmoid":
+            return F.softplus(s + BIAS).sum(), s.new_zeros(1)
+        return s.logsumexp(1).sum() / 2, s.logsumexp(0)
+
+    parts = [checkpoint(block, rows, use_reentrant=False) for rows in x.split(BLOCK)]
+    loss = sum(part for part, _ in parts) - scale * (x * y).sum()
     if op == "infonce":
-        for rows in blocks:
-            s = scale * x[rows] @ y.T
-            row_lse[rows] = s.logsumexp(1)
-            column_lse = torch.logaddexp(column_lse, s.logsumexp(0))
-    x_grad, y_grad = torch.empty_like(x), torch.zeros_like(y)
-    for rows in blocks:
-        s = scale * x[rows] @ y.T
-        if op == "infonce":
-            slope = ((s - row_lse[rows, None]).exp() + (s - column_lse).exp()) / 2
-        else:
-            slope = (s + BIAS).sigmoid()
-        x_grad[rows] = slope @ y
-        y_grad += slope.T @ x[rows]
-    found = []
-    for raw, unit, other, grad in ((images, x, y, x_grad), (texts, y, x, y_grad)):
-        grad = (grad - other) * (scale / n)
-        grad -= (grad * unit).sum(1, keepdim=True) * unit
-        found.append(grad / raw.norm(dim=1, keepdim=True))
-    return found
+        loss = loss + torch.stack([columns for _, columns in parts]).logsumexp(0).sum() / 2
+    return torch.autograd.grad(loss / len(images), leaves)

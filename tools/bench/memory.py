@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerContext
 
 from clipdist.config import Config, load_config
 from clipdist.errors import Fault, UserError, run_main
-from tools.bench.harness import BenchmarkParser, finish, markdown_table, optional, provenance, say
+from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, proc_bytes, require_resettable
 from tools.bench.processes import Workers
 
@@ -61,7 +61,7 @@ class MemoryCell:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"settings; model.name is {MODEL}")
     parser.add_argument("--micro-batch", type=int, default=32, metavar="M", help="pairs of one forward pass (32)")
     parser.add_argument(
@@ -75,7 +75,7 @@ def main() -> int:
     args = parse_args()
     check(args)
     cells = measure(args)
-    return finish(args, report(args, cells), {"rows": [asdict(cell) for cell in cells]})
+    return harness.finish(args, report(args, cells), {"rows": [asdict(cell) for cell in cells]})
 
 
 def cell_config(args: argparse.Namespace, precision: str, global_batch: int, micro_batch: int) -> Config:
@@ -157,7 +157,7 @@ def run_cell(
             peak, width, seconds = process.ask("one_step", WARMUP_STEPS)
         except Fault as fault:
             raise Fault(f"{what}: {fault}") from None
-    say(f"{what}: {mib(peak)} MiB, {seconds:.1f} s")
+    harness.say(f"{what}: {mib(peak)} MiB, {seconds:.1f} s")
     features = 2 * batch * width * (VALUE_BYTES[precision] + 4) if micro else 0
     return MemoryCell(precision, batch, micro, peak, features, seconds)
 
@@ -171,21 +171,21 @@ def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
     for cell in cells:
         if cell.micro_batch:
             whole = [c for c in cells if (c.precision, c.global_batch) == (cell.precision, cell.global_batch)][-1]
-            micro = [mib(cell.peak_bytes), mib(cell.feature_bytes), optional(cell.time_s, ".2f")]
-            told = [*micro, mib(whole.peak_bytes), optional(whole.time_s, ".2f")]
+            micro = [mib(cell.peak_bytes), mib(cell.feature_bytes), harness.optional(cell.time_s, ".2f")]
+            told = [*micro, mib(whole.peak_bytes), harness.optional(whole.time_s, ".2f")]
             rows.append([cell.precision, str(cell.global_batch), *told])
     header = ["precision", "global batch", "micro-batches: peak, MiB", "of these features, MiB", "time, s"]
     lines = [
         f"# Peak memory of a training step in micro-batches of {args.micro_batch}",
         "",
-        *provenance(args.device, torch.get_num_threads()),
+        *harness.provenance(args.device, torch.get_num_threads()),
         f"- {config.model.name}, {config.loss.name}, ZeRO {config.engine.zero_stage}, one rank; the third step's growth"
         " over what was there before it (the batch's pixels among it)",
         "- features: of both towers, in the training's precision, and their gradients in fp32",
         "- gradients, and what DeepSpeed and the optimiser need beside them, are a constant part of every peak",
         *["- times say little: memory is given back to the system at once, for exact peaks"] * (args.device == "cpu"),
         "",
-        *markdown_table([*header, "whole batch: peak, MiB", "time, s"], rows),
+        *harness.markdown_table([*header, "whole batch: peak, MiB", "time, s"], rows),
     ]
     return "\n".join(lines)
 

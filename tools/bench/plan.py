@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 from clipdist.config import load_config
 from clipdist.errors import Fault, UserError, run_main
-from tools.bench.harness import BenchmarkParser, finish, markdown_table, provenance, say, write_text
+from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, require_resettable
 from tools.bench.processes import Workers
 
@@ -74,7 +74,7 @@ class PlanCell:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose names hold one of the words")
     parser.add_argument("--keep-freed", action="store_true", help="leave glibc's memory as training has it")
     return parser.parse(out_text="write the table as markdown, too, after every cell")
@@ -90,10 +90,10 @@ def main() -> int:
     cells: list[PlanCell] = []
     for name, (ranks, words) in chosen.items():
         cells.append(run_cell(name, ranks, words))
-        say(f"{name}: {cells[-1].error:+.1f} %")
+        harness.say(f"{name}: {cells[-1].error:+.1f} %")
         if args.out:
-            write_text(args.out, report(args, cells))  # what is measured is not lost
-    return finish(args, report(args, cells), {"rows": [asdict(c) | {"error_percent": c.error} for c in cells]})
+            harness.write_text(args.out, report(args, cells))  # what is measured is not lost
+    return harness.finish(args, report(args, cells), {"rows": [asdict(c) | {"error_percent": c.error} for c in cells]})
 
 
 def run_cell(name: str, ranks: int, words: list[str]) -> PlanCell:
@@ -126,12 +126,12 @@ def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
     lines = [
         "# Memory of a rank: the plan beside real steps",
         "",
-        *provenance("cpu", 1),
+        *harness.provenance("cpu", 1),
         "- growth of resident memory over the imported baseline at its highest, building and two steps included",
         f"- glibc {'as it is' if args.keep_freed else 'gives back what is freed at once: ' + ' '.join(RETURN_FREED)}",
         f"- within 15 %: {within} of {len(cells)}",
         "",
-        *markdown_table(["cell", "settings", "ranks", "predicted, MB", "measured, MB", "error"], rows, left=2),
+        *harness.markdown_table(["cell", "settings", "ranks", "predicted, MB", "measured, MB", "error"], rows, left=2),
     ]
     return "\n".join(lines)
 

@@ -26,17 +26,7 @@ from clipdist.evals.embed import Encode, embed_catalog, model_encoder
 from clipdist.evals.retrieval import TIE, Ranks, retrieval_metrics, retrieval_ranks
 from clipdist.models.load import load_model
 from clipdist.monitor.provenance import commit, hardware
-from tools.bench.harness import (
-    BenchmarkParser,
-    by_round,
-    finish,
-    markdown_table,
-    provenance,
-    seconds_of,
-    take_turns,
-    timed,
-    versions,
-)
+from tools.bench import harness
 from tools.bench.peak_memory import MemoryGrowth, require_resettable
 
 EXAMPLES = """  python tools/bench/retrieval.py --out docs/benchmarks/retrieval_cpu.md
@@ -60,7 +50,7 @@ class DrawnFeatures:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--pictures", 10_000, "N", "of the comparison")
     parser.number("--width", 512, "D", "of the embeddings")
     parser.number("--repeats", 5, "N", "turns of each")
@@ -95,9 +85,13 @@ def main() -> int:
     if args.embed:
         record |= measure_embedding(args)
     threads = torch.get_num_threads()
-    origin = provenance(args.device, threads, "open_clip_torch")
-    record |= {"commit": commit(), "hardware": hardware(args.device, threads), "versions": versions("open_clip_torch")}
-    return finish(
+    origin = harness.provenance(args.device, threads, "open_clip_torch")
+    record |= {
+        "commit": commit(),
+        "hardware": hardware(args.device, threads),
+        "versions": harness.versions("open_clip_torch"),
+    }
+    return harness.finish(
         args, "\n".join([*speed_lines(record), *large_lines(record), *embedding_lines(record), *origin]), record
     )
 
@@ -119,10 +113,10 @@ def measure_speed(images: int, width: int, repeats: int) -> dict[str, object]:
     pairs = draw_features(images, images, width)
     image, text = F.normalize(pairs.image, dim=1), F.normalize(pairs.text, dim=1)
     sides = {
-        "ours": lambda: timed(lambda: retrieval_metrics(image, text, pairs.text_image)),
-        "open_clip": lambda: timed(lambda: get_clip_metrics(image, text, torch.tensor(1.0))),
+        "ours": lambda: harness.timed(lambda: retrieval_metrics(image, text, pairs.text_image)),
+        "open_clip": lambda: harness.timed(lambda: get_clip_metrics(image, text, torch.tensor(1.0))),
     }
-    turns = take_turns(sides, repeats, warmup=1)
+    turns = harness.take_turns(sides, repeats, warmup=1)
     times = {name: [seconds for seconds, _ in results] for name, results in turns.items()}
     ours, theirs = (turns[name][-1][1] for name in sides)
     differences = [
@@ -148,7 +142,7 @@ def measure_large(n: int, m: int, width: int) -> dict[str, object]:
     retrieval_metrics(*vars(draw_features(100, 100, width)).values())  # what the first call loads is not its memory
     pairs = draw_features(n, m, width)
     memory = MemoryGrowth("cpu")
-    seconds, ranks = timed(lambda: retrieval_ranks(pairs.image, pairs.text, pairs.text_image))
+    seconds, ranks = harness.timed(lambda: retrieval_ranks(pairs.image, pairs.text, pairs.text_image))
     extra = memory.peak()
     equal, near = check_ranks(pairs, ranks, TIE)
     return {
@@ -207,7 +201,7 @@ def measure_embedding(args: argparse.Namespace) -> dict[str, object]:
 
     whole_pass(keep)  # warms the file cache and the model as well
     passes = {"pass_s": partial(whole_pass, encode), "bare_s": partial(forward, encode, batches)}
-    times = take_turns({name: seconds_of(run) for name, run in passes.items()}, args.repeats)
+    times = harness.take_turns({name: harness.seconds_of(run) for name, run in passes.items()}, args.repeats)
     return {
         "embed_model": loaded.label,
         "embed_device": args.device,
@@ -228,7 +222,7 @@ def forward(encode: Encode, batches: list[tuple[Tensor | None, Tensor | None]]) 
 def speed_lines(record: dict) -> list[str]:
     n, width = record["pictures"], record["width"]
     rows = [
-        [name, f"{statistics.median(record[key]):.2f}", by_round(record[key], ".2f")]
+        [name, f"{statistics.median(record[key]):.2f}", harness.by_round(record[key], ".2f")]
         for name, key in (("clipdist", "ours_s"), ("open_clip get_clip_metrics", "open_clip_s"))
     ]
     same = record["recall_difference"] < 1e-6
@@ -239,7 +233,7 @@ def speed_lines(record: dict) -> list[str]:
         "",
         f"{n:,} pictures x {n:,} captions, one to one, D = {width}, fp32; seconds of each turn",
         "",
-        *markdown_table(["", "median", "turns"], rows),
+        *harness.markdown_table(["", "median", "turns"], rows),
         "",
         f"clipdist / open_clip: {record['time_ratio']:.3f}. R@K {told}: {recalls}.",
         "",

@@ -33,23 +33,13 @@ from clipdist.evals.embed import Embeddings
 from clipdist.evals.search import cache_file, unit, write_cache
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import load_model
-from tools.bench.harness import (
-    ROOT,
-    BenchmarkParser,
-    finish,
-    markdown_table,
-    provenance,
-    spread,
-    take_turns,
-    timed,
-    workspace,
-)
+from tools.bench import harness
 from tools.bench.images import write_drawn_shards
 from tools.bench.processes import repository_environment
 
 EXAMPLES = """  python tools/bench/search.py --pictures 100000 --model ViT-B-32 --json"""
 PER_SHARD = 10_000
-TOOL = ROOT / "tools/search_images.py"
+TOOL = harness.ROOT / "tools/search_images.py"
 TIMES = {  # JSON key: row of the table
     "after_imports_s": "whole process, less its imports",
     "encode_s": "the text tower's forward pass",
@@ -59,7 +49,7 @@ TIMES = {  # JSON key: row of the table
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--pictures", 100_000, "N", "")
     parser.add_argument("--model", default="ViT-B-32", metavar="NAME", help="open_clip name or model JSON (ViT-B-32)")
     parser.number("--rounds", 5, "N", "searches")
@@ -69,12 +59,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    with workspace() as folder:
+    with harness.workspace() as folder:
         write_drawn_shards(folder / "shards", "bench-search", shard_sizes(args.pictures, PER_SHARD), draw_tiny)
         write_run(folder / "run", args.model)
         keep_random_features(folder / "run", folder / "shards")
         number = count()
-        rounds = take_turns({"search": lambda: search(folder, next(number), args.device)}, args.rounds)["search"]
+        rounds = harness.take_turns({"search": lambda: search(folder, next(number), args.device)}, args.rounds)[
+            "search"
+        ]
     times = {key: [found[key] for found in rounds] for key in TIMES}
     record: dict[str, Any] = {"pictures": args.pictures, "model": args.model, "rounds": args.rounds}
     for key, values in times.items():
@@ -84,13 +76,14 @@ def main() -> int:
         "",
         f"Seconds; {args.rounds} searches.",
         "",
-        *markdown_table(
-            ["", "least", "median", "most"], [[TIMES[key], *spread(values, ".3f")] for key, values in times.items()]
+        *harness.markdown_table(
+            ["", "least", "median", "most"],
+            [[TIMES[key], *harness.spread(values, ".3f")] for key, values in times.items()],
         ),
         "",
-        *provenance(args.device, torch.get_num_threads()),
+        *harness.provenance(args.device, torch.get_num_threads()),
     ]
-    return finish(args, "\n".join(lines), record)
+    return harness.finish(args, "\n".join(lines), record)
 
 
 def draw_tiny(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
@@ -140,7 +133,7 @@ def search(folder: Path, number: int, device: str) -> dict[str, float]:
     words = [folder / "run", folder / "shards", f"a dog on beach number {number}", "--device", device, "--json"]
     command = [sys.executable, str(TOOL), *map(str, words)]
     run = partial(subprocess.run, command, env=repository_environment(), capture_output=True, text=True)
-    wall_s, done = timed(run)
+    wall_s, done = harness.timed(run)
     if done.returncode:
         raise Fault(f"{TOOL.name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

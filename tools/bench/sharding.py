@@ -19,16 +19,7 @@ from itertools import count
 
 from clipdist.errors import UserError, run_main
 from clipdist.monitor.provenance import commit, hardware
-from tools.bench.harness import (
-    BenchmarkParser,
-    finish,
-    markdown_table,
-    provenance,
-    seconds_of,
-    spread,
-    take_turns,
-    workspace,
-)
+from tools.bench import harness
 
 EXAMPLES = """  python tools/bench/sharding.py folder_of_pairs
   python tools/bench/sharding.py Flickr8k_Dataset.zip Flickr8k_text.zip --tool shard_flickr8k --processes 1 --json
@@ -42,7 +33,7 @@ Shards = dict[str, list[tuple[str, bytes | Path]]]  # {tar below the folder: [(m
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE", help="as the sharding tool takes it")
     parser.add_argument("--tool", choices=list(TOOLS), default="shard_pairs")
     parser.number("--processes", 0, "N", "of the sharding; 0: one per core", least=0)
@@ -56,17 +47,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    with workspace(args.scratch) as folder:
+    with harness.workspace(args.scratch) as folder:
         shard(args, folder / "first")
         shards = unpack(folder / "first", folder / "members")
         copy(shards, folder / "copied")
         require_equal(shards, folder / "first", folder / "copied")
         turn = count()
         sides = {
-            "sharded_s": seconds_of(lambda: shard(args, folder / f"sharded-{next(turn)}")),
-            "copied_s": seconds_of(lambda: copy(shards, folder / f"copied-{next(turn)}")),
+            "sharded_s": harness.seconds_of(lambda: shard(args, folder / f"sharded-{next(turn)}")),
+            "copied_s": harness.seconds_of(lambda: copy(shards, folder / f"copied-{next(turn)}")),
         }
-        times = take_turns(sides, args.repeats)
+        times = harness.take_turns(sides, args.repeats)
         size = sum((folder / "first" / name).stat().st_size for name in shards)
     record = {
         "tool": args.tool,
@@ -79,7 +70,7 @@ def main() -> int:
         "commit": commit(),
     }
     record["hardware"] = hardware("cpu", record["processes"])
-    return finish(args, report(record), record)
+    return harness.finish(args, report(record), record)
 
 
 def shard(args: argparse.Namespace, out: Path) -> None:
@@ -138,18 +129,18 @@ def report(record: dict) -> str:
     rows = []
     for title, name in (("sharding", "sharded_s"), ("plain copy", "copied_s")):
         speed = record["bytes"] / 1e6 / statistics.median(record[name])
-        rows.append([title, *spread(record[name], ".3f"), f"{speed:.1f}"])
+        rows.append([title, *harness.spread(record[name], ".3f"), f"{speed:.1f}"])
     lines = [
         "# Sharding beside a plain copy",
         "",
         f"{record['samples']} samples, {record['members']} members, {record['bytes'] / 1e6:.1f} MB;"
         f" {record['tool']} with {record['processes']} processes",
         "",
-        *markdown_table(["", "least s", "median s", "most s", "MB/s"], rows),
+        *harness.markdown_table(["", "least s", "median s", "most s", "MB/s"], rows),
         "",
         f"sharding has {record['speed_percent']:.0f} % of the plain copy's speed",
         "",
-        *provenance("cpu", record["processes"]),
+        *harness.provenance("cpu", record["processes"]),
     ]
     return "\n".join(lines)
 

@@ -27,17 +27,7 @@ from clipdist.config import Config, load_config, to_yaml
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError, run_main
 from clipdist.run_plan import check_ranks
-from tools.bench.harness import (
-    ROOT,
-    BenchmarkParser,
-    by_round,
-    finish,
-    markdown_table,
-    provenance,
-    say,
-    take_turns,
-    workspace,
-)
+from tools.bench import harness
 from tools.bench.peak_memory import ProportionalSetSize
 from tools.bench.processes import repository_environment, run_ranks, threads_per_rank
 
@@ -113,17 +103,17 @@ def main() -> int:
     check_comparable(config)
     if args.work:
         make_folder(args.work)
-    with workspace(args.work) as scratch:
+    with harness.workspace(args.work) as scratch:
         if catalog is None:
             drawn = draw_shards(args.work or scratch, config, args)
             catalog = Catalog.open([str(drawn)], "drawn pictures")
         job = make_job(args, config, overrides, catalog, scratch)
         results = measure(job, args)
-    return finish(args, report(job, results, catalog), summary(results))
+    return harness.finish(args, report(job, results, catalog), summary(results))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = BenchmarkParser(__doc__, EXAMPLES)
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="SHARDS | section.key=value", help="shards, and recipe settings")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe ({DEFAULT_RECIPE})")
     parser.number("--ranks", 2, "N", "processes of each side")
@@ -140,14 +130,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """ "1,2" to [1, 2]."""
+    """Convert "1,2" to [1, 2]."""
     if not all(word.isdecimal() for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 1,2")
     return [int(word) for word in text.split(",")]
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """(shards, overrides); what is there as a file or folder is no override."""
+    """Return (shards, overrides); what is there as a file or folder is no override."""
     shards = [word for word in words if "=" not in word or Path(word).exists()]
     return shards, [word for word in words if word not in shards]
 
@@ -239,15 +229,15 @@ def measure(job: TrainingJob, args: argparse.Namespace) -> TrainingResults:
 
     def run(side: str) -> float:
         rate = run_timed(job, f"{side.replace(' ', '-')}-{next(number)}", workers_of[side])
-        say(f"{side:<24}{rate:9.1f} samples/s")
+        harness.say(f"{side:<24}{rate:9.1f} samples/s")
         return rate
 
     if args.rounds:
-        results.rates = take_turns({side: partial(run, side) for side in workers_of}, args.rounds)
+        results.rates = harness.take_turns({side: partial(run, side) for side in workers_of}, args.rounds)
     if args.rounds and not args.no_memory:
         for side, workers in (("clipdist", None), ("open_clip", workers_of[results.best_peer()])):
             results.peak_bytes[side] = run_watched(job, f"{side}-memory", workers)
-            say(f"memory   {side:<24}{results.peak_bytes[side] / 1e6:9.0f} MB")
+            harness.say(f"memory   {side:<24}{results.peak_bytes[side] / 1e6:9.0f} MB")
     if args.loss_steps:
         results.losses = run_losses(job, args.loss_steps)
     return results
@@ -316,7 +306,7 @@ def run_losses(job: TrainingJob, steps: int) -> dict[str, list[float]]:
 
 def our_command(job: TrainingJob, name: str, steps: int, log_every: int) -> list[str]:
     settings = (f"train.steps={steps}", f"train.log_every={log_every}", f"run.name={name}")
-    return [sys.executable, str(ROOT / "clipdist/train.py"), *job.words, *settings]
+    return [sys.executable, str(harness.ROOT / "clipdist/train.py"), *job.words, *settings]
 
 
 def their_command(
@@ -408,7 +398,7 @@ def report(job: TrainingJob, results: TrainingResults, catalog: Catalog) -> str:
         lines += loss_lines(results)
     threads = threads_per_rank(job.ranks)
     lines += [
-        *provenance(job.device, job.ranks * threads, "open_clip_torch", "deepspeed", "webdataset"),
+        *harness.provenance(job.device, job.ranks * threads, "open_clip_torch", "deepspeed", "webdataset"),
         f"- training: {job.config.model.name}, {job.ranks} processes with {threads} threads each,"
         f" global batch {job.batch}, {job.precision}, ZeRO {job.config.engine.zero_stage} here,"
         " --local-loss --gather-with-grad there",
@@ -422,8 +412,10 @@ def rate_table(results: TrainingResults, told: dict[str, float | int | None]) ->
     rows = []
     for side, rates in results.rates.items():
         peak = results.peak_bytes.get({"clipdist": "clipdist", best: "open_clip"}.get(side, ""))
-        rows.append([side, f"{results.rate(side):.1f}", by_round(rates, ".1f"), f"{peak / 1e6:.0f} MB" if peak else ""])
-    table = markdown_table(["", "samples/s, median", "rounds", "peak memory"], rows)
+        rows.append(
+            [side, f"{results.rate(side):.1f}", harness.by_round(rates, ".1f"), f"{peak / 1e6:.0f} MB" if peak else ""]
+        )
+    table = harness.markdown_table(["", "samples/s, median", "rounds", "peak memory"], rows)
     return [*table, "", f"clipdist / {best}: {told['ratio']:.3f}", ""]
 
 

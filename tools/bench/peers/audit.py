@@ -1,4 +1,4 @@
-"""open_clip under the audit: a reference and a global batch in; the rows of open_clip's own losses out.
+"""Audit open_clip's own losses against the reference of tools/audit_gradients.py.
 
 Its loss classes run as they are; around them stands what open_clip_train does with them: features normalised by the
 model, torch DDP's mean of gradients over ranks, and for accum_freq its feature cache (open_clip_train/train.py). They
@@ -36,7 +36,7 @@ class OpenClipWay:
 
 
 def peers_of(loss_name: str, dist_env: DistEnv) -> list[OpenClipWay]:
-    """The ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
+    """Return the ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
     from open_clip.loss import ClipLoss, SigLipLoss
 
     ranks = {"rank": dist_env.rank, "world_size": dist_env.world_size}
@@ -58,7 +58,7 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[OpenClipWay]:
 
 
 def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
-    """Rows of every peer on one global batch, from the weights that the audit's reference has at this time.
+    """Compare every way on one global batch, from the weights that the audit's reference has at this time.
 
     Returns:
         on rank 0 the rows; elsewhere nothing. A feature cache whose batches do not divide a rank's rows is left out.
@@ -83,7 +83,7 @@ def audit_peers(audit: Audit, pairs: Pairs, step: int) -> list[Row]:
 
 
 def _measure(peer: OpenClipWay, audit: Audit, pairs: Pairs, step: int) -> Measured:
-    """The peer's loss, and its gradients as DDP leaves them on every rank."""
+    """Return the loss of one way, and its gradients as DDP leaves them on every rank."""
     dist_env, model = audit.dist_env, audit.reference.model
     share = len(pairs.valid) // dist_env.world_size
     mine = pairs.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
@@ -108,7 +108,7 @@ def _measure(peer: OpenClipWay, audit: Audit, pairs: Pairs, step: int) -> Measur
 def _accumulate(
     peer: OpenClipWay, cfg: Config, model: DualEncoder, mine: Pairs, scalars: Features, dist_env: DistEnv, step: int
 ) -> torch.Tensor:
-    """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward each.
+    """Train as open_clip_train's feature cache: each batch again, its features in place of the cached, a backward each.
 
     The caching pass draws the reference's random numbers; the second pass goes on drawing, as nothing sets it back.
     """
@@ -129,7 +129,7 @@ def _accumulate(
 
 
 def _forward(model: DualEncoder, pairs: Pairs, dist_env: DistEnv) -> Features:
-    """Normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
+    """Return normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
     image_features, text_features, *_ = model(pairs.image.to(dist_env.device), pairs.tokens.to(dist_env.device))
     return {
         "image_features": F.normalize(image_features.float(), dim=-1),
@@ -138,13 +138,13 @@ def _forward(model: DualEncoder, pairs: Pairs, dist_env: DistEnv) -> Features:
 
 
 def _scales(scalars: Features) -> Features:
-    """exp(t) and the bias by the names of open_clip's losses."""
+    """Return exp(t) and the bias by the names of open_clip's losses."""
     scales = {"logit_scale": scalars["logit_scale"].exp()}
     return scales | ({"logit_bias": scalars["logit_bias"]} if "logit_bias" in scalars else {})
 
 
 def _mean_over_ranks(value: torch.Tensor, gradients: Features, world: int) -> Measured:
-    """What DDP does to gradients; the loss is averaged for the table alone."""
+    """Average gradients as DDP does; the loss is averaged for the table alone."""
     flat = torch.cat([value.view(1), *gradients.values()])
     dist.all_reduce(flat)
     flat /= world

@@ -1,4 +1,4 @@
-"""open_clip_train's data pipeline, as it is: shards in; its batches, or the time of each of its stages, out.
+"""Run open_clip_train's data pipeline, as it is: for its batches, or for the time of each of its stages.
 
 Its get_wds_dataset runs with open_clip's own transform and tokenizer. What is done around it, and why:
 
@@ -85,7 +85,7 @@ class LoadingJob:
 
 
 def get_webdataset(wanted: str) -> InstalledWebdataset:
-    """Installs webdataset `wanted` into ~/.cache/clipdist/peers, once; where pip cannot, the installed one is to do.
+    """Install webdataset `wanted` into ~/.cache/clipdist/peers, once; where pip cannot, the installed one is to do.
 
     Raises:
         UserError: `wanted` is no version.
@@ -105,7 +105,7 @@ def get_webdataset(wanted: str) -> InstalledWebdataset:
 
 
 def _install(requirement: str, folder: Path) -> str:
-    """ "" or why it did not work."""
+    """Install it. Return "", or why it did not work."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(partial), requirement]
     try:
@@ -122,7 +122,7 @@ def _install(requirement: str, folder: Path) -> str:
 
 
 def batches(job: LoadingJob) -> Iterator[tuple[Any, Any]]:
-    """open_clip_train's training batches, for ever: float32 [b, 3, size, size], normalised, and int64 [b, 77].
+    """Yield open_clip_train's training batches, for ever: float32 [b, 3, size, size], normalised, and int64 [b, 77].
 
     To be called once in a process, which has not imported webdataset before.
     """
@@ -146,7 +146,7 @@ def batches(job: LoadingJob) -> Iterator[tuple[Any, Any]]:
 
 
 def stage_seconds(job: LoadingJob, samples: int) -> dict[str, float]:
-    """Seconds per sample that each of open_clip_train's stages computes for, on one thread; medians of some repeats.
+    """Return the seconds per sample that each of open_clip_train's stages computes for on one thread, as medians.
 
     "resize" is all of the transform (crop, resize, to float, normalise), "other" is stacking the samples of a batch.
     """
@@ -182,7 +182,7 @@ def _first(count: int, samples: Iterable[Any]) -> Iterator[Any]:
 
 
 def _import(webdataset: Path | None) -> ModuleType:
-    """open_clip_train.data."""
+    """Import open_clip_train.data."""
     if webdataset and str(webdataset) not in sys.path:
         assert "webdataset" not in sys.modules
         sys.path.insert(0, str(webdataset))

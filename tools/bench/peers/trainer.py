@@ -1,4 +1,4 @@
-"""open_clip_train beside clipdist, for a fair comparison: a Config in; its flags, its run, and a report of it out.
+"""Run open_clip_train as a clipdist configuration says, for a fair comparison.
 
 open_clip_train runs as its own main(): its model, data pipeline, transforms, optimiser, schedule, loss and loop. What
 is done around it, and why:
@@ -62,7 +62,7 @@ class StartWeights:
 
 
 def check_comparable(config: Config) -> None:
-    """Raises UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
+    """Raise a UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
     model, loss = config.model, config.loss
     if loss.name != "infonce" or loss.label_smoothing:
         raise UserError("loss: the comparison is of loss.name=infonce without loss.label_smoothing")
@@ -74,7 +74,7 @@ def check_comparable(config: Config) -> None:
 
 
 def make_start(config: Config, folder: Path) -> StartWeights:
-    """Draws (or loads) the weights of config.model and writes them to `folder` for both sides.
+    """Draw (or load) the weights of config.model and write them to `folder` for both sides.
 
     Raises:
         UserError: a model that open_clip does not have (CBOW), or that cannot be built.
@@ -106,7 +106,7 @@ def flags(
     log_every: int,
     logs: Path,
 ) -> list[str]:
-    """open_clip_train's arguments for the run that `config` describes, in its exact mode.
+    """Return open_clip_train's arguments for the run that `config` describes, in its exact mode.
 
     Args:
         shards: tars; their order is open_clip_train's own matter.
@@ -153,7 +153,7 @@ def flags(
 
 
 def import_peer() -> ModuleType:
-    """open_clip_train.main, made to run with the webdataset that is installed.
+    """Import open_clip_train.main, made to run with the webdataset that is installed.
 
     Raises:
         UserError: it cannot be imported.
@@ -190,7 +190,7 @@ def _pandas_stand_in() -> Iterator[None]:
 
 
 def run_theirs(report: Path, model_json: Path | None, batches: Path | None, words: list[str]) -> int:
-    """One rank of open_clip_train. Writes {"times", "losses", "peak_bytes"} to REPORT with the rank in its name.
+    """Run one rank of open_clip_train. Write {"times", "losses", "peak_bytes"} to REPORT with the rank in its name.
 
     Args:
         model_json: to register first.
@@ -228,7 +228,7 @@ def rank_report(report: Path, rank: int) -> Path:
 
 
 class _ProgressTimes(logging.Handler):
-    """Keeps (samples so far, seconds) of each progress line."""
+    """Keep (samples so far, seconds) of each progress line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class _FedBatches:
 
 
 def _keeping(create_loss: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
-    """create_loss, but that the values of the loss are kept."""
+    """Wrap create_loss so that the values of the loss are kept."""
 
     def create(args: Any) -> Callable[..., dict[str, Any]]:
         loss = create_loss(args)
@@ -300,7 +300,7 @@ def _keeping(create_loss: Callable[..., Any], kept: list[Any]) -> Callable[..., 
 
 
 def run_ours(words: list[str]) -> int:
-    """clipdist's training command with open_clip's choice of the parameters that decay: all that are not vectors."""
+    """Run clipdist's training command with the parameters that decay in open_clip: all that are not vectors."""
     from clipdist import train
     from clipdist.engine import optim
 
