@@ -77,7 +77,8 @@ class Workers:
         answers: dict[int, Any] = {}
         failure: UserError | None = None
         while len(answers) < len(self.pipes):
-            ready = wait([pipe for rank, pipe in enumerate(self.pipes) if rank not in answers], GRACE_S)
+            waited_for = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            ready = wait(waited_for, max(0.0, min(GRACE_S, deadline - time.monotonic())))
             if failure and not ready:
                 break  # the others wait in a collective for the one that failed
             if time.monotonic() > deadline:
@@ -192,8 +193,10 @@ def run_ranks(
                 processes.append(subprocess.Popen(command, env=environment | of_rank, stdout=out, stderr=out))
             if watch:
                 watch.pids = [process.pid for process in processes]
-            while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes):
                 time.sleep(0.05)
+                codes = [process.poll() for process in processes]
         finally:
             _end(processes)
     if any(process.returncode for process in processes):
