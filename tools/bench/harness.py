@@ -40,7 +40,7 @@ class BenchmarkParser(argparse.ArgumentParser):
         self, flag: str, default: float, metavar: str, text: str, least: float = 1, most: float = math.inf
     ) -> None:
         """Add an option that takes a number of the default's type in least .. most."""
-        text = f"{text} ({default:g})".lstrip()
+        text = f"{text} ({default:.9g})".lstrip()
         action = self.add_argument(flag, type=type(default), default=default, metavar=metavar, help=text)
         self._limits[action.dest] = flag, least, most
 
@@ -51,7 +51,7 @@ class BenchmarkParser(argparse.ArgumentParser):
         for name, (flag, least, most) in self._limits.items():
             value = getattr(args, name)
             if not least <= value <= most:
-                allowed = f"be at least {least:g}" if most == math.inf else f"lie in {least:g} .. {most:g}"
+                allowed = f"be at least {least:.9g}" if most == math.inf else f"lie in {least:.9g} .. {most:.9g}"
                 self.error(f"{flag} {value}: must {allowed}")
         return args
 
@@ -80,8 +80,8 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def workspace(work: Path | None = None) -> Iterator[Path]:
-    """Make a new folder in `work`, or in the temporary folder, and remove it afterwards.
+def workspace(work: Path | None = None, flag: str = "--work") -> Iterator[Path]:
+    """Make a new folder in `work`, which `flag` names, or in the temporary folder, and remove it afterwards.
 
     Raises:
         UserError: it cannot be made.
@@ -89,7 +89,7 @@ def workspace(work: Path | None = None) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=work))
     except OSError as error:
-        raise UserError(f"--work {work}: cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(f"{flag} {work}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield folder
     finally:

@@ -28,6 +28,7 @@ from clipdist import config
 from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir, write_manifest, write_part
 from clipdist.data.catalog import Catalog
 from clipdist.datasets.shard_writer import shard_sizes
+from clipdist.distributed.rank import resolve_device
 from clipdist.errors import Fault, run_main
 from clipdist.evals.embed import Embeddings
 from clipdist.evals.search import cache_file, unit, write_cache
@@ -81,7 +82,7 @@ def main() -> int:
             [[TIMES[key], *harness.spread(values, ".3f")] for key, values in times.items()],
         ),
         "",
-        *harness.provenance(args.device, torch.get_num_threads()),
+        *harness.provenance(resolve_device(args.device), torch.get_num_threads()),
     ]
     return harness.finish(args, "\n".join(lines), record)
 

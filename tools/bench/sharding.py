@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    with harness.workspace(args.scratch) as folder:
+    with harness.workspace(args.scratch, "--scratch") as folder:
         shard(args, folder / "first")
         shards = unpack(folder / "first", folder / "members")
         copy(shards, folder / "copied")
