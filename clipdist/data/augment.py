@@ -78,7 +78,7 @@ def train_views(
         BadSample: as decode_pixels. `outs` are then as they were.
     """
     drawn = uniforms.tolist()
-    pixels, factor, boxes = _decode_for(data, views, drawn, max_pixels)
+    pixels, factor, boxes = decode_for(data, views, drawn, max_pixels)
     for view, numbers, box, out in zip(views, drawn, boxes, outs, strict=True):
         top, left, height, width = (side // factor for side in box)
         image = resize(pixels[top : top + height, left : left + width], view.size, view.size, out)
@@ -86,10 +86,15 @@ def train_views(
             image.copy_(image.flip(-1))
 
 
-def _decode_for(
+def decode_for(
     data: bytes, views: Sequence[View], drawn: list[list[float]], max_pixels: int
 ) -> tuple[np.ndarray, int, list[tuple[int, int, int, int]]]:
-    """Pixels uint8 [h, w, 3], the factor by which they were reduced, and the views' crops at full size."""
+    """Decode an image once for the crops of all its views.
+
+    Returns:
+        pixels uint8 [h, w, 3], the factor by which they were reduced, and the crops (top, left, height, width) at full
+        size.
+    """
 
     def crops(height: int, width: int) -> list[tuple[int, int, int, int]]:
         return [random_crop(height, width, n, v.augmentation.crop_scale_min) for v, n in zip(views, drawn, strict=True)]

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench/checkpoint.py"
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, str(TOOL), *words], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_saving_and_starting_are_measured(tmp_path):
+def test_saving_and_starting_are_measured(bench, tmp_path):
     out = tmp_path / "bench.md"
-    few = ["--models", "configs/models/tiny_rn.json", "--batch", "4", "--saves", "2", "--steps", "2"]
-    ended = run(*few, "--work", str(tmp_path), "--out", str(out), "--json")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    (result,) = json.loads(ended.stdout.splitlines()[-1])["models"]
+    line = "checkpoint --models configs/models/tiny_rn.json --batch 4 --saves 2 --steps 2 --json"
+    ended = bench(line, "--work", tmp_path, "--out", out)
+    (result,) = ended.record["models"]
     saves = result["saves"]
     assert len(saves["plain_s"]) == 4
     assert len(saves["in_loop_s"]) == len(saves["gone_s"]) == 2
@@ -34,7 +19,6 @@ def test_saving_and_starting_are_measured(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.md"]  # the checkpoints are gone
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
-    ended = run("--work", str(tmp_path / "none"), "--models", "configs/models/tiny_rn.json")
-    assert ended.returncode == 2
-    assert ended.stderr.strip().splitlines()[-1].startswith("error: --work")
+def test_a_folder_that_cannot_be_written_is_told(refused, tmp_path):
+    words = ["--work", tmp_path / "none", "--models", "configs/models/tiny_rn.json"]
+    assert refused("checkpoint", *words).startswith("--work")

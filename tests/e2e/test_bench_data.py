@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import json
 import os
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,21 +13,9 @@ from PIL import Image
 from clipdist.data.catalog import Catalog
 from clipdist.data.reader import Reader
 from clipdist.datasets.shard_writer import Sample, write_shard
-from clipdist.errors import UserError
+from tools.bench import data_sides
 
 pytest.importorskip("open_clip_train")
-TOOL = Path(__file__).parents[2] / "tools/bench/data.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("bench_data", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -51,41 +34,12 @@ def small_sample(key):
     return Sample(key, {"jpg": file.getvalue(), "txt": f"picture {key} of a test".encode()})
 
 
-def run(tool, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["bench_data.py", *map(str, words)])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tool.main()
-
-
-def run_alone(*words):
-    """The command as users type it: the processes that it starts import the tool."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, TOOL, *map(str, words)], capture_output=True, text=True, env=env)
-
-
-def test_rates_of_all_sides_are_told(shards, tmp_path):
+def test_rates_of_all_sides_are_told(bench, shards, tmp_path):
     out = tmp_path / "bench.md"
-    few = [
-        "--rounds",
-        1,
-        "--seconds",
-        0.1,
-        "--batch",
-        16,
-        "--threads",
-        1,
-        "--starts",
-        1,
-        "--output",
-        32,
-        "--step-ms",
-        1,
-    ]
+    few = "--rounds 1 --seconds 0.1 --batch 16 --threads 1 --starts 1 --output 32 --step-ms 1"
     installed = ["--peer-webdataset", version("webdataset")]  # nothing to install
-    done = run_alone(shards, "--dct", *few, *installed, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    told = done.stdout
-    answer = json.loads(told.splitlines()[-1])
+    ended = bench(f"data --dct --json {few}", shards, *installed, "--out", out)
+    answer = ended.record
     assert answer["ratio"] == pytest.approx(answer["ours"] / answer["open_clip"])
     assert answer["of_ceiling"] == pytest.approx(answer["ours"] / answer["ceiling"])
     assert min(answer["ours"], answer["open_clip"], answer["ceiling"]) > 0
@@ -100,15 +54,14 @@ def test_rates_of_all_sides_are_told(shards, tmp_path):
     assert answer["resume_ratio"] > 0
     assert answer["open_clip_workers"] in (1, 2)
     text = out.read_text()
-    assert text.strip() in told
+    assert text.strip() in ended.stdout
     for word in ("| clipdist ", "open_clip_train, ", "| decode ", "commit:", "hardware:", "load ", "136 pictures"):
         assert word in text
 
 
-def test_made_pictures_are_as_large_as_photographs_and_all_different(tool, tmp_path, monkeypatch, capfd):
+def test_made_pictures_are_as_large_as_photographs_and_all_different(bench, tmp_path):
     folder = tmp_path / "new/pictures"
-    assert run(tool, monkeypatch, "--make-640x480", folder, "--pictures", 18) == 0
-    assert "18 pictures in 6 shards" in capfd.readouterr().out
+    assert "18 pictures in 6 shards" in bench("data --pictures 18 --make-640x480", folder).stdout
     reader = Reader(Catalog.open([str(folder)]))
     assert len(reader.catalog) == 18
     files = [reader.image(sample_id) for sample_id in range(18)]
@@ -118,7 +71,7 @@ def test_made_pictures_are_as_large_as_photographs_and_all_different(tool, tmp_p
     assert {Image.open(io.BytesIO(data)).size for data in files} == {(640, 480)}
 
 
-def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(tool, monkeypatch):
+def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(monkeypatch):
     """A clock that advances with every batch: the rate is that of the window alone, in whole rounds of the workers."""
     clock = {"now": 0.0}
     sizes = iter([1000] * 3 + [8] * 100)  # the prepared ones must not count
@@ -127,8 +80,8 @@ def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(tool, monkeypatc
         clock["now"] += 1.0
         return next(sizes)
 
-    monkeypatch.setattr(tool.time, "perf_counter", lambda: clock["now"])
-    assert tool.steady_rate(take, 5.0, skip=3, at_once=4) == 8
+    monkeypatch.setattr(data_sides.time, "perf_counter", lambda: clock["now"])
+    assert data_sides.steady_rate(take, 5.0, skip=3, at_once=4) == 8
     assert clock["now"] == 3 + 8  # two rounds of four
 
 
@@ -145,24 +98,21 @@ def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(tool, monkeypatc
         ([], "SHARDS: name some"),
     ],
 )
-def test_bad_input_is_told(tool, shards, monkeypatch, capsys, words, says):
-    with pytest.raises((UserError, SystemExit)) as ended:
-        run(tool, monkeypatch, *(word.replace("SHARDS", str(shards)) for word in words))
-    assert says in (str(ended.value) if ended.type is UserError else capsys.readouterr().err)
+def test_bad_input_is_told(refused, shards, words, says):
+    assert says in refused("data", *(word.replace("SHARDS", str(shards)) for word in words))
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+def test_a_picture_that_cannot_be_decoded_is_named(bench, tmp_path):
     samples = [small_sample(f"{row:03d}") for row in range(128)]
     samples[7] = Sample("007", {**samples[7].members, "jpg": b"no picture"})
     write_shard(tmp_path / "00000.tar", samples)
-    installed = ["--peer-webdataset", version("webdataset"), "--seconds", 0.1, "--batch", 8, "--output", 32]
-    done = run_alone(tmp_path, *installed)
-    assert done.returncode == 2
-    assert done.stderr == ("error: SHARDS: 00000.tar: 007: not an image; measure with samples that can all be used\n")
+    installed = ["--peer-webdataset", version("webdataset")]
+    ended = bench("data --seconds 0.1 --batch 8 --output 32", tmp_path, *installed)
+    assert ended.returncode == 2
+    assert ended.stderr == ("error: SHARDS: 00000.tar: 007: not an image; measure with samples that can all be used\n")
 
 
-def test_a_folder_that_holds_something_is_not_written_to(tool, tmp_path, monkeypatch):
+def test_a_folder_that_holds_something_is_not_written_to(refused, tmp_path):
     (tmp_path / "mine").write_text("")
-    with pytest.raises(UserError, match="is not empty"):
-        run(tool, monkeypatch, "--make-640x480", tmp_path)
+    assert "is not empty" in refused("data", "--make-640x480", tmp_path)
     assert os.listdir(tmp_path) == ["mine"]

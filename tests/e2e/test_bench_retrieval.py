@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools/bench/retrieval.py"
+from clipdist.evals.retrieval import TIE, retrieval_ranks
+from tools.bench import retrieval
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOL), *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_bench(tmp_path: Path, shards: Path) -> None:
+def test_bench(bench, tmp_path, shards):
     out = tmp_path / "deep/table.md"
-    sizes = ["--pictures", "700", "--width", "128", "--large", "1500", "6000", "--repeats", "1"]
-    ended = run(*sizes, "--embed", "configs/models/tiny_vit.json", str(shards / "val"), "--out", str(out), "--json")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    record = json.loads(ended.stdout.splitlines()[-1])
+    sizes = "--pictures 700 --width 128 --large 1500 6000 --repeats 1"
+    line = f"retrieval {sizes} --embed configs/models/tiny_vit.json"
+    ended = bench(line, shards / "val", "--out", out, "--json")
+    record = ended.record
     assert record["recall_difference"] < 1e-6
     assert 5 < record["t2i_r1"] < 95  # the case says something
     assert (record["checked"], record["checked_equal"] + record["checked_near_tie"]) == (500, 500)
@@ -41,33 +29,22 @@ def test_bench(tmp_path: Path, shards: Path) -> None:
         assert told in text
 
 
-def test_a_wrong_rank_is_found() -> None:
-    spec = importlib.util.spec_from_file_location("bench_retrieval", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    from clipdist.evals.retrieval import TIE, retrieval_ranks
-
-    pairs = module.draw_pairs(40, 90, 16)
+def test_a_wrong_rank_is_found():
+    pairs = retrieval.draw_features(40, 90, 16)
     ranks = retrieval_ranks(pairs.image, pairs.text, pairs.text_image)
-    assert sum(module.check_ranks(pairs, ranks, TIE)) == module.CHECKED
-    with pytest.raises(RuntimeError, match="where float64 counts"):
-        module.check_ranks(pairs, replace(ranks, image=ranks.image + 1), TIE)
-    with pytest.raises(RuntimeError, match="where float64 counts"):
-        module.check_ranks(pairs, replace(ranks, text=ranks.text.roll(1)), TIE)
+    assert sum(retrieval.check_ranks(pairs, ranks, TIE)) == retrieval.CHECKED
+    for wrong in (replace(ranks, image=ranks.image + 1), replace(ranks, text=ranks.text.roll(1))):
+        with pytest.raises(RuntimeError, match="where float64 counts"):
+            retrieval.check_ranks(pairs, wrong, TIE)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--pictures", "0"], "every size must be at least 1"),
+        (["--pictures", "0"], "--pictures 0: must be at least 1"),
         (["--large", "20", "10"], "a caption for every picture"),
         (["--embed", "runs/demo"], "name shards too"),
     ],
 )
-def test_bad_input(words: list[str], says: str) -> None:
-    ended = run(*words)
-    assert ended.returncode == 2
-    assert says in ended.stderr
+def test_bad_input(refused, words, says):
+    assert says in refused("retrieval", *words)

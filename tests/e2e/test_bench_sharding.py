@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/bench/sharding.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -36,12 +26,11 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("tool", ["shard_pairs", "shard_flickr8k"])
-def test_the_copy_has_the_shards_members(tmp_path: Path, source: Path, tool: str) -> None:
+def test_the_copy_has_the_shards_members(bench, tmp_path, source, tool):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    ended = run(source, "--tool", tool, "--processes", 1, "--repeats", 2, "--scratch", scratch, "--json")
-    assert ended.returncode == 0, ended.stderr
-    record = json.loads(ended.stdout.splitlines()[-1])
+    ended = bench(f"sharding --tool {tool} --processes 1 --repeats 2 --json", source, "--scratch", scratch)
+    record = ended.record
     assert (record["tool"], record["samples"], record["members"], record["processes"]) == (tool, 5, 15, 1)
     assert len(record["sharded_s"]) == len(record["copied_s"]) == 2
     assert record["speed_percent"] > 0
@@ -49,8 +38,13 @@ def test_the_copy_has_the_shards_members(tmp_path: Path, source: Path, tool: str
     assert list(scratch.iterdir()) == []
 
 
-def test_bad_input(tmp_path: Path, source: Path) -> None:
-    for words in ((source, "--repeats", 0), (source, "--scratch", tmp_path / "no"), (tmp_path / "no",)):
-        ended = run(*words)
-        assert ended.returncode == 2
-        assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["SOURCE", "--repeats", 0], "--repeats 0: must be at least 1"),
+        (["SOURCE", "--scratch", "nowhere"], "--scratch nowhere: no such folder"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input(refused, source, words, says):
+    assert says in refused("sharding", *(str(source) if word == "SOURCE" else word for word in words))

@@ -1,8 +1,8 @@
-"""Small runs in; the memory that the plan predicts for each, and that real training steps take, as a table out.
+"""Compare the memory that the plan predicts for small runs with the memory that real training steps take, on the CPU.
 
-Every cell starts fresh processes on this machine's CPU, one a rank, and measures how far their resident memory grows
-over what it is after the imports, at its highest, building and two training steps included (the second step has the
-optimiser's state). The prediction is made before, by clipdist.estimate, without a run.
+Every cell starts fresh processes, one a rank, and measures how far their resident memory grows over what it is after
+the imports, at its highest, building and two training steps included (the second step has the optimiser's state). The
+prediction is made before, by clipdist.estimate, without a run.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ if __name__ == "__main__":  # its own folder has files that others are named lik
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
-import json
+import multiprocessing
 import os
-import platform
 import shlex
-import socket
-import subprocess
 from dataclasses import asdict, dataclass
 
-from clipdist.config import REPOSITORY, Config, load_config
-from clipdist.errors import UserError, run_main
-from clipdist.monitor.provenance import commit, hardware
+from clipdist.config import load_config
+from clipdist.errors import Fault, UserError, run_main
+from tools.bench import harness
+from tools.bench.peak_memory import RETURN_FREED, require_resettable
+from tools.bench.processes import Workers
 
-EXAMPLES = """examples:
-  python tools/bench/plan.py
+EXAMPLES = """  python tools/bench/plan.py
   python tools/bench/plan.py --only stage3 --out plan.md
   python tools/bench/plan.py --keep-freed --only "stage1 fp32"
 
@@ -36,7 +34,6 @@ run with MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 MALLOC_ARENA_
 --keep-freed leaves glibc as it is."""
 STEPS = 2
 TIME_LIMIT_S = 500
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 VIT = ["model.name=ViT-S-32-alt", "train.global_batch=8"]
 WIDE = ["model.name=ViT-S-32-alt", "train.global_batch=32"]
 CELLS = {
@@ -62,7 +59,7 @@ CELLS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanCell:
     """One cell: bytes of the rank that took the most; error in per cent of the measured."""
 
     cell: str
@@ -76,145 +73,67 @@ class Row:
         return 100 * (self.predicted / self.measured - 1)
 
 
+def parse_args() -> argparse.Namespace:
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose names hold one of the words")
+    parser.add_argument("--keep-freed", action="store_true", help="leave glibc's memory as training has it")
+    return parser.parse(out_text="write the table as markdown, too, after every cell")
+
+
 def main() -> int:
     args = parse_args()
-    if args.rank:
-        print(json.dumps(grown(load_config(None, args.rank))))
-        return 0
     chosen = {name: cell for name, cell in CELLS.items() if not args.only or any(word in name for word in args.only)}
     if not chosen:
         raise UserError(f"--only {shlex.join(args.only)}: no such cell; there are {', '.join(CELLS)}")
-    rows = []
+    require_resettable("tools/bench/plan.py")
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **({} if args.keep_freed else RETURN_FREED)}
+    cells: list[PlanCell] = []
     for name, (ranks, words) in chosen.items():
-        rows.append(run_cell(name, ranks, words, args.keep_freed))
-        print(f"{name}: {rows[-1].error:+.1f} %", file=sys.stderr, flush=True)
+        cells.append(run_cell(name, ranks, words))
+        harness.say(f"{name}: {cells[-1].error:+.1f} %")
         if args.out:
-            args.out.write_text(report(args, rows) + "\n", encoding="utf-8")  # what is measured is not lost
-    print(report(args, rows))
-    if args.json:
-        print(json.dumps({"rows": [asdict(row) | {"error_percent": row.error} for row in rows]}))
-    return 0
+            harness.write_text(args.out, report(args, cells))  # what is measured is not lost
+    return harness.finish(args, report(args, cells), {"rows": [asdict(c) | {"error_percent": c.error} for c in cells]})
 
 
-def run_cell(name: str, ranks: int, words: list[str], keep_freed: bool) -> Row:
-    """
+def run_cell(name: str, ranks: int, words: list[str]) -> PlanCell:
+    """Predict and measure one cell.
+
     Raises:
-        RuntimeError: a rank failed.
+        Fault: a rank failed, or did not end in time.
     """
     from clipdist.estimate import make_estimate
+    from tools.bench.steps import StepMemory
 
-    settings = [*words, "device=cpu", *([] if any("precision" in word for word in words) else ["train.precision=fp32"])]
-    predicted = make_estimate(load_config(None, settings), world=ranks).memory.total
-    environment = {**os.environ, **({} if keep_freed else GIVE_BACK), "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--rank", *settings],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(ranks)
+    precision = [] if any("precision" in word for word in words) else ["train.precision=fp32"]
+    config = load_config(None, [*words, "device=cpu", *precision])
+    predicted = make_estimate(config, world=ranks).memory.total
+    with Workers(multiprocessing.get_context("spawn"), StepMemory, (config, "cpu"), world=ranks) as processes:
+        try:
+            grown = processes.ask_all("whole_run", STEPS, limit_s=TIME_LIMIT_S)
+        except Fault as fault:
+            raise Fault(f"{name}: {fault}") from None
+    return PlanCell(name, ranks, " ".join(words), predicted, max(grown))
+
+
+def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
+    """Return Markdown: what it was measured with, and the table."""
+    within = sum(abs(cell.error) <= 15 for cell in cells)
+    rows = [
+        [c.cell, c.settings, str(c.ranks), f"{c.predicted / 1e6:.0f}", f"{c.measured / 1e6:.0f}", f"{c.error:+.1f} %"]
+        for c in cells
     ]
-    try:
-        outputs = [process.communicate(timeout=TIME_LIMIT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{name}: a rank ended with {[process.returncode for process in processes]}")
-    return Row(name, ranks, " ".join(words), predicted, max(int(text.splitlines()[-1]) for text in outputs))
-
-
-def grown(config: Config) -> int:
-    """Trains two steps as one rank. Returns by how many bytes resident memory grew at the most."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401  what is imported counts as the baseline
-    import open_clip  # noqa: F401
-    import torch
-
-    from clipdist.distributed import rank as distributed
-    from clipdist.engine.step import Engine
-    from clipdist.evals.audit import DrawnPairs
-    from clipdist.models.dual_encoder import build_model
-    from clipdist.objectives.make import make_objectives
-
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    before = proc_bytes("VmRSS")
-    dist_env = distributed.start("cpu")
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, config.objectives.clip)
-    if config.engine.activation_checkpointing:
-        model.set_activation_checkpointing()
-    pairs = DrawnPairs(config, model.spec).pairs(0)
-    share = len(pairs.image) // dist_env.world_size
-    rows = slice(dist_env.rank * share, (dist_env.rank + 1) * share)
-    assert pairs.group_id is not None
-    batch = [x[rows].clone() for x in (pairs.image, pairs.tokens, pairs.valid, pairs.group_id)]
-    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
-    for step in range(STEPS):
-        engine.train_step(*batch, step=step, lr=config.optim.lr)
-    peak = proc_bytes("VmHWM")
-    distributed.stop()
-    return peak - before
-
-
-def proc_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise OSError(f"/proc/self/status has no {name}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def report(args: argparse.Namespace, rows: list[Row]) -> str:
-    """Markdown: what it was measured with, and the table."""
-    import torch
-
-    within = sum(abs(row.error) <= 15 for row in rows)
-    return "\n".join(
-        [
-            "# Memory of a rank: the plan beside real steps",
-            "",
-            f"    python tools/bench/plan.py {shlex.join(sys.argv[1:])}".rstrip(),
-            "",
-            f"- commit: {commit()}",
-            f"- hardware: {hardware('cpu', 1)}",
-            f"- torch {torch.__version__}, Python {platform.python_version()}",
-            "- growth of resident memory over the imported baseline at its highest, building and two steps included",
-            f"- glibc {'as it is' if args.keep_freed else 'gives back what is freed at once: ' + ' '.join(GIVE_BACK)}",
-            f"- within 15 %: {within} of {len(rows)}",
-            "",
-            "| cell | settings | ranks | predicted, MB | measured, MB | error |",
-            "|---|---|--:|--:|--:|--:|",
-            *[
-                f"| {r.cell} | {r.settings} | {r.ranks} | {r.predicted / 1e6:.0f} | {r.measured / 1e6:.0f}"
-                f" | {r.error:+.1f} % |"
-                for r in rows
-            ],
-        ]
-    )
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="The plan's memory beside the memory of real training steps, on the CPU.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose names hold one of the words")
-    parser.add_argument("--keep-freed", action="store_true", help="leave glibc's memory as training has it")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as markdown, too, after every cell")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--rank", nargs="+", default=[], help=argparse.SUPPRESS)  # one process of a cell
-    return parser.parse_args()
+    lines = [
+        "# Memory of a rank: the plan beside real steps",
+        "",
+        *harness.provenance("cpu", 1),
+        "- growth of resident memory over the imported baseline at its highest, building and two steps included",
+        f"- glibc {'as it is' if args.keep_freed else 'gives back what is freed at once: ' + ' '.join(RETURN_FREED)}",
+        f"- within 15 %: {within} of {len(cells)}",
+        "",
+        *harness.markdown_table(["cell", "settings", "ranks", "predicted, MB", "measured, MB", "error"], rows, left=2),
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

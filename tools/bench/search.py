@@ -1,4 +1,4 @@
-"""A number of pictures in; how long a repeated search among their kept features takes, in a fresh process, out.
+"""Time a repeated search among the kept features of many pictures, in fresh processes.
 
 Shards of tiny pictures, a run of a model with random weights and random features are made in a temporary folder. What
 is timed is tools/search_images.py as people start it, from its start to its end, less the time of its imports.
@@ -13,71 +13,86 @@ if __name__ == "__main__":  # its own folder has files that others are named lik
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
-import io
 import json
 import statistics
 import subprocess
-import tempfile
-import time
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from clipdist import config
 from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir, write_manifest, write_part
 from clipdist.data.catalog import Catalog
-from clipdist.datasets.shard_writer import Sample, sample_key, shard_name, shard_sizes, write_shard
+from clipdist.datasets.shard_writer import shard_sizes
+from clipdist.distributed.rank import resolve_device
 from clipdist.errors import Fault, run_main
 from clipdist.evals.embed import Embeddings
 from clipdist.evals.search import cache_file, unit, write_cache
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import load_model
+from tools.bench import harness
+from tools.bench.images import write_drawn_shards
+from tools.bench.processes import repository_environment
 
-EXAMPLE = """example:
-  python tools/bench/search.py --pictures 100000 --model ViT-B-32 --json"""
+EXAMPLES = """  python tools/bench/search.py --pictures 100000 --model ViT-B-32 --json"""
 PER_SHARD = 10_000
-LOOKS = 32  # different pictures
-TOOL = Path(__file__).with_name("search_images.py")
+TOOL = harness.ROOT / "tools/search_images.py"
+TIMES = {  # JSON key: row of the table
+    "after_imports_s": "whole process, less its imports",
+    "encode_s": "the text tower's forward pass",
+    "search_s": "the search in the features",
+    "import_s": "imports",
+}
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    with tempfile.TemporaryDirectory(prefix="clipdist-") as name:
-        folder = Path(name)
-        write_pictures(folder / "shards", arguments.pictures)
-        write_run(folder / "run", arguments.model)
+def parse_args() -> argparse.Namespace:
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
+    parser.number("--pictures", 100_000, "N", "")
+    parser.add_argument("--model", default="ViT-B-32", metavar="NAME", help="open_clip name or model JSON (ViT-B-32)")
+    parser.number("--rounds", 5, "N", "searches")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse()
+
+
+def main() -> int:
+    args = parse_args()
+    with harness.workspace() as folder:
+        write_drawn_shards(folder / "shards", "bench-search", shard_sizes(args.pictures, PER_SHARD), draw_tiny)
+        write_run(folder / "run", args.model)
         keep_random_features(folder / "run", folder / "shards")
-        rounds = [search(folder, number, arguments.device) for number in tqdm(range(arguments.rounds), disable=None)]
-    record = {"pictures": arguments.pictures, "model": arguments.model, "rounds": arguments.rounds}
-    for key in rounds[0]:
-        values = [times[key] for times in rounds]
+        number = count()
+        rounds = harness.take_turns({"search": lambda: search(folder, next(number), args.device)}, args.rounds)[
+            "search"
+        ]
+    times = {key: [found[key] for found in rounds] for key in TIMES}
+    record: dict[str, Any] = {"pictures": args.pictures, "model": args.model, "rounds": args.rounds}
+    for key, values in times.items():
         record |= {key: round(statistics.median(values), 4), f"least_{key}": round(min(values), 4)}
-    print(table(record))
-    if arguments.json:
-        print(json.dumps(record))
+    lines = [
+        f"# A search among {args.pictures} pictures, {args.model}",
+        "",
+        f"Seconds; {args.rounds} searches.",
+        "",
+        *harness.markdown_table(
+            ["", "least", "median", "most"],
+            [[TIMES[key], *harness.spread(values, ".3f")] for key, values in times.items()],
+        ),
+        "",
+        *harness.provenance(resolve_device(args.device), torch.get_num_threads()),
+    ]
+    return harness.finish(args, "\n".join(lines), record)
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    folder.mkdir()
-    looks = []
-    for level in range(LOOKS):
-        file = io.BytesIO()
-        Image.new("RGB", (8, 8), (7 * level, 128, 255 - 7 * level)).save(file, "JPEG")
-        looks.append(file.getvalue())
-    for shard, size in enumerate(tqdm(shard_sizes(count, PER_SHARD), "shards", disable=None)):
-        samples = []
-        for row in range(size):
-            key = sample_key(shard, row)
-            record = json.dumps({"key": key, "captions": [f"picture {key}"], "filename": f"{key}.jpg"})
-            samples.append(Sample(key, {"jpg": looks[row % LOOKS], "json": record.encode()}))
-        write_shard(folder / shard_name(shard), samples)
+def draw_tiny(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
+    return Image.new("RGB", (8, 8), tuple(rng.integers(0, 256, 3).tolist())), ["a colour"]
 
 
 def write_run(folder: Path, name: str) -> None:
-    """A run folder with one checkpoint, of random weights."""
+    """Write a run folder with one checkpoint, of random weights."""
     torch.manual_seed(0)
     model = build_model(config.Model(name=name))
     buffers = dict(model.named_buffers())
@@ -91,7 +106,7 @@ def write_run(folder: Path, name: str) -> None:
 
 
 def keep_random_features(run: Path, shards: Path) -> None:
-    """What a first search would keep, without its forward passes."""
+    """Write what a first search would keep, without its forward passes."""
     loaded, catalog = load_model(str(run)), Catalog.open([str(shards)])
     random = torch.Generator().manual_seed(0)
     embeddings = Embeddings(
@@ -111,58 +126,21 @@ def _fail(line: str) -> None:
 
 
 def search(folder: Path, number: int, device: str) -> dict[str, float]:
-    """Seconds of one search in a fresh process; every round asks another sentence.
+    """Time one search in a fresh process, with a sentence of its own. Return seconds by the keys of TIMES.
 
     Raises:
         Fault: the search failed, or did not take the features that were kept.
     """
-    words = [
-        str(folder / "run"),
-        str(folder / "shards"),
-        f"a dog on beach number {number}",
-        "--device",
-        device,
-        "--json",
-    ]
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, check=False)
-    wall_s = time.perf_counter() - began
+    words = [folder / "run", folder / "shards", f"a dog on beach number {number}", "--device", device, "--json"]
+    command = [sys.executable, str(TOOL), *map(str, words)]
+    run = partial(subprocess.run, command, env=repository_environment(), capture_output=True, text=True)
+    wall_s, done = harness.timed(run)
     if done.returncode:
         raise Fault(f"{TOOL.name} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if not record["kept"]:
         raise Fault(f"{TOOL.name} made the features anew: {done.stderr.strip()[-300:]}")
-    times = {name: record[name] for name in ("encode_s", "search_s", "import_s")}
-    return {"after_imports_s": wall_s - record["import_s"], **times}
-
-
-def table(record: dict[str, Any]) -> str:
-    lines = [f"{record['pictures']} pictures, {record['model']}, {record['rounds']} searches, seconds"]
-    lines.append(f"{'':34}{'median':>9}{'least':>9}")
-    for title, key in (
-        ("whole process, less its imports", "after_imports_s"),
-        ("the text tower's forward pass", "encode_s"),
-        ("the search in the features", "search_s"),
-        ("imports", "import_s"),
-    ):
-        lines.append(f"{title:34}{record[key]:9.3f}{record[f'least_{key}']:9.3f}")
-    return "\n".join(lines)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pictures", type=int, default=100_000, metavar="N", help="(100000)")
-    parser.add_argument("--model", default="ViT-B-32", metavar="NAME", help="open_clip name or model JSON (ViT-B-32)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="searches (5)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    arguments = parser.parse_args()
-    for name in ("pictures", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    return arguments
+    return {"after_imports_s": wall_s - record["import_s"]} | {key: record[key] for key in TIMES if key in record}
 
 
 if __name__ == "__main__":

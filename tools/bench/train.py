@@ -1,4 +1,4 @@
-"""A recipe in; samples/s, peak memory and losses of clipdist's training beside open_clip_train's out.
+"""Compare clipdist's training with open_clip_train's (open_clip_torch 3.3.0): samples/s, peak memory and losses.
 
 Both train the same model from the same weights on the same shards, with the same global batch, precision, optimiser and
 number of processes, one after the other in turn. Two questions, answered separately:
@@ -16,44 +16,31 @@ if __name__ == "__main__":  # its own folder has files that others are named lik
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
-import io
 import json
-import os
-import platform
-import shlex
-import shutil
-import signal
-import socket
 import statistics
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config, load_config, to_yaml
 from clipdist.config.batches import check_ranks
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError, run_main
-from clipdist.monitor.provenance import commit, hardware
+from clipdist.run_plan import check_ranks
+from tools.bench import harness
+from tools.bench.peak_memory import ProportionalSetSize
+from tools.bench.processes import repository_environment, run_ranks, threads_per_rank
 
 if TYPE_CHECKING:
-    from tools.bench.peers.trainer import Start
+    from tools.bench.peers.trainer import StartWeights
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_RECIPE = "configs/flickr8k_vit_tiny.yaml"
-PICTURES = 512  # drawn at least
-SIDES = (128, 224)  # of a drawn picture, pixels
+IMAGES = 512  # drawn at least
 NEVER = 1 << 40  # steps
 MEMORY_STEPS = 4  # of the run whose memory is watched
-WATCH_S = 0.05
 TOLERANCE = 1e-4  # of the losses
-EXAMPLE = """examples:
-  python tools/bench/train.py
+EXAMPLES = """  python tools/bench/train.py
   python tools/bench/train.py data/flickr8k/train --ranks 2 --out bench.md
   python tools/bench/train.py --rounds 0 --loss-steps 50 train.global_batch=64      # the losses alone
   python tools/bench/train.py --loss-steps 0 model.name=ViT-B-32 train.precision=bf16   # any settings of a recipe
@@ -64,13 +51,13 @@ that is timed. Without SHARDS pictures are drawn."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is common to all runs of one benchmark."""
 
     config: Config
     words: list[str]  # --config and the overrides, for clipdist's training command
     shards: list[Path]
-    start: Start
+    start: StartWeights
     folder: Path
     ranks: int
     steps: int  # timed
@@ -84,7 +71,7 @@ class Job:
 
 
 @dataclass
-class Results:
+class TrainingResults:
     """None or empty: not measured."""
 
     rates: dict[str, list[float]] = field(default_factory=dict)  # side -> samples/s by round
@@ -102,150 +89,96 @@ class Results:
         return max(abs(a - b) for a, b in zip(self.losses["clipdist"], self.losses["open_clip"], strict=True))
 
 
-class RunFailed(Exception):
-    """A process of a run ended with an exit code that is not 0; the text is the end of what it said."""
-
-
 def main() -> int:
-    arguments = parse_arguments()
-    shards, overrides = split_words(arguments.words)
-    config = load_config(arguments.config, overrides)
-    check_ranks(config, arguments.ranks)
+    args = parse_args()
+    shards, overrides = split_words(args.words)
+    config = load_config(args.config, overrides)
+    check_ranks(config, args.ranks)
     named = shards or (config.data.train if any(word.startswith("data.train=") for word in overrides) else [])
     catalog = Catalog.open(named, "SHARDS") if named else None
     if catalog:
-        check_shares(catalog, config, arguments)
+        check_shares(catalog, config, args)
 
     from tools.bench.peers.trainer import check_comparable
 
     check_comparable(config)
-    try:
-        with workspace(arguments.work) as (kept, scratch):
-            catalog = catalog or Catalog.open([draw_shards(kept, config, arguments)], "drawn pictures")
-            job = make_job(arguments, config, overrides, catalog, scratch)
-            results = measure(job, arguments)
-    except RunFailed as failure:
-        print(failure, file=sys.stderr)
-        return 1
-    text = report(job, results, arguments, catalog)
-    print(text)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    if arguments.json:
-        print(json.dumps(summary(results)))
-    return 0
+    if args.work:
+        make_folder(args.work)
+    with harness.workspace(args.work) as scratch:
+        if catalog is None:
+            drawn = draw_shards(args.work or scratch, config, args)
+            catalog = Catalog.open([str(drawn)], "drawn pictures")
+        job = make_job(args, config, overrides, catalog, scratch)
+        results = measure(job, args)
+    return harness.finish(args, report(job, results, catalog), summary(results))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Training speed, memory and losses beside open_clip_train (open_clip_torch 3.3.0).",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_args() -> argparse.Namespace:
+    parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="SHARDS | section.key=value", help="shards, and recipe settings")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe ({DEFAULT_RECIPE})")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes of each side (2)")
-    parser.add_argument("--steps", type=int, default=20, metavar="S", help="timed steps of a run (20)")
-    parser.add_argument("--warmup", type=int, default=10, metavar="S", help="steps before them (10)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="R", help="runs of each side; 0: no rates (3)")
-    parser.add_argument("--loss-steps", type=int, default=50, metavar="S", help="losses to compare; 0: none (50)")
+    parser.number("--ranks", 2, "N", "processes of each side")
+    parser.number("--steps", 20, "S", "timed steps of a run")
+    parser.number("--warmup", 10, "S", "steps before them")
+    parser.number("--rounds", 3, "R", "runs of each side; 0: no rates", least=0)
+    parser.number("--loss-steps", 50, "S", "losses to compare; 0: none", least=0)
     parser.add_argument(
         "--workers", type=whole_numbers, default=[1, 2], metavar="N,N", help="open_clip_train's, per rank (1,2)"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the two runs that watch memory")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="where drawn pictures stay; default: removed")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as markdown, too")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    arguments = parser.parse_intermixed_args()
-    for name, least in (("ranks", 1), ("steps", 1), ("warmup", 1), ("rounds", 0), ("loss_steps", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least {least}")
-    return arguments
+    return parser.parse()
 
 
 def whole_numbers(text: str) -> list[int]:
-    """ "1,2" to [1, 2]."""
+    """Convert "1,2" to [1, 2]."""
     if not all(word.isdecimal() for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 1,2")
     return [int(word) for word in text.split(",")]
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """(shards, overrides); what is there as a file or folder is no override."""
+    """Return (shards, overrides); what is there as a file or folder is no override."""
     shards = [word for word in words if "=" not in word or Path(word).exists()]
     return shards, [word for word in words if word not in shards]
 
 
-@contextmanager
-def workspace(work: Path | None) -> Iterator[tuple[Path, Path]]:
-    """(a folder for drawn pictures, a new one for the runs); the second is gone afterwards, the first unless named."""
+def make_folder(folder: Path) -> None:
     try:
-        if work:
-            work.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="bench-", dir=work))
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--work {work}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        yield work or scratch, scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"--work {folder}: cannot be written ({error.strerror}); choose another folder") from None
 
 
-# Data
-
-
-def draw_shards(folder: Path, config: Config, arguments: argparse.Namespace) -> str:
-    """Draws captioned pictures into shards of one size, a whole number of batches for every loader. Returns the folder.
+def draw_shards(folder: Path, config: Config, args: argparse.Namespace) -> Path:
+    """Draw captioned images into shards of one size, a whole number of batches for every loader. Return their folder.
 
     open_clip_train throws away the last, partial batch of each pass over a worker's shards: there is none here.
     """
-    from clipdist.datasets.shard_writer import is_whole, shard_name, write_shard, write_side_files
+    from clipdist.datasets.shard_writer import is_whole
+    from tools.bench.images import draw_scene, write_drawn_shards
 
-    loaders = arguments.ranks * max(1, *arguments.workers)
-    per_rank = config.train.global_batch // arguments.ranks
-    per_shard = per_rank * -(-PICTURES // (per_rank * loaders))
+    loaders = args.ranks * max(1, *args.workers)
+    per_rank = config.train.global_batch // args.ranks
+    per_shard = per_rank * -(-IMAGES // (per_rank * loaders))
     out = folder / f"pictures-{loaders}x{per_shard}"
     if not is_whole(out):
-        print(f"drawing {loaders * per_shard} pictures", flush=True)
-        out.mkdir(exist_ok=True)
-        facts = []
-        for shard in range(loaders):
-            samples = (draw_sample(shard, row, shard * per_shard + row) for row in range(per_shard))
-            facts.append(write_shard(out / shard_name(shard), samples))
-        write_side_files(out, "bench", facts)
-    return str(out)
+        write_drawn_shards(out, "bench", [per_shard] * loaders, draw_scene)
+    return out
 
 
-def draw_sample(shard: int, row: int, number: int) -> Any:
-    """Picture `number`: a scene of its own size, JPEG, with five captions."""
-    import numpy as np
-
-    from clipdist.datasets import scenes
-    from clipdist.datasets.shard_writer import Sample, sample_key
-
-    rng = np.random.default_rng(number)
-    scene = scenes.sample_scene(rng)
-    file = io.BytesIO()
-    side = int(rng.integers(SIDES[0], SIDES[1] + 1))
-    scenes.render_scene(scene, rng, side).save(file, "JPEG", quality=scenes.JPEG_QUALITY)
-    captions, key = scenes.write_captions(scene, rng), sample_key(shard, row)
-    record = json.dumps({"key": key, "captions": captions}).encode()
-    return Sample(key, {"jpg": file.getvalue(), "txt": captions[0].encode(), "json": record})
-
-
-def check_shares(catalog: Catalog, config: Config, arguments: argparse.Namespace) -> None:
-    """Raises UserError where a loader of open_clip_train could not fill a batch: it would wait for ever."""
-    loaders = arguments.ranks * max(1, *arguments.workers)
+def check_shares(catalog: Catalog, config: Config, args: argparse.Namespace) -> None:
+    """Raise a UserError where a loader of open_clip_train could not fill a batch: it would wait for ever."""
+    loaders = args.ranks * max(1, *args.workers)
     shards = len(catalog.shards)
-    if arguments.rounds and shards < loaders:
+    if args.rounds and shards < loaders:
         raise UserError(
             f"SHARDS: {shards} shards for {loaders} loaders of open_clip_train (--ranks x --workers); give more"
             " shards, or fewer --workers"
         )
     sizes = sorted(shard.count for shard in catalog.shards)
-    least, batch = sum(sizes[: shards // loaders]), config.train.global_batch // arguments.ranks
-    if arguments.rounds and least < batch:
+    least, batch = sum(sizes[: shards // loaders]), config.train.global_batch // args.ranks
+    if args.rounds and least < batch:
         raise UserError(
             f"SHARDS: a loader of open_clip_train may get {least} samples, fewer than a rank's batch of {batch}; lower"
             " train.global_batch, or --workers"
@@ -254,12 +187,9 @@ def check_shares(catalog: Catalog, config: Config, arguments: argparse.Namespace
         raise UserError(f"SHARDS: {len(catalog)} samples, fewer than train.global_batch={config.train.global_batch}")
 
 
-# Runs
-
-
 def make_job(
-    arguments: argparse.Namespace, config: Config, overrides: list[str], catalog: Catalog, scratch: Path
-) -> Job:
+    args: argparse.Namespace, config: Config, overrides: list[str], catalog: Catalog, scratch: Path
+) -> TrainingJob:
     from clipdist.distributed.rank import resolve_device, resolve_precision
     from tools.bench.peers.trainer import make_start
 
@@ -277,38 +207,40 @@ def make_job(
         "train.save_every": NEVER,
         "eval.every": NEVER,
     }
-    words = ["--config", arguments.config, *overrides, *(f"{name}={value}" for name, value in common.items())]
-    return Job(
+    words = ["--config", args.config, *overrides, *(f"{name}={value}" for name, value in common.items())]
+    return TrainingJob(
         config,
         words,
         shards,
         start,
         scratch,
-        ranks=arguments.ranks,
-        steps=arguments.steps,
-        warmup=arguments.warmup,
+        ranks=args.ranks,
+        steps=args.steps,
+        warmup=args.warmup,
         device=device,
         precision=precision,
     )
 
 
-def measure(job: Job, arguments: argparse.Namespace) -> Results:
-    """All runs, the sides in turn."""
-    results = Results()
-    for number in range(1, arguments.rounds + 1):
-        sides: list[int | None] = [None, *arguments.workers]
-        for workers in sides:
-            side = side_name(workers)
-            rate = run_timed(job, f"{side.replace(' ', '-')}-{number}", workers)
-            results.rates.setdefault(side, []).append(rate)
-            print(f"round {number}  {side:<24}{rate:9.1f} samples/s", flush=True)
-    if arguments.rounds and not arguments.no_memory:
-        best = next(workers for workers in arguments.workers if side_name(workers) == results.best_peer())
-        for side, count in (("clipdist", None), ("open_clip", best)):
-            results.peak_bytes[side] = run_watched(job, f"{side}-memory", count)
-            print(f"memory   {side:<24}{results.peak_bytes[side] / 1e6:9.0f} MB", flush=True)
-    if arguments.loss_steps:
-        results.losses = run_losses(job, arguments.loss_steps)
+def measure(job: TrainingJob, args: argparse.Namespace) -> TrainingResults:
+    """Run all, the sides in turn."""
+    results = TrainingResults()
+    number = count(1)
+    workers_of: dict[str, int | None] = {side_name(workers): workers for workers in [None, *args.workers]}
+
+    def run(side: str) -> float:
+        rate = run_timed(job, f"{side.replace(' ', '-')}-{next(number)}", workers_of[side])
+        harness.say(f"{side:<24}{rate:9.1f} samples/s")
+        return rate
+
+    if args.rounds:
+        results.rates = harness.take_turns({side: partial(run, side) for side in workers_of}, args.rounds)
+    if args.rounds and not args.no_memory:
+        for side, workers in (("clipdist", None), ("open_clip", workers_of[results.best_peer()])):
+            results.peak_bytes[side] = run_watched(job, f"{side}-memory", workers)
+            harness.say(f"memory   {side:<24}{results.peak_bytes[side] / 1e6:9.0f} MB")
+    if args.loss_steps:
+        results.losses = run_losses(job, args.loss_steps)
     return results
 
 
@@ -316,8 +248,8 @@ def side_name(workers: int | None) -> str:
     return "clipdist" if workers is None else f"open_clip {workers} workers"
 
 
-def run_timed(job: Job, name: str, workers: int | None) -> float:
-    """Samples/s over the steps after the warm-up. workers None: clipdist's run; else open_clip_train's."""
+def run_timed(job: TrainingJob, name: str, workers: int | None) -> float:
+    """Return samples/s over the steps after the warm-up. workers None: clipdist's run; else open_clip_train's."""
     total = job.warmup + job.steps
     log_every = min(job.config.train.log_every, job.steps)
     if workers is None:
@@ -331,8 +263,8 @@ def run_timed(job: Job, name: str, workers: int | None) -> float:
     return (last - first) / (ended - began)
 
 
-def run_watched(job: Job, name: str, workers: int | None) -> int:
-    """Peak bytes of a short run, the last step's checkpoint included.
+def run_watched(job: TrainingJob, name: str, workers: int | None) -> int:
+    """Return the peak bytes of a short run, the last step's checkpoint included.
 
     On a GPU, what rank 0's torch allocated there; on a CPU, the proportional set sizes of all processes, workers too.
     """
@@ -348,8 +280,8 @@ def run_watched(job: Job, name: str, workers: int | None) -> int:
     return int(their_reports(job, name)[0]["peak_bytes"])
 
 
-def run_losses(job: Job, steps: int) -> dict[str, list[float]]:
-    """The losses of both on the same batches, fp32, step by step; of all ranks together."""
+def run_losses(job: TrainingJob, steps: int) -> dict[str, list[float]]:
+    """Return the losses of both on the same batches, fp32, step by step; of all ranks together."""
     warmup = min(job.config.optim.warmup_steps, steps // 4)
     same = [
         f"train.steps={steps}",
@@ -360,13 +292,12 @@ def run_losses(job: Job, steps: int) -> dict[str, list[float]]:
         "objectives.clip.group_positives=false",  # open_clip's loss knows no second positive
     ]
     ours, theirs = "clipdist-losses", "open_clip-losses"
-    env = {"NVIDIA_TF32_OVERRIDE": "0"}  # open_clip_train switches TF32 on
     command = [sys.executable, "-m", "tools.bench.peers.trainer", "ours", *job.words, *same, f"run.name={ours}"]
-    run_all(job, ours, command, env=env)
+    run_all(job, ours, command, tf32=False)
     config = load_config(job.words[1], [*job.words[2:], *same, f"run.name={theirs}"])
     recipe = job.folder / "batches.yaml"
     recipe.write_text(to_yaml(config), encoding="utf-8")
-    run_all(job, theirs, their_command(job, theirs, steps, steps, 0, config, recipe), env=env)
+    run_all(job, theirs, their_command(job, theirs, steps, steps, 0, config, recipe), tf32=False)
     by_rank = [record["losses"] for record in their_reports(job, theirs)]
     return {
         "clipdist": [record["loss"] for record in our_records(job, ours)],
@@ -374,13 +305,13 @@ def run_losses(job: Job, steps: int) -> dict[str, list[float]]:
     }
 
 
-def our_command(job: Job, name: str, steps: int, log_every: int) -> list[str]:
+def our_command(job: TrainingJob, name: str, steps: int, log_every: int) -> list[str]:
     settings = (f"train.steps={steps}", f"train.log_every={log_every}", f"run.name={name}")
-    return [sys.executable, str(ROOT / "clipdist/train.py"), *job.words, *settings]
+    return [sys.executable, str(harness.ROOT / "clipdist/train.py"), *job.words, *settings]
 
 
 def their_command(
-    job: Job,
+    job: TrainingJob,
     name: str,
     steps: int,
     log_every: int,
@@ -406,131 +337,46 @@ def their_command(
     return [sys.executable, "-m", "tools.bench.peers.trainer", "theirs", *map(str, files), *words]
 
 
-def our_records(job: Job, name: str) -> list[dict[str, Any]]:
+def our_records(job: TrainingJob, name: str) -> list[dict[str, Any]]:
     lines = (job.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record for record in map(json.loads, lines) if record["type"] == "train"]
 
 
-def their_report(job: Job, name: str) -> Path:
+def their_report(job: TrainingJob, name: str) -> Path:
     return job.folder / f"{name}.json"
 
 
-def their_reports(job: Job, name: str) -> list[dict[str, Any]]:
-    """What each rank wrote."""
+def their_reports(job: TrainingJob, name: str) -> list[dict[str, Any]]:
+    """Read what each rank wrote."""
     from tools.bench.peers.trainer import rank_report
 
     paths = [rank_report(their_report(job, name), rank) for rank in range(job.ranks)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-class ProportionalSetSize:
-    """Peak of the sum of PSS over processes and all below them: a page that k processes share counts 1/k in each."""
-
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-        self.peak_bytes = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> ProportionalSetSize:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(WATCH_S):
-            self.peak_bytes = max(self.peak_bytes, sum(map(tree_bytes, self.pids)))
-
-
-def tree_bytes(pid: int) -> int:
-    import psutil
-
-    total = 0
-    try:
-        top = psutil.Process(pid)
-        processes = [top, *top.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:  # it has just ended
-            continue
-    return total
-
-
 def run_all(
-    job: Job, name: str, command: list[str], watch: ProportionalSetSize | None = None, env: dict[str, str] | None = None
+    job: TrainingJob,
+    name: str,
+    command: list[str],
+    watch: ProportionalSetSize | None = None,
+    tf32: bool = True,
 ) -> None:
-    """Runs `command` on all ranks, with the environment that torchrun gives; what they print goes to a file.
-
-    Raises:
-        RunFailed: a rank failed; the others are ended.
-    """
-    log = job.folder / f"{name}.log"
-    processes: list[subprocess.Popen] = []
-    with open(log, "w", encoding="utf-8") as out:
-        try:
-            for rank_env in rank_environments(job, env or {}):
-                processes.append(subprocess.Popen(command, env=rank_env, stdout=out, stderr=out))
-            if watch:
-                watch.pids = [process.pid for process in processes]
-            while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
-                time.sleep(0.05)
-        finally:
-            end(processes)
-    if any(process.returncode for process in processes):
-        tail = "".join(log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-20:])
-        raise RunFailed(f"{tail}error: a process of {name} failed: {shlex.join(command)}")
-
-
-def rank_environments(job: Job, env: dict[str, str]) -> Iterator[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    """Run a command on all ranks (without TF32, where it shall be fp32). Raise a Fault where one failed."""
+    environment = repository_environment() | {
         "PYTHONUNBUFFERED": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(job.ranks),
-        "LOCAL_WORLD_SIZE": str(job.ranks),
         "OMP_NUM_THREADS": str(threads_per_rank(job.ranks)),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin for work take the cores from those that decode, on both sides
         "DS_ACCELERATOR": job.device,
     }
     if job.device == "cpu":
-        common["CUDA_VISIBLE_DEVICES"] = ""
-    for rank in range(job.ranks):
-        yield {**common, **env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if not tf32:  # open_clip_train switches it on
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
+    run_ranks(command, job.ranks, environment, job.folder / f"{name}.log", watch)
 
 
-def threads_per_rank(ranks: int) -> int:
-    """For computing: the cores divided among the ranks, unless the caller's environment says otherwise."""
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-def end(processes: list[subprocess.Popen]) -> None:
-    """Sees to it that all have ended, with what they started."""
-    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):  # clipdist saves at the first, leaves at the second
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-        for process in processes:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                continue
-
-
-# What is told
-
-
-def summary(results: Results) -> dict[str, float | int | None]:
-    """The JSON line; None where nothing was measured."""
+def summary(results: TrainingResults) -> dict[str, float | int | None]:
+    """Return the JSON line; None where nothing was measured."""
     timed = bool(results.rates)
     ours = results.rate("clipdist") if timed else None
     theirs = results.rate(results.best_peer()) if timed else None
@@ -544,20 +390,17 @@ def summary(results: Results) -> dict[str, float | int | None]:
     }
 
 
-def report(job: Job, results: Results, arguments: argparse.Namespace, catalog: Catalog) -> str:
-    """Markdown: tables, then what they were measured with."""
+def report(job: TrainingJob, results: TrainingResults, catalog: Catalog) -> str:
+    """Return Markdown: tables, then what they were measured with."""
     lines = ["# Training beside open_clip_train", ""]
     if results.rates:
         lines += rate_table(results, summary(results))
     if results.losses:
         lines += loss_lines(results)
-    packages = ("clipdist", "torch", "open_clip_torch", "deepspeed", "webdataset")
+    threads = threads_per_rank(job.ranks)
     lines += [
-        f"- command: `{shlex.join(['python', 'tools/bench/train.py', *sys.argv[1:]])}`",
-        f"- commit: {commit()}",
-        f"- hardware: {hardware(job.device, job.ranks * threads_per_rank(job.ranks))}",
-        f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}; Python {platform.python_version()}",
-        f"- training: {job.config.model.name}, {job.ranks} processes with {threads_per_rank(job.ranks)} threads each,"
+        *harness.provenance(job.device, job.ranks * threads, "open_clip_torch", "deepspeed", "webdataset"),
+        f"- training: {job.config.model.name}, {job.ranks} processes with {threads} threads each,"
         f" global batch {job.batch}, {job.precision}, ZeRO {job.config.engine.zero_stage} here,"
         " --local-loss --gather-with-grad there",
         f"- data: {len(catalog)} pictures in {len(job.shards)} shards",
@@ -565,20 +408,19 @@ def report(job: Job, results: Results, arguments: argparse.Namespace, catalog: C
     return "\n".join(lines)
 
 
-def rate_table(results: Results, told: dict[str, float | int | None]) -> list[str]:
+def rate_table(results: TrainingResults, told: dict[str, float | int | None]) -> list[str]:
     best = results.best_peer()
-    rows = [("", "samples/s, median", "rounds", "peak memory")]
+    rows = []
     for side, rates in results.rates.items():
         peak = results.peak_bytes.get({"clipdist": "clipdist", best: "open_clip"}.get(side, ""))
-        rounds = " ".join(f"{rate:.1f}" for rate in rates)
-        rows.append((side, f"{results.rate(side):.1f}", rounds, f"{peak / 1e6:.0f} MB" if peak else ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return [*lines, "", f"clipdist / {best}: {told['ratio']:.3f}", ""]
+        rows.append(
+            [side, f"{results.rate(side):.1f}", harness.by_round(rates, ".1f"), f"{peak / 1e6:.0f} MB" if peak else ""]
+        )
+    table = harness.markdown_table(["", "samples/s, median", "rounds", "peak memory"], rows)
+    return [*table, "", f"clipdist / {best}: {told['ratio']:.3f}", ""]
 
 
-def loss_lines(results: Results) -> list[str]:
+def loss_lines(results: TrainingResults) -> list[str]:
     differences = [abs(a - b) for a, b in zip(results.losses["clipdist"], results.losses["open_clip"])]
     worst = max(range(len(differences)), key=differences.__getitem__)
     ours = results.losses["clipdist"]

@@ -1,1 +1,1 @@
-"""Other trainers, as they are: what clipdist measures itself against. Nothing of clipdist's own training is in here."""
+"""Other trainers, as they are, for clipdist to be measured against. No training of clipdist's depends on them."""

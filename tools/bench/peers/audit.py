@@ -1,4 +1,4 @@
-"""open_clip under the audit: a reference and a global batch in; the rows of open_clip's own losses out.
+"""Audit open_clip's own losses against the reference of tools/audit_gradients.py.
 
 Its loss classes run as they are; around them stands what open_clip_train does with them: features normalised by the
 model, torch DDP's mean of gradients over ranks, and for accum_freq its feature cache (open_clip_train/train.py). They
@@ -29,7 +29,7 @@ ACCUM_FREQ = 4
 
 
 @dataclass(frozen=True)
-class Peer:
+class OpenClipWay:
     """One way of open_clip to train: a loss with its flags, and how many batches its feature cache joins."""
 
     name: str
@@ -37,16 +37,16 @@ class Peer:
     accum_freq: int = 1
 
 
-def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
-    """The ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
+def peers_of(loss_name: str, dist_env: DistEnv) -> list[OpenClipWay]:
+    """Return the ways that compute the configured loss: ClipLoss for infonce, SigLipLoss for sigmoid."""
     from open_clip.loss import ClipLoss, SigLipLoss
 
     ranks = {"rank": dist_env.rank, "world_size": dist_env.world_size}
     if loss_name == "sigmoid":
         ways = [SigLipLoss(dist_impl=impl, **ranks) for impl in ("bidir", "shift", "reduce", "gather")]
         names = [f"open_clip SigLipLoss dist_impl={way.dist_impl}" for way in ways]
-        peers = [Peer(name, way) for name, way in zip(names, ways)]
-        return [*peers, Peer(f"open_clip SigLipLoss accum_freq={ACCUM_FREQ}", ways[0], ACCUM_FREQ)]
+        peers = [OpenClipWay(name, way) for name, way in zip(names, ways)]
+        return [*peers, OpenClipWay(f"open_clip SigLipLoss accum_freq={ACCUM_FREQ}", ways[0], ACCUM_FREQ)]
     flags = {
         "default flags": {},
         "--local-loss": {"local_loss": True},
@@ -55,12 +55,12 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[Peer]:
     }
     clip = {name: ClipLoss(**chosen, **ranks) for name, chosen in flags.items()}
     best = "--local-loss --gather-with-grad"
-    peers = [Peer(f"open_clip {name}", way) for name, way in clip.items()]
-    return [*peers, Peer(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
+    peers = [OpenClipWay(f"open_clip {name}", way) for name, way in clip.items()]
+    return [*peers, OpenClipWay(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
 
 
 def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
-    """Rows of every peer on one global batch, from the weights that the audit's reference has at this time.
+    """Compare every way on one global batch, from the weights that the audit's reference has at this time.
 
     Returns:
         on rank 0 the rows; elsewhere nothing. A feature cache whose batches do not divide a rank's rows is left out.
@@ -88,8 +88,8 @@ def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
     return rows
 
 
-def _measure(peer: Peer, audit: Audit, batch: Batch, step: int) -> Measured:
-    """The peer's loss, and its gradients as DDP leaves them on every rank."""
+def _measure(peer: OpenClipWay, audit: Audit, batch: Batch, step: int) -> Measured:
+    """Return the loss of one way, and its gradients as DDP leaves them on every rank."""
     dist_env, model = audit.dist_env, audit.reference.model
     share = len(batch) // dist_env.world_size
     mine = batch.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
@@ -112,9 +112,9 @@ def _measure(peer: Peer, audit: Audit, batch: Batch, step: int) -> Measured:
 
 
 def _accumulate(
-    peer: Peer, cfg: Config, model: DualEncoder, mine: Batch, scalars: Features, dist_env: DistEnv, step: int
+    peer: OpenClipWay, cfg: Config, model: DualEncoder, mine: Batch, scalars: Features, dist_env: DistEnv, step: int
 ) -> torch.Tensor:
-    """open_clip_train's feature cache: each batch again, its features in place of the cached ones, a backward each.
+    """Train as open_clip_train's feature cache: each batch again, its features in place of the cached, a backward each.
 
     The caching pass draws the reference's random numbers; the second pass goes on drawing, as nothing sets it back.
     """
@@ -135,7 +135,7 @@ def _accumulate(
 
 
 def _forward(model: DualEncoder, batch: Batch, dist_env: DistEnv) -> Features:
-    """Normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
+    """Return normalised features [b, D], as open_clip's models give them to their losses; in fp32."""
     outputs = model(**batch.to(dist_env.device).inputs())
     return {
         "image_features": F.normalize(outputs[IMAGE].float(), dim=-1),
@@ -144,13 +144,13 @@ def _forward(model: DualEncoder, batch: Batch, dist_env: DistEnv) -> Features:
 
 
 def _scales(scalars: Features) -> Features:
-    """exp(t) and the bias by the names of open_clip's losses."""
+    """Return exp(t) and the bias by the names of open_clip's losses."""
     scales = {"logit_scale": scalars["logit_scale"].exp()}
     return scales | ({"logit_bias": scalars["logit_bias"]} if "logit_bias" in scalars else {})
 
 
 def _mean_over_ranks(value: torch.Tensor, gradients: Features, world: int) -> Measured:
-    """What DDP does to gradients; the loss is averaged for the table alone."""
+    """Average gradients as DDP does; the loss is averaged for the table alone."""
     flat = torch.cat([value.view(1), *gradients.values()])
     dist.all_reduce(flat)
     flat /= world

@@ -1,4 +1,4 @@
-"""open_clip_train's data pipeline, as it is: shards in; its batches, or the time of each of its stages, out.
+"""Run open_clip_train's data pipeline, as it is: for its batches, or for the time of each of its stages.
 
 Its get_wds_dataset runs with open_clip's own transform and tokenizer. What is done around it, and why:
 
@@ -37,13 +37,14 @@ from tools.bench.peers.trainer import import_peer
 CONTEXT_LENGTH_OF = "ViT-B-32"  # CLIP's own tokenizer, 77 ids
 PASSES_PER_BATCH = 500  # batches at least between two that are thrown away
 ENDLESS = 1 << 40  # samples of an "epoch"
+STAGE_SAMPLES = 128
 STAGES = ("read", "decode", "resize", "tokens", "other")
 _REPEATS = 3
 _INSTALL_S = 120
 
 
 @dataclass(frozen=True)
-class Webdataset:
+class InstalledWebdataset:
     """Which webdataset open_clip_train shall use.
 
     Attributes:
@@ -56,26 +57,35 @@ class Webdataset:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """What open_clip_train's data pipeline is made from.
+class LoadingJob:
+    """What both data pipelines are made from.
 
     Attributes:
         shards: tars, all of them local.
-        size: side of the square pictures, pixels.
         samples: in the shards.
+        output: side of the square images, pixels.
+        crop_scale: share of an image's area that is kept at least.
+        dct: clipdist decodes JPEGs at reduced scale.
+        threads: clipdist's for decoding.
+        seconds: length of a window.
+        webdataset: open_clip_train's, a folder; None: the installed one.
+        workers: open_clip_train's processes.
     """
 
     shards: tuple[str, ...]
     samples: int
-    size: int
-    crop_scale_min: float
+    output: int
+    crop_scale: float
+    dct: bool
+    threads: int
     batch: int
-    workers: int
+    seconds: float
     webdataset: Path | None
+    workers: int = 1
 
 
-def get_webdataset(wanted: str) -> Webdataset:
-    """Installs webdataset `wanted` into ~/.cache/clipdist/peers, once; where pip cannot, the installed one is to do.
+def get_webdataset(wanted: str) -> InstalledWebdataset:
+    """Install webdataset `wanted` into ~/.cache/clipdist/peers, once; where pip cannot, the installed one is to do.
 
     Raises:
         UserError: `wanted` is no version.
@@ -83,19 +93,19 @@ def get_webdataset(wanted: str) -> Webdataset:
     if not re.fullmatch(r"\d+(\.\d+)*", wanted):
         raise UserError(f"--peer-webdataset {wanted}: must be a version, such as 0.2.86")
     if wanted == version("webdataset"):
-        return Webdataset(None, f"{wanted}, as installed")
+        return InstalledWebdataset(None, f"{wanted}, as installed")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipdist/peers"
     folder = cache / f"webdataset-{wanted}"
     if not folder.is_dir():
         reason = _install(f"webdataset=={wanted}", folder)
         if reason:
             said = f"{version('webdataset')} with eof_value=None ({wanted} could not be installed: {reason})"
-            return Webdataset(None, said)
-    return Webdataset(folder, wanted)
+            return InstalledWebdataset(None, said)
+    return InstalledWebdataset(folder, wanted)
 
 
 def _install(requirement: str, folder: Path) -> str:
-    """ "" or why it did not work."""
+    """Install it. Return "", or why it did not work."""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(partial), requirement]
     try:
@@ -111,41 +121,41 @@ def _install(requirement: str, folder: Path) -> str:
     return ""
 
 
-def batches(pipeline: Pipeline) -> Iterator[tuple[Any, Any]]:
-    """open_clip_train's training batches, for ever: float32 [b, 3, size, size], normalised, and int64 [b, 77].
+def batches(job: LoadingJob) -> Iterator[tuple[Any, Any]]:
+    """Yield open_clip_train's training batches, for ever: float32 [b, 3, size, size], normalised, and int64 [b, 77].
 
     To be called once in a process, which has not imported webdataset before.
     """
     multiprocessing.set_start_method("fork", force=True)  # its pipeline cannot be pickled for other ways to start
     # More workers than cores may be faster here: a worker waits while it hands over a batch.
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    data = _import(pipeline.webdataset)
+    data = _import(job.webdataset)
     vars(data)["_SAMPLE_SHUFFLE_SIZE"] = data._SAMPLE_SHUFFLE_INITIAL
-    per_pass = PASSES_PER_BATCH * pipeline.batch * pipeline.workers
+    per_pass = PASSES_PER_BATCH * job.batch * job.workers
     arguments = Namespace(
-        train_data="::".join(pipeline.shards * -(-per_pass // pipeline.samples)),
+        train_data="::".join(job.shards * -(-per_pass // job.samples)),
         train_num_samples=ENDLESS,
         train_data_upsampling_factors=None,
-        batch_size=pipeline.batch,
-        workers=pipeline.workers,
+        batch_size=job.batch,
+        workers=job.workers,
         world_size=1,
         seed=0,
     )
-    transform, tokenizer = _transform(pipeline), _tokenizer()
+    transform, tokenizer = _transform(job), _tokenizer()
     return iter(data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader)
 
 
-def stage_seconds(pipeline: Pipeline, samples: int) -> dict[str, float]:
-    """Seconds per sample that each of open_clip_train's stages computes for, on one thread; medians of some repeats.
+def stage_seconds(job: LoadingJob, samples: int) -> dict[str, float]:
+    """Return the seconds per sample that each of open_clip_train's stages computes for on one thread, as medians.
 
     "resize" is all of the transform (crop, resize, to float, normalise), "other" is stacking the samples of a batch.
     """
     import torch
 
     torch.set_num_threads(1)
-    data, transform, tokenizer = _import(pipeline.webdataset), _transform(pipeline), _tokenizer()
+    data, transform, tokenizer = _import(job.webdataset), _transform(job), _tokenizer()
     wds = data.wds
-    urls = [{"url": url} for url in pipeline.shards]
+    urls = [{"url": url} for url in job.shards]
     stages: dict[str, Callable[[Iterable[Any]], Iterable[Any]]] = {
         "read": lambda _: _first(samples, data.tarfile_to_samples_nothrow(iter(urls))),
         "decode": lambda read: wds.decode("pilrgb")(iter(read)),
@@ -172,7 +182,7 @@ def _first(count: int, samples: Iterable[Any]) -> Iterator[Any]:
 
 
 def _import(webdataset: Path | None) -> ModuleType:
-    """open_clip_train.data."""
+    """Import open_clip_train.data."""
     if webdataset and str(webdataset) not in sys.path:
         assert "webdataset" not in sys.modules
         sys.path.insert(0, str(webdataset))
@@ -180,11 +190,11 @@ def _import(webdataset: Path | None) -> ModuleType:
     return importlib.import_module("open_clip_train.data")
 
 
-def _transform(pipeline: Pipeline) -> Callable[[Any], Any]:
+def _transform(job: LoadingJob) -> Callable[[Any], Any]:
     from open_clip.transform import AugmentationCfg, image_transform
 
-    augmentation = AugmentationCfg(scale=(pipeline.crop_scale_min, 1.0))
-    return image_transform(pipeline.size, is_train=True, aug_cfg=augmentation)
+    augmentation = AugmentationCfg(scale=(job.crop_scale, 1.0))
+    return image_transform(job.output, is_train=True, aug_cfg=augmentation)
 
 
 def _tokenizer() -> Callable[[str], Any]:

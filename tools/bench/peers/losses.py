@@ -1,4 +1,4 @@
-"""What other codes do with the same input, for comparison: unnormalised features in, the value of their loss out.
+"""Compute open_clip's losses on the unnormalised features that clipdist's losses take.
 
 open_clip's losses are those of the installed package, in its exact modes: local_loss with gather_with_grad for
 ClipLoss, the exchange between neighbours (its default) for SigLipLoss. No training of clipdist's depends on this file.
@@ -20,7 +20,7 @@ from clipdist.errors import UserError
 
 @lru_cache
 def open_clip_losses() -> ModuleType:
-    """open_clip/loss.py, which needs torch alone; importing the package around it would bring timm and torchvision.
+    """Import open_clip/loss.py, which needs torch alone; the package around it would bring timm and torchvision.
 
     Raises:
         UserError: open_clip is not installed.
@@ -40,7 +40,7 @@ def open_clip_losses() -> ModuleType:
 def clip_loss(
     images: torch.Tensor, texts: torch.Tensor, log_scale: torch.Tensor, *, rank: int = 0, world: int = 1
 ) -> torch.Tensor:
-    """ClipLoss on [b, D] features as a tower gives them, log scale [1]: a scalar whose mean over ranks is the loss.
+    """Compute ClipLoss on a tower's features [b, D], log scale [1]: a scalar whose mean over ranks is the loss.
 
     In the features' dtype and outside autocast, which costs less memory than under it (a cross-entropy in fp32).
     """
@@ -59,6 +59,6 @@ def siglip_loss(
     rank: int = 0,
     world: int = 1,
 ) -> torch.Tensor:
-    """SigLipLoss, as clip_loss; bias [1]."""
+    """Compute SigLipLoss, as clip_loss; bias [1]."""
     loss = open_clip_losses().SigLipLoss(rank=rank, world_size=world)
     return loss(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), log_scale.exp()[0], bias[0])

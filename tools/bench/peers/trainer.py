@@ -1,4 +1,4 @@
-"""open_clip_train beside clipdist, for a fair comparison: a Config in; its flags, its run, and a report of it out.
+"""Run open_clip_train as a clipdist configuration says, for a fair comparison.
 
 open_clip_train runs as its own main(): its model, data pipeline, transforms, optimiser, schedule, loss and loop. What
 is done around it, and why:
@@ -46,7 +46,7 @@ _PROGRESS = re.compile(r"Train Epoch: \d+ \[\s*(\d+)/")  # samples so far
 
 
 @dataclass(frozen=True)
-class Start:
+class StartWeights:
     """Weights from which both sides begin, in open_clip's form.
 
     Attributes:
@@ -62,10 +62,10 @@ class Start:
 
 
 def check_comparable(config: Config) -> None:
-    """Raises UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
-    model, loss = config.model, config.objectives.clip
-    if loss.name != "infonce" or loss.label_smoothing:
-        raise UserError("loss: the comparison is of loss.name=infonce without loss.label_smoothing")
+    """Raise a UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
+    model, clip = config.model, config.clip
+    if clip.loss != "infonce" or clip.label_smoothing:
+        raise UserError("objectives.clip: the comparison is of objectives.clip.loss=infonce without label_smoothing")
     if model.lock_image or model.lock_text:
         raise UserError("model.lock_image, model.lock_text: the comparison trains both towers; leave the locks out")
     if config.optim.min_lr:
@@ -73,8 +73,8 @@ def check_comparable(config: Config) -> None:
     import_peer()
 
 
-def make_start(config: Config, folder: Path) -> Start:
-    """Draws (or loads) the weights of config.model and writes them to `folder` for both sides.
+def make_start(config: Config, folder: Path) -> StartWeights:
+    """Draw (or load) the weights of config.model and write them to `folder` for both sides.
 
     Raises:
         UserError: a model that open_clip does not have (CBOW), or that cannot be built.
@@ -90,12 +90,12 @@ def make_start(config: Config, folder: Path) -> Start:
         described = json.loads(export.config.read_text(encoding="utf-8"))
         described["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(export.merges)}
         export.config.write_text(json.dumps(described), encoding="utf-8")
-    return Start(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
+    return StartWeights(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
 
 
 def flags(
     config: Config,
-    start: Start,
+    start: StartWeights,
     shards: list[Path],
     *,
     world: int,
@@ -106,7 +106,7 @@ def flags(
     log_every: int,
     logs: Path,
 ) -> list[str]:
-    """open_clip_train's arguments for the run that `config` describes, in its exact mode.
+    """Return open_clip_train's arguments for the run that `config` describes, in its exact mode.
 
     Args:
         shards: tars; their order is open_clip_train's own matter.
@@ -153,7 +153,7 @@ def flags(
 
 
 def import_peer() -> ModuleType:
-    """open_clip_train.main, made to run with the webdataset that is installed.
+    """Import open_clip_train.main, made to run with the webdataset that is installed.
 
     Raises:
         UserError: it cannot be imported.
@@ -190,7 +190,7 @@ def _pandas_stand_in() -> Iterator[None]:
 
 
 def run_theirs(report: Path, model_json: Path | None, batches: Path | None, words: list[str]) -> int:
-    """One rank of open_clip_train. Writes {"times", "losses", "peak_bytes"} to REPORT with the rank in its name.
+    """Run one rank of open_clip_train. Write {"times", "losses", "peak_bytes"} to REPORT with the rank in its name.
 
     Args:
         model_json: to register first.
@@ -209,9 +209,9 @@ def run_theirs(report: Path, model_json: Path | None, batches: Path | None, word
     losses: list[torch.Tensor] = []
     if batches:
         fed = load_config(batches)
-        vars(peer)["get_data"] = lambda *_, **__: {"train": _Fed(fed)}
+        vars(peer)["get_data"] = lambda *_, **__: {"train": _FedBatches(fed)}
         vars(peer)["create_loss"] = _keeping(peer.create_loss, losses)
-    watch = _Watch()
+    watch = _ProgressTimes()
     logging.root.addHandler(watch)
     if peer.main(words):
         raise UserError(f"open_clip_train refused its arguments; see {report.parent}")
@@ -227,8 +227,8 @@ def rank_report(report: Path, rank: int) -> Path:
     return report.with_name(f"{report.stem}-{rank}{report.suffix}")
 
 
-class _Watch(logging.Handler):
-    """Keeps (samples so far, seconds) of each progress line."""
+class _ProgressTimes(logging.Handler):
+    """Keep (samples so far, seconds) of each progress line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class _Watch(logging.Handler):
             self.times.append((int(found[1]), record.created))
 
 
-class _Fed:
+class _FedBatches:
     """clipdist's batches in the form that open_clip_train's loop takes: float pixels, normalised, and token ids.
 
     Args:
@@ -248,7 +248,7 @@ class _Fed:
     """
 
     def __init__(self, config: Config) -> None:
-        from clipdist.data.loader import open_loader
+        from clipdist.data.loader import image_view, open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.models.spec import resolve_spec
         from clipdist.run_plan import make_plan
@@ -260,7 +260,7 @@ class _Fed:
             plan.order,
             make_tokenizer(self._spec),
             config.data,
-            image_size=self._spec.image_size,
+            views=[image_view(config.data, self._spec.image_size)],
             rank=rank,
             world=world,
         )
@@ -274,17 +274,19 @@ class _Fed:
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         import torch
 
+        from clipdist.data.batch import IMAGE, MODALITIES
+
         mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in (self._spec.image_mean, self._spec.image_std))
         for _ in range(self.num_batches):
             batch = self._loader.next()
-            if not bool(batch.valid.all()):
+            if not bool(batch.valid_in(MODALITIES).all()):
                 raise UserError("the shards hold samples that cannot be used, which open_clip's loss has no mask for")
-            yield (batch.image.float() / 255 - mean) / std, batch.tokens
+            yield (batch.images[IMAGE].float() / 255 - mean) / std, batch.tokens
         self._loader.close()
 
 
 def _keeping(create_loss: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
-    """create_loss, but that the values of the loss are kept."""
+    """Wrap create_loss so that the values of the loss are kept."""
 
     def create(args: Any) -> Callable[..., dict[str, Any]]:
         loss = create_loss(args)
@@ -300,7 +302,7 @@ def _keeping(create_loss: Callable[..., Any], kept: list[Any]) -> Callable[..., 
 
 
 def run_ours(words: list[str]) -> int:
-    """clipdist's training command with open_clip's choice of the parameters that decay: all that are not vectors."""
+    """Run clipdist's training command with the parameters that decay in open_clip: all that are not vectors."""
     from clipdist import train
     from clipdist.engine import optim
 
