@@ -16,13 +16,11 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import fcntl
 import gc
 import os
 import resource
 import shlex
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,6 +31,7 @@ from clipdist.errors import EXIT_INTERRUPTED, Fault, UserError, run_main
 from clipdist.fault_tolerance.signals import StopFlag, die_with_launcher
 from clipdist.fault_tolerance.slurm import note_start, restarts
 from clipdist.run_plan import make_plan
+from clipdist.storage import lock
 
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
@@ -219,18 +218,13 @@ def lock_run_folder(folder: Path, retry_s: float = 0.0) -> IO[str]:
         retry_s: a network file system holds the lock of a node that was lost for a minute or two.
     """
     file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
-    deadline = time.monotonic() + max(retry_s, BRIEFLY_S)
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
-            time.sleep(0.2)
-            continue
-        except OSError:
-            pass  # a file system without locks
-        return file
+    try:
+        lock(file, wait_s=max(retry_s, BRIEFLY_S))
+    except BlockingIOError:
+        raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 if __name__ == "__main__":

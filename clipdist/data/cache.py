@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault, UserError
+from clipdist.storage import lock
 
 _OURS = re.compile(r"(whole|part)-[0-9a-f]{32}-")  # nothing else in the folder is ever deleted
 _LOCK = ".lock"
@@ -165,7 +165,7 @@ class ShardCache:
                 os.rename(path, self._path("whole", url))
                 os.close(part)
                 part = -1
-                fcntl.flock(entry, fcntl.LOCK_SH)
+                lock(entry, shared=True)
                 if not advice:
                     _mark_used(entry)
             return entry
@@ -187,7 +187,7 @@ class ShardCache:
             path.unlink()  # whoever has it open keeps it
             return None
         # This does not wait: exclusive locks on entries are held under the lock of the folder only.
-        fcntl.flock(entry, fcntl.LOCK_SH)
+        lock(entry, shared=True)
         return entry
 
     def _claim(self, url: str) -> int | None:
@@ -206,7 +206,7 @@ class ShardCache:
         except FileNotFoundError:
             return
         try:
-            fcntl.flock(part, fcntl.LOCK_SH)
+            lock(part, shared=True)
         finally:
             os.close(part)
 
@@ -299,7 +299,7 @@ class ShardCache:
         """The folder's lock; held for a few file operations at a time, never while bytes are fetched."""
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # of this descriptor: it keeps threads apart as well
+            lock(descriptor)  # of this descriptor: it keeps threads apart as well
             yield
         finally:
             os.close(descriptor)
@@ -334,7 +334,7 @@ def ranks_per_node() -> int:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, wait_s=0)
     except BlockingIOError:
         return False
     return True

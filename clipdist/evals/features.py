@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +26,7 @@ from clipdist.errors import UserError
 from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
+from clipdist.storage import replacing
 
 Kind = Literal["projected", "tower"]
 PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
@@ -225,15 +224,12 @@ def save_features(path: Path, features: Features) -> None:
     tensors = {f"{name}.image": part.image.contiguous() for name, part in parts.items()}
     tensors |= {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()}
     head = {f"{name}.left_out": str(part.left_out) for name, part in parts.items()}
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(partial), head)
-        os.replace(partial, path)
+        with replacing(path, shared=True) as partial:
+            save_file(tensors, str(partial), head)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_features(path: Path) -> Features | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import Fault, UserError
+from clipdist.storage import write_text
 
 
 def skipped_ranges(run_dir: Path) -> list[list[int]]:
@@ -34,13 +35,11 @@ def record_rollback(run_dir: Path, first: int, end: int) -> None:
 
     path = _path(run_dir)
     records = [*_records(run_dir), {"first": first, "end": end, "time": time.time()}]
-    temporary = path.with_suffix(".tmp")
     try:
         # First: a start after a kill in between meets the same trouble again. The other way round it would go on from
         # weights that the trouble has changed.
         set_aside(run_dir, first)
-        temporary.write_text(json.dumps(records, indent=1) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps(records, indent=1) + "\n")
     except OSError as error:
         raise Fault(f"{path}: cannot be written ({error.strerror or error})") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from clipdist.errors import Fault
 from clipdist.monitor.board import Board
 from clipdist.monitor.line_file import LineFile
+from clipdist.storage import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -155,14 +155,7 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := _parse(line))]
     kept = [record for record in records if record["step"] <= step or record.get("event") in KEPT_ON_RESUME]
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
