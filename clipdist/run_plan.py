@@ -22,7 +22,7 @@ from clipdist.fault_tolerance.slurm import restarts
 REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
 if TYPE_CHECKING:
-    from clipdist.checkpoint.format import CheckpointReader
+    from clipdist.checkpoint.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def find_start(
 
 
 def _open(folder: Path, retry_s: float) -> CheckpointReader:
-    from clipdist.checkpoint.format import CheckpointReader
+    from clipdist.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(folder, retry_s)
     reader.check_sizes()

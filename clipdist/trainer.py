@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipdist.checkpoint.format import Manifest, load_full_weights
+from clipdist.checkpoint.format import Manifest
+from clipdist.checkpoint.reader import load_full_weights
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver, restore, scaler_state
 from clipdist.config import Config, to_dict

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipdist.checkpoint.format import CheckpointReader, Manifest, Piece, checkpoint_dir
+from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
 from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler

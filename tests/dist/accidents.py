@@ -26,7 +26,8 @@ from typing import Any
 
 from rehearsal import Attempt, Failed, Point, attempt, differences, expect, history, records, warm_up
 
-from clipdist.checkpoint.format import MANIFEST, CheckpointReader, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.format import MANIFEST, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.reader import CheckpointReader
 
 STEPS = 12
 KILLED = -signal.SIGKILL
@@ -246,7 +247,7 @@ def disk_full(step: int, *ranks: int) -> Prepare:
     """Nothing can be opened for writing in one step's checkpoint."""
 
     def prepare(rank: int) -> None:
-        from clipdist.checkpoint import format as checkpoint
+        from clipdist.checkpoint import writer as checkpoint
 
         def refuse(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
             if f"step-{step:08d}" in str(path) and mode[0] in "wax":
@@ -261,7 +262,7 @@ def disk_full(step: int, *ranks: int) -> Prepare:
 
 def slow_disk(seconds: float, *ranks: int) -> Prepare:
     def prepare(rank: int) -> None:
-        from clipdist.checkpoint import format as checkpoint
+        from clipdist.checkpoint import writer as checkpoint
 
         real = checkpoint._write_safetensors
 

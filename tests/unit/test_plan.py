@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipdist.checkpoint.format import Manifest, checkpoint_dir, write_manifest, write_part
+from clipdist.checkpoint.format import Manifest, checkpoint_dir
+from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex

@@ -137,7 +137,7 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
     """Builds model and engine and takes one step: with new weights, or from a checkpoint. (engine, ModelSpec, times)"""
     import torch
 
-    from clipdist.checkpoint.format import CheckpointReader, load_full_weights
+    from clipdist.checkpoint.reader import CheckpointReader, load_full_weights
     from clipdist.checkpoint.saver import restore
     from clipdist.engine.step import Engine
     from clipdist.losses.make import make_loss

@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from clipdist import config
-from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir, write_manifest, write_part
+from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir
+from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.data.catalog import Catalog
 from clipdist.datasets.shard_writer import Sample, sample_key, shard_name, shard_sizes, write_shard
 from clipdist.errors import Fault, run_main
