@@ -19,7 +19,7 @@ from torch import Tensor
 from clipdist.checkpoint.format import Manifest
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.checkpoint.retention import RetentionPolicy
-from clipdist.checkpoint.saver import Saver, restore, scaler_state
+from clipdist.checkpoint.saver import Saver, buffer_pieces, live_pieces, live_size, restore, scaler_state
 from clipdist.config import Config, to_dict
 from clipdist.data.loader import Batch, Interrupted, open_loader
 from clipdist.data.order import next_position
@@ -96,7 +96,7 @@ class Trainer:
         back = config.guard.window if config.guard.patience else 0
         keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, back)
         self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
-        self.saver.prepare(self.engine.engine)
+        self.saver.prepare(*live_size(self.engine.engine))
         self.engine.before_update = self.saver.wait_copied
         watchdog.linger = self._linger
         self.journal = Journal(config, plan, dist_env)
@@ -284,7 +284,8 @@ class Trainer:
             },
         )
         with self.watchdog.phase("checkpoint"):
-            self.saver.save(self.engine.engine, manifest)
+            live, copied = list(live_pieces(self.engine.engine)), list(buffer_pieces(self.engine.engine))
+            self.saver.save(live, copied, manifest)
         self._on_disk = self._save_from = self.step
         self._save_by = self._deadline(60 * self.config.train.save_minutes)
 

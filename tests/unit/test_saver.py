@@ -14,7 +14,7 @@ from clipdist.checkpoint import saver as module
 from clipdist.checkpoint.format import Manifest, newest_checkpoint
 from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.checkpoint.retention import RetentionPolicy
-from clipdist.checkpoint.saver import Saver, restore
+from clipdist.checkpoint.saver import Saver, buffer_pieces, live_pieces, live_size, restore
 from clipdist.errors import Fault
 
 
@@ -39,6 +39,10 @@ def step(engine):
 
 def saver_of(run_dir, retry_s=0.0):
     return Saver(run_dir, RetentionPolicy(last=2), 0, "t", retry_s)
+
+
+def save(saver, engine, step):
+    saver.save(list(live_pieces(engine)), list(buffer_pieces(engine)), manifest(step))
 
 
 def manifest(step):
@@ -72,7 +76,7 @@ def test_the_copying_waits_for_nobody_and_the_optimiser_for_the_copying(tmp_path
     monkeypatch.setattr(module._Copying, "_copy_all", lambda self, parts: go.wait(60) and copy_all(self, parts))
     before = tensors(engine)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))  # returns although nothing is copied yet
+    save(saver, engine, 1)  # returns although nothing is copied yet
     assert saver.busy
     engine.module(torch.randn(4, 6))  # changes the running statistics: the checkpoint has those from before
     threading.Timer(0.2, go.set).start()
@@ -90,7 +94,7 @@ def test_memory_is_kept_from_save_to_save(tmp_path, engine):
     places = set()
     for number in (1, 2, 3):
         expected = tensors(engine)
-        saver.save(engine, manifest(number))
+        save(saver, engine, number)
         saver.wait_copied()
         step(engine)
         saver.wait()
@@ -101,11 +105,11 @@ def test_memory_is_kept_from_save_to_save(tmp_path, engine):
 
 def test_memory_can_be_taken_before_the_first_save(tmp_path, engine):
     saver = saver_of(tmp_path)
-    saver.prepare(engine)
+    saver.prepare(*live_size(engine))
     saver.wait()
     place = saver._memory._flat.data_ptr()
     expected = tensors(engine)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     saver.wait_copied()
     saver.wait()
     assert saver._memory._flat.data_ptr() == place
@@ -116,15 +120,15 @@ def test_a_failed_save_is_told_and_the_next_one_works(tmp_path, engine):
     run_dir, away = tmp_path / "run", tmp_path / "away"
     run_dir.mkdir()
     saver = saver_of(run_dir)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     saver.wait()
     run_dir.rename(away)
-    saver.save(engine, manifest(2))
+    save(saver, engine, 2)
     with pytest.raises(Fault, match=r"last checkpoint was not written .*gone"):
         saver.wait()
     assert "gone" in saver.failed
     away.rename(run_dir)
-    saver.save(engine, manifest(3))
+    save(saver, engine, 3)
     saver.wait()
     assert saver.failed == ""
     assert newest_checkpoint(run_dir).name == "step-00000003"
@@ -136,7 +140,7 @@ def test_an_error_of_the_program_is_told_too(tmp_path, engine, monkeypatch):
 
     monkeypatch.setattr(module._HostMemory, "take", broken)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     saver.wait_copied()  # the optimiser is not held for ever
     with pytest.raises(Fault, match="MemoryError: no memory"):
         saver.wait()
@@ -145,12 +149,12 @@ def test_an_error_of_the_program_is_told_too(tmp_path, engine, monkeypatch):
 def test_a_save_gives_up_the_one_before_that_meets_a_failing_disk(tmp_path, engine):
     run_dir = tmp_path / "run"
     saver = saver_of(run_dir, retry_s=600)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     with pytest.raises(Fault, match="still being written"):
         saver.wait(timeout_s=0.3)
     timer = threading.Timer(0.3, run_dir.mkdir)
     timer.start()
-    saver.save(engine, manifest(2))
+    save(saver, engine, 2)
     timer.join()
     saver.wait()
     assert newest_checkpoint(run_dir).name == "step-00000002"
@@ -159,7 +163,7 @@ def test_a_save_gives_up_the_one_before_that_meets_a_failing_disk(tmp_path, engi
 def test_the_same_step_twice(tmp_path, engine):
     saver = saver_of(tmp_path)
     for _ in range(2):
-        saver.save(engine, manifest(1))
+        save(saver, engine, 1)
         saver.wait_copied()
         expected = tensors(engine)
         step(engine)
@@ -170,7 +174,7 @@ def test_the_same_step_twice(tmp_path, engine):
 def test_restored_as_saved(tmp_path, engine):
     expected = tensors(engine)
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     saver.wait_copied()
     for _ in range(2):
         step(engine)
@@ -184,7 +188,7 @@ def test_restored_as_saved(tmp_path, engine):
 
 def test_restoring_gives_the_files_back(tmp_path, engine):
     saver = saver_of(tmp_path)
-    saver.save(engine, manifest(1))
+    save(saver, engine, 1)
     saver.wait()
     restore(engine, CheckpointReader(newest_checkpoint(tmp_path)))
     with open("/proc/self/maps") as maps:

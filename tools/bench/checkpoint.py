@@ -202,11 +202,11 @@ def save_by_turns(
     """Steps without a writer, a save, steps until it is done, and again. Returns times and the last checkpoint."""
     from clipdist.checkpoint.format import Manifest, newest_checkpoint
     from clipdist.checkpoint.retention import RetentionPolicy
-    from clipdist.checkpoint.saver import Saver
+    from clipdist.checkpoint.saver import Saver, buffer_pieces, live_pieces, live_size
 
     saver = Saver(run_dir, RetentionPolicy(last=1), rank=0, attempt="bench", retry_s=0.0)
     engine.before_update = saver.wait_copied
-    saver.prepare(engine.engine)
+    saver.prepare(*live_size(engine.engine))
     saves, step = Saves(), 0
     for _ in range(args.saves):
         for _ in range(args.steps):
@@ -214,11 +214,14 @@ def save_by_turns(
             step += 1
         began = time.perf_counter()
         state = {"model": spec.to_dict()}
-        saver.save(engine.engine, Manifest(step, step, step * args.batch, 1, {}, {}, state))
-        in_save_s = saver.seconds_in_loop
+        live, copied = list(live_pieces(engine.engine)), list(buffer_pieces(engine.engine))
+        saver.save(live, copied, Manifest(step, step, step * args.batch, 1, {}, {}, state))
+        in_save_s = time.perf_counter() - began
+        waited_before = saver.seconds_in_loop
         taken_s = take_step(engine, spec, config, step)
-        saves.beside_s.append(taken_s - (saver.seconds_in_loop - in_save_s))
-        saves.in_loop_s.append(saver.seconds_in_loop)
+        waited_s = saver.seconds_in_loop - waited_before
+        saves.beside_s.append(taken_s - waited_s)
+        saves.in_loop_s.append(in_save_s + waited_s)
         step += 1
         while saver.busy:
             saves.beside_s.append(take_step(engine, spec, config, step))
