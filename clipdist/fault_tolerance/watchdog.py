@@ -18,13 +18,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import EXIT_BAD_INPUT, EXIT_FAULT, RANK_0_FIRST_S, Fault, UserError
-from clipdist.fault_tolerance.heartbeat import Message, Wire
+from clipdist.fault_tolerance.heartbeat import Message, Wire, open_listener
 from clipdist.fault_tolerance.signals import asked_to_stop
 from clipdist.fault_tolerance.stacks import stacks, stacks_file, write_stacks
 from clipdist.fault_tolerance.verdict import Cause, RankState, Verdict, death, decide, hang, silence
+
+if TYPE_CHECKING:
+    from clipdist.distributed.consensus import Consensus
+    from clipdist.distributed.rank import DistEnv
 
 TICK_S = 0.2  # between two looks at the clock
 BEAT_S = 5.0  # between two heartbeats
@@ -37,6 +41,26 @@ VERDICT_S = 15.0  # that last words wait for the verdict
 GOOD_BYE_S = 3.0
 BACKSTOP_S = 60.0  # after hang_s, when not even the watch gets to run
 WORDS_LENGTH = 2000
+
+
+def open_watchdog(dist_env: DistEnv, consensus: Consensus, run_dir: Path, hang_s: float) -> Watchdog:
+    """Connect this rank's watchdog to the others', after rank 0's port and a secret were shared. Collective.
+
+    Raises:
+        Fault: this rank cannot reach rank 0.
+    """
+    listener = open_listener() if dist_env.rank == 0 else None
+    port = consensus.broadcast(str(listener.getsockname()[1] if listener else ""))
+    return Watchdog(
+        dist_env.rank,
+        dist_env.world_size,
+        run_dir,
+        hang_s,
+        host=os.environ["MASTER_ADDR"],
+        port=int(port),
+        token=int(consensus.shared_token(), 16),
+        listener=listener,
+    )
 
 
 class Watchdog:

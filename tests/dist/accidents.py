@@ -643,7 +643,7 @@ def asked_again_and_again(theatre: Theatre) -> None:
 
 
 def resume_rule(theatre: Theatre) -> None:
-    """train.resume=FOLDER of another run, and never: as clipdist.run_plan.find_start says."""
+    """train.resume=FOLDER of another run, and never: as clipdist.resume.find_start says."""
     other = theatre.whole()  # with train.resume=never, in a new folder
     folder = checkpoint_dir(other, 6)
     settings: dict[str, object] = {"train.resume": folder}
