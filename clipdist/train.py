@@ -102,11 +102,11 @@ def without_collection() -> Iterator[None]:
 def _train(config: Config, resume_command: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         note_start(config.run.dir)
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device, resolve_precision, world_size
 
-    device = distributed.resolve_device(config.device)
-    distributed.resolve_precision(config.train.precision, device)
-    plan = plan_start(config, distributed.world_size())
+    device = resolve_device(config.device)
+    resolve_precision(config.train.precision, device)
+    plan = plan_start(config, world_size())
     if plan.start_step >= plan.steps:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{config.run.dir}: finished at step {plan.start_step}; for more, raise train.epochs or train.steps")
@@ -115,10 +115,8 @@ def _train(config: Config, resume_command: str) -> int:
     stop.on_stop = leave_before_training
     try:
         allow_many_files()
-        dist_env = distributed.start(device, config.train.hang_s)
-        code = _train_together(config, plan, dist_env, stop, resume_command)
-        distributed.stop()
-        return code
+        with joined_ranks(device, config.train.hang_s) as dist_env:
+            return _train_together(config, plan, dist_env, stop, resume_command)
     finally:
         stop.restore()
 
@@ -140,10 +138,12 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
     back to a checkpoint."""
     from clipdist.checkpoint.format import newest_checkpoint
     from clipdist.distributed.consensus import Consensus
+    from clipdist.engine.setup import prepare_deepspeed
     from clipdist.fault_tolerance.consistency import compare, facts
     from clipdist.fault_tolerance.watchdog import open_watchdog
     from clipdist.trainer import Trainer
 
+    prepare_deepspeed()  # its imports belong to those that are not looked through
     gc.freeze()  # nor is it looked through later: in training, one rank's pause is a pause of all
     gc.enable()
     consensus = Consensus(dist_env, config.train.hang_s)

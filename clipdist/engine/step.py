@@ -20,6 +20,7 @@ from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.optim import make_optimizer
+from clipdist.engine.setup import prepare_deepspeed
 from clipdist.engine.zero import (
     PART_OF,
     base_optimizer,
@@ -93,6 +94,7 @@ class Engine:
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
+        prepare_deepspeed()
         self.dist_env = dist_env
         self.loss = loss
         self.seed = config.train.seed

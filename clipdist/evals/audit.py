@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -285,8 +284,8 @@ def made_whole(engine: Any, read: Callable[[Fragment], torch.Tensor], trained_on
         start, stop = fragment.own
         piece = read(fragment)[start - fragment.start : stop - fragment.start]
         whole[fragment.name][start:stop] = piece
-    dist.all_reduce(flat)
-    return {name: tensor for name, tensor in whole.items() if name not in left_out}
+    summed = all_reduce_sum(flat).split(list(sizes.values()))
+    return {name: tensor for name, tensor in zip(sizes, summed) if name not in left_out}
 
 
 class Audit:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,8 +21,9 @@ from tqdm import tqdm
 
 from clipdist.data.decode import BadSample, eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
+from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
-from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
+from clipdist.evals.embed import AHEAD, Encode, encode_images
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
 from clipdist.storage import replacing
@@ -158,10 +158,10 @@ def embed_split(
     every[mine.start : mine.stop] = features
     good = torch.zeros(len(split), dtype=torch.int64)
     good[[row for row in mine if row not in bad]] = 1
-    kept = sum_over_ranks(good, world).bool()
+    kept = sum_over_ranks(good).bool()
     if not kept.any():
         raise UserError(f"not one of {len(split)} pictures can be decoded")
-    return SplitFeatures(sum_over_ranks(every, world)[kept], torch.from_numpy(split.labels)[kept], int((~kept).sum()))
+    return SplitFeatures(sum_over_ranks(every)[kept], torch.from_numpy(split.labels)[kept], int((~kept).sum()))
 
 
 def embed_set(
@@ -188,7 +188,7 @@ def embed_set(
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
     found = load_features(cache) if cache and rank == 0 else None
-    if cache and _agreed(found is not None, world):
+    if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
     train, test = (
@@ -282,21 +282,3 @@ def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]
     """This rank's rows, and how many batches the rank with most of them needs."""
     mine = range(count * rank // world, count * (rank + 1) // world)
     return mine, -(-count // (world * batch))
-
-
-def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
-    """The ranks' tensors of one shape added up, on every rank. Collective."""
-    if world == 1:
-        return tensor
-    moved = tensor.to(wire_device(None))
-    dist.all_reduce(moved)
-    return moved.cpu()
-
-
-def _agreed(found: bool, world: int) -> bool:
-    """What rank 0 found, on every rank."""
-    if world == 1:
-        return found
-    flag = torch.tensor([int(found)], device=wire_device(None))
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())

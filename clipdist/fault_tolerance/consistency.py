@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import clipdist
 from clipdist.checkpoint.format import MANIFEST
 from clipdist.config import Config, flat
-from clipdist.distributed.compare import all_equal, gather_json, who_has_what
+from clipdist.distributed.collectives import gather_json
+from clipdist.distributed.compare import all_equal, who_has_what
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 
@@ -86,7 +87,7 @@ def compare(facts: dict[str, str], dist_env: DistEnv) -> None:
     """
     if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), dist_env):
         return
-    everyone = gather_json([socket.gethostname(), facts], dist_env)
+    everyone = gather_json([socket.gethostname(), facts])
     raise UserError(disagreement([own for _, own in everyone], [node for node, _ in everyone]))
 
 

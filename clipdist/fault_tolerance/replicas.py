@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from clipdist.distributed.compare import all_equal, by_value, gather_json, name_ranks
+from clipdist.distributed.collectives import gather_json
+from clipdist.distributed.compare import all_equal, by_value, name_ranks
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
 from clipdist.errors import Fault
@@ -99,7 +100,7 @@ def compare_replicas(engine: Any, dist_env: DistEnv, step: int) -> None:
     mine = {
         name: hashlib.blake2b(part.numpy().tobytes(), digest_size=8).hexdigest() for name, part in zip(names, parts)
     }
-    everyone = gather_json([socket.gethostname(), mine], dist_env)
+    everyone = gather_json([socket.gethostname(), mine])
     raise Fault(divergence(step, [sums for _, sums in everyone], [node for node, _ in everyone]))
 
 

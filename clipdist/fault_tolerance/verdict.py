@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from clipdist.distributed.compare import join_runs
 from clipdist.errors import EXIT_FAULT
 
 FIRST_PHASES = ("start", "restore", "data", "checkpoint", "validation")  # of a step, in order; training itself is last
@@ -123,12 +124,5 @@ def _position(state: RankState) -> tuple[int, int, str]:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+    """Return "ranks 0-2, 5" for [0, 1, 2, 5]."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {join_runs(ranks)}"

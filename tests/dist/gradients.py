@@ -19,7 +19,7 @@ from deepspeed import comm as deepspeed_comm
 
 from clipdist import config
 from clipdist.config import load_config
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.evals.audit import Audit, Pairs
 from clipdist.losses.make import LossFunction, make_loss
 from clipdist.models.spec import ModelSpec
@@ -69,7 +69,7 @@ def make_wrong(name: str, cfg: config.Loss) -> LossFunction | None:
     return {"": None, "without_w": without_w, "bad_rows_count": bad_rows_count, "local_rows": local_rows}[name]
 
 
-def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[str, Any]]:
+def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
     audit = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.loss))
     pairs = make_pairs(audit.spec)
@@ -85,17 +85,16 @@ def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[s
 
 def main() -> None:
     cells, out = sys.argv[1:]
-    dist_env = distributed.start("cpu")
-    rows = []
-    with open(cells) as file:
-        for cell in json.load(file):
-            rows += run_cell(cell, dist_env)
-            gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
-    if dist_env.rank == 0:
-        with open(out, "w") as file:
-            json.dump(rows, file)
-    deepspeed_comm.barrier()
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        rows = []
+        with open(cells) as file:
+            for cell in json.load(file):
+                rows += run_cell(cell, dist_env)
+                gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
+        if dist_env.rank == 0:
+            with open(out, "w") as file:
+                json.dump(rows, file)
+        deepspeed_comm.barrier()
 
 
 if __name__ == "__main__":

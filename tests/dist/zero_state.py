@@ -9,7 +9,7 @@ import os
 import torch
 
 from clipdist.config import load_config
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import base_optimizer
 from clipdist.evals.audit import DrawnPairs
@@ -38,21 +38,20 @@ def state_bytes(engine, stage: int, precision: str) -> int:
 
 
 def main() -> None:
-    dist_env = distributed.start("cpu")
-    found = []
-    for stage, precision in CELLS:
-        words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
-        config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
-        torch.manual_seed(0)
-        model = build_model(config.model, config.loss)
-        pairs = DrawnPairs(config, model.spec).pairs(0)
-        rows = slice(dist_env.rank * 4, dist_env.rank * 4 + 4)
-        engine = Engine(model, make_loss(config.loss), config, dist_env)
-        engine.train_step(pairs.image[rows], pairs.tokens[rows], pairs.valid[rows], None, step=0, lr=1e-4)
-        module = engine.engine.module
-        weights = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())
-        found.append([stage, precision, state_bytes(engine.engine, stage, precision), weights])
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        found = []
+        for stage, precision in CELLS:
+            words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
+            config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
+            torch.manual_seed(0)
+            model = build_model(config.model, config.loss)
+            pairs = DrawnPairs(config, model.spec).pairs(0)
+            rows = slice(dist_env.rank * 4, dist_env.rank * 4 + 4)
+            engine = Engine(model, make_loss(config.loss), config, dist_env)
+            engine.train_step(pairs.image[rows], pairs.tokens[rows], pairs.valid[rows], None, step=0, lr=1e-4)
+            module = engine.engine.module
+            weights = sum(getattr(p, "ds_tensor", p).nbytes for p in module.parameters())
+            found.append([stage, precision, state_bytes(engine.engine, stage, precision), weights])
     if int(os.environ["RANK"]) == 0:
         print(json.dumps(found))
 

@@ -87,13 +87,10 @@ def main() -> int:
         pass
 
     import_s = import_all()
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device
 
-    dist_env = distributed.start(distributed.resolve_device(config.device))
-    try:
+    with joined_ranks(resolve_device(config.device)) as dist_env:
         results = [measure(model, args, dist_env) for model in args.models]
-    finally:
-        distributed.stop()
     text = report(results, import_s, args, str(dist_env.device.type))
     print(text)
     if args.out:

@@ -188,14 +188,13 @@ def serve(pipe: Connection, config: Config, device: str) -> None:
 def third_step(config: Config, device: str) -> tuple[int, int, float]:
     import torch
 
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks
     from clipdist.engine.step import Engine
     from clipdist.evals.audit import DrawnPairs
     from clipdist.losses.make import make_loss
     from clipdist.models.dual_encoder import build_model
 
-    with contextlib.redirect_stdout(sys.stderr):
-        dist_env = distributed.start(device)
+    with contextlib.redirect_stdout(sys.stderr), joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.loss)
         if config.engine.activation_checkpointing:
@@ -214,7 +213,6 @@ def third_step(config: Config, device: str) -> tuple[int, int, float]:
         engine.train_step(image, tokens, valid, group_id, step=WARMUP_STEPS, lr=config.optim.lr)
         grown = peak.growth()
         seconds = time.perf_counter() - began
-        distributed.stop()
     return grown, width, seconds
 
 

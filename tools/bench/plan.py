@@ -135,7 +135,7 @@ def grown(config: Config) -> int:
     import open_clip  # noqa: F401
     import torch
 
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks
     from clipdist.engine.step import Engine
     from clipdist.evals.audit import DrawnPairs
     from clipdist.losses.make import make_loss
@@ -143,21 +143,20 @@ def grown(config: Config) -> int:
 
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
     before = proc_bytes("VmRSS")
-    dist_env = distributed.start("cpu")
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, config.loss)
-    if config.engine.activation_checkpointing:
-        model.set_activation_checkpointing()
-    pairs = DrawnPairs(config, model.spec).pairs(0)
-    share = len(pairs.image) // dist_env.world_size
-    rows = slice(dist_env.rank * share, (dist_env.rank + 1) * share)
-    assert pairs.group_id is not None
-    batch = [x[rows].clone() for x in (pairs.image, pairs.tokens, pairs.valid, pairs.group_id)]
-    engine = Engine(model, make_loss(config.loss), config, dist_env)
-    for step in range(STEPS):
-        engine.train_step(*batch, step=step, lr=config.optim.lr)
-    peak = proc_bytes("VmHWM")
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        torch.manual_seed(config.train.seed)
+        model = build_model(config.model, config.loss)
+        if config.engine.activation_checkpointing:
+            model.set_activation_checkpointing()
+        pairs = DrawnPairs(config, model.spec).pairs(0)
+        share = len(pairs.image) // dist_env.world_size
+        rows = slice(dist_env.rank * share, (dist_env.rank + 1) * share)
+        assert pairs.group_id is not None
+        batch = [x[rows].clone() for x in (pairs.image, pairs.tokens, pairs.valid, pairs.group_id)]
+        engine = Engine(model, make_loss(config.loss), config, dist_env)
+        for step in range(STEPS):
+            engine.train_step(*batch, step=step, lr=config.optim.lr)
+        peak = proc_bytes("VmHWM")
     return peak - before
 
 
