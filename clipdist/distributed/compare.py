@@ -1,23 +1,11 @@
-"""Compare values that all ranks should have alike, and name the ranks that differ."""
+"""Name the ranks whose values differ from the others'. No torch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
-from clipdist.distributed.collectives import all_gather
-from clipdist.distributed.rank import DistEnv
-
 _MOST_GROUPS = 4  # of ranks that are named in one sentence
-
-
-def all_equal(data: bytes, dist_env: DistEnv) -> bool:
-    """Return whether all ranks gave the same bytes: one all-gather of 8 bytes per rank."""
-    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-    return len(set(all_gather(torch.tensor([digest], device=dist_env.device)).tolist())) == 1
 
 
 def by_value(values: Sequence[Any]) -> tuple[list[list[int]], bool]:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import clipdist
 from clipdist.checkpoint.format import MANIFEST
 from clipdist.config import Config, flat
-from clipdist.distributed.collectives import gather_json
-from clipdist.distributed.compare import all_equal, who_has_what
+from clipdist.distributed.collectives import all_equal, gather_json
+from clipdist.distributed.compare import who_has_what
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 
@@ -85,7 +85,7 @@ def compare(facts: dict[str, str], dist_env: DistEnv) -> None:
     Raises:
         UserError: on all ranks, naming what differs and on which ranks.
     """
-    if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), dist_env):
+    if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode()):
         return
     everyone = gather_json([socket.gethostname(), facts])
     raise UserError(disagreement([own for _, own in everyone], [node for node, _ in everyone]))

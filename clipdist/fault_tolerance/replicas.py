@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from clipdist.distributed.collectives import gather_json
-from clipdist.distributed.compare import all_equal, by_value, name_ranks
+from clipdist.distributed.collectives import all_equal, gather_json
+from clipdist.distributed.compare import by_value, name_ranks
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.zero import MOMENTS, base_optimizer, fragments, loss_scaler
 from clipdist.errors import Fault
@@ -94,7 +94,7 @@ def compare_replicas(engine: Any, dist_env: DistEnv, step: int) -> None:
         sums.append(checksums(tensor).to(dist_env.device))
     on_host = torch.cat(sums).cpu().numpy()  # one copy: until here nothing waited for the device
     lengths = [len(part) for part in sums]
-    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes(), dist_env):
+    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes()):
         return
     parts = torch.from_numpy(on_host).split(lengths)
     mine = {
