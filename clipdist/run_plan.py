@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
-from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
-from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
+from clipdist.config.checks import check_ranks, total_steps
+from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.order import ORDER_VERSION, OrderKey, first_order, whole_parts
 from clipdist.errors import UserError
 from clipdist.fault_tolerance.rollback import skipped_ranges
-
-REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
 if TYPE_CHECKING:
     from clipdist.checkpoint.reader import CheckpointReader
@@ -54,22 +53,6 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
     catalogs = check_data(config)
     check_run_folder(config.run.dir)
     return catalogs
-
-
-def check_ranks(config: Config, world: int) -> None:
-    """Raise UserError unless the ranks divide the global batch, and micro-batches a rank's share of it."""
-    batch = config.train.global_batch
-    if batch % world:
-        below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
-        raise UserError(
-            f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
-        )
-    share, micro = batch // world, config.train.micro_batch
-    if micro and share % micro:
-        raise UserError(
-            f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
-            f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
-        )
 
 
 def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
@@ -133,39 +116,7 @@ def make_plan(
     steps_per_epoch = len(catalog) // key.global_batch
     skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
     skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
-    return RunPlan(catalog, val, key, length(config, steps_per_epoch), steps_per_epoch, resume, record, skipped)
-
-
-def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
-    """Return the order of a first start: V streams and windows of w samples as configured, else chosen here."""
-    batch, data = config.train.global_batch, config.data
-    cached = data.stage or catalog.is_remote()
-    streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
-    per_shard = max(1, len(catalog) // max(1, len(catalog.shards)))
-    window = data.window or (per_shard if cached else local_window(catalog, streams, per_shard))
-    return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
-
-
-def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
-    """Return w: 0, the whole stream, if all tables of members fit into memory; else few enough to load them in turn.
-
-    With windows of w samples V streams touch V * (ceil(w / shard) + 1) tables at one time; were all of them wanted at
-    random, each read would begin with the reading of a table.
-    """
-    table = catalog.table(0)
-    per_sample = max(1.0, table.bytes_in_memory() / max(1, len(table)))
-    fits = int(INDEX_MEMORY_BYTES / per_sample)
-    if len(catalog) <= fits:
-        return 0
-    return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)
-
-
-def length(config: Config, steps_per_epoch: int) -> int:
-    """Return the number of steps of the whole run."""
-    train = config.train
-    if train.samples:
-        return -(-train.samples // train.global_batch)
-    return train.steps or train.epochs * steps_per_epoch
+    return RunPlan(catalog, val, key, total_steps(config, steps_per_epoch), steps_per_epoch, resume, record, skipped)
 
 
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:

@@ -16,8 +16,9 @@ import shlex
 import time
 
 from clipdist.config import Config, to_yaml
+from clipdist.config.checks import check_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
-from clipdist.run_plan import check_data, check_launch, check_ranks
+from clipdist.run_plan import check_data, check_launch
 from launch.arguments import Request, read_arguments
 from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot

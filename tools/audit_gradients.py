@@ -18,8 +18,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
+from clipdist.config.checks import check_ranks
 from clipdist.errors import UserError, run_main
-from clipdist.run_plan import check_ranks
 
 if TYPE_CHECKING:
     from clipdist.evals.audit import Audit, Row

@@ -132,6 +132,30 @@ def _check_deepspeed(engine: Engine) -> None:
             raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")
 
 
+def check_ranks(config: Config, world: int) -> None:
+    """Raise UserError unless the ranks divide the global batch, and micro-batches a rank's share of it."""
+    batch = config.train.global_batch
+    if batch % world:
+        below = max(b for b in range(1, batch + 1) if b % world == 0) if batch >= world else world
+        raise UserError(
+            f"train.global_batch={batch} cannot be divided among {world} ranks; set it to a multiple, such as {below}"
+        )
+    share, micro = batch // world, config.train.micro_batch
+    if micro and share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
+            f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
+        )
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Return the number of steps of the whole run."""
+    train = config.train
+    if train.samples:
+        return -(-train.samples // train.global_batch)
+    return train.steps or train.epochs * steps_per_epoch
+
+
 _OWNED_BY_TRAINER = {  # key -> what to do instead
     "train_batch_size": "set train.global_batch",
     "train_micro_batch_size_per_gpu": "set train.micro_batch",

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from clipdist import run_plan
 from clipdist.config import Config
+from clipdist.config.checks import check_ranks, total_steps
 from clipdist.errors import UserError
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
@@ -37,7 +37,7 @@ def make_estimate(
     """
     if world is None:
         world = 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
-    run_plan.check_ranks(config, world)
+    check_ranks(config, world)
     per_epoch = len(catalog) // config.train.global_batch if catalog is not None else 0
     known = catalog is not None or config.train.steps or config.train.samples
     device = _device(config)
@@ -48,7 +48,7 @@ def make_estimate(
         world=world,
         device=device,
         precision=_precision(config, device),
-        steps=run_plan.length(config, per_epoch) if known else None,
+        steps=total_steps(config, per_epoch) if known else None,
         steps_per_epoch=per_epoch or None,
         rate=rate,
         rate_source=source,

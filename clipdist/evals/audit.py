@@ -497,8 +497,8 @@ class ShardPairs:
 
     def __init__(self, cfg: Config, spec: ModelSpec, dist_env: DistEnv, catalog: Catalog) -> None:
         from clipdist.data.loader import open_loader
+        from clipdist.data.order import first_order
         from clipdist.data.tokens import make_tokenizer
-        from clipdist.run_plan import first_order
 
         self.note = f"training batches of {', '.join(cfg.data.train)}"
         self.groups, self.device = cfg.loss.group_positives, dist_env.device

@@ -15,10 +15,10 @@ from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex
+from clipdist.data.order import local_window
 from clipdist.errors import UserError
 from clipdist.models.spec import resolve_spec
 from clipdist.resume import plan_start
-from clipdist.run_plan import local_window
 from clipdist.train import command_line, lock_run_folder, train
 
 

@@ -36,10 +36,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config, load_config, to_yaml
+from clipdist.config.checks import check_ranks
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError, run_main
 from clipdist.monitor.provenance import commit, hardware
-from clipdist.run_plan import check_ranks
 
 if TYPE_CHECKING:
     from tools.bench.peers.trainer import Start
