@@ -318,7 +318,7 @@ def rollback(theatre: Theatre) -> None:
     theatre.same("rollback", by_hand)
 
     for module, function in (
-        ("clipdist.checkpoint.retention", "set_aside"),
+        ("clipdist.fault_tolerance.rollback", "set_aside"),
         ("clipdist.fault_tolerance.rollback", "record_rollback"),
     ):
         point = Point(function, module, function, rank=0, call=1, after=True)
