@@ -30,6 +30,10 @@ class Fault(UserError):
     """What ended a run although its input was good, and is understood: one line as well, but exit code 1."""
 
 
+class Unreadable(UserError):
+    """A file that cannot be read now: missing, or its storage is unavailable. A retry may succeed."""
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and leaves the process with its exit code, as `exit_code` says. The last call of a program."""
     code = exit_code(main)

@@ -1,33 +1,28 @@
-"""What is known of a run before a model is built: a configuration in, a Plan out, or the error that a user can mend.
+"""Plan a run before a model is built: data, order and length, or the error that a user can mend. No torch.
 
-The launcher calls check_launch before it queues a job; every rank calls make_plan when it starts.
+The launcher calls check_launch before it queues a job; every rank calls clipdist.resume.plan_start when it starts.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
-from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, fetcher_of
-from clipdist.data.order import ORDER_VERSION, OrderKey, choose_streams, whole_parts
-from clipdist.errors import Fault, UserError
+from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.order import ORDER_VERSION, OrderKey, first_order, whole_parts
+from clipdist.errors import UserError
 from clipdist.fault_tolerance.rollback import skipped_ranges
-from clipdist.fault_tolerance.slurm import restarts
-
-REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 
 if TYPE_CHECKING:
-    from clipdist.checkpoint.format import CheckpointReader
+    from clipdist.checkpoint.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """Data, order, length and starting point of a run."""
 
     catalog: Catalog
@@ -36,9 +31,9 @@ class Plan:
     steps: int
     steps_per_epoch: int
     resume: CheckpointReader | None
-    notes: list[str]  # what the user should hear, such as a damaged checkpoint that was passed over
     order_record: dict[str, Any]  # what the checkpoint keeps, to go on with the same order or refuse
     skipped: list[list[int]]  # ranges of data steps that this run leaves out: see clipdist.fault_tolerance.rollback
+    notes: tuple[str, ...] = ()  # for the user, such as a damaged checkpoint that was passed over
 
     @property
     def start_step(self) -> int:
@@ -46,7 +41,7 @@ class Plan:
 
 
 def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
-    """Checks rank count, data and run folder; imports no torch.
+    """Check rank count, data and run folder.
 
     Returns:
         The catalogs of the training and of the validation data.
@@ -61,7 +56,7 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
 
 
 def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
-    """Opens the training and the validation shards.
+    """Open the training and the validation shards. Return their catalogs.
 
     Raises:
         UserError: there are none, or fewer samples than a global batch.
@@ -82,7 +77,7 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Makes the run folder.
+    """Make the run folder.
 
     Raises:
         UserError: it cannot be made or written to.
@@ -97,18 +92,18 @@ def check_run_folder(folder: Path) -> None:
         raise UserError(f"run folder {folder}: cannot be written ({reason}); set run.root or run.name") from None
 
 
-def make_plan(config: Config, world: int, passed_over: Mapping[Path, str] = MappingProxyType({})) -> Plan:
-    """Everything before the model.
+def make_plan(
+    config: Config, world: int, catalogs: tuple[Catalog, Catalog | None], resume: CheckpointReader | None
+) -> RunPlan:
+    """Return the plan of a run that starts from `resume`, or from new weights.
 
     Args:
-        passed_over: checkpoints that were found to be damaged, and how.
+        catalogs: of the training and the validation data, as `check_launch` returns them.
 
     Raises:
-        UserError: see check_launch; or a checkpoint that does not fit this configuration.
+        UserError: a checkpoint of another model, other data or another order; an unknown model.
     """
-    catalog, val = check_launch(config, world)
-    notes: list[str] = []
-    resume = find_start(config, notes, passed_over)
+    catalog, val = catalogs
     fingerprint = catalog.fingerprint()
     if resume:
         key = _order_of(config, fingerprint, resume)
@@ -121,100 +116,13 @@ def make_plan(config: Config, world: int, passed_over: Mapping[Path, str] = Mapp
     steps_per_epoch = len(catalog) // key.global_batch
     skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
     skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
-    return Plan(
-        catalog, val, key, total_steps(config.train, steps_per_epoch), steps_per_epoch, resume, notes, record, skipped
+    return RunPlan(
+        catalog, val, key, total_steps(config.train, steps_per_epoch), steps_per_epoch, resume, record, skipped
     )
 
 
-def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
-    """V and w of a first start, where the configuration leaves them open."""
-    batch, data = config.train.global_batch, config.data
-    cached = data.stage or catalog.is_remote()
-    streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
-    per_shard = max(1, len(catalog) // max(1, len(catalog.shards)))
-    window = data.window or (per_shard if cached else local_window(catalog, streams, per_shard))
-    return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
-
-
-def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
-    """0, the whole stream, where all tables of members fit into memory; else what lets a rank go through them in turn.
-
-    With windows of w samples V streams touch V * (ceil(w / shard) + 1) tables at one time; were all of them wanted at
-    random, each read would begin with the reading of a table.
-    """
-    table = catalog.table(0)
-    per_sample = max(1.0, table.bytes_in_memory() / max(1, len(table)))
-    fits = int(INDEX_MEMORY_BYTES / per_sample)
-    if len(catalog) <= fits:
-        return 0
-    return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)
-
-
-def find_start(
-    config: Config, notes: list[str], passed_over: Mapping[Path, str] = MappingProxyType({})
-) -> CheckpointReader | None:
-    """The checkpoint to go on from. The rule, whatever ended the last run:
-
-    auto: the newest checkpoint of the run folder whose files are whole, else none. Their sizes are looked at here,
-        their checksums by all ranks together (clipdist.resume), which then ask again and name in `passed_over`
-        what is damaged.
-    FOLDER: that checkpoint to begin with; once the run folder has checkpoints of its own they count as with auto, so
-        that the same command goes on. A checkpoint of the run folder itself must be its newest: going back would lose
-        or hide what came after.
-    never: none, and a run folder that holds checkpoints is refused rather than overwritten.
-    A job that was queued again goes on as with auto.
-
-    Raises:
-        UserError: the named checkpoint is unfit, or the wish would overwrite others.
-    """
-    from clipdist.checkpoint.format import list_checkpoints, step_of
-
-    wanted, run_dir = config.train.resume, config.run.dir
-    retry_s = config.data.retry_s
-    folders = list_checkpoints(run_dir, retry_s)
-    if restarts() and folders:
-        wanted = "auto"  # what was asked for was done at the job's first start
-    if wanted not in ("auto", "never"):
-        own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
-        if own and folders and (step_of(Path(wanted)) or 0) < (step_of(folders[-1]) or 0):
-            raise UserError(
-                f"train.resume={wanted}: {run_dir} holds newer checkpoints, up to {folders[-1].name}; move those"
-                " elsewhere first, or choose another run.name"
-            )
-        if own or not folders:
-            if Path(wanted) in passed_over:
-                raise UserError(passed_over[Path(wanted)])
-            return _open(Path(wanted), retry_s)
-    if wanted == "never":
-        if folders:
-            raise UserError(
-                f"train.resume=never: {run_dir} holds checkpoints already; choose another run.name or remove them"
-            )
-        return None
-    for folder in reversed(folders):
-        try:
-            if folder in passed_over:
-                raise UserError(passed_over[folder])
-            return _open(folder, retry_s)
-        except Fault:  # storage that refuses is no damage
-            raise
-        except UserError as error:
-            notes.append(f"passed over a damaged checkpoint: {error}")
-    if folders:
-        raise UserError(f"{run_dir}/checkpoints: none of {len(folders)} checkpoints is whole; choose another run.name")
-    return None
-
-
-def _open(folder: Path, retry_s: float) -> CheckpointReader:
-    from clipdist.checkpoint.format import CheckpointReader
-
-    reader = CheckpointReader(folder, retry_s)
-    reader.check_sizes()
-    return reader
-
-
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:
-    """The order that a checkpoint was made with, V and w as the first start chose them.
+    """Return the order that a checkpoint was made with, V and w as the first start chose them.
 
     Raises:
         UserError: another model, other data, or another order.

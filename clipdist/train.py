@@ -16,13 +16,11 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import fcntl
 import gc
 import os
 import resource
 import shlex
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,11 +30,12 @@ from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.errors import EXIT_INTERRUPTED, Fault, UserError, run_main
 from clipdist.fault_tolerance.signals import StopFlag, die_with_launcher
 from clipdist.fault_tolerance.slurm import note_start, restarts
-from clipdist.run_plan import make_plan
+from clipdist.resume import plan_start, settle
+from clipdist.storage import lock
 
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
-    from clipdist.run_plan import Plan
+    from clipdist.run_plan import RunPlan
     from clipdist.trainer import Outcome, Trainer
 
 LOCK_S = 150.0  # that a job which was queued again waits for the run folder
@@ -103,11 +102,11 @@ def without_collection() -> Iterator[None]:
 def _train(config: Config, resume_command: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         note_start(config.run.dir)
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device, resolve_precision, world_size
 
-    device = distributed.resolve_device(config.device)
-    distributed.resolve_precision(config.train.precision, device)
-    plan = make_plan(config, distributed.world_size())
+    device = resolve_device(config.device)
+    resolve_precision(config.train.precision, device)
+    plan = plan_start(config, world_size())
     if plan.start_step >= plan.steps:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{config.run.dir}: finished at step {plan.start_step}; for more, raise train.epochs or train.steps")
@@ -116,10 +115,8 @@ def _train(config: Config, resume_command: str) -> int:
     stop.on_stop = leave_before_training
     try:
         allow_many_files()
-        dist_env = distributed.start(device, config.train.hang_s)
-        code = _train_together(config, plan, dist_env, stop, resume_command)
-        distributed.stop()
-        return code
+        with joined_ranks(device, config.train.hang_s) as dist_env:
+            return _train_together(config, plan, dist_env, stop, resume_command)
     finally:
         stop.restore()
 
@@ -136,19 +133,21 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _train_together(config: Config, plan: Plan, dist_env: DistEnv, stop: StopFlag, resume_command: str) -> int:
+def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: StopFlag, resume_command: str) -> int:
     """From the first collective to the last: one Trainer after another, where numbers that do not recover send the run
     back to a checkpoint."""
     from clipdist.checkpoint.format import newest_checkpoint
     from clipdist.distributed.consensus import Consensus
+    from clipdist.engine.setup import prepare_deepspeed
     from clipdist.fault_tolerance.consistency import compare, facts
-    from clipdist.resume import open_watchdog, settle
+    from clipdist.fault_tolerance.watchdog import open_watchdog
     from clipdist.trainer import Trainer
 
+    prepare_deepspeed()  # its imports belong to those that are not looked through
     gc.freeze()  # nor is it looked through later: in training, one rank's pause is a pause of all
     gc.enable()
     consensus = Consensus(dist_env, config.train.hang_s)
-    with open_watchdog(config, dist_env, consensus) as watchdog, ExitStack() as held:
+    with open_watchdog(dist_env, consensus, config.run.dir, config.train.hang_s) as watchdog, ExitStack() as held:
         # Even a rank that waits in a collective for ever ends within this time of a signal.
         stop.on_stop = lambda _: watchdog.stopping(config.launch.signal_s)
         if stop.set:
@@ -157,12 +156,13 @@ def _train_together(config: Config, plan: Plan, dist_env: DistEnv, stop: StopFla
             held.enter_context(lock_run_folder(config.run.dir, LOCK_S if restarts() else 0))
             newest = newest_checkpoint(config.run.dir)
             if newest is not None and (plan.resume is None or plan.resume.folder != newest):
-                plan = make_plan(
+                plan = plan_start(
                     config, dist_env.world_size
                 )  # whoever held the folder until now may have saved meanwhile
         with watchdog.phase("start"):
             plan = settle(config, plan, dist_env, consensus)
-            compare(facts(config, plan), dist_env)
+            own = facts(config, plan.order_record, plan.val, plan.skipped, plan.resume)
+            compare(own, dist_env)
         while True:
             with watchdog.phase("start"):
                 trainer = Trainer(config, plan, dist_env, consensus, watchdog)
@@ -180,14 +180,13 @@ def _train_together(config: Config, plan: Plan, dist_env: DistEnv, stop: StopFla
     return EXIT_INTERRUPTED
 
 
-def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
+def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> RunPlan:
     """Closes the trainer and plans the run anew from a checkpoint before the trouble, without the data of the trouble.
 
     Raises:
         Fault: the run went back guard.rollbacks times already.
     """
     from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
-    from clipdist.resume import settle
 
     dist_env, consensus = trainer.dist_env, trainer.consensus
     times = int(consensus.broadcast(str(rollbacks(config.run.dir))))
@@ -209,7 +208,7 @@ def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> Plan:
         raise Fault(f"{trouble}. With ZeRO 3 going back takes a new process: the same command goes back")
     trainer.engine.close()
     again = replace(config, train=replace(config.train, resume="auto"))
-    return settle(again, make_plan(again, dist_env.world_size), dist_env, consensus)
+    return settle(again, plan_start(again, dist_env.world_size), dist_env, consensus)
 
 
 def lock_run_folder(folder: Path, retry_s: float = 0.0) -> IO[str]:
@@ -219,18 +218,13 @@ def lock_run_folder(folder: Path, retry_s: float = 0.0) -> IO[str]:
         retry_s: a network file system holds the lock of a node that was lost for a minute or two.
     """
     file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
-    deadline = time.monotonic() + max(retry_s, BRIEFLY_S)
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
-            time.sleep(0.2)
-            continue
-        except OSError:
-            pass  # a file system without locks
-        return file
+    try:
+        lock(file, wait_s=max(retry_s, BRIEFLY_S))
+    except BlockingIOError:
+        raise UserError(f"run folder {folder}: another run is writing to it; choose another run.name") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 if __name__ == "__main__":

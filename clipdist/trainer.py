@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipdist.checkpoint.format import Manifest, load_full_weights
+from clipdist.checkpoint.format import Manifest
+from clipdist.checkpoint.reader import load_full_weights
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
@@ -40,7 +41,7 @@ from clipdist.models.load import NothingDrawn
 from clipdist.models.spec import ModelSpec
 from clipdist.monitor.journal import Journal, StepTimer
 from clipdist.objectives.make import make_objectives
-from clipdist.run_plan import Plan
+from clipdist.run_plan import RunPlan
 
 RETRY_SAVE_S = 60  # after a checkpoint that could not be written
 LAST_PARTS_S = 20  # that a run which ends in a fault waits for the checkpoint that is being written
@@ -64,7 +65,9 @@ class Outcome:
 class Trainer:
     """Builds the parts, then steps, logs, validates and saves."""
 
-    def __init__(self, config: Config, plan: Plan, dist_env: DistEnv, consensus: Consensus, watchdog: Watchdog) -> None:
+    def __init__(
+        self, config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus, watchdog: Watchdog
+    ) -> None:
         self.config, self.plan, self.dist_env, self.consensus, self.watchdog = (
             config,
             plan,

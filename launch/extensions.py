@@ -7,7 +7,6 @@ later runs wait for ever.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from clipdist.config import Config
 from clipdist.monitor.provenance import cpu_name
+from clipdist.storage import lock
 
 
 def prepare_extensions(config: Config) -> None:
@@ -46,8 +46,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".building", "w") as file:
-        with suppress(OSError):  # a file system without locks: torch's own remains, and its leftovers stay
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):  # a file system without locks: torch's own must do, and its leftovers stay
+            lock(file)
             for stale in folder.rglob("lock"):
                 stale.unlink(missing_ok=True)
         yield

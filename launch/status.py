@@ -12,7 +12,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import fcntl
 import glob
 import json
 import re
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+from clipdist.storage import lock
 
 EXAMPLES = """examples:
   python launch/status.py runs/*
@@ -156,7 +156,7 @@ def is_locked(folder: Path) -> bool:
     """Return whether a process holds the run folder; across machines where the file system has locks."""
     try:
         with open(folder / ".lock") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock(file, shared=True, wait_s=0)
     except BlockingIOError:
         return True
     except OSError:

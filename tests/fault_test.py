@@ -52,7 +52,7 @@ POINTS = (
     Point("after the optimiser's step", "clipdist.engine.step:Engine", "_bound_temperature", rank=0, call=5),
     Point(
         "a rank's part written, not yet announced",
-        "clipdist.checkpoint.format",
+        "clipdist.checkpoint.writer",
         "_write_safetensors",
         rank=1,
         after=True,

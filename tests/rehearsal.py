@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipdist.checkpoint.format import CheckpointReader, newest_checkpoint
+from clipdist.checkpoint.format import newest_checkpoint
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.errors import exit_code
 
 RUNNING = 1000  # stands for the exit code of a process that has none yet

@@ -48,12 +48,11 @@ def main() -> int:
 
 def run_rank(config: Config, args: argparse.Namespace) -> int:
     """One rank of the audit. Rank 0 prints and returns 1 where a part fails."""
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device
     from clipdist.evals.audit import Audit, open_source
     from tools.bench.peers.audit import audit_peers
 
-    dist_env = distributed.start(distributed.resolve_device(config.device))
-    try:
+    with joined_ranks(resolve_device(config.device)) as dist_env:
         audit = Audit(config, dist_env)
         source = open_source(config, audit.spec, dist_env)
         rows: list[Row] = []
@@ -71,8 +70,6 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
         source.close()
         audit.close()
         return report(audit, rows, source.note, args.json) if dist_env.rank == 0 else 0
-    finally:
-        distributed.stop()
 
 
 # What the audit prints

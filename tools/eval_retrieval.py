@@ -37,8 +37,7 @@ def main() -> None:
     # a misspelt folder is heard of before torch is imported
     catalog = None if args.embeddings else Catalog.open(args.shards, what="SHARDS")
 
-    from clipdist.distributed.rank import resolve_device
-    from clipdist.evals.embed import joined_ranks
+    from clipdist.distributed.rank import joined_ranks, resolve_device
 
     with joined_ranks(resolve_device(args.device)) as dist_env:
         if catalog is None:

@@ -51,16 +51,11 @@ def main() -> None:
     check_data(data, args)
 
     from clipdist.data.loader import default_threads
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device
 
-    device = distributed.resolve_device(args.device)
-    world = distributed.world_size()
-    dist_env = distributed.start(device) if world > 1 else None
-    try:
-        rank, where = (dist_env.rank, str(dist_env.device)) if dist_env else (0, device)
-        probe_model(Context(args, data, where, rank, world, default_threads()))
-    finally:
-        distributed.stop()
+    with joined_ranks(resolve_device(args.device)) as dist_env:
+        where = str(dist_env.device)
+        probe_model(Context(args, data, where, dist_env.rank, dist_env.world_size, default_threads()))
 
 
 def check_data(data: LabelledSet, args: argparse.Namespace) -> None:

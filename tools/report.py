@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from datetime import datetime, timezone
 from pathlib import Path
 
 from clipdist.errors import UserError, run_main
 from clipdist.report.history import read_runs, run_figures
 from clipdist.report.report_page import report_page
+from clipdist.storage import replacing
 
 EXAMPLES = """examples:
   python tools/report.py runs/demo
@@ -25,10 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     page = report_page(runs, datetime.now(timezone.utc))
-    temporary = out.with_name(f".{out.name}.tmp")  # a page that is open in a browser is replaced as a whole
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, out)
+        with replacing(out) as temporary:  # a page that is open in a browser is replaced as a whole
+            temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); name another file with --out") from None
     for run in runs:

@@ -78,9 +78,8 @@ def main() -> None:
     began = time.perf_counter()
 
     from clipdist.data.reader import open_reader
-    from clipdist.distributed.rank import resolve_device
+    from clipdist.distributed.rank import joined_ranks, resolve_device
     from clipdist.evals.approximate import require_faiss
-    from clipdist.evals.embed import joined_ranks
 
     import_s += time.perf_counter() - began
     if args.index == "faiss":
@@ -126,13 +125,14 @@ def pictures_of(session: Session, dist_env: DistEnv) -> tuple[Embeddings | None,
     Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share.
     """
     from clipdist.data.loader import default_threads
+    from clipdist.distributed.collectives import gather_json
     from clipdist.evals.embed import embed_catalog, gather_embeddings
     from clipdist.evals.search import cache_file, read_cache, with_unit_features, write_cache
 
     args, loaded, catalog = session.args, session.loaded, session.catalog
     path = cache_file(loaded, catalog)
     kept = None if args.no_cache or dist_env.rank else read_cache(path, loaded, catalog, tell)
-    if rank_0_says(kept is not None, dist_env):
+    if gather_json(kept is not None)[0]:
         return kept, True
     part = embed_catalog(
         session.encode,
@@ -149,20 +149,6 @@ def pictures_of(session: Session, dist_env: DistEnv) -> tuple[Embeddings | None,
     if not (args.no_cache or dist_env.rank):
         write_cache(path, loaded, catalog, embeddings, tell)
     return embeddings, False
-
-
-def rank_0_says(fact: bool, dist_env: DistEnv) -> bool:
-    """Rank 0's `fact`, on every rank."""
-    if dist_env.world_size == 1:
-        return fact
-    import torch
-    import torch.distributed as dist
-
-    from clipdist.evals.embed import wire_device
-
-    told = torch.tensor([int(fact)], device=wire_device(None))
-    dist.broadcast(told, 0)
-    return bool(told)
 
 
 def search(session: Session, embeddings: Embeddings, reader: Reader, dist_env: DistEnv) -> Result:

@@ -39,21 +39,18 @@ def main() -> None:
     check_picture(args.confusion, len(names))
 
     from clipdist.data.loader import default_threads
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.features import embed_split
     from clipdist.evals.zero_shot import zero_shot_classifier
     from clipdist.models.load import load_model
 
-    device, rank, world = distributed.resolve_device(args.device), 0, distributed.world_size()
-    if world > 1:
-        dist_env = distributed.start(device)
-        device, rank = str(dist_env.device), dist_env.rank
-    loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
-    encode, size = model_encoder(loaded.model, device), loaded.model.spec.image_size
-    classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, rank, world)
-    test = embed_split(encode, data.test, size, args.batch, default_threads(), rank, world)
-    distributed.stop()
+    with joined_ranks(resolve_device(args.device)) as dist_env:
+        rank, world = dist_env.rank, dist_env.world_size
+        loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
+        encode, size = model_encoder(loaded.model, dist_env.device), loaded.model.spec.image_size
+        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, rank, world)
+        test = embed_split(encode, data.test, size, args.batch, default_threads(), rank, world)
     if rank == 0:
         if test.left_out:
             print(f"left out, cannot be decoded: {test.left_out} of {len(data.test)} pictures", file=sys.stderr)

@@ -15,9 +15,9 @@ from clipdist.checkpoint.format import (
     read_manifest,
     step_folders,
     step_of,
-    sync,
 )
 from clipdist.errors import Fault, UserError
+from clipdist.storage import sync
 
 ROLLED_BACK = "rolled-back-"  # before the name of a checkpoint that a run went back from
 

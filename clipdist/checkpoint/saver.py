@@ -1,7 +1,7 @@
-"""Saves a run to checkpoint folders, in the background.
+"""Save a run's tensors to checkpoint folders in the background.
 
-The loop only notes where this rank's fragments lie; a thread copies them while the next forward and backward pass run,
-and writes them. Ranks meet through the file system, not through collectives, so that a slow disk never mixes with the
+The loop passes views of this rank's fragments; a thread copies them while the next forward and backward pass run, and
+writes them. Ranks meet through the file system, not through collectives, so that a slow disk never mixes with the
 training's communication.
 """
 
@@ -24,22 +24,21 @@ from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
 from clipdist.errors import Fault
 
 WRITER = "checkpoint writer"  # the thread's name
-NICENESS = 10  # of the thread that writes: the steps beside it go first
+NICENESS = 10  # of the writer's thread: training comes first
 
 
 class Saver:
-    """Writes checkpoints of one run, one at a time.
+    """Write checkpoints of one run, one at a time.
 
-    Between save() and wait_copied() weights and moments must stay as they are: the engine calls wait_copied() before
-    its optimiser steps.
+    Between save() and wait_copied() the live tensors must not change: call wait_copied() before the optimiser steps.
 
     Args:
-        attempt: a token that all ranks of this start share, so that leftovers of an earlier one are not mistaken.
-        retry_s: what the storage refuses is tried again for so long, then the save counts as failed.
+        attempt: token that all ranks of this start share; it tells this start's files from leftovers.
+        retry_s: how long to retry what the storage refuses before the save counts as failed.
 
     Attributes:
-        failed: why the last save failed, or "". Rank 0 knows of every rank's failure, another rank of its own.
-        seconds_in_loop: what the last save has taken of the training loop's time: save() and wait_copied().
+        failed: why the last save failed, or "". Rank 0 knows every rank's failure, another rank its own.
+        seconds_in_loop: time of the training loop that the last save took: save() and wait_copied().
     """
 
     def __init__(self, run_dir: Path, keep: RetentionPolicy, rank: int, attempt: str, retry_s: float) -> None:
@@ -55,26 +54,27 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether the last save is still being written."""
+        """Return whether the last save is still being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def prepare(self, numel: int, pinned: bool) -> None:
-        """Takes the memory that saves need, beside the first steps, so that the first save costs what others cost.
+        """Allocate host memory beside the first steps, so that the first save takes no longer than the others.
 
         Args:
-            numel: elements of the `live` pieces of a save.
-            pinned: whether they lie on a GPU.
+            numel: fp32 elements of all live pieces of a save.
+            pinned: page-lock it, for copies from a GPU.
         """
         self._thread = threading.Thread(target=self._memory.touch, args=(numel, pinned), name=WRITER, daemon=True)
         self._thread.start()
 
     def save(self, live: list[Piece], copied: list[Piece], manifest: Manifest) -> Path:
-        """Begins to save what this rank holds, and returns. Where a save is being written it is waited for: one that
-        has met a failing disk is given up.
+        """Begin to save what this rank holds. Return the checkpoint's folder.
+
+        A save that is still being written is waited for; one that is retrying is given up.
 
         Args:
-            live: views of tensors that stay as they are until wait_copied() returns.
-            copied: what was copied already.
+            live: fp32 views on any device, which must not change until wait_copied() returns.
+            copied: tensors on the CPU that nobody changes.
         """
         began = time.perf_counter()
         if self._thread is not None:
@@ -92,7 +92,7 @@ class Saver:
         return checkpoint_dir(self.run_dir, manifest.step)
 
     def wait_copied(self) -> None:
-        """Returns when weights and moments may change: to be called right before the optimiser's step."""
+        """Wait until the live pieces of the last save may change; call it right before the optimiser's step."""
         if self._copying is None:
             return
         began = time.perf_counter()
@@ -101,7 +101,7 @@ class Saver:
         self.seconds_in_loop += time.perf_counter() - began
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Returns when this rank's last save is on disk.
+        """Wait until this rank's last save is on disk.
 
         Raises:
             Fault: it failed, or is not on disk in time.
@@ -122,14 +122,14 @@ class Saver:
             self._writer.write(pieces, manifest, attempt)
         except SaveFailed as error:
             self.failed = str(error)
-        except Exception as error:  # not of the storage; told by the loop, which goes on
+        except Exception as error:  # not the storage's; the loop reports it and goes on
             self.failed = f"{type(error).__name__}: {error}"
         finally:
             copying.end()
 
 
 class _HostMemory:
-    """fp32 memory that is kept from save to save: fresh pages would cost more than the copying."""
+    """Keep fp32 memory from save to save: fresh pages would cost more than the copying."""
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
@@ -141,18 +141,18 @@ class _HostMemory:
         return self._flat[:numel]
 
     def touch(self, numel: int, pinned: bool) -> None:
-        """Takes memory and has the system give its pages, at the lowest priority."""
+        """Allocate memory and touch its pages, at the lowest priority."""
         _step_back()
-        with suppress(MemoryError, RuntimeError):  # where there is none left the save will say so
+        with suppress(MemoryError, RuntimeError):  # if there is none left, the save reports it
             self.take(numel, pinned).numpy().fill(0)
 
 
 class _Copying:
-    """One save's copying to the host: begun by the loop, done by the writer's thread.
+    """Copy one save's pieces to the host: created by the loop, run by the writer's thread.
 
     Args:
-        live: views of the engine's tensors, which stay as they are until wait() returns.
-        copied: what was copied already.
+        live: views of tensors that do not change until wait() returns.
+        copied: pieces that are on the host already.
     """
 
     def __init__(self, live: list[Piece], copied: list[Piece]) -> None:
@@ -166,7 +166,7 @@ class _Copying:
             self._ready.record(torch.cuda.current_stream(self._device))
 
     def run(self, memory: _HostMemory) -> list[Piece]:
-        """Copies; returns the pieces, on the host."""
+        """Copy the live pieces. Return all pieces, on the host."""
         flat = memory.take(sum(piece.data.numel() for piece in self._live), pinned=self._device is not None)
         parts = flat.split([piece.data.numel() for piece in self._live])
         pieces = [replace(piece, data=part) for piece, part in zip(self._live, parts)]
@@ -191,7 +191,7 @@ class _Copying:
                 part.copy_(piece.data, non_blocking=True)
 
     def wait(self) -> None:
-        """Holds back the calling thread, and on a GPU its stream, until all is copied."""
+        """Block the calling thread, and on a GPU its stream, until all is copied."""
         self._issued.wait()
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
@@ -201,7 +201,7 @@ class _Copying:
 
 
 def _step_back() -> None:
-    """Lets the training's threads go first where there are fewer cores than threads."""
+    """Lower the calling thread's priority, so that training comes first where cores are few."""
     if sys.platform == "linux":  # elsewhere niceness is the whole process's
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

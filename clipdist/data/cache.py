@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 from clipdist.data.fetch import Fetcher, safe_name
 from clipdist.data.workers import Workers
 from clipdist.errors import Fault, UserError
+from clipdist.storage import lock
 
 MOST_CACHE_BYTES = 64 * 10**9  # of a cache whose size nobody has set
 _OURS = re.compile(r"(whole|part)-[0-9a-f]{32}-")  # nothing else in the folder is ever deleted
@@ -183,7 +183,7 @@ class ShardCache:
                 os.rename(path, self._path("whole", url))
                 os.close(part)
                 part = -1
-                fcntl.flock(entry, fcntl.LOCK_SH)
+                lock(entry, shared=True)
                 if not is_prefetch:
                     _mark_used(entry)
             return entry
@@ -205,7 +205,7 @@ class ShardCache:
             path.unlink()  # whoever has it open keeps it
             return None
         # This does not wait: exclusive locks on entries are held under the lock of the folder only.
-        fcntl.flock(entry, fcntl.LOCK_SH)
+        lock(entry, shared=True)
         return entry
 
     def _claim(self, url: str) -> int | None:
@@ -220,7 +220,7 @@ class ShardCache:
     def _wait_for_other(self, url: str) -> None:
         """Wait until the process or thread that downloads this URL has finished, failed or died."""
         with contextlib.suppress(FileNotFoundError), open(self._path("part", url), "rb") as part:
-            fcntl.flock(part, fcntl.LOCK_SH)
+            lock(part.fileno(), shared=True)
 
     def _reserve(self, part: int, size: int, is_prefetch: bool) -> None:
         """Make a locked part `size` bytes long, after making room for it: its length is its claim on the limit.
@@ -305,7 +305,7 @@ class ShardCache:
     def _locked(self) -> Generator[None]:
         """The folder's lock; held for a few file operations at a time, never while bytes are fetched."""
         with open(self.folder / _LOCK, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of this descriptor: it keeps threads apart as well
+            lock(file.fileno())  # of this descriptor: it keeps threads apart as well
             yield
 
 
@@ -322,7 +322,7 @@ def ranks_per_node() -> int:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, wait_s=0)
     except BlockingIOError:
         return False
     return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import posixpath
-import uuid
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,11 +21,11 @@ from clipdist.data.index import (
     MOST_INDEX_BYTES,
     MOST_PLACES,
     ShardIndex,
-    Unreadable,
     index_from_bytes,
     index_to_bytes,
 )
-from clipdist.errors import UserError
+from clipdist.errors import Unreadable, UserError
+from clipdist.storage import replacing
 
 SUFFIX = ".index.zip"
 _VERSION = 1
@@ -137,28 +136,23 @@ def write_parts(path: str | Path, parts: Iterable[Part], rule: str = "") -> None
         OSError: the folder cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     names, counts, digests = [], [], []
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
-            for number, part in enumerate(parts):
-                file.writestr(f"{number}.npz", part.data)
-                names.append(_relative(path.parent, part.tar))
-                counts.append(part.samples)
-                digests.append(np.frombuffer(part.digest, dtype=np.uint8))
-            head = {
-                "version": np.int64(_VERSION),
-                "names": np.array(names, dtype=np.str_),
-                "counts": np.array(counts, dtype=np.int64),
-                "digests": np.array(digests, dtype=np.uint8).reshape(-1, 16),
-                "rule": np.str_(rule),
-            }
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, allow_pickle=False, **head)
-            file.writestr(_HEAD, buffer.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, shared=True) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
+        for number, part in enumerate(parts):
+            file.writestr(f"{number}.npz", part.data)
+            names.append(_relative(path.parent, part.tar))
+            counts.append(part.samples)
+            digests.append(np.frombuffer(part.digest, dtype=np.uint8))
+        head = {
+            "version": np.int64(_VERSION),
+            "names": np.array(names, dtype=np.str_),
+            "counts": np.array(counts, dtype=np.int64),
+            "digests": np.array(digests, dtype=np.uint8).reshape(-1, 16),
+            "rule": np.str_(rule),
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **head)
+        file.writestr(_HEAD, buffer.getvalue())
 
 
 def _relative(folder: Path, tar: str) -> str:

@@ -13,14 +13,14 @@ import io
 import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from clipdist.errors import UserError
+from clipdist.errors import Unreadable, UserError
+from clipdist.storage import replacing
 
 INDEX_VERSION = 1
 MOST_KINDS = 256  # offsets are a table of samples x kinds: a tar with more kinds is no shard
@@ -36,10 +36,6 @@ _COLUMN = "column."  # prefix of the numeric columns among the arrays of the fil
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 AT_ONCE_BYTES = 8 << 20  # a member of more is read by itself
 _HEADERS_BYTES = 16 << 10  # between the members of a sample that are read at once
-
-
-class Unreadable(UserError):
-    """A file that cannot be read now: not there, or its storage is away. Another try may succeed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,13 +303,8 @@ def write_index(index: ShardIndex) -> None:
         OSError: the folder cannot be written.
     """
     path = index_path(index.tar)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # several ranks may write at once
-    try:
-        with open(partial, "xb") as file:
-            file.write(index_to_bytes(index))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, shared=True) as partial:  # several ranks may write at once
+        partial.write_bytes(index_to_bytes(index))
 
 
 def load_index(tar: str | Path) -> ShardIndex:

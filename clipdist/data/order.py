@@ -19,7 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from clipdist.config import Config
+from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog
+
 ORDER_VERSION = 2
+REMOTE_STREAMS = 16  # V of remote shards at most, where there are not more ranks: each stream fills the cache
 MOST_PARTS = 1 << 16  # a mixture's weights are whole parts of at most so many: the length of its schedule
 _SHARDS, _OFFSET, _WINDOW, _SAMPLE, _SOURCE = range(5)  # what a random number is for: part of its key
 
@@ -328,3 +332,27 @@ def _uint64(value: int | np.ndarray) -> np.ndarray:
     if isinstance(value, int):
         return np.asarray(value & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
     return np.asarray(value).astype(np.uint64)
+
+
+def first_order(config: Config, catalog: Catalog, world: int) -> OrderKey:
+    """Return the order of a first start: V streams and windows of w samples as configured, else chosen here."""
+    batch, data = config.train.global_batch, config.data
+    cached = data.stage or catalog.is_remote()
+    streams = data.streams or choose_streams(batch, world, *([REMOTE_STREAMS] if cached else []))
+    per_shard = max(1, len(catalog) // max(1, len(catalog.shards)))
+    window = data.window or (per_shard if cached else local_window(catalog, streams, per_shard))
+    return OrderKey(data.seed, batch, streams, window, whole_parts(data.weights) if data.weights else ())
+
+
+def local_window(catalog: Catalog, streams: int, per_shard: int) -> int:
+    """Return w: 0, the whole stream, if all tables of members fit into memory; else few enough to load them in turn.
+
+    With windows of w samples V streams touch V * (ceil(w / shard) + 1) tables at one time; were all of them wanted at
+    random, each read would begin with the reading of a table.
+    """
+    table = catalog.table(0)
+    per_sample = max(1.0, table.bytes_in_memory() / max(1, len(table)))
+    fits = int(INDEX_MEMORY_BYTES / per_sample)
+    if len(catalog) <= fits:
+        return 0
+    return max(1000, fits // (streams * len(catalog.sources)) - 2 * per_shard)

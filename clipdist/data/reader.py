@@ -20,8 +20,8 @@ from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
-from clipdist.data.index import IMAGE_KINDS, ShardIndex, Unreadable
-from clipdist.errors import Fault, UserError
+from clipdist.data.index import IMAGE_KINDS, ShardIndex
+from clipdist.errors import Fault, Unreadable, UserError
 from clipdist.storage import AWAY, Retry
 
 T = TypeVar("T")

@@ -34,6 +34,7 @@ from clipdist.datasets.shard_writer import (
     write_side_files,
 )
 from clipdist.errors import Fault, UserError
+from clipdist.storage import replacing
 
 FORMAT = 1  # of what is written: raise it when the same list would give other bytes
 MAX_SHARDS = 100_000  # img2dataset's keys count shards with five digits
@@ -330,8 +331,11 @@ class _Journal:
     def write_skipped(self, path: Path) -> Counter[str]:
         """Write what was left out, in the list's order; counts it by reason."""
         counts: Counter[str] = Counter()
-        partial = path.with_name(path.name + ".tmp")
-        with open(self._path, "rb") as journal, open(partial, "w", encoding="utf-8", errors="replace") as file:
+        with (
+            replacing(path) as partial,
+            open(self._path, "rb") as journal,
+            open(partial, "w", encoding="utf-8", errors="replace") as file,
+        ):
             for shard in sorted(self._offset):
                 journal.seek(self._offset[shard])
                 for skip in _parse(journal.readline()).skipped:
@@ -340,7 +344,6 @@ class _Journal:
                     file.write(
                         json.dumps({**where, "file": skip.file, "reason": skip.reason}, ensure_ascii=False) + "\n"
                     )
-        os.replace(partial, path)
         return counts
 
 

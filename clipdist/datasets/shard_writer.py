@@ -7,7 +7,6 @@ sample index (clipdist.data.index), open_clip's sizes.json, the wids index (inde
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from clipdist.data.index import index_from_members, index_path, stamped, write_index
 from clipdist.errors import UserError
+from clipdist.storage import lock, replacing, write_text
 
 MAX_SHARD_SIZE = 10_000  # img2dataset's keys count the samples of a shard with four digits
 _STAGING = ".partial"  # folder of a run that has not ended
@@ -72,25 +72,24 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> ShardFacts:
         UserError: a key that is empty, holds a dot or a slash, is too long for USTAR, or occurs twice.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     places: dict[str, dict[str, tuple[int, int]]] = {}
     sums: dict[str, dict[str, int]] = {}
     columns: list[Mapping[str, int]] = []
     try:
-        with _TarWriter(partial) as tar:
-            for sample in samples:
-                if not sample.key or set("./") & set(sample.key) or sample.key in places:
-                    raise UserError(f"{path}: sample key {sample.key!r}: must be unique, without a dot or a slash")
-                places[sample.key] = {kind: tar.add(f"{sample.key}.{kind}", d) for kind, d in sample.members.items()}
-                sums[sample.key] = {kind: zlib.crc32(data) for kind, data in sample.members.items()}
-                columns.append(sample.columns)
-        facts = ShardFacts(path.name, len(places), partial.stat().st_size, tar.md5.hexdigest())
-        index_path(path).unlink(missing_ok=True)  # never a new shard beside an old index
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            with _TarWriter(partial) as tar:
+                for sample in samples:
+                    if not sample.key or set("./") & set(sample.key) or sample.key in places:
+                        raise UserError(f"{path}: sample key {sample.key!r}: must be unique, without a dot or a slash")
+                    places[sample.key] = {
+                        kind: tar.add(f"{sample.key}.{kind}", data) for kind, data in sample.members.items()
+                    }
+                    sums[sample.key] = {kind: zlib.crc32(data) for kind, data in sample.members.items()}
+                    columns.append(sample.columns)
+            facts = ShardFacts(path.name, len(places), partial.stat().st_size, tar.md5.hexdigest())
+            index_path(path).unlink(missing_ok=True)  # never a new shard beside an old index
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     names = columns[0] if columns else ()
     arrays = {name: np.array([row[name] for row in columns], dtype=np.int64) for name in names}
     write_index(stamped(replace(index_from_members(path, places, sums), columns=arrays)))
@@ -159,10 +158,8 @@ def write_side_files(folder: Path, name: str, shards: Sequence[ShardFacts]) -> N
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, atomically."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Writes JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_own(path: Path, **mark: str) -> dict | None:
@@ -230,10 +227,11 @@ def hold_folder(out: Path) -> Iterator[None]:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, wait_s=0)
         except BlockingIOError:
-            message = "another run is writing there; wait for it or choose another folder"
-            raise UserError(f"--out {out}: {message}") from None
+            raise UserError(
+                f"--out {out}: another run is writing there; wait for it or choose another folder"
+            ) from None
         except OSError:
             pass  # a file system without locks
         yield

@@ -1,9 +1,13 @@
-"""The few collectives that the losses need, none of them differentiable: the losses carry gradients by closed forms.
+"""Collectives. None of them is differentiable: the losses carry gradients by closed forms.
 
 A process group of None is the default group; without torch.distributed there is one rank.
 """
 
 from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +21,7 @@ def rank_and_world(group: ProcessGroup | None = None) -> tuple[int, int]:
 
 
 def all_gather(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
-    """Rows of all ranks, in rank order: [b, ...] to [W*b, ...]; x itself where there is one rank."""
+    """Gather the rows of all ranks in rank order: [b, ...] to [W*b, ...]. Return x itself if there is one rank."""
     world = rank_and_world(group)[1]
     x = x.detach()
     if world == 1:
@@ -28,9 +32,10 @@ def all_gather(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tens
 
 
 def reduce_scatter_sum(x: torch.Tensor, wire: torch.dtype, group: ProcessGroup | None = None) -> torch.Tensor:
-    """Sums fp32 [W*b, ...] over ranks and leaves rank r rows r*b .. (r+1)*b; it travels as `wire`, the result is fp32.
+    """Sum fp32 [W*b, ...] over ranks. Return rows r*b .. (r+1)*b on rank r, in fp32; x itself if there is one rank.
 
-    Where there is one rank, x itself.
+    Args:
+        wire: dtype in which it is sent.
     """
     world = rank_and_world(group)[1]
     if world == 1:
@@ -50,12 +55,12 @@ def reduce_scatter_sum(x: torch.Tensor, wire: torch.dtype, group: ProcessGroup |
 
 
 def all_reduce_sum(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
-    """The sum over ranks, as a new tensor."""
+    """Return the sum over ranks, as a new tensor."""
     return _all_reduce(x, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
-    """The largest over ranks, as a new tensor."""
+    """Return the largest over ranks, as a new tensor."""
     return _all_reduce(x, dist.ReduceOp.MAX, group)
 
 
@@ -64,3 +69,42 @@ def _all_reduce(x: torch.Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGrou
     if rank_and_world(group)[1] > 1:
         dist.all_reduce(x, op, group=group)
     return x
+
+
+# For tensors and values that lie anywhere: slower than the above, which take what lies on the group's device.
+
+
+def group_device(group: ProcessGroup | None = None) -> torch.device:
+    """Return where a tensor must lie for the group to send it: NCCL sends device tensors only."""
+    if rank_and_world(group)[1] == 1 or "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def sum_over_ranks(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
+    """Return the sum over ranks of a tensor on any device, on that device; x itself if there is one rank."""
+    if rank_and_world(group)[1] == 1:
+        return x
+    return all_reduce_sum(x.to(group_device(group)), group).to(x.device)
+
+
+def all_gather_uneven(x: torch.Tensor, group: ProcessGroup | None = None) -> list[torch.Tensor]:
+    """Gather tensors [n_r, ...] whose n_r may differ among ranks. Return them in rank order, on the CPU."""
+    device = group_device(group)
+    lengths = all_gather(torch.tensor([len(x)], device=device), group).tolist()
+    padded = torch.zeros(max(lengths), *x.shape[1:], dtype=x.dtype, device=device)
+    padded[: len(x)] = x
+    rows = all_gather(padded, group).cpu()
+    return [rows[rank * len(padded) :][:length] for rank, length in enumerate(lengths)]
+
+
+def gather_json(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Return every rank's JSON value, in rank order. Nothing is pickled."""
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part.numpy().tobytes()) for part in all_gather_uneven(payload, group)]
+
+
+def all_equal(data: bytes, group: ProcessGroup | None = None) -> bool:
+    """Return whether all ranks gave the same bytes: one all-gather of 8 bytes per rank."""
+    digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    return len(set(all_gather(torch.tensor([digest], device=group_device(group)), group).tolist())) == 1

@@ -1,24 +1,21 @@
-"""What the ranks settle together between steps: small numbers of every rank in, the same answer on all ranks out.
-
-On the host, beside the training's own communication: no accelerator is waited for.
-"""
+"""Decisions that the ranks take together between steps, on the host: no accelerator is waited for."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from clipdist.distributed.collectives import all_reduce_max, gather_json
 from clipdist.distributed.rank import DistEnv, time_limit
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of `Consensus.agree`, set where any rank set them."""
+    """The flags of `Consensus.agree`, set if any rank set them."""
 
     stop: bool
     trouble: int | None  # the first rank that cannot go on
@@ -28,7 +25,7 @@ class Flags:
 
 
 class Consensus:
-    """Collective: every rank makes the same calls in the same order."""
+    """Collectives for flags and short texts. Every rank makes the same calls in the same order."""
 
     def __init__(self, dist_env: DistEnv, hang_s: float = 0.0) -> None:
         self._rank, self._world = dist_env.rank, dist_env.world_size
@@ -37,7 +34,7 @@ class Consensus:
             self.group = dist.new_group(backend="gloo", timeout=time_limit(hang_s))
 
     def agree(self, *, stop: bool, trouble: bool, overdue: bool, busy: bool, failed: bool) -> Flags:
-        """Brings the ranks' flags together.
+        """Combine the flags of all ranks.
 
         Args:
             stop: a signal asked this rank to end.
@@ -47,45 +44,34 @@ class Consensus:
             failed: they could not be written.
         """
         first = self._world - self._rank if trouble else 0  # the largest is that of the lowest rank
-        flags = torch.tensor([int(stop), first, int(overdue), int(busy), int(failed)], dtype=torch.int32)
-        if self._world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        stop, first, overdue, busy, failed = flags.tolist()
-        return Flags(bool(stop), self._world - first if first else None, bool(overdue), bool(busy), bool(failed))
+        first, *flags = self._max(first, int(stop), int(overdue), int(busy), int(failed))
+        stop, overdue, busy, failed = map(bool, flags)
+        return Flags(stop, self._world - first if first else None, overdue, busy, failed)
+
+    def all(self, flag: bool) -> bool:
+        """Return whether every rank's flag is set."""
+        return not self._max(int(not flag))[0]
 
     def broadcast(self, text: str, source: int = 0) -> str:
-        """The text that rank `source` gave."""
-        if self._world == 1:
-            return text
-        told = [text]
-        dist.broadcast_object_list(told, src=source, group=self.group)
-        return told[0]
-
-    def broadcast_path(self, path: Path | None) -> Path | None:
-        """Rank 0's."""
-        told = self.broadcast(str(path or ""))
-        return Path(told) if told else None
+        """Return the text of rank `source`."""
+        return self._gather(text)[source]
 
     def first_text(self, text: str) -> str:
-        """Of all ranks' texts the first that is not empty."""
-        if self._world == 1:
-            return text
-        texts: list[str] = [""] * self._world
-        dist.all_gather_object(texts, text, group=self.group)
-        return next((found for found in texts if found), "")
+        """Return the text of the lowest rank whose text is not empty; "" if all are."""
+        return next((found for found in self._gather(text) if found), "")
 
     def shared_token(self) -> str:
-        """A random word, the same on all ranks."""
+        """Return a random word, the same on all ranks."""
         return self.broadcast(secrets.token_hex(7))
 
     def barrier(self) -> None:
-        """Returns when all ranks are here."""
-        if self._world > 1:
-            dist.barrier(group=self.group)
+        """Wait until all ranks have called it."""
+        self._max(0)
 
-    def all(self, flag: bool) -> bool:
-        """Whether every rank's flag is set."""
-        value = torch.tensor([int(flag)], dtype=torch.int32)
-        if self._world > 1:
-            dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
-        return bool(value.item())
+    def _max(self, *values: int) -> list[int]:
+        if self._world == 1:
+            return list(values)
+        return all_reduce_max(torch.tensor(values, dtype=torch.int32), self.group).tolist()
+
+    def _gather(self, text: str) -> list[str]:
+        return [text] if self._world == 1 else gather_json(text, self.group)

@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipdist.checkpoint.format import CheckpointReader, Piece
+from clipdist.checkpoint.format import Piece
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import Config
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.optim import make_optimizer
+from clipdist.engine.setup import prepare_deepspeed
 from clipdist.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,6 +69,7 @@ class Zero:
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
 
+        prepare_deepspeed()
         settings = deepspeed_config(config, dist_env.device.type, dist_env.world_size)
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
         optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from clipdist.errors import UserError
 from clipdist.evals.search import nearest
+from clipdist.storage import replacing
 
 AGREE = 95.0  # percent of the exact ten best that an index must find
 CUTOFFS = (1, 10, 100)  # of the recall
@@ -112,20 +111,15 @@ def write_index(path: Path, index: ApproximateIndex) -> None:
         UserError: the files cannot be written.
     """
     facts = path.with_name(f"{path.name}.json")
-    partial, partial_facts = (file.with_name(f"{file.name}.{os.getpid()}.tmp") for file in (path, facts))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         facts.unlink(missing_ok=True)  # the old facts must not stand beside the new index
-        require_faiss().write_index(index.index, str(partial))
-        partial_facts.write_text(json.dumps(asdict(index.facts) | {"bytes": partial.stat().st_size}))
-        os.replace(partial, path)
-        os.replace(partial_facts, facts)
+        with replacing(path, shared=True) as partial:
+            require_faiss().write_index(index.index, str(partial))
+        with replacing(facts, shared=True) as partial:
+            partial.write_text(json.dumps(asdict(index.facts) | {"bytes": path.stat().st_size}))
     except (OSError, RuntimeError) as error:  # faiss raises the latter
         raise UserError(f"{path}: the index cannot be written ({error}); is there room on the disk?") from None
-    finally:
-        for file in (partial, partial_facts):
-            with suppress(OSError):
-                file.unlink()
 
 
 def read_index(path: Path, pictures: Tensor, tell: Callable[[str], None]) -> ApproximateIndex | None:

@@ -281,8 +281,8 @@ class ShardBatches:
 
     def __init__(self, cfg: Config, spec: ModelSpec, dist_env: DistEnv, catalog: Catalog) -> None:
         from clipdist.data.loader import image_view, open_loader
+        from clipdist.data.order import first_order
         from clipdist.data.tokens import make_tokenizer
-        from clipdist.run_plan import first_order
 
         self.note = f"training batches of {', '.join(cfg.data.train)}"
         self.device = dist_env.device

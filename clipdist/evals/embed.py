@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +16,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
-from clipdist.distributed.rank import DistEnv, world_size
+from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder
 
@@ -42,27 +39,6 @@ class Embeddings:
     bad: dict[str, list[str]]  # reason -> keys of the samples that are left out
 
 
-@contextmanager
-def joined_ranks(device: str) -> Iterator[DistEnv]:
-    """Where a tool's process stands among those that torchrun started, joined into one group; alone without a launcher.
-
-    Args:
-        device: cpu (gloo) or cuda (NCCL), as resolve_device gives it.
-    """
-    world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    on = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-    if world == 1:
-        yield DistEnv(0, 1, 0, on)
-        return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield DistEnv(dist.get_rank(), world, local_rank, on)
-    finally:
-        dist.destroy_process_group()
-
-
 def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
     """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
     model = model.to(device).eval()
@@ -75,9 +51,9 @@ def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
     return encode
 
 
-def _moved(inputs: Tensor | None, device: str | torch.device) -> Tensor | None:
+def _moved(inputs: Tensor, device: str | torch.device) -> Tensor:
     """On the device; a copy from pinned memory to a GPU goes on beside the batch before."""
-    if inputs is None or torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu":
         return inputs
     return inputs.pin_memory().to(device, non_blocking=True)
 
@@ -141,19 +117,17 @@ def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:
 
 def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup | None = None) -> Embeddings:
     """All ranks' slices as one, in rank order, on every rank. Collective; strings travel as JSON, never pickled."""
-    if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
+    if rank_and_world(process_group)[1] == 1:
         return embeddings
     image, text, text_image, sample_ids = (
-        _gather_rows(tensor, process_group)
+        all_gather_uneven(tensor, process_group)
         for tensor in (embeddings.image, embeddings.text, embeddings.text_image, embeddings.sample_ids)
     )
-    strings = json.dumps([embeddings.captions, embeddings.keys, embeddings.bad]).encode()
-    payload = torch.frombuffer(bytearray(strings), dtype=torch.uint8)
+    strings = [embeddings.captions, embeddings.keys, embeddings.bad]
     captions: list[str] = []
     keys: list[str] = []
     bad: dict[str, list[str]] = {}
-    for part in _gather_rows(payload, process_group):
-        part_captions, part_keys, part_bad = json.loads(part.numpy().tobytes())
+    for part_captions, part_keys, part_bad in gather_json(strings, process_group):
         captions += part_captions
         keys += part_keys
         for reason, names in part_bad.items():
@@ -168,13 +142,6 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         sample_ids=torch.cat(sample_ids),
         bad=bad,
     )
-
-
-def wire_device(process_group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must lie for the group to carry it: NCCL carries device tensors only."""
-    if "gloo" in dist.get_backend(process_group):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _without_bad(
@@ -286,21 +253,6 @@ def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tens
     if not parts and image:
         raise UserError("nothing to embed: no pictures")
     return torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
-
-
-def _gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Every rank's tensor [n_r, ...], with n_r free to differ. Tensors travel padded to the longest."""
-    device = wire_device(process_group)
-    world = dist.get_world_size(process_group)
-    count = torch.tensor([len(tensor)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(world)]
-    dist.all_gather(counts, count, group=process_group)
-    lengths = [int(c) for c in counts]
-    padded = torch.zeros(max(lengths), *tensor.shape[1:], dtype=tensor.dtype, device=device)
-    padded[: len(tensor)] = tensor.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group=process_group)
-    return [part[:length].cpu() for part, length in zip(parts, lengths)]
 
 
 def _ceil(count: int, batch: int) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,10 +21,12 @@ from tqdm import tqdm
 
 from clipdist.data.decode import BadSample, eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
+from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
-from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
+from clipdist.evals.embed import AHEAD, Encode, encode_images
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
+from clipdist.storage import replacing
 
 Kind = Literal["projected", "tower"]
 PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
@@ -159,10 +158,10 @@ def embed_split(
     every[mine.start : mine.stop] = features
     good = torch.zeros(len(split), dtype=torch.int64)
     good[[row for row in mine if row not in bad]] = 1
-    kept = sum_over_ranks(good, world).bool()
+    kept = sum_over_ranks(good).bool()
     if not kept.any():
         raise UserError(f"not one of {len(split)} pictures can be decoded")
-    return SplitFeatures(sum_over_ranks(every, world)[kept], torch.from_numpy(split.labels)[kept], int((~kept).sum()))
+    return SplitFeatures(sum_over_ranks(every)[kept], torch.from_numpy(split.labels)[kept], int((~kept).sum()))
 
 
 def embed_set(
@@ -189,7 +188,7 @@ def embed_set(
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
     found = load_features(cache) if cache and rank == 0 else None
-    if cache and _agreed(found is not None, world):
+    if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
     train, test = (
@@ -225,15 +224,12 @@ def save_features(path: Path, features: Features) -> None:
     tensors = {f"{name}.image": part.image.contiguous() for name, part in parts.items()}
     tensors |= {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()}
     head = {f"{name}.left_out": str(part.left_out) for name, part in parts.items()}
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(partial), head)
-        os.replace(partial, path)
+        with replacing(path, shared=True) as partial:
+            save_file(tensors, str(partial), head)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_features(path: Path) -> Features | None:
@@ -286,21 +282,3 @@ def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]
     """This rank's rows, and how many batches the rank with most of them needs."""
     mine = range(count * rank // world, count * (rank + 1) // world)
     return mine, -(-count // (world * batch))
-
-
-def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
-    """The ranks' tensors of one shape added up, on every rank. Collective."""
-    if world == 1:
-        return tensor
-    moved = tensor.to(wire_device(None))
-    dist.all_reduce(moved)
-    return moved.cpu()
-
-
-def _agreed(found: bool, world: int) -> bool:
-    """What rank 0 found, on every rank."""
-    if world == 1:
-        return found
-    flag = torch.tensor([int(found)], device=wire_device(None))
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())

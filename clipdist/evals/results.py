@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from clipdist.errors import UserError
+from clipdist.storage import write_text
 
 FOLDER = "results"  # of a run folder
 
@@ -30,12 +30,10 @@ def keep_result(run_dir: Path | None, tool: str, record: dict[str, Any]) -> None
     if Path(tool).name != tool or tool.startswith("."):
         raise ValueError(f"{tool!r} is no plain name")
     path = run_dir / FOLDER / f"{tool}.json"
-    temporary = path.with_suffix(".tmp")
     text = json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
         print(f"{path}: not kept for the report ({error.strerror})", file=sys.stderr)
 

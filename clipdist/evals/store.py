@@ -7,10 +7,7 @@ million captions pass; the head holds what is small: the format, the samples tha
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings
+from clipdist.storage import replacing
 
 FORMAT = "clipdist embeddings 1"
 
@@ -44,18 +42,12 @@ def save_embeddings(path: Path, embeddings: Embeddings, facts: dict[str, str]) -
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     head = {"format": FORMAT, "bad": json.dumps(embeddings.bad), "facts": json.dumps(facts)}
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(partial), head)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path, durable=True, shared=True) as partial:
+            save_file(tensors, str(partial), head)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: the embeddings cannot be written ({error}); is there room on the disk?") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def load_embeddings(path: Path) -> tuple[Embeddings, dict[str, str]]:

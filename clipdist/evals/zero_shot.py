@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
+from clipdist.distributed.collectives import sum_over_ranks
 from clipdist.errors import UserError
 from clipdist.evals.embed import Encode
-from clipdist.evals.features import embed_split, share_of, sum_over_ranks
+from clipdist.evals.features import embed_split, share_of
 from clipdist.evals.prompts import write_prompts
 
 TOP = 5
@@ -96,7 +97,7 @@ def zero_shot_classifier(
         if not call:
             sums = torch.zeros(len(classes), features.shape[1])
         sums.index_add_(0, torch.tensor([row // len(templates) for row in rows], dtype=torch.int64), unit)
-    classifier = F.normalize(sum_over_ranks(sums, world), dim=1)
+    classifier = F.normalize(sum_over_ranks(sums), dim=1)
     if not torch.isfinite(classifier).all():
         raise UserError("the text features are not finite: the weights have diverged")
     return classifier

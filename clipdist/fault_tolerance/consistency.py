@@ -1,6 +1,6 @@
-"""What every rank must agree on before a run begins: configuration and plan in, facts out; or who has other ones.
+"""Compare what all ranks must have alike before a run begins: code, packages, configuration, data, start.
 
-Ranks that run other code, other packages or other data than the rest would train without a word, and wrongly.
+Ranks that run other code, other packages or other data than the rest would train without an error, and wrongly.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import platform
 import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import clipdist
 from clipdist.checkpoint.format import MANIFEST
 from clipdist.config import Config, flat
-from clipdist.distributed.compare import all_equal, gather_json, who_has_what
+from clipdist.distributed.collectives import all_equal, gather_json
+from clipdist.distributed.compare import who_has_what
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
-from clipdist.run_plan import Plan
+
+if TYPE_CHECKING:
+    from clipdist.checkpoint.reader import CheckpointReader
+    from clipdist.data.catalog import Catalog
 
 PACKAGES = (
     "torch",
@@ -39,43 +43,56 @@ _CODE = "clipdist/"  # what the names of facts on code begin with
 _MOST_NAMED = 5
 
 
-def facts(config: Config, plan: Plan) -> dict[str, str]:
-    """What this rank would train with, by name. Neither paths nor the host's name are in it.
+def facts(
+    config: Config,
+    order_record: dict[str, Any],
+    val: Catalog | None,
+    skipped: list[list[int]],
+    resume: CheckpointReader | None,
+) -> dict[str, str]:
+    """Return what this rank would train with, by name, without paths and host names.
+
+    Args:
+        order_record, skipped: of the data order, as a checkpoint keeps them.
+        val: validation data.
+        resume: the checkpoint to start from.
 
     Raises:
         UserError: no tokenizer; see make_tokenizer.
     """
-    spec = _spec(config, plan)
-    order = {name: value for name, value in plan.order_record.items() if name != "fingerprint"}
+    from clipdist.models.spec import resolve_spec
+
+    spec = resume.manifest.state["model"] if resume else resolve_spec(config.model).to_dict()
+    order = {name: value for name, value in order_record.items() if name != "fingerprint"}
     return {
         **{f"package {name}": _version(name) for name in PACKAGES},
         "Python": platform.python_version(),
         **code_facts(Path(clipdist.__file__).parent),
         **config_facts(config),
-        "training data": short(plan.order_record["fingerprint"]),
-        "validation data": short(plan.val.fingerprint()) if plan.val else "none",
+        "training data": short(order_record["fingerprint"]),
+        "validation data": short(val.fingerprint()) if val else "none",
         "data order": json.dumps(order, sort_keys=True),
-        "skipped ranges": str(plan.skipped),
+        "skipped ranges": str(skipped),
         "model": short(_digest(json.dumps(_without_places(spec), sort_keys=True).encode())),
         "tokenizer": short(_tokenizer(spec)),
-        "start": _start(plan),
+        "start": _start(resume),
     }
 
 
 def compare(facts: dict[str, str], dist_env: DistEnv) -> None:
-    """Compares the facts of all ranks. Collective.
+    """Compare the facts of all ranks. Collective.
 
     Raises:
-        UserError: on all ranks, with what differs and who has it.
+        UserError: on all ranks, naming what differs and on which ranks.
     """
-    if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode(), dist_env):
+    if dist_env.world_size == 1 or all_equal(json.dumps(facts, sort_keys=True).encode()):
         return
-    everyone = gather_json([socket.gethostname(), facts], dist_env)
+    everyone = gather_json([socket.gethostname(), facts])
     raise UserError(disagreement([own for _, own in everyone], [node for node, _ in everyone]))
 
 
 def disagreement(everyone: list[dict[str, str]], nodes: list[str]) -> str:
-    """What is to be said of ranks whose facts differ.
+    """Return the error message for ranks whose facts differ.
 
     Args:
         everyone: the facts of every rank, in rank order.
@@ -96,13 +113,13 @@ def disagreement(everyone: list[dict[str, str]], nodes: list[str]) -> str:
 
 
 def code_facts(package: Path) -> dict[str, str]:
-    """The package's sources and data, by their names below its parent folder."""
+    """Return digests of the package's sources and data, by their names below its parent folder."""
     files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json"))
     return {path.relative_to(package.parent).as_posix(): short(_digest(path.read_bytes())) for path in files}
 
 
 def config_facts(config: Config) -> dict[str, str]:
-    """All settings but those that name places of this node."""
+    """Return all settings as JSON, but those that name places of this node."""
     found = {}
     for name, value in flat(config).items():
         if name in _FILES:
@@ -112,15 +129,8 @@ def config_facts(config: Config) -> dict[str, str]:
     return found
 
 
-def _spec(config: Config, plan: Plan) -> dict[str, Any]:
-    """The model's description: the checkpoint's, where there is one."""
-    from clipdist.models.spec import resolve_spec
-
-    return plan.resume.manifest.state["model"] if plan.resume else resolve_spec(config.model).to_dict()
-
-
 def _without_places(tree: Any) -> Any:
-    """The same with file names in place of whole paths, as Hugging Face folders have them."""
+    """Replace paths by file names, such as those of Hugging Face folders."""
     if isinstance(tree, dict):
         return {name: _without_places(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -135,10 +145,10 @@ def _tokenizer(spec: dict[str, Any]) -> str:
     return make_tokenizer(ModelSpec.from_dict(spec)).fingerprint()
 
 
-def _start(plan: Plan) -> str:
-    if plan.resume is None:
+def _start(resume: CheckpointReader | None) -> str:
+    if resume is None:
         return "new weights"
-    return f"{plan.resume.folder.name} {short(_digest((plan.resume.folder / MANIFEST).read_bytes()))}"
+    return f"{resume.folder.name} {short(_digest((resume.folder / MANIFEST).read_bytes()))}"
 
 
 def _version(package: str) -> str:
@@ -153,5 +163,5 @@ def _digest(data: bytes) -> str:
 
 
 def short(digest: str) -> str:
-    """As much of a digest as a person compares."""
+    """Return as much of a digest as a person compares."""
     return digest[:16]

@@ -1,7 +1,7 @@
-"""The wire of the watch: one TCP connection from every rank to rank 0, messages and losses out.
+"""The watchdog's connections: one TCP connection from every rank to rank 0.
 
-A message is a JSON object on a line of its own. The kernel's keep-alive tells of a machine that vanished without a
-word within about 30 s, even while the interpreter here or there is busy; a process that ends is seen at once.
+A message is a JSON object on a line of its own. The kernel's keep-alive detects a machine that vanished within about
+30 s, even while the interpreter at either end is busy; a process that ends is seen at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Message = dict[str, Any]
 KEEPALIVE_S = (10, 5, 4)  # idle time, interval, probes without an answer
 UNACKNOWLEDGED_S = 30  # data that the other side does not confirm for so long ends the connection
 CONNECT_S = 60
-STRANGER_S = 10  # within which a new connection says who it is
+STRANGER_S = 10  # within which a new connection must identify itself
 STRANGER_BYTES = 1024
 LINE_BYTES = 1 << 16
 SPARE_CONNECTIONS = 64
 
-_open: weakref.WeakSet[Wire] = weakref.WeakSet()
+_open: weakref.WeakSet[RankConnections] = weakref.WeakSet()
 
 
 def open_listener() -> socket.socket:
-    """A listening socket on a free port of all interfaces, for rank 0; the port is `getsockname()[1]`."""
+    """Return a listening socket on a free port of all interfaces, for rank 0; the port is `getsockname()[1]`."""
     if socket.has_dualstack_ipv6():
         with suppress(OSError):  # IPv6 may be switched off all the same
             return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
@@ -38,7 +38,7 @@ def open_listener() -> socket.socket:
 
 
 def connect(host: str, port: int) -> socket.socket:
-    """A connection to rank 0's listener.
+    """Connect to rank 0's listener.
 
     Raises:
         OSError: nothing answers there within CONNECT_S.
@@ -53,8 +53,8 @@ def connect(host: str, port: int) -> socket.socket:
             time.sleep(0.2)  # a thousand ranks at once may be refused
 
 
-class Link:
-    """One connection. `rank` is None until the other side has said who it is."""
+class RankConnection:
+    """One connection. `rank` is None until the other side has identified itself."""
 
     def __init__(self, connection: socket.socket, rank: int | None) -> None:
         self.socket, self.rank, self.opened = connection, rank, time.monotonic()
@@ -72,25 +72,25 @@ class Link:
         self.flush()
 
     def flush(self) -> None:
-        """Sends as much as the kernel takes. An error shows at the next `receive`."""
+        """Send as much as the kernel takes. An error shows at the next `receive`."""
         with suppress(OSError):
             while self._to_send:
                 self._to_send = self._to_send[self.socket.send(self._to_send) :]
 
     @property
     def behind(self) -> bool:
-        """Whether the other side has not yet taken what was sent before."""
+        """Return whether the other side has not yet taken what was sent before."""
         return bool(self._to_send)
 
     def receive(self) -> list[Message]:
-        """What has arrived. Ends in {"kind": "lost", "unreachable": bool} where the connection is gone."""
+        """Return what has arrived; the last one is {"kind": "lost", "unreachable": bool} if the connection is gone."""
         lost: Message | None = None
         try:
             while data := self.socket.recv(LINE_BYTES):
                 self._received += data
                 if len(self._received) > (STRANGER_BYTES if self.rank is None else 16 * LINE_BYTES):
                     break
-            lost = {"kind": "lost", "unreachable": False}  # the end, or too much for one of ours
+            lost = {"kind": "lost", "unreachable": False}  # closed, or more than a rank of this run sends
         except BlockingIOError:
             pass
         except OSError as error:
@@ -100,20 +100,20 @@ class Link:
         for line in lines:
             try:
                 messages.append({"kind": "", **json.loads(line)})
-            except (ValueError, TypeError):  # none of ours
+            except (ValueError, TypeError):  # not from a rank of this run
                 lost = {"kind": "lost", "unreachable": False}
                 break
         return messages if lost is None else [*messages, lost]
 
 
-class Wire:
-    """All connections of one rank: on rank 0 those of all others, elsewhere the one to rank 0."""
+class RankConnections:
+    """All connections of one rank: on rank 0 those to all others, elsewhere the one to rank 0."""
 
     def __init__(self, world: int, token: int, listener: socket.socket | None) -> None:
         self._world, self._token, self._listener = world, token, listener
-        self._links: dict[int, Link] = {}
-        self._behind: set[Link] = set()
-        self._strangers: list[Link] = []
+        self._links: dict[int, RankConnection] = {}
+        self._behind: set[RankConnection] = set()
+        self._strangers: list[RankConnection] = []
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         self._alarm.setblocking(False)
@@ -124,12 +124,12 @@ class Wire:
         _open.add(self)
 
     def join(self, host: str, port: int, hello: Message) -> list[Message]:
-        """Connects to rank 0 and says who this is: {"rank": ..., ...}. Returns rank 0's answer.
+        """Connect to rank 0 and send `hello`, {"rank": ..., ...}. Return rank 0's answer.
 
         Raises:
             OSError: it cannot be reached, or turns this rank away.
         """
-        link = Link(connect(host, port), 0)
+        link = RankConnection(connect(host, port), 0)
         self._links[0] = link
         self._selector.register(link.socket, selectors.EVENT_READ, link)
         link.send({"kind": "hello", "token": f"{self._token:x}", **hello})
@@ -140,12 +140,12 @@ class Wire:
         return answer
 
     def wake(self) -> None:
-        """Ends a `poll` early, from another thread."""
+        """End a `poll` early, from another thread."""
         with suppress(OSError):
             self._bell.send(b".")
 
     def poll(self, timeout_s: float) -> list[tuple[int, Message]]:
-        """Waits for messages. Returns (rank that sent it, message); a lost rank's last one has the kind "lost"."""
+        """Wait for messages. Return (rank that sent it, message); a lost rank's last one has the kind "lost"."""
         events: list[tuple[int, Message]] = []
         for key, _ in self._selector.select(timeout_s):
             if key.data is self._alarm:
@@ -163,13 +163,13 @@ class Wire:
         return events
 
     def tell(self, message: Message, *, unless_behind: bool = False) -> None:
-        """Sends to all that this rank is connected with."""
+        """Send to all connected ranks."""
         for link in self._links.values():
             if not (unless_behind and link.behind):
                 self._send(link, message)
 
     def answer(self, rank: int, message: Message) -> None:
-        """Sends to one rank."""
+        """Send to one rank."""
         if rank in self._links:
             self._send(self._links[rank], message)
 
@@ -195,7 +195,7 @@ class Wire:
                 part.close()
         _open.discard(self)
 
-    def _send(self, link: Link, message: Message) -> None:
+    def _send(self, link: RankConnection, message: Message) -> None:
         link.send(message)
         if link.behind:
             self._behind.add(link)
@@ -208,11 +208,11 @@ class Wire:
                 if len(self._links) + len(self._strangers) >= self._world + SPARE_CONNECTIONS:
                     connection.close()
                     continue
-                link = Link(connection, None)
+                link = RankConnection(connection, None)
                 self._strangers.append(link)
                 self._selector.register(connection, selectors.EVENT_READ, link)
 
-    def _read(self, link: Link) -> list[tuple[int, Message]]:
+    def _read(self, link: RankConnection) -> list[tuple[int, Message]]:
         messages = link.receive()
         if link.rank is None and messages:
             self._greet(link, messages[0])
@@ -224,15 +224,15 @@ class Wire:
             self._drop(link)
         return [(link.rank, message) for message in messages]
 
-    def _greet(self, link: Link, hello: Message) -> None:
-        """Takes a connection in whose first message has the run's token and a rank that is not there yet."""
+    def _greet(self, link: RankConnection, hello: Message) -> None:
+        """Accept a connection whose first message has the run's token and a rank that is not connected yet."""
         token, rank = str(hello.get("token", "")), hello.get("rank")
         known = hmac.compare_digest(token.encode(), f"{self._token:x}".encode())
         if known and isinstance(rank, int) and 0 < rank < self._world and rank not in self._links:
             self._strangers.remove(link)
             self._links[rank], link.rank = link, rank
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: RankConnection) -> None:
         self._selector.unregister(link.socket)
         self._behind.discard(link)
         link.socket.close()
@@ -243,7 +243,7 @@ class Wire:
 
 
 def _after_fork_in_child() -> None:
-    """A child that outlives its parent would keep the connections open, and the parent's death would not be seen."""
+    """Close the connections: a child that outlives its parent would keep them open and hide the parent's death."""
     for wire in list(_open):
         wire._close_sockets()
 

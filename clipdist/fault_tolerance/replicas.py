@@ -12,7 +12,8 @@ import socket
 
 import torch
 
-from clipdist.distributed.compare import all_equal, by_value, gather_json, name_ranks
+from clipdist.distributed.collectives import all_equal, gather_json
+from clipdist.distributed.compare import by_value, name_ranks
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
@@ -54,13 +55,13 @@ def compare_replicas(zero: Zero, dist_env: DistEnv, step: int) -> None:
         sums.append(checksums(tensor).to(dist_env.device))
     on_host = torch.cat(sums).cpu().numpy()  # one copy: until here nothing waited for the device
     lengths = [len(part) for part in sums]
-    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes(), dist_env):
+    if all_equal(f"{names} {lengths} ".encode() + on_host.tobytes()):
         return
     parts = torch.from_numpy(on_host).split(lengths)
     mine = {
         name: hashlib.blake2b(part.numpy().tobytes(), digest_size=8).hexdigest() for name, part in zip(names, parts)
     }
-    everyone = gather_json([socket.gethostname(), mine], dist_env)
+    everyone = gather_json([socket.gethostname(), mine])
     raise Fault(divergence(step, [sums for _, sums in everyone], [node for node, _ in everyone]))
 
 

@@ -1,4 +1,4 @@
-"""Going back: numbers that do not recover in; an older checkpoint and a range of data steps to leave out, out.
+"""Roll a run back: record the data steps to leave out, and set aside the checkpoints after them.
 
 The order is a pure function, so the same batches would come again. RUN/skipped.json keeps the ranges from the moment at
 which they are decided; checkpoints written later hold them, too.
@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clipdist.checkpoint.retention import set_aside
 from clipdist.errors import Fault, UserError
+from clipdist.storage import write_text
 
 
 def skipped_ranges(run_dir: Path) -> list[list[int]]:
-    """[first, end) of the data steps that rollbacks of this run left out."""
+    """Return the ranges [first, end) of data steps that rollbacks of this run left out."""
     return [[record["first"], record["end"]] for record in _records(run_dir)]
 
 
@@ -24,23 +26,18 @@ def rollbacks(run_dir: Path) -> int:
 
 
 def record_rollback(run_dir: Path, first: int, end: int) -> None:
-    """On rank 0: leaves data steps first .. end out from now on, and sets aside the checkpoints that were written after
-    the trouble began.
+    """Leave out data steps first .. end-1 from now on, and set aside the checkpoints written after `first`. Rank 0.
 
     Raises:
         Fault: the record cannot be written.
     """
-    from clipdist.checkpoint.retention import set_aside
-
     path = _path(run_dir)
     records = [*_records(run_dir), {"first": first, "end": end, "time": time.time()}]
-    temporary = path.with_suffix(".tmp")
     try:
         # First: a start after a kill in between meets the same trouble again. The other way round it would go on from
         # weights that the trouble has changed.
         set_aside(run_dir, first)
-        temporary.write_text(json.dumps(records, indent=1) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps(records, indent=1) + "\n")
     except OSError as error:
         raise Fault(f"{path}: cannot be written ({error.strerror or error})") from None
 

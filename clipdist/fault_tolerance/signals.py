@@ -1,4 +1,4 @@
-"""What asks a process to end: signals and the death of its launcher in, a flag that the loop looks at out."""
+"""Turn signals, and the death of the launcher, into a flag that the training loop reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 # USR2 is what submitit asks Slurm for, USR1 what many batch scripts do; both come ahead of a time limit. HUP comes
 # when a terminal closes.
@@ -25,17 +27,17 @@ _active: StopFlag | None = None  # handlers belong to the whole process, so ther
 
 
 class StopFlag:
-    """Set by the first signal that asks for an end. `set` and `reason` ("SIGTERM", ...) never change back.
+    """Flag that the first stop signal sets. `set` and `reason` ("SIGTERM", ...) never change back.
 
-    A second Ctrl-C, more than a second after the first, ends the process at once. Every other repetition is ignored:
-    Slurm and the launchers send several signals while the run writes its last checkpoint.
+    A second Ctrl-C, more than a second after the first, ends the process at once. Other repeated signals are ignored:
+    Slurm and the launchers send several while the run writes its last checkpoint.
 
-    It replaces all handlers that were there before (submitit's would pickle and requeue the job by themselves).
+    It replaces all earlier handlers (submitit's would pickle and requeue the job by themselves).
     A process that was forked from this one does not set the flag.
     """
 
     def __init__(self) -> None:
-        """Takes the signals over. Only the main thread may do so (ValueError elsewhere)."""
+        """Install the handlers. Only the main thread may do so (ValueError elsewhere)."""
         global _active
         self.set = False
         self.reason = ""
@@ -54,7 +56,7 @@ class StopFlag:
         _active = self
 
     def restore(self) -> None:
-        """Gives the signals back to the handlers of before."""
+        """Restore the earlier handlers."""
         global _active
         for number in self._taken():
             signal.signal(number, self._before[number])
@@ -65,7 +67,7 @@ class StopFlag:
         self._reader.close()
 
     def _taken(self) -> list[signal.Signals]:
-        """nohup ignores SIGHUP, and is obeyed. None: a handler that was not set from Python, nothing to put back."""
+        """Return the signals to handle: not SIGHUP under nohup, none whose handler was set outside Python (None)."""
         nohup = self._before[signal.SIGHUP] == signal.SIG_IGN
         taken = [number for number in STOPPING if self._before[number] is not None]
         return [number for number in taken if not (number == signal.SIGHUP and nohup)]
@@ -96,14 +98,14 @@ class StopFlag:
                     self.on_stop(self.reason)
 
     def _leave_child(self) -> None:
-        """In a forked child: what comes from a terminal or a batch system is its parent's to handle."""
+        """In a forked child, ignore what terminals and batch systems send: its parent handles that."""
         signal.set_wakeup_fd(-1)
         for number in self._taken():
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def asked_to_stop() -> bool:
-    """Whether a signal has set this process' flag."""
+    """Return whether a signal has set this process' flag."""
     return _active is not None and _active.set
 
 
@@ -118,14 +120,14 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def die_with_launcher(words: list[str] | None = None) -> bool:
-    """Has SIGTERM sent to this process when the launcher that started it dies. Call it early, from the main thread.
+    """Have SIGTERM sent to this process when the launcher that started it dies. Call it early, from the main thread.
 
-    torchrun's agent or the launcher of deepspeed may be killed without a chance to end its ranks, which would train
-    on, unseen, on GPUs that somebody else takes for free. A process that no launcher started is left alone, so that
+    torchrun's agent or the launcher of deepspeed may be killed without a chance to end its ranks, which would keep
+    training on GPUs that seem to be free. A process that no launcher started is left alone, so that
     `nohup python clipdist/train.py` outlives its shell. Nothing happens outside Linux.
 
     Args:
-        words: the command line's, by default this process' own; the launcher of deepspeed adds --local_rank to them.
+        words: of the command line, by default this process'; the launcher of deepspeed adds --local_rank to them.
 
     Returns:
         Whether this process now depends on a launcher.
@@ -138,14 +140,16 @@ def die_with_launcher(words: list[str] | None = None) -> bool:
     if os.getppid() != launcher or _is_reaper(launcher):  # it died before the call, or even before this process ran
         os.kill(os.getpid(), signal.SIGTERM)
     # `deepspeed` itself is one generation above: it starts deepspeed.launcher.launch, which outlives it.
-    runner = _parent(launcher)
-    if by_deepspeed and "deepspeed" in _command(runner):
-        threading.Thread(target=_follow, args=(runner,), name="launcher", daemon=True).start()
+    if by_deepspeed:
+        with suppress(psutil.Error):
+            runner = psutil.Process(launcher).parent()
+            if runner is not None and "deepspeed" in " ".join(runner.cmdline()):
+                threading.Thread(target=_follow, args=(runner.pid,), name="launcher", daemon=True).start()
     return True
 
 
 def _follow(pid: int) -> None:
-    """Waits for the end of another process, then asks this one to end."""
+    """Wait for the end of another process, then send SIGTERM to this one."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -161,24 +165,9 @@ def _follow(pid: int) -> None:
 
 
 def _is_reaper(pid: int) -> bool:
-    """Whether a process is one that takes in orphans; a launcher, which is a Python program, may be pid 1 itself."""
+    """Return whether a process adopts orphans; a launcher, which is a Python program, may be pid 1 itself."""
     try:
-        name = Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
+        process = psutil.Process(pid)
+        return (pid == 1 or process.name() in REAPERS) and "python" not in " ".join(process.cmdline())
+    except psutil.Error:
         return True  # gone
-    return (pid == 1 or name in REAPERS) and "python" not in _command(pid)
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _parent(pid: int) -> int:
-    """The parent's pid; 0 where it is not known."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0

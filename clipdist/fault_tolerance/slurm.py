@@ -1,7 +1,7 @@
-"""What a rank tells the batch script of its job: how it ended, and whether to queue it again. Files in, files out.
+"""Notes for the batch script of a job: how a rank ended, and whether to requeue the job.
 
-The batch script (launch/after.sh) acts on it once srun has returned. A rank does not call scontrol itself: Slurm would
-kill the other ranks while they still leave, and inside a container there is no scontrol.
+The batch script (launch/after.sh) acts on them once srun has returned. A rank does not call scontrol itself: Slurm
+would kill the other ranks while they still leave, and inside a container there is no scontrol.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ WARNINGS = ("SIGUSR2", "SIGUSR1")
 
 
 def requeue(reason: str) -> bool:
-    """Rank 0, after the checkpoint of a stop and before any rank leaves: has the job queued again where that is right.
+    """Request that the job be requeued. Call it on rank 0, after a stop's checkpoint and before any rank leaves.
 
     Args:
         reason: name of the signal that asked for the stop.
 
     Returns:
-        Whether the job will be queued again: it was warned. SIGTERM and Ctrl-C are a user's wish to end it,
-        or a preemption without a warning, which the batch script tells from one another. False outside of a batch job.
+        Whether the job will be requeued: only after a warning signal. SIGTERM and Ctrl-C come from a user, or from a
+        preemption without a warning, which the batch script distinguishes. False outside of a batch job.
     """
     files = job_files()
     if reason not in WARNINGS or files is None or "SLURM_JOB_ID" not in os.environ:
@@ -35,7 +35,7 @@ def requeue(reason: str) -> bool:
 
 
 def note_start(run_dir: Path) -> None:
-    """Rank 0, before training: where the checkpoints lie, and the newest there is; after.sh looks for a newer one.
+    """Note the run folder and its newest checkpoint, on rank 0 before training; after.sh looks for a newer one.
 
     The note's two lines are the run folder and the manifest, absolute; the second is empty without a checkpoint.
     """
@@ -50,12 +50,12 @@ def note_start(run_dir: Path) -> None:
 
 
 def restarts() -> int:
-    """How often this job was started before: by Slurm, or by submit.py with --cluster local."""
+    """Return how often this job was started before: by Slurm, or by submit.py with --cluster local."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("CLIPDIST_RESTARTS") or 0)
 
 
 def note_exit(code: int) -> None:
-    """Keeps the exit code of the first rank that ended by itself with 2 or 75.
+    """Note the exit code of the first rank that ended by itself with 2 or 75.
 
     srun kills the ranks that outlive the first one to fail, and then returns the largest code, that of the kill.
     """
@@ -67,6 +67,6 @@ def note_exit(code: int) -> None:
 
 
 def job_files() -> Path | None:
-    """The prefix of a job's notes, as its batch script set it; None where there is no such script."""
+    """Return the path prefix of a job's notes, as its batch script set it; None without such a script."""
     prefix = os.environ.get("CLIPDIST_JOB_FILES")
     return Path(prefix) if prefix else None

@@ -1,4 +1,4 @@
-"""Where a process stands: nothing in; the stacks of all its threads out, as text and as a file of the run folder."""
+"""Stacks of all threads of this process, as text and as a file of the run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def stacks() -> str:
-    """The stacks of all threads, the newest call first."""
+    """Return the stacks of all threads, the newest call first."""
     # faulthandler holds the interpreter while it writes. Memory never blocks; a hung file system or a full pipe would.
     if hasattr(os, "memfd_create"):
         file = os.fdopen(os.memfd_create("stacks"), "r+", errors="replace")
@@ -26,7 +26,7 @@ def stacks_file(run_dir: Path, rank: int) -> Path:
 
 
 def write_stacks(run_dir: Path, rank: int, text: str) -> None:
-    """Raises OSError where the run folder cannot be written."""
+    """Write them to stacks_file. Raise OSError if the run folder cannot be written."""
     path = stacks_file(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

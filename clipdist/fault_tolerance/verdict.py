@@ -1,4 +1,4 @@
-"""What ends a run, in words: what is known of the ranks in; one line, an exit code and who is to blame out."""
+"""Decide how a run ends from what is known of its ranks: the message, the exit code, the rank that caused it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from clipdist.distributed.compare import join_runs
 from clipdist.errors import EXIT_FAULT
 
 FIRST_PHASES = ("start", "restore", "data", "checkpoint", "validation")  # of a step, in order; training itself is last
@@ -14,7 +15,7 @@ NAMED_RANKS = 4  # so many are named with their nodes
 
 @dataclass
 class RankState:
-    """What a rank told of itself last. Times in seconds on the clock of the rank that keeps this."""
+    """A rank's last reported state. Times in seconds on the clock of the rank that keeps it."""
 
     rank: int
     heard: float = 0.0
@@ -23,7 +24,7 @@ class RankState:
     step: int | None = None
     phase: str = "start"
     since: float = 0.0  # its last progress
-    left: bool = False  # it said good-bye, or its end is known
+    left: bool = False  # it ended normally, or its end is known
 
     @property
     def name(self) -> str:
@@ -40,7 +41,7 @@ class Cause:
 
     Attributes:
         text: what happened to the rank, without its name.
-        words: the rank's own last words; empty where it ended without any.
+        words: the error that the rank itself reported; empty if it reported none.
     """
 
     rank: int
@@ -51,12 +52,14 @@ class Cause:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How all ranks end: with which line and exit code, with their stacks or not.
+    """How all ranks end.
 
     Attributes:
-        rank: the one to blame; -1: none.
-        words: its own last words; empty where it had none.
-        nodes: of the ranks that ended without a word.
+        line: message of every rank.
+        stacks: whether each rank also shows its stacks.
+        rank: the one that caused the end; -1: none.
+        words: the error that it reported itself; empty if none.
+        nodes: of the ranks that ended without a report.
     """
 
     line: str
@@ -68,7 +71,7 @@ class Verdict:
 
 
 def death(state: RankState, unreachable: bool) -> Cause:
-    """A rank whose connection broke."""
+    """Return the cause for a rank whose connection broke."""
     if unreachable:
         text = "cannot be reached any more: the machine is down, or the network between is cut"
         return Cause(state.rank, f"{text} (last known {state.place})")
@@ -77,15 +80,15 @@ def death(state: RankState, unreachable: bool) -> Cause:
 
 
 def silence(state: RankState, seconds: float) -> Cause:
-    """A rank whose connection stands but that says nothing."""
+    """Return the cause for a rank that is connected but sends no heartbeats."""
     text = f"(pid {state.pid}) has not answered for {seconds:.0f} s, last known {state.place}"
     return Cause(state.rank, f"{text}: stopped, stuck in native code, or its machine is down")
 
 
 def decide(causes: list[Cause], states: dict[int, RankState]) -> Verdict:
-    """Of several causes that came within moments the one that led to the others.
+    """Choose among causes that came within moments the one that led to the others.
 
-    A rank that ended without a word comes first: the others' words then tell of collectives that it left.
+    A rank that ended without a report comes first: the others then report collectives that it left.
     """
     silent = [cause for cause in causes if not cause.words]
     cause = (silent or causes)[0]
@@ -100,7 +103,7 @@ def decide(causes: list[Cause], states: dict[int, RankState]) -> Verdict:
 
 
 def hang(states: Iterable[RankState], now: float, hang_s: float, where: str) -> Verdict:
-    """No progress for too long. The ranks that are furthest behind come first: the others wait for them."""
+    """Return the verdict for a run without progress: it names the ranks furthest behind, for which the others wait."""
     groups = []
     for _, members in groupby(sorted(states, key=_position), key=_position):
         ranks = list(members)
@@ -123,12 +126,5 @@ def _position(state: RankState) -> tuple[int, int, str]:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+    """Return "ranks 0-2, 5" for [0, 1, 2, 5]."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {join_runs(ranks)}"

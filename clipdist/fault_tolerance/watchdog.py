@@ -1,7 +1,7 @@
-"""The watch over all ranks: what each one does and for how long in; an end of all, with the reason, where one is lost.
+"""The watchdog over all ranks: end all of them, with the reason, if one dies, fails or makes no progress.
 
-One thread per rank, which runs beside training and shares no communication with it. All ranks hold a connection to
-rank 0; a rank that dies, says why it ends, or makes no progress is told to all, and all end.
+It is one thread per rank, beside training and without training's communication. All ranks are connected to rank 0,
+which tells all others when to end and why.
 """
 
 from __future__ import annotations
@@ -18,33 +18,58 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import EXIT_BAD_INPUT, EXIT_FAULT, RANK_0_FIRST_S, Fault, UserError
-from clipdist.fault_tolerance.heartbeat import Message, Wire
+from clipdist.fault_tolerance.heartbeat import Message, RankConnections, open_listener
 from clipdist.fault_tolerance.signals import asked_to_stop
 from clipdist.fault_tolerance.stacks import stacks, stacks_file, write_stacks
 from clipdist.fault_tolerance.verdict import Cause, RankState, Verdict, death, decide, hang, silence
 
-TICK_S = 0.2  # between two looks at the clock
+if TYPE_CHECKING:
+    from clipdist.distributed.consensus import Consensus
+    from clipdist.distributed.rank import DistEnv
+
+TICK_S = 0.2  # longest wait for messages
 BEAT_S = 5.0  # between two heartbeats
 SILENCE_S = 35.0  # without a heartbeat: a rank that is stopped, or whose interpreter is stuck
 GATHER_S = 1.0  # after the first sign of an end, for the other signs: which one came first is told by all of them
-SPEAK_S = 5.0  # for a line and stacks, on an output or a disk that may hang
+SPEAK_S = 5.0  # for the message and stacks, on an output or a disk that may hang
 LINGER_S = 20.0  # for a checkpoint that is being written
 OWN_END_S = 30.0  # that a rank has to end by itself once its error is the reason
-VERDICT_S = 15.0  # that last words wait for the verdict
-GOOD_BYE_S = 3.0
-BACKSTOP_S = 60.0  # after hang_s, when not even the watch gets to run
-WORDS_LENGTH = 2000
+VERDICT_S = 15.0  # that a rank with an error waits for the verdict
+LEAVE_S = 3.0
+BACKSTOP_S = 60.0  # after hang_s, if not even the watchdog gets to run
+ERROR_LENGTH = 2000
+
+
+def open_watchdog(dist_env: DistEnv, consensus: Consensus, run_dir: Path, hang_s: float) -> Watchdog:
+    """Connect this rank's watchdog to the others', after rank 0's port and a secret were shared. Collective.
+
+    Raises:
+        Fault: this rank cannot reach rank 0.
+    """
+    listener = open_listener() if dist_env.rank == 0 else None
+    port = consensus.broadcast(str(listener.getsockname()[1] if listener else ""))
+    return Watchdog(
+        dist_env.rank,
+        dist_env.world_size,
+        run_dir,
+        hang_s,
+        host=os.environ["MASTER_ADDR"],
+        port=int(port),
+        token=int(consensus.shared_token(), 16),
+        listener=listener,
+    )
 
 
 class Watchdog:
-    """Create one on every rank at about the same time, after rank 0's port and the token were shared; use it as a
-    context manager around training. It may be closed and followed by another.
+    """One rank's watchdog; a context manager around training. It may be closed and followed by another.
+
+    Create one on every rank at about the same time, after rank 0's port and the token were shared.
 
     Attributes:
-        linger: called with the seconds at most before a forced end, for what must not be cut off.
+        linger: called before a forced end with the most seconds that it may take, for what must not be cut off.
     """
 
     def __init__(
@@ -68,9 +93,9 @@ class Watchdog:
             host: where rank 0 runs, as the others reach it.
             port: of rank 0's listener.
             token: random, the same on all ranks; other programs that find the port do not know it.
-            listener: on rank 0, from `peers.open_listener`.
+            listener: on rank 0, from `open_listener`.
             node: this machine's name; its host name where empty.
-            silence_s: after which a rank that sends no heartbeats counts as dead.
+            silence_s: time without a heartbeat after which a rank counts as dead.
 
         Raises:
             Fault: rank 0 cannot be reached.
@@ -88,20 +113,20 @@ class Watchdog:
         self._causes: list[Cause] = []
         self._decide_at: float | None = None
         self._verdict: Verdict | None = None
-        self._own_words = ""
+        self._own_error = ""
         self._stop_by: tuple[float, float] | None = None  # deadline, and the seconds that it gave
         self._end_by: tuple[float, int] | None = None  # this rank ends by itself, at the latest then
         self._beaten = 0.0
         self._oom_kills = _oom_kills()
         self._orders: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._released, self._closing = threading.Event(), False
-        self._wire = Wire(world, token, listener)
+        self._ranks = RankConnections(world, token, listener)
         if rank:
             try:
-                for answer in self._wire.join(host, port, {"rank": rank, "pid": me.pid, "node": me.node}):
+                for answer in self._ranks.join(host, port, {"rank": rank, "pid": me.pid, "node": me.node}):
                     self._take(0, answer)
             except OSError as error:
-                self._wire.close()
+                self._ranks.close()
                 raise Fault(
                     f"rank {rank} on {me.node} cannot reach rank 0 at {host}:{port} ({error}); all nodes must reach"
                     " each other over TCP on all ports"
@@ -112,70 +137,69 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
-    # What training tells, from the main thread
+    # For the main thread
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what this rank does inside; may be nested. Entering and leaving count as progress."""
+        """Name what this rank does inside the with block; may be nested. Entering and leaving count as progress."""
         self._phases.append(name)
         self._enter(name)
         try:
             yield
         except BaseException:
-            self._phases.pop()  # the name stays until the next phase: last words tell where the error came up
+            self._phases.pop()  # the name stays until the next phase, for the error report
             raise
         self._phases.pop()
         self._enter(self._phases[-1])
 
     def progress(self, step: int | None = None) -> None:
-        """Resets the clock of `hang_s`; `step` is the position from now on."""
+        """Restart the time of `hang_s`; `step` is the position from now on."""
         if step is not None:
             self._me.step = step
         self._me.since = self._clock.now()
 
-    def last_words(self, text: str, code: int = EXIT_FAULT) -> None:
-        """This rank ends with an error: tells all ranks why. Returns when this rank may tell it itself and end with
-        `code`; does not return where another rank is the reason."""
+    def report_error(self, text: str, code: int = EXIT_FAULT) -> None:
+        """Tell all ranks the error that this rank ends with. Return when this rank may print it and end with `code`;
+        do not return if another rank is the cause."""
         if self._thread.is_alive():
-            self._order("words", (" ".join(text.split())[:WORDS_LENGTH], code))
+            self._order("words", (" ".join(text.split())[:ERROR_LENGTH], code))
             while not self._released.wait(VERDICT_S) and self._verdict is not None:
-                pass  # the watch is about to end the process
+                pass  # the watchdog is about to end the process
 
     def stopping(self, limit_s: float) -> None:
-        """A stop was asked for: a process that has not ended after `limit_s` ends with its stacks and exit code 1.
-        The first call counts."""
+        """End this process with its stacks and exit code 1 unless it ends within `limit_s`. The first call counts."""
         self._order("stopping", limit_s)
 
     def close(self) -> None:
-        """A good end: from now on nobody's leaving counts as a loss. Again: nothing happens."""
+        """End the watchdog: from now on no rank's end counts as a loss. A second call does nothing."""
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._order("close", None)
-            self._thread.join(GOOD_BYE_S + SPEAK_S)
+            self._thread.join(LEAVE_S + SPEAK_S)
 
     def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """A good end closes; an error's last words are told first."""
+        """Report an error to all ranks; close otherwise."""
         if error is None:
             self.close()
         elif isinstance(error, UserError):
-            self.last_words(str(error), EXIT_FAULT if isinstance(error, Fault) else EXIT_BAD_INPUT)
+            self.report_error(str(error), EXIT_FAULT if isinstance(error, Fault) else EXIT_BAD_INPUT)
         else:
-            self.last_words(f"{type(error).__name__}: {error}")
+            self.report_error(f"{type(error).__name__}: {error}")
 
     def _enter(self, name: str) -> None:
         self._me.phase, self._me.since = name, self._clock.now()
 
     def _order(self, what: str, value: Any) -> None:
         self._orders.put((what, value))
-        self._wire.wake()
+        self._ranks.wake()
 
     # The thread
 
     def _run(self) -> None:
         while not self._closing:
-            events = self._wire.poll(TICK_S)
+            events = self._ranks.poll(TICK_S)
             self._clock.tick()
             for rank, message in events:
                 self._take(rank, message)
@@ -185,7 +209,7 @@ class Watchdog:
                 self._beat()
                 self._look()
             self._keep_deadlines()
-        self._say_good_bye()
+        self._leave()
 
     def _take(self, rank: int, message: Message) -> None:
         state = self._states[rank]
@@ -193,14 +217,14 @@ class Watchdog:
         match message["kind"]:
             case "hello":
                 state.node, state.pid = str(message["node"]), int(message["pid"])
-                self._wire.answer(rank, self._beat_message())
+                self._ranks.answer(rank, self._beat_message())
             case "beat":
                 state.node, state.pid = message["node"], message["pid"]
                 state.step, state.phase = message["step"], message["phase"]
                 state.since = state.heard - message["seconds"]
             case "bye":
                 state.left = True
-                self._wire.hang_up(rank)
+                self._ranks.hang_up(rank)
                 self._released.set()  # no verdict will come from there
             case "words":
                 self._blame(Cause(rank, message["text"], message["code"], message["text"]))
@@ -213,13 +237,13 @@ class Watchdog:
 
     def _obey(self, what: str, value: Any) -> None:
         match what:
-            case "words" if not self._own_words:
-                self._own_words, code = value
-                self._wire.tell(self._beat_message())  # where it came up
+            case "words" if not self._own_error:
+                self._own_error, code = value
+                self._ranks.tell(self._beat_message())  # where it came up
                 if self._rank == 0:
-                    self._blame(Cause(0, self._own_words, code, self._own_words))
+                    self._blame(Cause(0, self._own_error, code, self._own_error))
                 else:
-                    self._wire.tell({"kind": "words", "text": self._own_words, "code": code})
+                    self._ranks.tell({"kind": "words", "text": self._own_error, "code": code})
                     if self._states[0].left:
                         self._released.set()
             case "stopping" if self._stop_by is None:
@@ -232,11 +256,11 @@ class Watchdog:
         if now < self._beaten + self._beat_s:
             return
         self._beaten = now
-        self._wire.tell(self._beat_message(), unless_behind=True)
+        self._ranks.tell(self._beat_message(), unless_behind=True)
         self._arm_backstop()
 
     def _arm_backstop(self) -> None:
-        """A thread of C ends this process unless it is armed again: an interpreter that is stuck does not stop it."""
+        """Have a thread of C end this process unless armed again: it works even while the interpreter is stuck."""
         if self._hang_s:
             faulthandler.dump_traceback_later(self._hang_s + BACKSTOP_S, exit=True, file=2)
 
@@ -247,7 +271,7 @@ class Watchdog:
         return told | {"seconds": round(seconds, 1)}
 
     def _look(self) -> None:
-        """Judges silence and hangs, and decides when it is time."""
+        """Look for ranks without heartbeats or progress, and decide when it is time."""
         now = self._clock.now()
         for state in self._states.values():
             if state is self._me or state.left:
@@ -258,7 +282,7 @@ class Watchdog:
             if self._rank == 0 or self._states[0].left:
                 self._hang()
             else:
-                self._wire.tell({"kind": "hang"}, unless_behind=True)
+                self._ranks.tell({"kind": "hang"}, unless_behind=True)
         if self._decide_at is not None and now > self._decide_at:
             self._end(decide(self._causes, self._states))
 
@@ -267,7 +291,7 @@ class Watchdog:
             self._states[cause.rank].left = True
         self._causes.append(cause)
         if self._decide_at is None:
-            # Rank 0 waits for other signs. A rank that has lost rank 0 hears of nothing more.
+            # Rank 0 waits for other causes. A rank that has lost rank 0 gets no more messages.
             self._decide_at = self._clock.now() + (0 if self._rank else GATHER_S)
 
     def _hang(self) -> None:
@@ -283,37 +307,37 @@ class Watchdog:
         if self._stop_by is not None and now > self._stop_by[0]:
             text = f"was asked to stop and has not ended {self._stop_by[1]:.0f} s later, {self._me.place}"
             if self._rank:
-                self._wire.tell({"kind": "words", "text": text, "code": EXIT_FAULT})
+                self._ranks.tell({"kind": "words", "text": text, "code": EXIT_FAULT})
             self._end(Verdict(f"{self._me.name} {text}", stacks=True, rank=self._rank))
 
-    def _say_good_bye(self) -> None:
+    def _leave(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        self._wire.tell({"kind": "bye"})
-        # Connections that rank 0 cuts while the others still send could swallow the good-bye.
-        deadline = time.monotonic() + GOOD_BYE_S
-        while self._rank == 0 and self._wire.connected and time.monotonic() < deadline:
-            for rank, message in self._wire.poll(TICK_S):
+        self._ranks.tell({"kind": "bye"})
+        # Connections that rank 0 closes while the others still send could lose this message.
+        deadline = time.monotonic() + LEAVE_S
+        while self._rank == 0 and self._ranks.connected and time.monotonic() < deadline:
+            for rank, message in self._ranks.poll(TICK_S):
                 if message["kind"] in ("bye", "words"):
-                    self._wire.hang_up(rank)
-        self._wire.close()
+                    self._ranks.hang_up(rank)
+        self._ranks.close()
         self._released.set()
 
     # The end
 
     def _accept(self, verdict: Verdict) -> None:
-        """A verdict that rank 0 told."""
+        """Take the verdict of rank 0."""
         if self._verdict is None:
             self._end(verdict)
 
     def _end(self, verdict: Verdict) -> None:
-        """Ends this rank as decided; on rank 0 tells all others. Returns only where this rank ends by itself."""
+        """End this rank as decided; on rank 0 tell all others. Return only if this rank is to end by itself."""
         self._verdict = verdict
         faulthandler.cancel_dump_traceback_later()
-        own = bool(self._own_words) and (verdict.rank == self._rank or verdict.words == self._own_words)
+        own = bool(self._own_error) and (verdict.rank == self._rank or verdict.words == self._own_error)
         if not own and not (verdict.words and self._launcher_ends_this()):
             _within(SPEAK_S, self._speak, verdict)
         if self._rank == 0:
-            self._wire.tell({"kind": "verdict", "verdict": asdict(verdict)})
+            self._ranks.tell({"kind": "verdict", "verdict": asdict(verdict)})
         if own:
             self._end_by = time.monotonic() + OWN_END_S, verdict.code
             self._released.set()
@@ -322,12 +346,12 @@ class Watchdog:
             _within(SPEAK_S, self._show_stacks, verdict)
         if self.linger is not None:
             _within(LINGER_S, self.linger, LINGER_S)
-        self._wire.poll(TICK_S)  # what was told leaves this machine
+        self._ranks.poll(TICK_S)  # lets pending messages leave this machine
         os._exit(verdict.code)
 
     def _launcher_ends_this(self) -> bool:
-        """Whether others have said it all: rank 0 has told the error by now, and so has the rank that met it. Where a
-        launcher ends the others in the meantime, they stay silent."""
+        """Wait for rank 0 and the rank with the error to print it. Return whether a launcher ends this rank meanwhile,
+        which then need not print it."""
         deadline = time.monotonic() + (RANK_0_FIRST_S if self._rank else 0)
         while time.monotonic() < deadline:
             if asked_to_stop():
@@ -353,9 +377,9 @@ class Watchdog:
 
 
 class Clock:
-    """Seconds that this process ran: while it is stopped (Slurm can suspend a job) no time goes by.
+    """Count the seconds that this process ran, without those while it was stopped (Slurm can suspend a job).
 
-    The back-stop counts them all the same: a job suspended for longer than hang_s + BACKSTOP_S ends on resuming.
+    The backstop counts these as well: a job suspended for longer than hang_s + BACKSTOP_S ends on resuming.
     """
 
     GAP_S = 2.0  # a longer time between two ticks does not count
@@ -367,7 +391,7 @@ class Clock:
         return time.monotonic() - self._lost
 
     def tick(self) -> None:
-        """To be called several times a second."""
+        """Note that the process runs. Call it several times a second."""
         now = time.monotonic()
         if now - self._ticked > self.GAP_S:
             self._lost += now - self._ticked
@@ -375,7 +399,7 @@ class Clock:
 
 
 def _within(seconds: float, act: Callable[..., None], *arguments: Any) -> None:
-    """Gives an action that may hang, or fail, so much time and no more."""
+    """Run an action that may hang or fail, for at most so many seconds."""
 
     def attempt() -> None:
         with suppress(Exception):
@@ -387,7 +411,7 @@ def _within(seconds: float, act: Callable[..., None], *arguments: Any) -> None:
 
 
 def _oom_kills() -> int:
-    """Processes of this machine that the kernel has killed for want of memory so far; 0 where it does not say."""
+    """Return how many processes of this machine the kernel has killed for lack of memory; 0 if it does not say."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

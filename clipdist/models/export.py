@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from clipdist.errors import UserError
 from clipdist.models import hugging_face
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
+from clipdist.storage import replacing
 
 TOLERANCE = 1e-5  # of normalised features
 
@@ -140,9 +140,8 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
         if name in tensors:
             tensors[name] = tensors[name].reshape([])
     metadata = {"format": "pt", "clipdist": json.dumps({**model.spec.to_dict(), **facts})}
-    temporary = out.with_name(out.name + ".tmp")
-    _save(tensors, temporary, metadata)
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        _save(tensors, temporary, metadata)
 
 
 def _open_clip_encoder(spec: ModelSpec, name: str, out: Path) -> Encoder:
@@ -200,17 +199,15 @@ def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        _write_folder(model, temporary)
-        worst = largest_difference(model, _hugging_face_encoder(spec, temporary), str(out))
-        _check_tokenizer(spec, temporary)
-        os.replace(temporary, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out, shared=True) as temporary:
+            temporary.mkdir()
+            _write_folder(model, temporary)
+            worst = largest_difference(model, _hugging_face_encoder(spec, temporary), str(out))
+            _check_tokenizer(spec, temporary)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return FolderExport(out, worst, "" if model.logit_bias is None else "logit_bias")
 
 

@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
-from clipdist.checkpoint.format import MANIFEST, list_checkpoints, load_full_weights, read_manifest
+from clipdist.checkpoint.format import MANIFEST, list_checkpoints, read_manifest
+from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model

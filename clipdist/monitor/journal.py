@@ -27,7 +27,7 @@ from clipdist.errors import Fault, UserError
 from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit
-from clipdist.run_plan import Plan
+from clipdist.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from clipdist.engine.step import Engine, StepResult
@@ -40,7 +40,7 @@ class Journal:
         results: the newest value of every measure, for the table of hyper-parameters.
     """
 
-    def __init__(self, config: Config, plan: Plan, dist_env: DistEnv) -> None:
+    def __init__(self, config: Config, plan: RunPlan, dist_env: DistEnv) -> None:
         self.config, self.plan, self.dist_env = config, plan, dist_env
         self.results: dict[str, float] = {}
         self.bad = BadSamples()

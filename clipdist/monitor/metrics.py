@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from clipdist.errors import Fault
+from clipdist.storage import write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -218,14 +219,7 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = [record for line in lines if (record := _parse(line))]
     kept = [record for record in records if record["step"] <= step or record.get("event") in KEPT_ON_RESUME]
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

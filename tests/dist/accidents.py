@@ -26,7 +26,8 @@ from typing import Any
 
 from rehearsal import Attempt, Failed, Point, attempt, differences, expect, history, records, warm_up
 
-from clipdist.checkpoint.format import MANIFEST, CheckpointReader, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.format import MANIFEST, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.reader import CheckpointReader
 
 STEPS = 12
 KILLED = -signal.SIGKILL
@@ -246,7 +247,7 @@ def disk_full(step: int, *ranks: int) -> Prepare:
     """Nothing can be opened for writing in one step's checkpoint."""
 
     def prepare(rank: int) -> None:
-        from clipdist.checkpoint import format as checkpoint
+        from clipdist.checkpoint import writer as checkpoint
 
         def refuse(path: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
             if f"step-{step:08d}" in str(path) and mode[0] in "wax":
@@ -280,7 +281,7 @@ def metrics_refused(step: int) -> Prepare:
 
 def slow_disk(seconds: float, *ranks: int) -> Prepare:
     def prepare(rank: int) -> None:
-        from clipdist.checkpoint import format as checkpoint
+        from clipdist.checkpoint import writer as checkpoint
 
         real = checkpoint._write_safetensors
 
@@ -336,7 +337,7 @@ def rollback(theatre: Theatre) -> None:
     theatre.same("rollback", by_hand)
 
     for module, function in (
-        ("clipdist.checkpoint.retention", "set_aside"),
+        ("clipdist.fault_tolerance.rollback", "set_aside"),
         ("clipdist.fault_tolerance.rollback", "record_rollback"),
     ):
         point = Point(function, module, function, rank=0, call=1, after=True)
@@ -664,7 +665,7 @@ def asked_again_and_again(theatre: Theatre) -> None:
 
 
 def resume_rule(theatre: Theatre) -> None:
-    """train.resume=FOLDER of another run, and never: as clipdist.run_plan.find_start says."""
+    """train.resume=FOLDER of another run, and never: as clipdist.resume.find_start says."""
     other = theatre.whole()  # with train.resume=never, in a new folder
     folder = checkpoint_dir(other, 6)
     settings: dict[str, object] = {"train.resume": folder}

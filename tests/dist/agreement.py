@@ -11,7 +11,7 @@ import torch
 
 from clipdist.config import load_config
 from clipdist.data.batch import pairs
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.errors import Fault, UserError
 from clipdist.fault_tolerance.consistency import compare
@@ -23,7 +23,7 @@ STRANGE = 1  # the rank that is made to differ
 BATCH = 12
 
 
-def check_facts(dist_env: distributed.DistEnv) -> None:
+def check_facts(dist_env: DistEnv) -> None:
     facts = {"package torch": "2.15.0", "clipdist/a.py": "01", "clipdist/b.py": "02"}
     compare(facts, dist_env)
     if dist_env.rank == STRANGE:
@@ -36,7 +36,7 @@ def check_facts(dist_env: distributed.DistEnv) -> None:
     assert "clipdist/a.py" not in str(told), told
 
 
-def check_stage(stage: int, precision: str, dist_env: distributed.DistEnv) -> None:
+def check_stage(stage: int, precision: str, dist_env: DistEnv) -> None:
     """Three steps without a false alarm; then one bit is flipped on one rank."""
     engine = trained(stage, precision, dist_env)
     compare_replicas(engine.zero, dist_env, 3)
@@ -57,13 +57,13 @@ def check_stage(stage: int, precision: str, dist_env: distributed.DistEnv) -> No
     engine.close()
 
 
-def flip(tensor: torch.Tensor, dist_env: distributed.DistEnv) -> None:
+def flip(tensor: torch.Tensor, dist_env: DistEnv) -> None:
     """The lowest bit of the last element: a change far below any tolerance."""
     if dist_env.rank == STRANGE:
         tensor.view(-1)[-1:].view(torch.uint8)[0] ^= 1
 
 
-def trained(stage: int, precision: str, dist_env: distributed.DistEnv) -> Engine:
+def trained(stage: int, precision: str, dist_env: DistEnv) -> Engine:
     words = [
         "model.name=configs/models/tiny_rn.json",
         f"engine.zero_stage={stage}",
@@ -94,9 +94,8 @@ def raised(call, *args) -> Exception:
 
 
 if __name__ == "__main__":
-    here = distributed.start("cpu")
-    check_facts(here)
-    for wanted in sys.argv[1:]:
-        for zero in range(4):
-            check_stage(zero, wanted, here)
-    distributed.stop()
+    with joined_ranks("cpu") as here:
+        check_facts(here)
+        for wanted in sys.argv[1:]:
+            for zero in range(4):
+                check_stage(zero, wanted, here)

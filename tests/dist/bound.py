@@ -8,7 +8,7 @@ import torch
 
 from clipdist.config import load_config
 from clipdist.data.batch import pairs
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.models.dual_encoder import build_model
 from clipdist.objectives.clip import ClipObjective
@@ -20,7 +20,7 @@ def upward(image_features, text_features, logit_scale, logit_bias=None, **_):
     return -logit_scale.float().sum() + idle, {"valid": logit_scale.detach().sum()}
 
 
-def run(stage: int, precision: str, dist_env: distributed.DistEnv, bounded: bool) -> tuple[float, float]:
+def run(stage: int, precision: str, dist_env: DistEnv, bounded: bool) -> tuple[float, float]:
     """exp(t) of the fp32 master and of the module after ten steps."""
     overrides = [
         "model.name=configs/models/tiny_vit.json",
@@ -49,16 +49,15 @@ def run(stage: int, precision: str, dist_env: distributed.DistEnv, bounded: bool
 
 
 def main() -> None:
-    dist_env = distributed.start("cpu")
-    for stage in range(4):
-        for precision in ("fp32", "bf16"):
-            master, module = run(stage, precision, dist_env, bounded=True)
-            where = (stage, precision, master, module)
-            assert 95 < master <= 100 * (1 + 1e-6), where
-            assert 95 < module <= 100 * (1 + 1e-6), where
-    master, _ = run(2, "bf16", dist_env, bounded=False)
-    assert master > 110, master  # without the bound it does run away
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        for stage in range(4):
+            for precision in ("fp32", "bf16"):
+                master, module = run(stage, precision, dist_env, bounded=True)
+                where = (stage, precision, master, module)
+                assert 95 < master <= 100 * (1 + 1e-6), where
+                assert 95 < module <= 100 * (1 + 1e-6), where
+        master, _ = run(2, "bf16", dist_env, bounded=False)
+        assert master > 110, master  # without the bound it does run away
 
 
 if __name__ == "__main__":

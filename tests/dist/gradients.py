@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from clipdist import config
 from clipdist.config import load_config
 from clipdist.data.batch import IMAGE, Batch, pairs
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import zero
 from clipdist.evals import audit
 from clipdist.evals.audit import Audit
@@ -83,7 +83,7 @@ def allow_fp16() -> None:
         module.resolve_precision = lambda wanted, device: wanted
 
 
-def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[str, Any]]:
+def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.objectives.clip))
     batch = make_batch(audited.spec)
@@ -100,18 +100,17 @@ def run_cell(cell: dict[str, Any], dist_env: distributed.DistEnv) -> list[dict[s
 
 def main() -> None:
     cells, out = sys.argv[1:]
-    dist_env = distributed.start("cpu")
-    allow_fp16()
-    rows = []
-    with open(cells) as file:
-        for cell in json.load(file):
-            rows += run_cell(cell, dist_env)
-            gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
-    if dist_env.rank == 0:
-        with open(out, "w") as file:
-            json.dump(rows, file)
-    deepspeed_comm.barrier()
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        allow_fp16()
+        rows = []
+        with open(cells) as file:
+            for cell in json.load(file):
+                rows += run_cell(cell, dist_env)
+                gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
+        if dist_env.rank == 0:
+            with open(out, "w") as file:
+                json.dump(rows, file)
+        deepspeed_comm.barrier()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from clipdist.config import load_config
 from clipdist.data.batch import Batch, pairs
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.errors import Fault
 from clipdist.fault_tolerance.guard import Guard
@@ -86,9 +86,7 @@ def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: 
     return batch.rows(rank * BATCH // world, (rank + 1) * BATCH // world)
 
 
-def train(
-    cell: tuple[int, str, int, str], dist_env: distributed.DistEnv, guarded: bool
-) -> tuple[Engine, dict[int, Any]]:
+def train(cell: tuple[int, str, int, str], dist_env: DistEnv, guarded: bool) -> tuple[Engine, dict[int, Any]]:
     """The engine after all steps, and the results by step."""
     stage, precision, micro, model_name = cell
     words = [
@@ -174,7 +172,7 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:5]}"
 
 
-def run_cell(cell: tuple[int, str, int, str], dist_env: distributed.DistEnv) -> None:
+def run_cell(cell: tuple[int, str, int, str], dist_env: DistEnv) -> None:
     def result(guarded: bool) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
         engine, results = train(cell, dist_env, guarded)
         state = everything(engine)
@@ -190,14 +188,13 @@ def run_cell(cell: tuple[int, str, int, str], dist_env: distributed.DistEnv) -> 
 
 
 def main() -> None:
-    dist_env = distributed.start("cpu")
-    for cell in CELLS:
-        try:
-            run_cell(cell, dist_env)
-        except Exception as error:
-            raise AssertionError(f"cell {cell}: {error}") from error
-        gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        for cell in CELLS:
+            try:
+                run_cell(cell, dist_env)
+            except Exception as error:
+                raise AssertionError(f"cell {cell}: {error}") from error
+            gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from clipdist.distributed.rank import joined_ranks
 from clipdist.evals import retrieval
-from clipdist.evals.embed import Embeddings, gather_embeddings, joined_ranks
+from clipdist.evals.embed import Embeddings, gather_embeddings
 from clipdist.evals.retrieval import distributed_retrieval, retrieval_metrics, retrieval_ranks
 
 

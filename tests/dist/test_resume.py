@@ -9,7 +9,8 @@ import pytest
 import torch
 from dist.launch import run_ranks
 
-from clipdist.checkpoint.format import CheckpointReader, newest_checkpoint
+from clipdist.checkpoint.format import newest_checkpoint
+from clipdist.checkpoint.reader import CheckpointReader
 
 STEPS = 8  # two epochs of 70 // 16 = 4 steps
 RESNET = "configs/models/tiny_rn.json"  # running statistics must survive, too

@@ -9,7 +9,7 @@ import os
 import torch
 
 from clipdist.config import load_config
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import Zero
 from clipdist.evals.audit import DrawnBatches
@@ -38,19 +38,18 @@ def state_bytes(zero: Zero, stage: int, precision: str) -> int:
 
 
 def main() -> None:
-    dist_env = distributed.start("cpu")
     found = []
-    for stage, precision in CELLS:
-        words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
-        config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
-        torch.manual_seed(0)
-        model = build_model(config.model, config.objectives.clip)
-        batch = DrawnBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
-        engine = Engine(model, make_objectives(config.objectives), config, dist_env)
-        engine.train_step(batch, step=0, lr=1e-4)
-        weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.zero.module.parameters())
-        found.append([stage, precision, state_bytes(engine.zero, stage, precision), weights])
-    distributed.stop()
+    with joined_ranks("cpu") as dist_env:
+        for stage, precision in CELLS:
+            words = [f"engine.zero_stage={stage}", f"train.precision={precision}", "train.global_batch=8", "device=cpu"]
+            config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
+            torch.manual_seed(0)
+            model = build_model(config.model, config.objectives.clip)
+            batch = DrawnBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
+            engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+            engine.train_step(batch, step=0, lr=1e-4)
+            weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.zero.module.parameters())
+            found.append([stage, precision, state_bytes(engine.zero, stage, precision), weights])
     if int(os.environ["RANK"]) == 0:
         print(json.dumps(found))
 

@@ -13,22 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdist.checkpoint import format as module
+from clipdist.checkpoint import reader as module
 from clipdist.checkpoint.format import (
     MANIFEST,
-    CheckpointReader,
     Manifest,
-    PartMissing,
     Piece,
-    abandon_part,
     checkpoint_dir,
     list_checkpoints,
-    load_full_weights,
     newest_checkpoint,
     read_manifest,
-    write_manifest,
-    write_part,
 )
+from clipdist.checkpoint.reader import CheckpointReader, load_full_weights
+from clipdist.checkpoint.writer import PartMissing, abandon_part, write_manifest, write_part
 from clipdist.errors import Fault, UserError
 
 SHAPES = {"param/visual.a": (5, 7), "param/text.b": (11,), "buffer/visual.mean": (3,), "exp_avg/visual.a": (5, 7)}
@@ -341,7 +337,7 @@ def test_one_listing_serves_all_ranks(tmp_path, monkeypatch):
             write_part(folder, world - 1, [], attempt="t")
         return real(path)
 
-    monkeypatch.setattr(module.os, "listdir", listdir)
+    monkeypatch.setattr(os, "listdir", listdir)
     write_manifest(folder, Manifest(1, 1, 8, world, {}, {}, {}), attempt="t", timeout_s=60)
     assert len(CheckpointReader(folder).manifest.files) == world
     assert len([path for path in listings if path == folder]) <= 3 + 1  # cleaning up lists once more

@@ -10,18 +10,11 @@ import threading
 import pytest
 import torch
 
-from clipdist.checkpoint import format as checkpoint
-from clipdist.checkpoint.format import (
-    MANIFEST,
-    CheckpointReader,
-    Manifest,
-    Piece,
-    checkpoint_dir,
-    list_checkpoints,
-    write_part,
-)
+from clipdist.checkpoint import writer as checkpoint
+from clipdist.checkpoint.format import MANIFEST, Manifest, Piece, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.checkpoint.retention import RetentionPolicy
-from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed
+from clipdist.checkpoint.writer import CheckpointWriter, SaveFailed, write_part
 
 NUMEL = 1 << 18  # of fp32: 1 MiB
 
@@ -115,7 +108,13 @@ def test_what_fails_for_a_while_is_tried_again(tmp_path, monkeypatch, code):
     save(tmp_path, 1, retry_s=60)
     assert good(tmp_path) == [1]
     names = {os.path.basename(path) for path in failed}
-    assert {"rank-00000.safetensors", "rank-00000.tmp", "manifest.tmp", "step-00000001", "checkpoints"} <= names
+    assert {
+        "rank-00000.safetensors",
+        "rank-00000.json.tmp",
+        "manifest.json.tmp",
+        "step-00000001",
+        "checkpoints",
+    } <= names
 
 
 def test_nothing_is_tried_again_in_a_hurry(tmp_path):

@@ -12,8 +12,7 @@ from PIL import Image
 
 from clipdist.config import Config, Run
 from clipdist.data.decode import BadSample
-from clipdist.data.index import Unreadable
-from clipdist.errors import Fault, UserError
+from clipdist.errors import Fault, Unreadable, UserError
 from clipdist.monitor.journal import Journal
 
 ONE_RANK = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))

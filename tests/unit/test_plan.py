@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipdist.checkpoint.format import Manifest, checkpoint_dir, write_manifest, write_part
+from clipdist.checkpoint.format import Manifest, checkpoint_dir
+from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex
+from clipdist.data.order import local_window
 from clipdist.errors import UserError
 from clipdist.models.spec import resolve_spec
-from clipdist.run_plan import local_window, make_plan
+from clipdist.resume import plan_start
 from clipdist.train import command_line, lock_run_folder, train
 
 
@@ -26,7 +28,7 @@ def configured(shards, root, *words):
 
 def fake_checkpoint(config, step=4, world=1):
     """A checkpoint that holds nothing but says all about itself."""
-    plan = make_plan(dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto")), world)
+    plan = plan_start(dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto")), world)
     state = {"model": resolve_spec(config.model).to_dict()}
     folder = checkpoint_dir(config.run.dir, step)
     write_part(folder, 0, [], "t")
@@ -81,12 +83,12 @@ def test_a_run_folder_that_cannot_be_written(shards, tmp_path, no_model):
 
 def test_the_first_start_chooses_the_streams_and_the_checkpoint_keeps_them(shards, tmp_path):
     config = configured(shards, tmp_path)
-    first = make_plan(config, world=2)
+    first = plan_start(config, world=2)
     assert first.resume is None
     assert first.start_step == 0
     assert first.steps == 2 * (70 // 16)
     fake_checkpoint(config, world=2)
-    again = make_plan(config, world=16)
+    again = plan_start(config, world=16)
     assert again.start_step == 4
     assert again.order == first.order
 
@@ -116,37 +118,37 @@ def test_a_model_json_that_was_edited_after_the_first_start(shards, tmp_path, no
     file.write_text(json.dumps(described))
     config = configured(shards, tmp_path, f"model.name={file}")
     fake_checkpoint(config)
-    make_plan(config, 1)
+    plan_start(config, 1)
     described["vision_cfg"]["layers"] = 3
     file.write_text(json.dumps(described))
     with pytest.raises(UserError, match="another model"):
         train(config)
     file.unlink()
-    assert make_plan(config, 1).start_step == 4  # the checkpoint describes its model itself
+    assert plan_start(config, 1).start_step == 4  # the checkpoint describes its model itself
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(shards, tmp_path):
     config = configured(shards, tmp_path)
     fake_checkpoint(config, 4)
     (fake_checkpoint(config, 6) / "rank-00000.safetensors").unlink()
-    plan = make_plan(config, 1)
+    plan = plan_start(config, 1)
     assert plan.start_step == 4
     assert "step-00000006" in plan.notes[0]
     (checkpoint_dir(config.run.dir, 4) / "rank-00000.safetensors").unlink()
     with pytest.raises(UserError, match="none of 2 checkpoints"):
-        make_plan(config, 1)
+        plan_start(config, 1)
 
 
 def test_a_named_checkpoint_begins_a_run_and_its_own_ones_go_on(shards, tmp_path):
     other = configured(shards, tmp_path, "run.name=other")
     first = fake_checkpoint(other, 2)
     config = configured(shards, tmp_path, f"train.resume={first}")
-    assert make_plan(config, 1).start_step == 2
+    assert plan_start(config, 1).start_step == 2
     fake_checkpoint(config, 6)
-    assert make_plan(config, 1).start_step == 6
+    assert plan_start(config, 1).start_step == 6
     fake_checkpoint(other, 4)
     with pytest.raises(UserError, match=r"holds newer checkpoints, up to step-00000004"):
-        make_plan(configured(shards, tmp_path, "run.name=other", f"train.resume={first}"), 1)
+        plan_start(configured(shards, tmp_path, "run.name=other", f"train.resume={first}"), 1)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -162,7 +164,7 @@ def test_a_job_that_is_queued_again_goes_on_whatever_it_was_told_at_first(shards
     fake_checkpoint(configured(shards, tmp_path), 4)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for wanted in ("never", first):
-        assert make_plan(configured(shards, tmp_path, f"train.resume={wanted}"), 1).start_step == 4
+        assert plan_start(configured(shards, tmp_path, f"train.resume={wanted}"), 1).start_step == 4
 
 
 def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):

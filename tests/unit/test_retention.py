@@ -7,8 +7,9 @@ import math
 import pytest
 
 from clipdist.checkpoint import retention
-from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_dir, list_checkpoints, write_manifest, write_part
+from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_dir, list_checkpoints
 from clipdist.checkpoint.retention import RetentionPolicy, Saved, kept, prune, remove_leftovers, set_aside
+from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.errors import Fault
 
 

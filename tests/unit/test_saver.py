@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from clipdist.checkpoint import saver as module
-from clipdist.checkpoint.format import CheckpointReader, Manifest, newest_checkpoint
+from clipdist.checkpoint.format import Manifest, newest_checkpoint
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver
 from clipdist.engine.zero import Zero

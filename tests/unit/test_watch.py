@@ -238,7 +238,7 @@ def test_strangers_are_turned_away(start):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
                 stranger.sendall(line.encode() + b"\n")
                 assert not _answer(stranger)
-        assert watchdog._wire.connected == 0
+        assert watchdog._ranks.connected == 0
         with socket.create_connection(("127.0.0.1", port), timeout=5) as known:
             hello = {"kind": "hello", "token": f"{TOKEN:x}", "rank": 1, "node": "here", "pid": 1}
             known.sendall(json.dumps(hello).encode() + b"\n")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clipdist.checkpoint import format as checkpoint
+from clipdist.checkpoint import writer as checkpoint
 from clipdist.config import Clip, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError

@@ -19,7 +19,8 @@ import traceback
 
 import torch
 
-from clipdist.checkpoint.format import MANIFEST, CheckpointReader, Manifest, Piece, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.format import MANIFEST, Manifest, Piece, checkpoint_dir, list_checkpoints
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.writer import CheckpointWriter
 

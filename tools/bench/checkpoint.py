@@ -91,13 +91,10 @@ def main() -> int:
         pass
 
     import_s, _ = harness.timed(import_all)
-    from clipdist.distributed import rank as distributed
+    from clipdist.distributed.rank import joined_ranks, resolve_device
 
-    dist_env = distributed.start(distributed.resolve_device(config.device))
-    try:
+    with joined_ranks(resolve_device(config.device)) as dist_env:
         results = [measure(model, args, dist_env) for model in args.models]
-    finally:
-        distributed.stop()
     text = report(results, import_s, args, str(dist_env.device.type))
     return harness.finish(args, text, {"import_s": import_s, "models": [asdict(result) for result in results]})
 
@@ -134,7 +131,7 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
     """Build model and engine and take one step, with new weights or from a checkpoint. Return (engine, spec, times)."""
     import torch
 
-    from clipdist.checkpoint.format import CheckpointReader, load_full_weights
+    from clipdist.checkpoint.reader import CheckpointReader, load_full_weights
     from clipdist.engine.step import Engine
     from clipdist.models.dual_encoder import build_model
     from clipdist.models.spec import ModelSpec
@@ -206,14 +203,14 @@ def save_by_turns(
         for _ in range(args.steps):
             saves.plain_s.append(take_step(engine, spec, config, step))
             step += 1
+        manifest = Manifest(step, step, step * args.batch, 1, {}, {}, {"model": spec.to_dict()})
         began = time.perf_counter()
-        state = {"model": spec.to_dict()}
-        manifest = Manifest(step, step, step * args.batch, 1, {}, {}, state)
         saver.save(list(engine.zero.live_pieces()), list(engine.zero.buffer_pieces()), manifest)
-        in_save_s = saver.seconds_in_loop
+        in_save_s, waited_before = time.perf_counter() - began, saver.seconds_in_loop
         taken_s = take_step(engine, spec, config, step)
-        saves.beside_s.append(taken_s - (saver.seconds_in_loop - in_save_s))
-        saves.in_loop_s.append(saver.seconds_in_loop)
+        waited_s = saver.seconds_in_loop - waited_before
+        saves.beside_s.append(taken_s - waited_s)
+        saves.in_loop_s.append(in_save_s + waited_s)
         step += 1
         while saver.busy:
             saves.beside_s.append(take_step(engine, spec, config, step))

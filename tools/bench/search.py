@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from clipdist import config
-from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir, write_manifest, write_part
+from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir
+from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.data.catalog import Catalog
 from clipdist.datasets.shard_writer import shard_sizes
 from clipdist.distributed.rank import resolve_device

@@ -9,7 +9,7 @@ import open_clip  # noqa: F401
 import torch
 
 from clipdist.config import Config
-from clipdist.distributed import rank as distributed
+from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.evals.audit import DrawnBatches
 from clipdist.models.dual_encoder import build_model
@@ -26,7 +26,8 @@ class TrainingSteps:
     """
 
     def __init__(self, config: Config, device: str) -> None:
-        dist_env = distributed.start(device)
+        self._ranks = joined_ranks(device)
+        dist_env = self._ranks.__enter__()
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.clip)
         if config.engine.activation_checkpointing:
@@ -38,6 +39,9 @@ class TrainingSteps:
         del drawn, mine
         self.engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
         self.lr = config.optim.lr
+
+    def close(self) -> None:
+        self._ranks.__exit__(None, None, None)
 
     def take(self, step: int) -> Any:
         return self.engine.train_step(self.batch, step=step, lr=self.lr)
@@ -55,7 +59,7 @@ class StepMemory:
         training = TrainingSteps(self.config, self.device)
         for step in range(steps):
             training.take(step)
-        return self._end(memory)
+        return self._end(memory, training)
 
     def one_step(self, step: int) -> tuple[int, int, float]:
         """Take the steps before `step`, then that one. Return its (peak growth in bytes, features D, seconds)."""
@@ -66,10 +70,10 @@ class StepMemory:
             trim_heap()
         memory = MemoryGrowth(self.device)
         seconds, _ = timed(lambda: training.take(step))
-        return self._end(memory), width, seconds
+        return self._end(memory, training), width, seconds
 
-    def _end(self, memory: MemoryGrowth) -> int:
+    def _end(self, memory: MemoryGrowth, training: TrainingSteps) -> int:
         grown = memory.peak()
         assert grown is not None  # require_resettable has been asked
-        distributed.stop()
+        training.close()
         return grown

@@ -27,7 +27,6 @@ from clipdist.config import Config, load_config, to_yaml
 from clipdist.config.batches import check_ranks
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError, run_main
-from clipdist.run_plan import check_ranks
 from tools.bench import harness
 from tools.bench.peak_memory import ProportionalSetSize
 from tools.bench.processes import repository_environment, run_ranks, threads_per_rank

@@ -251,10 +251,10 @@ class _FedBatches:
         from clipdist.data.loader import image_view, open_loader
         from clipdist.data.tokens import make_tokenizer
         from clipdist.models.spec import resolve_spec
-        from clipdist.run_plan import make_plan
+        from clipdist.resume import plan_start
 
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        plan, self._spec = make_plan(config, world), resolve_spec(config.model)
+        plan, self._spec = plan_start(config, world), resolve_spec(config.model)
         self._loader = open_loader(
             plan.catalog,
             plan.order,
