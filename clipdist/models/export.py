@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
-from clipdist.data.tokens import make_tokenizer, truncated_merges
+from clipdist.data.tokens import BPE_VOCABULARY, make_tokenizer, truncated_merges
 from clipdist.errors import UserError
-from clipdist.models import hugging_face
+from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
+from clipdist.models.spec import ModelSpec
 
 TOLERANCE = 1e-5  # of normalised features
 
@@ -193,7 +193,7 @@ def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
         RuntimeError: features or token ids differ.
     """
     spec = model.spec
-    if reason := hugging_face.inexpressible(spec):
+    if reason := clip_model.inexpressible(spec):
         raise UserError(
             f"{spec.name}: has {reason}, for which Hugging Face's CLIPModel has no place; take --format open_clip or"
             " torch_export"
@@ -218,9 +218,9 @@ def _write_folder(model: DualEncoder, folder: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor
 
     spec = model.spec
-    CLIPConfig(**hugging_face.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
+    CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
     _save(hugging_face.to_theirs(_tensors(model)), folder / "model.safetensors", {"format": "pt"})
-    hugging_face.make_tokenizer(spec).save_pretrained(folder)
+    clip_model.clip_tokenizer(spec).save_pretrained(folder)
     side = spec.image_size
     CLIPImageProcessor(
         size={"shortest_edge": side},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ from clipdist.checkpoint.format import MANIFEST, list_checkpoints, load_full_wei
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
-from clipdist.models.spec import ModelSpec, is_hugging_face, resolve_spec
-from clipdist.models.weights import model_fingerprint
+from clipdist.models.hugging_face import is_hugging_face
+from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.weights import weights_checksum
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,15 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the features might: a key for what is computed once and kept."""
-        return self.manifest_sha256[:16] or model_fingerprint(self.model)
+        """16 hex digits that change whenever the features might: a key for what is computed once and kept.
+
+        Without a checkpoint they cover the weights and all of the description but its name: QuickGELU is no weight.
+        """
+        if self.manifest_sha256:
+            return self.manifest_sha256[:16]
+        described = {**self.model.spec.to_dict(), "name": ""}
+        text = weights_checksum(self.model) + json.dumps(described, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_model(

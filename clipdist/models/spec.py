@@ -20,7 +20,6 @@ from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.errors import UserError
 
-BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 DEFAULT_CONTEXT = 77
 
 
@@ -80,12 +79,12 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
             does not fit, an unknown weights tag, a missing weights file, or word vectors without a CBOW tower.
     """
+    from clipdist.models.hugging_face import is_hugging_face, read_description
+
     if cfg.name.endswith(".json"):
         path = find_model_json(cfg.name)
         description = _read_json(path)
     elif is_hugging_face(Path(cfg.name)):
-        from clipdist.models.hugging_face import read_description
-
         description = read_description(Path(cfg.name))
     else:
         description = _open_clip_config(cfg.name)
@@ -127,11 +126,6 @@ def find_model_json(name: str) -> Path:
     shipped = sorted(f"configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json"))
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
     raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
-
-
-def is_hugging_face(folder: Path) -> bool:
-    """Whether `folder` is one as transformers writes it."""
-    return (folder / "config.json").is_file()
 
 
 def is_torchscript(path: Path) -> bool:
@@ -249,6 +243,8 @@ def _square(name: str, size: Any) -> int:
 
 
 def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
+    from clipdist.data.tokens import BPE_VOCABULARY
+
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if name and not text.get("cbow"):

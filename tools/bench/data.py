@@ -580,8 +580,7 @@ def augmentation_of(job: Job) -> Augmentation:
 
 def make_tokenizer() -> BPETokenizer:
     """CLIP's, as open_clip_train has it."""
-    from clipdist.data.tokens import BPETokenizer
-    from clipdist.models.spec import BPE_VOCABULARY
+    from clipdist.data.tokens import BPE_VOCABULARY, BPETokenizer
 
     return BPETokenizer(BPE_VOCABULARY, CONTEXT_LENGTH)
 
