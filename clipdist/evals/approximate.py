@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ POINTS_PER_CELL = 39  # that k-means learns from; faiss warns below
 ROUNDS = 10  # of k-means
 ADD = 65_536  # rows that are added at a time
 SEED = 0
+SAMPLES = 256  # captions that an index is tuned and measured with
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,42 @@ def build_index(pictures: Tensor, samples: Tensor, asked: str, progress: bool = 
         index.nprobe = min(2 * index.nprobe, cells)
     recall = {str(k): round(_recall(index, measured, exact[1::2], k), 2) for k in CUTOFFS if k <= n}
     return ApproximateIndex(index, IndexFacts(n, cells, index.nprobe, recall, f"{len(measured)} {asked}"))
+
+
+def kept_index(
+    path: Path,
+    pictures: Tensor,
+    captions: Callable[[], Sequence[str]],
+    encode: Callable[[Sequence[str]], Tensor],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> ApproximateIndex:
+    """Return the index that was kept in `path`, or build one, tuned with captions or with images where there are none.
+
+    Args:
+        captions: returns some captions; called where an index is built.
+        encode: captions -> unit vectors.
+        keep: read and write the file.
+    """
+    index = read_index(path, pictures, tell) if keep else None
+    if index:
+        return index
+    sentences = captions()
+    if len(sentences) > 1:
+        index = build_index(pictures, encode(sentences), "captions")
+    else:
+        index = build_index(pictures, spread(pictures), "pictures of its own")
+    if keep:
+        try:
+            write_index(path, index)
+        except UserError as error:
+            tell(f"not kept for the next search: {error}")
+    return index
+
+
+def spread(rows: Any) -> Any:
+    """Return up to SAMPLES items, evenly spread."""
+    return rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
 
 
 def write_index(path: Path, index: ApproximateIndex) -> None:

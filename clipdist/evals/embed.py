@@ -6,7 +6,6 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,10 +20,10 @@ from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.rank import DistEnv, world_size
 from clipdist.errors import UserError
+from clipdist.evals.decode_ahead import decode_ahead
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
 Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
-AHEAD = 3  # batches that are decoded while the model is busy
 IN_FLIGHT = 2  # batches whose features may still be under way on the device, so that it never waits for the next
 
 
@@ -117,15 +116,20 @@ def embed_catalog(
     mine = slices[rank]
     hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
     reader = open_reader(catalog, data)
+
+    def load(sample_id: int) -> Tensor:
+        return eval_image(reader.image(sample_id), image_size, data.max_pixels)
+
     try:
         captions, text_calls = _plan_captions(reader, slices, rank, batch, most_captions) if texts else ({}, 0)
         image_calls = _ceil(max(map(len, slices)), batch)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
-        pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad, data.max_pixels)
-        image = encode_images(encode, tqdm(pictures, "pictures", image_calls, disable=hide))
+        decoded = decode_ahead(load, mine, image_size, batch, image_calls, threads, bad)
+        image = encode_images(encode, (images for images, _ in tqdm(decoded, "pictures", image_calls, disable=hide)))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
-        tokens = _tokenised([caption for _, caption in flat], tokenizer, batch, text_calls)
-        text = _forward_all(encode, tqdm(tokens, "captions", text_calls, disable=hide), image=False)
+        encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], batch, text_calls)
+        parts = list(tqdm(encoded, "captions", text_calls, disable=hide))
+        text = torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
         keys = {sample_id: reader.key(sample_id) for sample_id in mine}
     finally:
         reader.close()
@@ -133,8 +137,28 @@ def embed_catalog(
 
 
 def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:
-    """uint8 [b, 3, S, S] batches of any sizes -> fp32 [sum of b, D] on the CPU."""
-    return _forward_all(encode, batches, image=True)
+    """Encode uint8 [b, 3, S, S] batches of any sizes: fp32 [sum of b, D] on the CPU.
+
+    Raises:
+        UserError: no batches.
+    """
+    parts = list(forward_batches(lambda images: encode(images, None)[0], batches))
+    if not parts:
+        raise UserError("nothing to embed: no pictures")
+    return torch.cat(parts)
+
+
+def encode_texts(
+    encode: Encode, tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str], batch: int, calls: int
+) -> Iterator[Tensor]:
+    """Yield the features of the sentences, fp32 [<= batch, D] on the CPU, in exactly `calls` forward passes.
+
+    Rows that pad a batch repeat the tokens of an empty sentence; their features are cut off.
+    """
+    parts = [list(texts[call * batch : (call + 1) * batch]) for call in range(calls)]
+    tokens = (tokenizer(part + [""] * (batch - len(part))) for part in parts)
+    for part, features in zip(parts, forward_batches(lambda ids: encode(None, ids)[1], tokens)):
+        yield features[: len(part)]
 
 
 def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup | None = None) -> Embeddings:
@@ -168,11 +192,18 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
     )
 
 
-def wire_device(process_group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must lie for the group to carry it: NCCL carries device tensors only."""
-    if "gloo" in dist.get_backend(process_group):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+def sum_over_ranks(tensor: Tensor, world: int, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of the ranks' tensors, on the tensor's device. Collective where `world` is above 1."""
+    if world == 1:
+        return tensor
+    moved = tensor.to(_wire_device(process_group))  # the tensor itself where it is there already: a copy may be large
+    dist.all_reduce(moved, group=process_group)
+    return moved.to(tensor.device)
+
+
+def rank_0_says(fact: bool, world: int) -> bool:
+    """Return rank 0's `fact` on every rank. Collective where `world` is above 1."""
+    return bool(sum_over_ranks(torch.tensor(int(fact and (world == 1 or dist.get_rank() == 0))), world))
 
 
 def _without_bad(
@@ -219,76 +250,29 @@ def _plan_captions(
     return mine, _ceil(max(counts), batch)
 
 
-def _decoded(
-    reader: Reader,
-    sample_ids: Sequence[int],
-    size: int,
-    batch: int,
-    calls: int,
-    threads: int,
-    bad: dict[int, str],
-    max_pixels: int,
-) -> Iterator[Tensor]:
-    """Exactly `calls` batches uint8 [batch, 3, size, size], decoded and put together by threads ahead of their use.
-
-    A sample that cannot be decoded keeps its row as zeros, so that the number of batches never depends on damage; its
-    reason goes into `bad`.
-    """
-
-    def load(sample_id: int, row: Tensor) -> str | None:
-        try:
-            row.copy_(eval_image(reader.image(sample_id), size, max_pixels))
-        except BadSample as error:
-            return error.reason
-        return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def begin(call: int) -> tuple[Tensor, list[tuple[int, Future[str | None]]]]:
-            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-            part = sample_ids[call * batch : (call + 1) * batch]
-            return pixels, [(sample_id, pool.submit(load, sample_id, row)) for sample_id, row in zip(part, pixels)]
-
-        waiting = deque(map(begin, range(min(AHEAD, calls))))
-        for call in range(calls):
-            pixels, loading = waiting.popleft()
-            if call + AHEAD < calls:
-                waiting.append(begin(call + AHEAD))
-            for sample_id, future in loading:
-                if (reason := future.result()) is not None:
-                    bad[sample_id] = reason
-            yield pixels
-
-
-def _tokenised(
-    captions: list[str], tokenizer: Callable[[list[str]], Tensor], batch: int, calls: int
-) -> Iterator[Tensor]:
-    """Exactly `calls` batches int64 [batch, L]; rows that pad a batch repeat the tokens of an empty sentence."""
-    for call in range(calls):
-        part = captions[call * batch : (call + 1) * batch]
-        yield tokenizer(part + [""] * (batch - len(part)))
-
-
 @torch.no_grad()
-def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tensor:
-    parts: list[Tensor] = []
+def forward_batches(tower: Callable[[Tensor], Tensor | None], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield every batch's features, fp32 on the CPU, while the device works on the next ones."""
     under_way: deque[Tensor] = deque()
     for inputs in batches:
-        image_features, text_features = encode(inputs, None) if image else encode(None, inputs)
-        features = image_features if image else text_features
+        features = tower(inputs)
         assert features is not None  # what was given is encoded
         under_way.append(features.float())
         if len(under_way) > IN_FLIGHT:
-            parts.append(under_way.popleft().cpu())
-    parts += [features.cpu() for features in under_way]
-    if not parts and image:
-        raise UserError("nothing to embed: no pictures")
-    return torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
+            yield under_way.popleft().cpu()
+    yield from (features.cpu() for features in under_way)
+
+
+def _wire_device(process_group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor must be for the group to send it: NCCL sends device tensors only."""
+    if "gloo" in dist.get_backend(process_group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None) -> list[Tensor]:
     """Every rank's tensor [n_r, ...], with n_r free to differ. Tensors travel padded to the longest."""
-    device = wire_device(process_group)
+    device = _wire_device(process_group)
     world = dist.get_world_size(process_group)
     count = torch.tensor([len(tensor)], device=device)
     counts = [torch.zeros_like(count) for _ in range(world)]

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections import deque
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipdist.data.decode import BadSample, eval_pixels
+from clipdist.data.decode import eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
-from clipdist.evals.embed import AHEAD, Encode, encode_images, wire_device
+from clipdist.evals.decode_ahead import decode_ahead
+from clipdist.evals.embed import Encode, encode_images, rank_0_says, sum_over_ranks
+from clipdist.evals.store import load_tensors, save_tensors
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
 
+FORMAT = "clipdist features 1"
 Kind = Literal["projected", "tower"]
 PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
 RANDOM_SEED = 0  # of the baseline's weights
@@ -151,8 +148,8 @@ def embed_split(
     mine, calls = share_of(len(split), batch, rank, world)
     if not calls:
         raise UserError("no pictures to classify")
-    bad: set[int] = set()
-    pictures = read_pictures(split, mine, image_size, batch, calls, threads, bad)
+    bad: dict[int, str] = {}
+    pictures = decode_split(split, mine, image_size, batch, calls, threads, bad)
     bar = tqdm(pictures, "pictures", calls, disable=None if progress and rank == 0 else True)
     features = encode_images(encode, bar)[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
@@ -189,14 +186,14 @@ def embed_set(
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
     found = load_features(cache) if cache and rank == 0 else None
-    if cache and _agreed(found is not None, world):
+    if cache and rank_0_says(found is not None, world):
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
     train, test = (
         embed_split(encode, split, size, batch, threads, rank, world, progress) for split in (data.train, data.test)
     )
     if cache and rank == 0:
-        with suppress(OSError):  # a full disk or a run that may not be written to: they are computed again next time
+        with suppress(UserError):  # a full disk or a run that may not be written to: they are computed again next time
             save_features(cache, Features(train, test))
     return Features(train, test)
 
@@ -216,91 +213,46 @@ def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kin
 
 
 def save_features(path: Path, features: Features) -> None:
-    """Writes one file, which is there whole or not at all.
+    """Keep both splits' features in one file.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: it cannot be written.
     """
     parts = {"train": features.train, "test": features.test}
-    tensors = {f"{name}.image": part.image.contiguous() for name, part in parts.items()}
-    tensors |= {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()}
-    head = {f"{name}.left_out": str(part.left_out) for name, part in parts.items()}
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(partial), head)
-        os.replace(partial, path)
-    except SafetensorError as error:  # how safetensors tells of a full disk
-        raise OSError(str(error)) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {f"{name}.image": part.image for name, part in parts.items()}
+    tensors |= {f"{name}.labels": part.labels for name, part in parts.items()}
+    save_tensors(path, FORMAT, tensors, {"left_out": {name: part.left_out for name, part in parts.items()}})
 
 
 def load_features(path: Path) -> Features | None:
-    """What save_features wrote; None where there is no such file, or a damaged one."""
+    """Return what save_features wrote; None where there is no such file. A file of no use costs a line on stderr."""
+    if not path.exists():
+        return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            head = file.metadata() or {}
-            train, test = (
-                SplitFeatures(
-                    file.get_tensor(f"{name}.image"), file.get_tensor(f"{name}.labels"), int(head[f"{name}.left_out"])
-                )
-                for name in ("train", "test")
-            )
-    except (OSError, SafetensorError, KeyError, ValueError):
+        tensors, head = load_tensors(path, FORMAT)
+        train, test = (
+            SplitFeatures(tensors[f"{name}.image"], tensors[f"{name}.labels"], int(head["left_out"][name]))
+            for name in ("train", "test")
+        )
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, UserError) else f"{path}: damaged"
+        print(f"{reason}: made again", file=sys.stderr)
         return None
     return Features(train, test)
 
 
-def read_pictures(
-    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: set[int]
+def decode_split(
+    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: dict[int, str]
 ) -> Iterator[Tensor]:
-    """Exactly `calls` batches uint8 [batch, 3, size, size] of these rows, decoded by threads ahead of their use.
+    """Yield exactly `calls` batches uint8 [batch, 3, size, size] of these rows; see decode_ahead."""
 
-    What cannot be decoded goes into `bad` and is zeros, as is what fills a batch up.
-    """
+    def load(row: int) -> Tensor:
+        return eval_pixels(split.read(row), size)
 
-    def load(row: int) -> Tensor | None:
-        try:
-            return eval_pixels(split.read(row), size)
-        except BadSample:
-            return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[Tensor | None]] = deque()
-        upcoming = iter(rows)
-        for call in range(calls):
-            while len(waiting) < AHEAD * batch and (following := next(upcoming, None)) is not None:
-                waiting.append(pool.submit(load, following))
-            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-            for place, row in enumerate(rows[call * batch : (call + 1) * batch]):
-                picture = waiting.popleft().result()
-                if picture is None:
-                    bad.add(row)
-                else:
-                    pixels[place] = picture
-            yield pixels
+    return (images for images, _ in decode_ahead(load, rows, size, batch, calls, threads, bad))
 
 
 def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
     """This rank's rows, and how many batches the rank with most of them needs."""
     mine = range(count * rank // world, count * (rank + 1) // world)
     return mine, -(-count // (world * batch))
-
-
-def sum_over_ranks(tensor: Tensor, world: int) -> Tensor:
-    """The ranks' tensors of one shape added up, on every rank. Collective."""
-    if world == 1:
-        return tensor
-    moved = tensor.to(wire_device(None))
-    dist.all_reduce(moved)
-    return moved.cpu()
-
-
-def _agreed(found: bool, world: int) -> bool:
-    """What rank 0 found, on every rank."""
-    if world == 1:
-        return found
-    flag = torch.tensor([int(found)], device=wire_device(None))
-    dist.broadcast(flag, src=0)
-    return bool(flag.item())

@@ -10,9 +10,7 @@ where SimCLR's go down to 8 %: pictures of 32 pixels have no more to spare.
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipdist.data.augment import UNIFORMS, random_crop
-from clipdist.data.decode import BadSample, resize
+from clipdist.data.decode import resize
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
-from clipdist.evals.embed import AHEAD
+from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.features import Kind, embed_split, image_features
 from clipdist.evals.probe import Probe, statistics
 from clipdist.models.dual_encoder import DualEncoder
@@ -132,12 +130,20 @@ def _train(
     optimiser = torch.optim.SGD(trained, lr=schedule.lr, momentum=MOMENTUM, nesterov=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     network.train()
-    pictures = _augmented(split, _plan(rows, batch, schedule.epochs, seed), batch, network, seed, threads)
+    size, bad = network.model.spec.image_size, dict[tuple[int, int], str]()
+
+    def load(drawn: tuple[int, int]) -> Tensor:
+        uniforms = np.random.default_rng((seed, *drawn)).random(UNIFORMS + 1)
+        return _cropped(split.read(drawn[1]), size, uniforms)
+
+    decoded = decode_ahead(load, _draws(rows, batch, schedule.epochs, seed), size, batch, steps, threads, bad)
     done = 0
-    for pixels, labels in tqdm(pictures, "fine-tuning", steps, disable=None if progress else True):
-        if len(labels) > 1:  # of one picture BatchNorm has no variance
+    for images, drawn in tqdm(decoded, "fine-tuning", steps, disable=None if progress else True):
+        good = [row for row, which in enumerate(drawn) if which not in bad]
+        if len(good) > 1:  # of one image BatchNorm has no variance
+            labels = torch.from_numpy(split.labels[[drawn[row][1] for row in good]])
             optimiser.zero_grad()
-            F.cross_entropy(network(pixels.to(device)), labels.to(device)).backward()
+            F.cross_entropy(network(images[good].to(device)), labels.to(device)).backward()
             optimiser.step()
             falling.step()
             done += 1
@@ -145,38 +151,12 @@ def _train(
         raise UserError(f"fine-tuning needs at least 2 pictures that can be decoded, of {len(rows)}")
 
 
-def _plan(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(epoch, row) of every picture in the order of training."""
+def _draws(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Yield (epoch, row) of every image in the order of training."""
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(np.asarray(rows))
         for row in order[: len(order) // batch * batch]:
             yield epoch, int(row)
-
-
-def _augmented(
-    split: Split, plan: Iterator[tuple[int, int]], batch: int, network: _Classifier, seed: int, threads: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 [<= batch, 3, S, S] and labels int64: what cannot be decoded is left out. Decoded ahead, by threads."""
-    size = network.model.spec.image_size
-
-    def load(epoch: int, row: int) -> tuple[Tensor, int] | None:
-        try:
-            uniforms = np.random.default_rng((seed, epoch, row)).random(UNIFORMS + 1)
-            return _cropped(split.read(row), size, uniforms), int(split.labels[row])
-        except BadSample:
-            return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[tuple[Tensor, int] | None]] = deque()
-        while True:
-            while len(waiting) < AHEAD * batch and (following := next(plan, None)) is not None:
-                waiting.append(pool.submit(load, *following))
-            if not waiting:
-                return
-            loaded = [waiting.popleft().result() for _ in range(min(batch, len(waiting)))]
-            good = [both for both in loaded if both is not None]
-            pixels = torch.stack([picture for picture, _ in good]) if good else torch.zeros(0, 3, size, size)
-            yield pixels, torch.tensor([label for _, label in good], dtype=torch.int64)
 
 
 def _cropped(pixels: np.ndarray, size: int, uniforms: np.ndarray) -> Tensor:

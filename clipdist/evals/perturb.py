@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from clipdist.evals.probe import fit_probe
 
 # fp32 pixels [b, 3, S, S] on the scale 0 to 255 -> logits [b, c]; differentiable, rows independent of one another
 Classify = Callable[[Tensor], Tensor]
+Tell = Callable[[int], object]
 Norm = Literal["2", "inf"]
 Method = Literal["deepfool", "gradient"]
 
@@ -31,6 +32,7 @@ XI_2_AT_224, XI_INF = 2000.0, 10.0  # the paper's bounds, for 224 x 224 pictures
 CANDIDATES = 10  # classes, the likeliest ones, whose boundaries DeepFool looks at
 OVERSHOOT = 0.02  # how far beyond the boundary DeepFool goes, as a share of the way
 DEEPFOOL_STEPS = 50
+NOISE_SEEDS = 5
 GRADIENT_STEP = 0.1  # length of a step of gradient ascent, as a share of xi
 
 
@@ -99,7 +101,7 @@ def universal_perturbation(
     batch: int = 64,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    on_pictures: Callable[[int], object] | None = None,
+    on_pictures: Tell | None = None,
 ) -> Universal:
     """Passes over the pictures, shuffled anew each time, while the fooling rate is at most 1 - delta.
 
@@ -125,10 +127,8 @@ def universal_perturbation(
     rates: list[float] = []
     while len(rates) < passes and (rates[-1] if rates else 0.0) <= 100.0 * (1.0 - delta):
         order = torch.randperm(len(images), generator=generator)
-        if method == "deepfool":
-            v = _deepfool_pass(classify, images[order], clean[order], v, xi, norm, batch, tell)
-        else:
-            v = _gradient_pass(classify, images[order], clean[order], v, xi, norm, batch, tell)
+        one_pass = _deepfool_pass if method == "deepfool" else _gradient_pass
+        v = one_pass(classify, images[order], clean[order], v, xi, norm, batch, tell)
         rates.append(fooling_rate(clean, predict(classify, images, v, batch)))
     return Universal(v.cpu(), tuple(rates))
 
@@ -226,9 +226,42 @@ def perturbation_picture(v: Tensor, side: int = 224) -> Image.Image:
 
 
 def commonest_answer(answers: Tensor, classes: Sequence[str]) -> tuple[str, float]:
-    """The class that stands most often among the answers, and its share in percent: v tends to favour a few."""
+    """Return the class that stands most often among the answers, and its share in percent: v tends to favour a few."""
     counts = torch.bincount(answers, minlength=len(classes))
     return classes[int(counts.argmax())], 100.0 * counts.max().item() / len(answers)
+
+
+def measure_perturbation(
+    classify: Classify, v: Tensor, images: Tensor, labels: Tensor, classes: Sequence[str], norm: Norm, batch: int
+) -> dict[str, Any]:
+    """Measure on held-out images what v does, beside noise of the same norm; rates and accuracies in percent.
+
+    Args:
+        v: fp32 [3, S, S], on the classifier's device.
+        images: uint8 [n, 3, S, S].
+        labels: int64 [n].
+    """
+
+    def accuracy(predictions: Tensor) -> float:
+        return 100.0 * (predictions == labels).double().mean().item()
+
+    before, after = predict(classify, images, torch.zeros_like(v), batch), predict(classify, images, v, batch)
+    noisy = [predict(classify, images, noise_like(v, norm, seed), batch) for seed in range(NOISE_SEEDS)]
+    noise_rates = [fooling_rate(before, noise) for noise in noisy]
+    name, share = commonest_answer(after, classes)
+    return {
+        "fooling_rate": fooling_rate(before, after),
+        "fooling_rate_noise": sum(noise_rates) / NOISE_SEEDS,
+        "fooling_rate_noise_max": max(noise_rates),
+        "fooling_rate_8bit": fooling_rate(before, predict(classify, images, v, batch, eight_bit=True)),
+        "accuracy": accuracy(before),
+        "accuracy_perturbed": accuracy(after),
+        "accuracy_noise": sum(map(accuracy, noisy)) / NOISE_SEEDS,
+        "norm_2": v.norm().item(),
+        "norm_inf": v.abs().max().item(),
+        "commonest_answer": name,
+        "commonest_answer_share": share,
+    }
 
 
 @torch.no_grad()
@@ -248,14 +281,7 @@ def _gradients(classify: Classify, picture: Tensor, classes: Tensor) -> Tensor:
 
 
 def _deepfool_pass(
-    classify: Classify,
-    images: Tensor,
-    clean: Tensor,
-    v: Tensor,
-    xi: float,
-    norm: Norm,
-    batch: int,
-    tell: Callable[[int], object],
+    classify: Classify, images: Tensor, clean: Tensor, v: Tensor, xi: float, norm: Norm, batch: int, tell: Tell
 ) -> Tensor:
     """One picture after the other, as published: each meets the v that its predecessors have left.
 
@@ -281,14 +307,7 @@ def _deepfool_pass(
 
 
 def _gradient_pass(
-    classify: Classify,
-    images: Tensor,
-    clean: Tensor,
-    v: Tensor,
-    xi: float,
-    norm: Norm,
-    batch: int,
-    tell: Callable[[int], object],
+    classify: Classify, images: Tensor, clean: Tensor, v: Tensor, xi: float, norm: Norm, batch: int, tell: Tell
 ) -> Tensor:
     for part, answers in zip(images.split(batch), clean.split(batch)):
         v = v.detach().requires_grad_()

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from clipdist.datasets.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import Encode
-from clipdist.evals.features import embed_set
+from clipdist.evals.features import Features, embed_set
+from clipdist.evals.zero_shot import class_accuracy
 from clipdist.models.weights import weights_checksum
 
 Solver = Literal["lbfgs", "sgd"]
@@ -34,9 +36,6 @@ HELD_OUT = 0.2  # share of the training set that chooses the penalty
 MAX_ITERATIONS = 500
 EPOCHS = 50  # of SGD
 SGD_BATCH, MOMENTUM = 256, 0.9
-# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom: half the width of a 95 % interval.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MOST_SEEDS = len(_T) + 1
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,8 @@ class Probe:
     @property
     def per_class(self) -> dict[str, float]:
         """Class name -> percent of its test pictures that were recognised; classes without any are left out."""
-        right = self.predictions == self.labels
-        return {
-            name: 100.0 * right[self.labels == label].double().mean().item()
-            for label, name in enumerate(self.classes)
-            if (self.labels == label).any()
-        }
+        found = class_accuracy(self.predictions, self.labels, len(self.classes))
+        return {self.classes[label]: accuracy for label, accuracy in found.items()}
 
 
 def require_unchanged(module: nn.Module, before: str) -> None:
@@ -110,6 +105,29 @@ def probe_of(
     probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes)
     assert probe.l2 is not None  # L-BFGS has chosen one
     return {"accuracy": probe.accuracy, "top5": probe.top5, "l2": probe.l2}
+
+
+def fit_features(
+    features: Features,
+    classes: tuple[str, ...],
+    title: str,
+    device: str | torch.device = "cpu",
+    solver: Solver = "lbfgs",
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    rows: np.ndarray | None = None,
+) -> Probe:
+    """Fit the layer to a set's features under a progress bar; see fit_probe.
+
+    Args:
+        rows: of the training images; None: all.
+    """
+    train, labels = features.train.image, features.train.labels
+    if rows is not None:
+        train, labels = train[rows], labels[rows]
+    train, labels, test = train.to(device), labels.to(device), features.test.image.to(device)
+    with tqdm(total=most_fits(solver), desc=title, disable=None) as bar:
+        return fit_probe(train, labels, test, features.test.labels, classes, bar.update, solver, seed, epochs)
 
 
 def fit_probe(
@@ -254,57 +272,3 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation per column; a constant column gets 1, so that it becomes 0."""
     scale, mean = torch.std_mean(features, dim=0, correction=0)
     return mean, torch.where(scale > 1e-7, scale, torch.ones_like(scale))
-
-
-# Label fractions
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The mean over seeds and its 95 % interval by Student's t; the interval is None of a single seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of 1 to MOST_SEEDS results of equal standing."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Interval(mean, None, None, 1)
-    half = _T[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half, len(values))
-
-
-def label_fraction(labels: np.ndarray | Tensor, percent: float, seed: int, classes: Sequence[str]) -> np.ndarray:
-    """Rows of a stratified share of a set, int64, ascending: every class gives `percent` of its pictures, rounded.
-
-    Raises:
-        UserError: a share outside (0, 100], or one that leaves a class without pictures.
-    """
-    if not 0 < percent <= 100:
-        raise UserError(f"--fractions {percent:g}: give percent above 0, at most 100")
-    numbers = np.asarray(labels)
-    random = np.random.default_rng(seed)
-    chosen = []
-    for label, name in enumerate(classes):
-        rows = np.flatnonzero(numbers == label)
-        count = int(len(rows) * percent / 100 + 0.5)
-        if len(rows) and not count:
-            raise UserError(
-                f"--fractions {percent:g}: leaves class {name} without pictures (it has {len(rows)});"
-                f" give at least {100 / len(rows) / 2:.3g}"
-            )
-        chosen.append(random.permutation(rows)[:count])
-    return np.sort(np.concatenate(chosen))
-
-
-def require_classes(split: Split, classes: Sequence[str]) -> None:
-    """Raises UserError where a class has no training pictures: it could only be guessed wrong."""
-    counts = np.bincount(split.labels, minlength=len(classes))
-    empty = [name for name, count in zip(classes, counts) if not count]
-    if empty:
-        more = f" ({len(empty)} such)" if len(empty) > 1 else ""
-        raise UserError(f"class {empty[0]} has no training pictures{more}; leave it out, or add some")

@@ -20,8 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipdist.distributed.collectives import rank_and_world
 from clipdist.errors import UserError
-from clipdist.evals.embed import Embeddings, gather_embeddings, wire_device
+from clipdist.evals.embed import Embeddings, gather_embeddings, sum_over_ranks
 
 CUTOFFS = (1, 5, 10)
 TOP = 10  # mAP@10 looks at the first ten
@@ -55,7 +56,7 @@ def distributed_retrieval(
     The features are gathered; each rank then scores its share of the captions, on `device`.
     """
     whole = gather_embeddings(own, process_group)
-    together = dist.is_initialized() and dist.get_world_size(process_group) > 1
+    together = rank_and_world(process_group)[1] > 1
     features = (whole.image.to(device), whole.text.to(device), whole.text_image.to(device))
     ranks = retrieval_ranks(*features, together=together, process_group=process_group)
     return summarise(ranks), whole
@@ -89,13 +90,10 @@ def retrieval_ranks(
     image, text = _unit(image_features, "image"), _unit(text_features, "text")
     own = torch.cat([(text[s] * image[text_image[s]]).sum(1) for s in _slices(0, len(text))])  # [m]
     best = _best_own(own, text_image, len(image))  # [K, n]
-    begin, end = 0, len(text)
-    if together:
-        rank, world = dist.get_rank(process_group), dist.get_world_size(process_group)
-        begin, end = len(text) * rank // world, len(text) * (rank + 1) // world
-    text_ahead, image_ahead = _count_rivals(image, text, text_image, own - TIE, best - TIE, begin, end)
-    if together:
-        text_ahead, image_ahead = _summed(text_ahead, process_group), _summed(image_ahead, process_group)
+    rank, world = rank_and_world(process_group) if together else (0, 1)
+    begin, end = len(text) * rank // world, len(text) * (rank + 1) // world
+    counted = _count_rivals(image, text, text_image, own - TIE, best - TIE, begin, end)
+    text_ahead, image_ahead = (sum_over_ranks(ahead, world, process_group) for ahead in counted)
     counts = torch.bincount(text_image, minlength=len(image))
     captioned = counts > 0
     return Ranks(
@@ -241,12 +239,6 @@ def _resampled(ranks: Ranks, resamples: int, random: np.random.Generator) -> dic
         parts.append((weights @ totals) / (weights @ queries))
     means = dict(zip(names, np.concatenate(parts).T))
     return means | {"rsum": _rsum(means)}
-
-
-def _summed(counts: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    total = counts.to(wire_device(process_group))
-    dist.all_reduce(total, group=process_group)
-    return total.to(counts.device)
 
 
 def _unit(features: Tensor, tower: str) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,15 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels, eval_image
 from clipdist.data.reader import PICTURE_KINDS, Reader
 from clipdist.errors import UserError
-from clipdist.evals.embed import Embeddings, Encode
+from clipdist.evals.embed import (
+    Embeddings,
+    Encode,
+    embed_catalog,
+    encode_images,
+    encode_texts,
+    gather_embeddings,
+    rank_0_says,
+)
 from clipdist.evals.sheet import first_caption
 from clipdist.evals.store import load_embeddings, save_embeddings
 from clipdist.models.load import LoadedModel
@@ -32,10 +41,10 @@ LAYOUT = "unit length 1"  # of a kept file; another number makes all of them ane
 
 @dataclass(frozen=True)
 class Query:
-    """A sentence, or a picture: then `text` is its file and `picture` the file's bytes, which can be decoded."""
+    """A sentence, or a picture: then `text` is its file and `image` the file's bytes, which can be decoded."""
 
     text: str
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -118,15 +127,19 @@ def encode_queries(
     Raises:
         UserError: features that are not finite.
     """
-    sentences = [query.text for query in queries if query.picture is None]
-    filled = [prompt.replace(SLOT, sentence) for sentence in sentences for prompt in prompts]
-    texts = _forward(lambda part: encode(None, tokenizer(part))[1], filled, batch)
-    pictures = [query.picture for query in queries if query.picture is not None]
-    images = _forward(lambda part: encode(_pixels(part, image_size), None)[0], pictures, batch)
-    of_sentences = iter(texts.unflatten(0, (-1, len(prompts))).mean(1) if sentences else texts)
-    of_pictures = iter(images)
-    rows = [next(of_sentences if query.picture is None else of_pictures) for query in queries]
-    return unit(torch.stack(rows))
+    sentences = [query.text for query in queries if query.image is None]
+    given = [query.image for query in queries if query.image is not None]
+    texts, images = torch.zeros(0, 0), torch.zeros(0, 0)
+    if sentences:
+        filled = [prompt.replace(SLOT, sentence) for sentence in sentences for prompt in prompts]
+        rows = min(batch, len(filled))
+        parts = encode_texts(encode, tokenizer, filled, rows, -(-len(filled) // rows))
+        texts = unit(torch.cat(list(parts))).unflatten(0, (-1, len(prompts))).mean(1)
+    if given:
+        starts = range(0, len(given), batch)
+        images = unit(encode_images(encode, (_pixels(given[start : start + batch], image_size) for start in starts)))
+    of_sentences, of_images = iter(texts), iter(images)
+    return unit(torch.stack([next(of_sentences if query.image is None else of_images) for query in queries]))
 
 
 def unit(features: Tensor) -> Tensor:
@@ -186,15 +199,37 @@ def write_cache(
         tell(f"not kept for the next search: {error}")
 
 
-def with_unit_features(embeddings: Embeddings) -> Embeddings:
-    """The same with picture features of unit length, which is what is kept.
+def image_embeddings(
+    loaded: LoadedModel,
+    encode: Encode,
+    catalog: Catalog,
+    share: dict[str, Any],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> tuple[Embeddings | None, bool]:
+    """Return the images' features, of unit length, on rank 0, and whether they were kept from an earlier search.
+
+    Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share. Collective.
+
+    Args:
+        share: rank, world, batch and threads, as embed_catalog takes them.
+        keep: read the file that keeps them, or write it.
 
     Raises:
-        UserError: features that are not finite, or no picture.
+        UserError: no image can be decoded, or features that are not finite.
     """
+    path, asked = cache_file(loaded, catalog), keep and share["rank"] == 0
+    kept = read_cache(path, loaded, catalog, tell) if asked else None
+    if rank_0_says(kept is not None, share["world"]):
+        return kept, True
+    size = loaded.model.spec.image_size
+    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, texts=False, **share))
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
-    return replace(embeddings, image=unit(embeddings.image))
+    embeddings = replace(embeddings, image=unit(embeddings.image))
+    if asked:
+        write_cache(path, loaded, catalog, embeddings, tell)
+    return embeddings, False
 
 
 def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[float]) -> list[Hit]:
@@ -222,17 +257,6 @@ def _filename(reader: Reader, sample_id: int) -> str:
 
 def _facts(loaded: LoadedModel, catalog: Catalog) -> dict[str, str]:
     return {"model": loaded.fingerprint, "pictures": catalog.fingerprint(), "features": LAYOUT}
-
-
-@torch.no_grad()
-def _forward(tower: Callable[[list], Tensor | None], inputs: list, batch: int) -> Tensor:
-    """Unit vectors fp32 [n, D] on the CPU; [0, 0] of nothing."""
-    parts = []
-    for begin in range(0, len(inputs), batch):
-        features = tower(inputs[begin : begin + batch])
-        assert features is not None  # what was given is encoded
-        parts.append(unit(features.float().cpu()))
-    return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 
 def _pixels(pictures: list[bytes], size: int) -> Tensor:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import UserError
-from clipdist.evals.embed import Encode
-from clipdist.evals.features import embed_split, share_of, sum_over_ranks
+from clipdist.evals.embed import Encode, encode_texts, sum_over_ranks
+from clipdist.evals.features import embed_split, share_of
 from clipdist.evals.prompts import write_prompts
 
 TOP = 5
@@ -61,7 +61,6 @@ def zero_shot_of(
     return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
 
 
-@torch.no_grad()
 def zero_shot_classifier(
     encode: Encode,
     tokenizer: Callable[[list[str]], Tensor],
@@ -85,17 +84,13 @@ def zero_shot_classifier(
     """
     prompts = write_prompts(classes, templates)
     mine, calls = share_of(len(prompts), batch, rank, world)
-    bar = tqdm(range(calls), "prompts", disable=None if progress and rank == 0 else True)
-    sums = torch.zeros(0)
-    for call in bar:
-        rows = mine[call * batch : (call + 1) * batch]
-        texts = [prompts[row] for row in rows]
-        _, features = encode(None, tokenizer(texts + [""] * (batch - len(texts))))
-        assert features is not None  # texts were given
-        unit = F.normalize(features[: len(texts)].float().cpu(), dim=1)
-        if not call:
+    encoded = encode_texts(encode, tokenizer, prompts[mine.start : mine.stop], batch, calls)
+    sums, row = torch.zeros(0), mine.start
+    for features in tqdm(encoded, "prompts", calls, disable=None if progress and rank == 0 else True):
+        if not len(sums):
             sums = torch.zeros(len(classes), features.shape[1])
-        sums.index_add_(0, torch.tensor([row // len(templates) for row in rows], dtype=torch.int64), unit)
+        sums.index_add_(0, torch.arange(row, row + len(features)) // len(templates), F.normalize(features, dim=1))
+        row += len(features)
     classifier = F.normalize(sum_over_ranks(sums, world), dim=1)
     if not torch.isfinite(classifier).all():
         raise UserError("the text features are not finite: the weights have diverged")
@@ -122,7 +117,7 @@ def zero_shot_metrics(
     """
     answers = classify(features, classifier, logit_scale)
     check_labels(labels, len(classifier))
-    per_class = [value for value in class_accuracy(answers.predictions, labels, len(classifier)) if value is not None]
+    per_class = class_accuracy(answers.predictions, labels, len(classifier)).values()
     right = answers.best == labels[:, None]
     return {
         "top1": 100.0 * right[:, 0].double().mean().item(),
@@ -155,11 +150,11 @@ def classify(features: Tensor, classifier: Tensor, logit_scale: Tensor | float) 
     return Answers(torch.cat(best), torch.cat(confidence))
 
 
-def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    """Percent of each class' pictures that were recognised; None for a class without pictures."""
-    count = torch.bincount(labels, minlength=classes)
-    right = torch.bincount(labels[predictions == labels], minlength=classes)
-    return [100.0 * r / c if c else None for r, c in zip(right.tolist(), count.tolist())]
+def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> dict[int, float]:
+    """Return, by label, the percentage of a class' images that were recognised; without classes that have no image."""
+    count = torch.bincount(labels, minlength=classes).tolist()
+    right = torch.bincount(labels[predictions == labels], minlength=classes).tolist()
+    return {label: 100.0 * right[label] / count[label] for label in range(classes) if count[label]}
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:

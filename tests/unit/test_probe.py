@@ -33,13 +33,11 @@ from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
 from clipdist.evals.embed import Encode
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
+from clipdist.evals.fractions import MOST_SEEDS, Interval, interval, label_fraction
 from clipdist.evals.probe import (
     L2_GRID,
     LR_GRID,
-    MOST_SEEDS,
     fit_probe,
-    interval,
-    label_fraction,
     most_fits,
     probe_of,
     require_unchanged,
@@ -332,7 +330,7 @@ def test_interval_by_students_t() -> None:
     assert (result.mean, result.seeds) == (2, 3)
     assert result.low == pytest.approx(2 - 4.303 / 3**0.5)
     assert result.high == pytest.approx(2 + 4.303 / 3**0.5)
-    assert interval([5.0]) == probe.Interval(5.0, None, None, 1)
+    assert interval([5.0]) == Interval(5.0, None, None, 1)
     interval(range(MOST_SEEDS))
 
 
@@ -566,7 +564,7 @@ def test_published_figure_is_of_openais_rn50_on_all_of_cifar10(train: int, weigh
     split = Split(np.zeros(train, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
     args = argparse.Namespace(model="RN50", weights=weights)
-    found = tool["published_accuracy"](tool["Context"](args, data, "cpu", 0, 1, 1))
+    found = tool["published_accuracy"](args, data)
     assert found == (("RN50", 88.7) if shown else None)
 
 
@@ -576,10 +574,10 @@ def test_published_figure_of_a_file_goes_by_its_hash(tmp_path: Path) -> None:
     file.write_bytes(b"weights")
     split = Split(np.zeros(50_000, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
-    context = tool["Context"](argparse.Namespace(model="RN50", weights=str(file)), data, "cpu", 0, 1, 1)
-    assert tool["published_accuracy"](context) is None
+    args = argparse.Namespace(model="RN50", weights=str(file))
+    assert tool["published_accuracy"](args, data) is None
     tool["PUBLISHED"][hashlib.sha256(b"weights").hexdigest()] = ("RN50", 88.7)
-    assert tool["published_accuracy"](context) == ("RN50", 88.7)
+    assert tool["published_accuracy"](args, data) == ("RN50", 88.7)
 
 
 @pytest.mark.parametrize(

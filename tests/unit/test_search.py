@@ -106,7 +106,7 @@ def test_reading_queries(tmp_path: Path) -> None:
     (tmp_path / "p.PNG").write_bytes(png((1, 2, 3)))
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     assert read_query("A dog. ") == Query("A dog. ")
-    assert read_query(str(tmp_path / "p.PNG")).picture == png((1, 2, 3))
+    assert read_query(str(tmp_path / "p.PNG")).image == png((1, 2, 3))
     for words, says in ((" ", "empty"), ("no.jpg", "No such file"), (str(tmp_path / "cut.jpg"), "an image")):
         with pytest.raises(UserError, match=says):
             read_query(words)
