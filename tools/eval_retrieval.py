@@ -13,7 +13,7 @@ from clipdist.evals import front
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import Embeddings
-    from clipdist.evals.protocols import Protocol
+    from clipdist.evals.protocols import RetrievalProtocol
     from clipdist.evals.retrieval import Ranks
 
 EXAMPLES = """examples:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
-    """What was saved; its protocol may change to another one over the same pictures (COCO 5K to its folds)."""
+    """Load what was saved; its protocol may change to another one over the same images (COCO 5K to its folds)."""
     from clipdist.evals.protocols import PROTOCOLS
     from clipdist.evals.store import load_embeddings
 
@@ -73,7 +73,7 @@ def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
 
 
 def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddings, dict[str, str]]:
-    """All embeddings on every rank, of the whole catalog or of what the protocol names."""
+    """Return all embeddings on every rank, of the whole catalog or of what the protocol names."""
     from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
     from clipdist.evals.protocols import CAPTIONS, PROTOCOLS, read_test_names, require_whole, select_samples
 
@@ -87,7 +87,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         if not args.allow_missing:
             require_whole(protocol, selection.missing, where)
         if not selection.sample_ids:
-            raise UserError(f"{where}: none of the {protocol.pictures} pictures of {protocol.name} is there")
+            raise UserError(f"{where}: none of the {protocol.images} pictures of {protocol.name} is there")
     loaded = front.load(args, args.run)
     own = embed_catalog(
         model_encoder(loaded.model, dist_env.device),
@@ -124,11 +124,11 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
 
 
 def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv) -> list[Ranks]:
-    """Collective where there are several ranks: each scores its share."""
+    """Rank every fold. Collective where there are several ranks: each scores its share."""
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
 
-    protocol: Protocol | None = PROTOCOLS.get(facts.get("protocol", ""))
+    protocol: RetrievalProtocol | None = PROTOCOLS.get(facts.get("protocol", ""))
     folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
@@ -146,7 +146,7 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     metrics = mean_metrics(folds)
     intervals = bootstrap_intervals(folds, args.resamples, args.seed, LEVEL) if args.resamples else {}
     name = facts.get("protocol", "")
-    missing = PROTOCOLS[name].pictures - len(embeddings.keys) if name else 0
+    missing = PROTOCOLS[name].images - len(embeddings.keys) if name else 0
     title = facts.get("model", str(args.embeddings))
     if name:
         title += f"; {name}" + (f", NOT the published set: {missing} pictures missing" if missing else "")

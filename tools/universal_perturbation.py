@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipdist.datasets.labelled import LabelledSet, Split
-    from clipdist.evals.perturb import Classify, Universal
+    from clipdist.evals.perturb import Classify, UniversalPerturbation
     from clipdist.models.dual_encoder import DualEncoder
 
 EXAMPLES = """examples:
   python tools/universal_perturbation.py runs/demo --data data/demo/cifar-10-batches-py --out v.png
   python tools/universal_perturbation.py RN50 --weights openai --data imagenet --classes imagenet --norm 2 --json
   python tools/universal_perturbation.py runs/demo --data cifar-10-python.tar.gz --classifier probe --method gradient"""
-SHOWN = 6  # held-out pictures on the sheet
+SHOWN = 6  # held-out images on the sheet
 
 
 def main() -> None:
@@ -122,14 +122,16 @@ def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str,
         return probe_classifier(model, train.image, train.labels, data.classes, device, bar.update)
 
 
-def search(classify: Classify, train: Tensor, xi: float, device: str, args: argparse.Namespace) -> Universal:
+def search(
+    classify: Classify, train: Tensor, xi: float, device: str, args: argparse.Namespace
+) -> UniversalPerturbation:
     from tqdm import tqdm
 
     from clipdist.evals.perturb import universal_perturbation
 
     settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
     with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:
-        return universal_perturbation(classify, train, xi, device=device, on_pictures=bar.update, **settings)
+        return universal_perturbation(classify, train, xi, device=device, on_images=bar.update, **settings)
 
 
 def print_table(record: dict[str, Any], title: str, train: int) -> None:
@@ -154,11 +156,11 @@ def print_table(record: dict[str, Any], title: str, train: int) -> None:
 
 def draw(args: argparse.Namespace, classify: Classify, v: Tensor, images: Tensor, classes: tuple[str, ...]) -> None:
     """Draw v, scaled so that it can be seen, and some held-out images without and with it."""
-    from clipdist.evals.perturb import noise_like, perturbation_picture, predict
+    from clipdist.evals.perturb import noise_like, perturbation_image, predict
     from clipdist.evals.sheet import Row, contact_sheet
 
     moved = (images + v.cpu()).round().clamp(0, 255).byte()
-    drawn = [perturbation_picture(v), perturbation_picture(noise_like(v, args.norm, 0))]
+    drawn = [perturbation_image(v), perturbation_image(noise_like(v, args.norm, 0))]
     rows = [Row("the universal perturbation, scaled to be seen", drawn, ["v", "noise of the same norm"])]
     for title, shown in (("pictures, and what the classifier takes them for", images), ("the same, perturbed", moved)):
         answers = predict(classify, shown, v.new_zeros(v.shape), args.batch)

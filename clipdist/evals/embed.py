@@ -1,4 +1,4 @@
-"""Pictures and captions of a catalog in, features of both in catalog order out; alone, or one slice per rank."""
+"""Embed the images and captions of a catalog, in catalog order; each rank computes a slice."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ IN_FLIGHT = 2  # batches whose features may still be under way on the device, so
 
 @dataclass
 class Embeddings:
-    """Features as the projections give them (not normalised), on the CPU, n pictures and m captions."""
+    """Features as the projections give them (not normalised), on the CPU, n images and m captions."""
 
     image: Tensor  # fp32 [n, D]
     text: Tensor  # fp32 [m, D]
-    text_image: Tensor  # int64 [m]: the row of the caption's picture
+    text_image: Tensor  # int64 [m]: the row of the caption's image
     captions: list[str]  # m
     keys: list[str]  # n
     sample_ids: Tensor  # int64 [n], of the catalog
@@ -42,7 +42,7 @@ class Embeddings:
 
 @contextmanager
 def joined_ranks(device: str) -> Iterator[DistEnv]:
-    """Where a tool's process stands among those that torchrun started, joined into one group; alone without a launcher.
+    """Join the ranks that torchrun started into one group; alone without a launcher.
 
     Args:
         device: cpu (gloo) or cuda (NCCL), as resolve_device gives it.
@@ -62,7 +62,7 @@ def joined_ranks(device: str) -> Iterator[DistEnv]:
 
 
 def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
-    """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
+    """Return the encode function of a DualEncoder outside an engine; moves it to `device`, in evaluation mode."""
     model = model.to(device).eval()
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -73,7 +73,7 @@ def model_encoder(model: nn.Module, device: str | torch.device) -> Encode:
 
 
 def _moved(inputs: Tensor | None, device: str | torch.device) -> Tensor | None:
-    """On the device; a copy from pinned memory to a GPU goes on beside the batch before."""
+    """Move a batch to the device; a copy from pinned memory overlaps with the batch before."""
     if inputs is None or torch.device(device).type == "cpu":
         return inputs
     return inputs.pin_memory().to(device, non_blocking=True)
@@ -94,10 +94,10 @@ def embed_catalog(
     samples: Sequence[int] | None = None,
     most_captions: int | None = None,
 ) -> Embeddings:
-    """Embeds this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
+    """Embed this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
-    `encode` always gets `batch` rows (the last ones padded with zeros), first pictures, then captions, and is called
-    the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose picture
+    `encode` always gets `batch` rows (the last ones padded with zeros), first images, then captions, and is called
+    the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose image
     cannot be decoded, or that lacks captions where they are asked for, is left out and named in `bad`.
 
     Args:
@@ -105,10 +105,10 @@ def embed_catalog(
         image_size: side of the square that the model takes, pixels.
         threads: decoding threads.
         progress: a progress bar on rank 0, where stderr is a terminal.
-        texts: False embeds pictures alone; `text` and `captions` are then empty.
+        texts: False embeds images alone; `text` and `captions` are then empty.
         data: the cache for remote shards, and the pixel limit; None: as by default.
         samples: which samples, each once, in which order; None: all of the catalog.
-        most_captions: a picture's first ones; None: all.
+        most_captions: an image's first ones; None: all.
     """
     data = data or config.Data()
     wanted = range(len(catalog)) if samples is None else samples
@@ -162,7 +162,7 @@ def encode_texts(
 
 
 def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup | None = None) -> Embeddings:
-    """All ranks' slices as one, in rank order, on every rank. Collective; strings travel as JSON, never pickled."""
+    """Return all ranks' slices as one, in rank order, on every rank. Collective; strings go as JSON, not pickled."""
     if not dist.is_initialized() or dist.get_world_size(process_group) == 1:
         return embeddings
     image, text, text_image, sample_ids = (
@@ -180,7 +180,7 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         keys += part_keys
         for reason, names in part_bad.items():
             bad[reason] = bad.get(reason, []) + names
-    firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its pictures from 0
+    firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its images from 0
     return Embeddings(
         image=torch.cat(image),
         text=torch.cat(text),
@@ -209,7 +209,7 @@ def rank_0_says(fact: bool, world: int) -> bool:
 def _without_bad(
     image: Tensor, text: Tensor, flat: list[tuple[int, str]], keys: dict[int, str], bad: dict[int, str]
 ) -> Embeddings:
-    """Drops bad samples from `image` (a row per sample of `keys`) and `text` (a row per caption of `flat`)."""
+    """Drop bad samples from `image` (a row per sample of `keys`) and `text` (a row per caption of `flat`)."""
     kept = [row for row, sample_id in enumerate(keys) if sample_id not in bad]
     ids = [sample_id for sample_id in keys if sample_id not in bad]
     row_of = {sample_id: row for row, sample_id in enumerate(ids)}
@@ -231,7 +231,7 @@ def _without_bad(
 def _plan_captions(
     reader: Reader, slices: Sequence[Sequence[int]], rank: int, batch: int, most: int | None
 ) -> tuple[dict[int, list[str]], int]:
-    """This rank's captions by sample, and the number of text batches of the rank that has most.
+    """Return this rank's captions by sample, and the number of text batches of the rank that has most.
 
     Every rank reads all captions: it costs microseconds a sample, and no communication.
     """
@@ -264,14 +264,14 @@ def forward_batches(tower: Callable[[Tensor], Tensor | None], batches: Iterable[
 
 
 def _wire_device(process_group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor must be for the group to send it: NCCL sends device tensors only."""
+    """Return where a tensor must be for the group to send it: NCCL sends device tensors only."""
     if "gloo" in dist.get_backend(process_group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def _gather_rows(tensor: Tensor, process_group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Every rank's tensor [n_r, ...], with n_r free to differ. Tensors travel padded to the longest."""
+    """Return every rank's tensor [n_r, ...]; n_r may differ. Tensors are sent padded to the longest."""
     device = _wire_device(process_group)
     world = dist.get_world_size(process_group)
     count = torch.tensor([len(tensor)], device=device)

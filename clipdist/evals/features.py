@@ -1,4 +1,4 @@
-"""Labelled pictures in; frozen features of them out, of every picture on every rank, and kept in a file."""
+"""Compute frozen features of labelled images, on every rank, and keep them in a file."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from clipdist.models.weights import weights_checksum
 
 FORMAT = "clipdist features 1"
 Kind = Literal["projected", "tower"]
-PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
+PIXEL_SIDE = 32  # of the images whose raw pixels are the baseline
 RANDOM_SEED = 0  # of the baseline's weights
 
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """The pictures of a split that could be decoded, in its order; equal on all ranks."""
+    """The images of a split that could be decoded, in its order; equal on all ranks."""
 
     image: Tensor  # fp32 [n, D], as the projection gives them, on the CPU
     labels: Tensor  # int64 [n]
-    left_out: int  # pictures that could not be decoded
+    left_out: int  # images that could not be decoded
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Features:
 
 
 def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -> Encode:
-    """Pictures to features, with every weight frozen: "projected" of unit length, "tower" as the tower gives them.
+    """Return a frozen model's encode function: "projected" gives unit length, "tower" what precedes the projection.
 
     Raises:
         UserError: "tower" of a tower without a projection that is known.
     """
     model = model.to(device).eval().requires_grad_(False)
     if kind == "tower":
-        _projection(model.visual)  # an unknown tower is heard of before pictures are decoded
+        _projection(model.visual)  # an unknown tower is heard of before images are decoded
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert image is not None  # the probe has no sentences
@@ -66,7 +66,7 @@ def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -
 
 
 def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
-    """uint8 [b, 3, S, S] -> [b, D], or [b, width] before the projection; see frozen_encoder."""
+    """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model(image, None)[0].float(), dim=1)
     with without_projection(model.visual):
@@ -75,7 +75,7 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
 
 @contextmanager
 def without_projection(tower: nn.Module) -> Iterator[None]:
-    """Takes an image tower's projection out while the block runs; the tower is then as it was.
+    """Take an image tower's projection out while the block runs; the tower is then as it was.
 
     Of CLIP's ResNets this leaves what attention pools, before the pooling's own projection.
 
@@ -92,7 +92,7 @@ def without_projection(tower: nn.Module) -> Iterator[None]:
 
 
 def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
-    """(module, attribute, what to put there instead) of an image tower's projection."""
+    """Return (module, attribute, what to put there instead) of an image tower's projection."""
     if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
         return tower, "proj", None
     pool: Any = getattr(tower, "attnpool", None)
@@ -114,13 +114,13 @@ def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
 
 
 def pixel_encoder(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The baseline's features: the pixels themselves, uint8 [b, 3, h, w] -> fp32 [b, 3 * h * w] in [0, 1]."""
+    """Return the baseline's features, the pixels themselves: uint8 [b, 3, h, w] -> fp32 [b, 3 * h * w] in [0, 1]."""
     assert image is not None
     return image.flatten(1).float() / 255, None
 
 
 def random_twin(model: DualEncoder) -> DualEncoder:
-    """The same architecture with weights freshly drawn, always the same ones."""
+    """Return the same architecture with weights freshly drawn, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         return assemble(model.spec, tower_weights=False).eval()
@@ -136,21 +136,21 @@ def embed_split(
     world: int = 1,
     progress: bool = True,
 ) -> SplitFeatures:
-    """Features of all pictures on every rank; each rank computes one contiguous slice, in full batches. Collective.
+    """Return the features of all images on every rank; each computes a contiguous slice, in full batches. Collective.
 
     Args:
         image_size: side of the square that the model takes, pixels.
         threads: decoding threads.
 
     Raises:
-        UserError: not one picture can be decoded.
+        UserError: not one image can be decoded.
     """
     mine, calls = share_of(len(split), batch, rank, world)
     if not calls:
         raise UserError("no pictures to classify")
     bad: dict[int, str] = {}
-    pictures = decode_split(split, mine, image_size, batch, calls, threads, bad)
-    bar = tqdm(pictures, "pictures", calls, disable=None if progress and rank == 0 else True)
+    images = decode_split(split, mine, image_size, batch, calls, threads, bad)
+    bar = tqdm(images, "pictures", calls, disable=None if progress and rank == 0 else True)
     features = encode_images(encode, bar)[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
     every[mine.start : mine.stop] = features
@@ -173,15 +173,15 @@ def embed_set(
     progress: bool = True,
     cache: Path | None = None,
 ) -> Features:
-    """Features of both splits, from the cache where it has them. Collective: every rank computes a slice of each.
+    """Return the features of both splits, from the cache where it has them. Collective: each rank computes a slice.
 
     Args:
-        size: side of the pictures that `encode` takes, pixels.
+        size: side of the images that `encode` takes, pixels.
         cache: the file that keeps them (features_path); None: none. Rank 0 reads it and writes it; where it is found,
             the other ranks get no features.
 
     Raises:
-        UserError: the set has no training pictures, or none of a split can be decoded.
+        UserError: the set has no training images, or none of a split can be decoded.
     """
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
@@ -199,9 +199,9 @@ def embed_set(
 
 
 def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kind) -> Path | None:
-    """The cache's file of a model's features of a set; None where the set's pictures have no digest.
+    """Return the cache's file of a model's features of a set; None where the set's images have no digest.
 
-    Its name is made of all weights, of how pictures are normalised, of the pictures, and of the kind of features.
+    Its name is made of all weights, of how images are normalised, of the images, and of the kind of features.
     """
     splits = [split for split in (data.train, data.test) if split is not None]
     if not all(split.digest for split in splits):
@@ -253,6 +253,6 @@ def decode_split(
 
 
 def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
-    """This rank's rows, and how many batches the rank with most of them needs."""
+    """Return this rank's rows, and how many batches the rank with most of them needs."""
     mine = range(count * rank // world, count * (rank + 1) // world)
     return mine, -(-count // (world * batch))

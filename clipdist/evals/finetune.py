@@ -1,10 +1,10 @@
-"""A trained image tower and a few labelled pictures in, the accuracy of tower and linear layer trained together out.
+"""Fine-tune a trained image tower and a linear layer together on a few labelled images, and measure the accuracy.
 
 The semi-supervised protocol of SimCLR (Chen et al. 2020, appendix B.5): Nesterov momentum SGD without any
-regularisation, learning rate 0.05 per 256 pictures of a batch, random crops and flips alone, 60 epochs on 1 % of the
+regularisation, learning rate 0.05 per 256 images of a batch, random crops and flips alone, 60 epochs on 1 % of the
 labels and 30 on more. Here the rate falls along a cosine, and the layer sees features standardised with what mean and
 deviation they had before: the same rate then suits towers of any scale. Crops keep a quarter of the area at least,
-where SimCLR's go down to 8 %: pictures of 32 pixels have no more to spare.
+where SimCLR's go down to 8 %: images of 32 pixels have no more to spare.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class Schedule:
+class FinetuneSchedule:
     """How long and how fast: `lr` is the first step's, of the tower and the layer alike."""
 
     epochs: int
@@ -43,9 +43,9 @@ class Schedule:
     lr: float
 
 
-def simclr_schedule(percent: float, batch: int, epochs: int | None = None) -> Schedule:
-    """SimCLR's for a share of the labels in percent; `epochs` overrules its number."""
-    return Schedule(epochs or (60 if percent <= 1 else 30), batch, LR_PER_256 * batch / 256)
+def simclr_schedule(percent: float, batch: int, epochs: int | None = None) -> FinetuneSchedule:
+    """Return SimCLR's schedule for a share of the labels in percent; `epochs` overrules its number."""
+    return FinetuneSchedule(epochs or (60 if percent <= 1 else 30), batch, LR_PER_256 * batch / 256)
 
 
 def finetune(
@@ -53,23 +53,23 @@ def finetune(
     data: LabelledSet,
     rows: Sequence[int] | np.ndarray,
     frozen: Tensor,
-    schedule: Schedule,
+    schedule: FinetuneSchedule,
     kind: Kind = "projected",
     seed: int = 0,
     device: str | torch.device = "cpu",
     threads: int = 2,
     progress: bool = True,
 ) -> Probe:
-    """Trains a copy of the image tower with a linear layer on some training pictures, and asks it about the test set.
+    """Train a copy of the image tower with a linear layer on some training images, and classify the test set.
 
     Args:
         model: stays as it is.
-        rows: which training pictures.
-        frozen: the untrained tower's features of about these pictures, fp32 [n, D]: their mean and deviation.
+        rows: which training images.
+        frozen: the untrained tower's features of about these images, fp32 [n, D]: their mean and deviation.
         kind: the layer stands after the projection, or in place of it ("tower").
 
     Raises:
-        UserError: fewer than two pictures can be decoded.
+        UserError: fewer than two images can be decoded.
         Fault: training has diverged.
     """
     assert data.train is not None  # its rows are named
@@ -117,7 +117,7 @@ def _train(
     network: _Classifier,
     split: Split,
     rows: Sequence[int] | np.ndarray,
-    schedule: Schedule,
+    schedule: FinetuneSchedule,
     seed: int,
     device: str | torch.device,
     threads: int,
@@ -160,7 +160,7 @@ def _draws(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int)
 
 
 def _cropped(pixels: np.ndarray, size: int, uniforms: np.ndarray) -> Tensor:
-    """A random crop, resized, perhaps mirrored: uint8 [h, w, 3] -> uint8 [3, size, size]."""
+    """Crop at random, resize and perhaps mirror: uint8 [h, w, 3] -> uint8 [3, size, size]."""
     top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], uniforms.tolist(), CROP_SCALE_MIN)
     image = resize(pixels[top : top + height, left : left + width], size, size)
     return image.flip(2) if uniforms[UNIFORMS] < FLIP else image

@@ -1,4 +1,4 @@
-"""Frozen features and labels in, the accuracy of one linear layer out: multinomial logistic regression, or SGD.
+"""Probe frozen features by one linear layer: multinomial logistic regression, or SGD.
 
 The protocol follows Radford et al. 2021 (CLIP), appendix A.3: full-batch L-BFGS, the L2 penalty chosen on a part held
 out of the training set (here by its loss), then a fit on all of it; the test set is looked at once. Features are the
@@ -66,13 +66,13 @@ class Probe:
 
     @property
     def per_class(self) -> dict[str, float]:
-        """Class name -> percent of its test pictures that were recognised; classes without any are left out."""
+        """Class name -> percent of its test images that were recognised; classes without any are left out."""
         found = class_accuracy(self.predictions, self.labels, len(self.classes))
         return {self.classes[label]: accuracy for label, accuracy in found.items()}
 
 
 def require_unchanged(module: nn.Module, before: str) -> None:
-    """Raises Fault where a weight or buffer is not what it was when its checksum was `before`."""
+    """Raise Fault where a weight or buffer is not what it was when its checksum was `before`."""
     if weights_checksum(module) != before:
         raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
@@ -90,9 +90,9 @@ def probe_of(
     threads: int = 2,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
+    """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
 
-    Every rank computes a slice of the features, always `batch` pictures a call and equally often; rank 0 fits the
+    Every rank computes a slice of the features, always `batch` images a call and equally often; rank 0 fits the
     layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
 
     Raises:
@@ -141,7 +141,7 @@ def fit_probe(
     seed: int = 0,
     epochs: int = EPOCHS,
 ) -> Probe:
-    """Trains the layer on features fp32 [n, D] and labels int64 [n], and asks it about the test set.
+    """Train the layer on features fp32 [n, D] and labels int64 [n], and classify the test set.
 
     Args:
         on_fit: called after each fit, of which there are at most most_fits(solver).
@@ -149,7 +149,7 @@ def fit_probe(
         seed: of the held-out part, and of SGD's order.
 
     Raises:
-        UserError: features that are not finite, or fewer than two training pictures.
+        UserError: features that are not finite, or fewer than two training images.
     """
     if not torch.isfinite(train).all() or not torch.isfinite(test).all():
         raise UserError("the image features are not finite: the weights have diverged")
@@ -170,14 +170,14 @@ def fit_probe(
 
 
 def most_fits(solver: Solver) -> int:
-    """Fits that fit_probe makes at most."""
+    """Return how many fits fit_probe makes at most."""
     return len(L2_GRID if solver == "lbfgs" else LR_GRID) + 1
 
 
 def _choose_l2(
     features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int = 0
 ) -> float:
-    """The penalty with the lowest cross-entropy on the held-out part, whose size makes accuracies coarse and noisy."""
+    """Return the penalty with the lowest cross-entropy on the held-out part, too small for exact accuracies."""
     kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
     layer = _zero_layer(features, classes)
     losses: list[float] = []
@@ -194,7 +194,7 @@ def _choose_l2(
 def _choose_lr(
     features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int, epochs: int
 ) -> float:
-    """The learning rate with the lowest cross-entropy on the held-out part."""
+    """Return the learning rate with the lowest cross-entropy on the held-out part."""
     kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
     losses: list[float] = []
     for lr in LR_GRID:
@@ -206,7 +206,7 @@ def _choose_lr(
 
 
 def _hold_out(features: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised features and labels of the kept part, then of the held-out part."""
+    """Return standardised features and labels of the kept part, then of the held-out part."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     count = max(1, round(HELD_OUT * len(order)))
     held, kept = order[:count].to(features.device), order[count:].to(features.device)
@@ -232,7 +232,7 @@ def _loss(layer: nn.Linear, features: Tensor, labels: Tensor) -> float:
 
 
 def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
-    """Minimises mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
+    """Minimise mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
     optimiser = torch.optim.LBFGS(
         layer.parameters(),
         max_iter=MAX_ITERATIONS,
@@ -253,7 +253,7 @@ def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Li
 
 
 def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: int, epochs: int) -> nn.Linear:
-    """`epochs` over the features in random order, the learning rate falling from `lr` to 0 along a cosine."""
+    """Train `epochs` in random order, the learning rate falling from `lr` to 0 along a cosine."""
     layer = _zero_layer(features, classes)
     steps = epochs * -(-len(features) // SGD_BATCH)
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM)
@@ -269,6 +269,6 @@ def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: in
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per column; a constant column gets 1, so that it becomes 0."""
+    """Return mean and deviation per column; a constant column gets 1, so that it becomes 0."""
     scale, mean = torch.std_mean(features, dim=0, correction=0)
     return mean, torch.where(scale > 1e-7, scale, torch.ones_like(scale))

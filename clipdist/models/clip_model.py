@@ -26,7 +26,7 @@ _NOT_COMPARED = ("image_size", "projection_dim", "bos_token_id", "eos_token_id")
 
 
 def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
-    """Compares what the tensors' shapes do not show as well, such as the number of heads. Picture sizes may differ.
+    """Compare what the tensors' shapes do not show as well, such as the number of heads. Image sizes may differ.
 
     Raises:
         UserError: the folder holds another model than `spec` describes.
@@ -45,7 +45,7 @@ def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
 
 
 def inexpressible(spec: ModelSpec) -> str:
-    """What of a model CLIPModel has no place for, as the object of "has"; empty where it can hold all of it."""
+    """Return what of a model CLIPModel has no place for, as the object of "has"; empty where it can hold all of it."""
     import open_clip
 
     vision, text = spec.model["vision_cfg"], spec.model["text_cfg"]
@@ -74,7 +74,7 @@ def inexpressible(spec: ModelSpec) -> str:
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """CLIPConfig's arguments for a model that `inexpressible` has nothing against."""
+    """Return CLIPConfig's arguments for a model that `inexpressible` has nothing against."""
     import open_clip
 
     vision = open_clip.CLIPVisionCfg(**spec.model["vision_cfg"])
@@ -109,7 +109,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
 
 
 def clip_tokenizer(spec: ModelSpec) -> Any:
-    """transformers' tokenizer with the ids of the model's own."""
+    """Return transformers' tokenizer with the ids of the model's own."""
     from transformers import AutoTokenizer, CLIPTokenizer
 
     if spec.tokenizer["kind"] == "hf":

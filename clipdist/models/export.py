@@ -137,7 +137,7 @@ def _open_clip_description(spec: ModelSpec, biased: bool) -> dict:
 
 
 def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
-    """open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
+    """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in _tensors(model).items():
         tensors[name.removeprefix("text.") if model.spec.clip_class else name] = value
@@ -321,7 +321,7 @@ def _programs_encoder(files: list[Path]) -> Encoder:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """save_file, which lets nobody but the owner read the file, with the permissions that the user's umask gives."""
+    """Save with the permissions of the user's umask: save_file alone lets nobody but the owner read the file."""
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata=metadata)

@@ -48,7 +48,7 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
+    """Return a folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
 
     The tokenizer is CLIP's byte-pair encoding where the folder's vocabulary is exactly that, else the folder's own.
 
@@ -89,7 +89,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def weights_facts(folder: Path) -> dict[str, Any]:
-    """What a folder says of its weights: {"quick_gelu", "mean", "std"}.
+    """Return what a folder says of its weights: {"quick_gelu", "mean", "std"}.
 
     Raises:
         UserError: not a folder of Hugging Face's CLIP.
@@ -105,7 +105,7 @@ def weights_facts(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors, safetensors before pickled ones.
+    """Return the files that hold a folder's tensors, safetensors before pickled ones.
 
     Raises:
         UserError: there are none, or an index that names others than files of the folder.
@@ -126,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIPModel's tensors -> ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
+    """Rename CLIPModel's tensors to ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
     renamed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(".position_ids"):  # a buffer 0, 1, 2 ... that early transformers wrote
@@ -143,7 +143,7 @@ def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our tensors -> CLIPModel's: names, projections as Linear's, queries, keys and values apart, a 0-D log scale."""
+    """Rename our tensors to CLIPModel's: projections as Linear's, queries, keys and values apart, a 0-D log scale."""
     renamed: dict[str, torch.Tensor] = {}
     for ours, value in tensors.items():
         if ours in _TRANSPOSED:
@@ -160,7 +160,7 @@ def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
+    """Return ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
     import open_clip
 
     from clipdist.data.tokens import BPE_VOCABULARY, truncated_merges
@@ -181,7 +181,7 @@ def end_mark(vocab_size: int) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json with all defaults filled in, checked for what any of our towers can be."""
+    """Read config.json with all defaults filled in, checked for what any of our towers can be."""
     from transformers import CLIPConfig
 
     found = _read_json(folder / "config.json")
@@ -231,7 +231,7 @@ def _mlp_ratio(section: dict[str, Any]) -> float:
 
 
 def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
-    """image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
+    """Read image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
     path = folder / "preprocessor_config.json"
     said = _read_json(path) if path.is_file() else {}
     found: dict[str, tuple[float, ...]] = {}
@@ -246,7 +246,7 @@ def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int]:
-    """Ids by token, of tokenizer.json or vocab.json."""
+    """Read ids by token, of tokenizer.json or vocab.json."""
     if (folder / "tokenizer.json").is_file():
         content = _read_json(folder / "tokenizer.json")
         try:

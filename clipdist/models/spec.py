@@ -1,4 +1,4 @@
-"""What a dual encoder is made of: the model section of the configuration in, a ModelSpec out. No weights, no modules.
+"""Resolve the configuration's model section to a ModelSpec. No weights, no modules.
 
 A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
 form, with two additions:
@@ -73,7 +73,7 @@ class ModelSpec:
 
 
 def resolve_spec(cfg: config.Model) -> ModelSpec:
-    """Finds and checks the model description that the configuration names. Builds nothing, downloads nothing.
+    """Find and check the model description that the configuration names. Builds nothing, downloads nothing.
 
     Raises:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
@@ -113,8 +113,9 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
 
 
 def find_model_json(name: str) -> Path:
-    """The file of a model JSON: as named from here, else from the repository's root; in a job, whose code and JSONs are
-    a snapshot, from there first.
+    """Find the file of a model JSON: as named from here, else from the repository's root.
+
+    In a job, whose code and JSONs are a snapshot, the snapshot is looked at first.
 
     Raises:
         UserError: it is in neither place; near names of configs/models are given.
@@ -197,7 +198,7 @@ def _localise(text: dict[str, Any], folder: Path) -> None:
 
 
 def _check_description(name: str, description: Any) -> None:
-    """Raises UserError unless `description` has the form that the towers are built from."""
+    """Raise UserError unless `description` has the form that the towers are built from."""
     import open_clip
 
     where = f"model.name={name}"
@@ -257,7 +258,7 @@ def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights_facts(cfg: config.Model) -> dict[str, Any]:
-    """What is known of the weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
+    """Return what is known of weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
     if not cfg.weights:
         return {}
     path = Path(cfg.weights)
@@ -289,7 +290,7 @@ def _weights_facts(cfg: config.Model) -> dict[str, Any]:
 
 
 def _exported_facts(path: Path) -> dict[str, Any]:
-    """What tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
+    """Return what tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
     import safetensors
 
     try:
@@ -306,7 +307,7 @@ def _exported_facts(path: Path) -> dict[str, Any]:
 def _pixel_statistics(
     name: str, description: dict[str, Any], weights: dict[str, Any]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
+    """Return mean and deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
     import open_clip
 
     mean = description.get("image_mean") or weights.get("mean") or open_clip.OPENAI_DATASET_MEAN

@@ -21,7 +21,7 @@ from clipdist.models.spec import OPENAI_FACTS, ModelSpec, is_torchscript
 
 
 def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
-    """Loads both towers and the log scale, in place.
+    """Load both towers and the log scale, in place.
 
     Args:
         model: a DualEncoder of the same architecture; only a ViT's image size may differ (positions are interpolated).
@@ -49,7 +49,7 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
 
 
 def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
-    """Reads a weights file as it is, on the CPU.
+    """Read a weights file as it is, on the CPU.
 
     Raises:
         UserError: the file cannot be read safely, or holds no state dict.
@@ -70,7 +70,7 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
+    """Return the SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(name.encode())
@@ -79,7 +79,7 @@ def weights_checksum(module: nn.Module) -> str:
 
 
 def openai_hashes() -> set[str]:
-    """SHA-256 of the files that OpenAI publishes: they stand in the addresses that open_clip knows."""
+    """Return the SHA-256 of the files that OpenAI publishes: they stand in the addresses that open_clip knows."""
     import open_clip
 
     addresses = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models()]
@@ -142,7 +142,7 @@ def _refuse_hugging_face_names(path: Path, tensors: dict[str, torch.Tensor]) -> 
 
 
 def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """open_clip's and OpenAI's names, dtypes and shapes -> ours: visual.*, text.*, logit_scale [1], fp32."""
+    """Convert open_clip's and OpenAI's names, dtypes and shapes to ours: visual.*, text.*, logit_scale [1], fp32."""
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 
     tensors = convert_to_custom_text_state_dict(dict(tensors))
