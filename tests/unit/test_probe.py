@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
@@ -442,7 +443,7 @@ def test_pixels_are_a_baseline() -> None:
     assert torch.equal(features, pixels.reshape(3, 3072).float() / 255)
 
 
-def test_features_are_computed_once(tmp_path: Path) -> None:
+def test_features_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, model = labelled_set(tmp_path), tiny(tmp_path, VIT)
     calls: list[int] = []
     frozen = frozen_encoder(model, "cpu", "projected")
@@ -465,6 +466,12 @@ def test_features_are_computed_once(tmp_path: Path) -> None:
     cache.write_bytes(cache.read_bytes()[:100])  # a damaged file is computed anew
     assert torch.equal(embed_set(encode, data, 16, batch=8, cache=cache).test.image, first.test.image)
     assert len(calls) == 14
+    save_file(load_file(cache), cache)  # as older versions wrote it: no format in its head
+    embed_set(encode, data, 16, batch=8, cache=cache)
+    assert len(calls) == 21
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("made again") for line in lines if str(cache) in line] == [True, True]
+    assert "no format" in lines[-1]
 
 
 def test_other_weights_data_or_features_are_another_file(tmp_path: Path) -> None:
