@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+from clipdist.evals import front
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative to ROOT, where every step runs; configs/demo.yaml names the same folders.
@@ -41,13 +41,11 @@ class StepFailed(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = front.make_parser(
+        "Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.", EXAMPLE
     )
     parser.add_argument("--fresh", action="store_true", help=f"start over: remove {DATA} and {RUN} first")
-    parser.add_argument("--json", action="store_true", help="end with the summary as one JSON object")
+    front.add_json(parser)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     if arguments.fresh:
