@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import UserError
-from clipdist.models.hugging_face import ARGMAX_EOS, DEFAULT_EPS, clip_encoding, end_mark, read_config
+from clipdist.models.hugging_face import ARGMAX_EOS, DEFAULT_EPS, FIELDS, clip_encoding, end_mark, read_config
 from clipdist.models.spec import ModelSpec
 
 # Fields of open_clip's sections that CLIPModel's configuration can say, and those without effect in such a tower.
@@ -79,33 +79,23 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
 
     vision = open_clip.CLIPVisionCfg(**spec.model["vision_cfg"])
     text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
-    both = {"hidden_act": "quick_gelu" if spec.quick_gelu else "gelu", "projection_dim": spec.embed_dim}
+    described: dict[str, Any] = {"projection_dim": spec.embed_dim}
+    for part, ours in (("vision", vision), ("text", text)):
+        described[f"{part}_config"] = {theirs: getattr(ours, own) for theirs, own in FIELDS[part].items()} | {
+            "hidden_act": "quick_gelu" if spec.quick_gelu else "gelu",
+            "projection_dim": spec.embed_dim,
+            "intermediate_size": int(ours.width * ours.mlp_ratio),
+            "layer_norm_eps": (ours.norm_kwargs or {}).get("eps", DEFAULT_EPS),
+        }
+    heads = vision.width // vision.head_width
+    described["vision_config"] |= {"image_size": spec.image_size, "num_attention_heads": heads}
     end = end_mark(text.vocab_size) if spec.tokenizer["kind"] == "bpe" else ARGMAX_EOS
-    return {
-        "projection_dim": spec.embed_dim,
-        "vision_config": both
-        | {
-            "image_size": spec.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.width // vision.head_width,
-            "layer_norm_eps": (vision.norm_kwargs or {}).get("eps", DEFAULT_EPS),
-        },
-        "text_config": both
-        | {
-            "max_position_embeddings": spec.context_length,
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "layer_norm_eps": (text.norm_kwargs or {}).get("eps", DEFAULT_EPS),
-            "bos_token_id": end_mark(text.vocab_size) - 1,
-            "eos_token_id": text.eos_id if text.pool_type == "eos" else end,
-        },
+    marks = {
+        "bos_token_id": end_mark(text.vocab_size) - 1,
+        "eos_token_id": text.eos_id if text.pool_type == "eos" else end,
     }
+    described["text_config"] |= marks
+    return described
 
 
 def clip_tokenizer(spec: ModelSpec) -> Any:

@@ -19,6 +19,23 @@ ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the high
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # hidden_act -> ModelSpec.quick_gelu
 
+# Fields of CLIPConfig's sections and of open_clip's that say the same.
+FIELDS = {
+    "vision": {
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+    },
+    "text": {
+        "max_position_embeddings": "context_length",
+        "vocab_size": "vocab_size",
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+    },
+}
+
 # Parts of tensor names, CLIPModel's and ours; each pair is unambiguous in both directions.
 _NAMES = (
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
@@ -56,30 +73,15 @@ def read_description(folder: Path) -> dict[str, Any]:
         UserError: another architecture, values that our towers cannot have, or no tokenizer.
     """
     cfg = read_config(folder)
+    described: dict[str, Any] = {"embed_dim": cfg["projection_dim"], "quick_gelu": _quick_gelu(folder, cfg)}
+    for part, fields in FIELDS.items():
+        theirs = cfg[f"{part}_config"]
+        ours = {own: theirs[key] for key, own in fields.items()} | {"mlp_ratio": _mlp_ratio(theirs)}
+        if theirs["layer_norm_eps"] != DEFAULT_EPS:
+            ours["norm_kwargs"] = {"eps": theirs["layer_norm_eps"]}
+        described[f"{part}_cfg"] = ours
     vision, text = cfg["vision_config"], cfg["text_config"]
-    described: dict[str, Any] = {
-        "embed_dim": cfg["projection_dim"],
-        "quick_gelu": _quick_gelu(folder, cfg),
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-            "width": vision["hidden_size"],
-            "layers": vision["num_hidden_layers"],
-            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": _mlp_ratio(vision),
-        },
-        "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "layers": text["num_hidden_layers"],
-            "heads": text["num_attention_heads"],
-            "mlp_ratio": _mlp_ratio(text),
-        },
-    }
-    for section, values in (("vision_cfg", vision), ("text_cfg", text)):
-        if values["layer_norm_eps"] != DEFAULT_EPS:
-            described[section]["norm_kwargs"] = {"eps": values["layer_norm_eps"]}
+    described["vision_cfg"]["head_width"] = vision["hidden_size"] // vision["num_attention_heads"]
     if text["eos_token_id"] not in (ARGMAX_EOS, end_mark(text["vocab_size"])):
         described["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     if _read_vocabulary(folder) != clip_encoding(text["vocab_size"])[0]:
