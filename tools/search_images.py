@@ -114,7 +114,8 @@ def prepare(args: argparse.Namespace, catalog: Catalog, device: Any) -> Session:
 
 def search(session: Session, embeddings: Embeddings, reader: Reader, device: Any) -> SearchResult:
     from clipdist.evals.approximate import kept_index, spread
-    from clipdist.evals.search import SLOT, Query, cache_file, describe_hits, encode_queries, nearest
+    from clipdist.evals.prompts import SLOT
+    from clipdist.evals.search import Query, cache_file, describe_hits, encode_queries, nearest
     from clipdist.evals.sheet import first_caption
 
     args, loaded = session.args, session.loaded
@@ -127,11 +128,13 @@ def search(session: Session, embeddings: Embeddings, reader: Reader, device: Any
         found = [first_caption(reader, sample_id) for sample_id in spread(embeddings.sample_ids.tolist())]
         return [caption for caption in found if caption]
 
+    def encode_captions(sentences: Sequence[str]) -> Any:
+        return features_of(list(map(Query, sentences)), [SLOT])
+
     index = None
     if args.index == "faiss":
         path = cache_file(loaded, session.catalog).with_suffix(".faiss")
-        encode = lambda sentences: features_of(list(map(Query, sentences)), [SLOT])  # noqa: E731
-        index = kept_index(path, embeddings.image, captions, encode, not args.no_cache, front.tell)
+        index = kept_index(path, embeddings.image, captions, encode_captions, not args.no_cache, front.tell)
     began = time.perf_counter()
     vectors = features_of(session.queries, args.prompts)
     encoded = time.perf_counter()

@@ -30,11 +30,11 @@ from clipdist.evals.embed import (
     gather_embeddings,
     rank_0_says,
 )
+from clipdist.evals.prompts import SLOT
 from clipdist.evals.sheet import first_caption
 from clipdist.evals.store import load_embeddings, save_embeddings
 from clipdist.models.load import LoadedModel
 
-SLOT = "{}"  # where a prompt takes the sentence
 TILE_IMAGES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores
 LAYOUT = "unit length 1"  # of a kept file; another number makes all of them anew
 
