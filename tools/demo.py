@@ -1,8 +1,7 @@
-"""Nothing in; the main job on data that it makes itself: pictures, shards, a trained model, results, summary.json."""
+"""Run the main job on data that it makes itself: images, shards, a trained model, results, summary.json."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
+from clipdist.evals import front
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative to ROOT, where every step runs; configs/demo.yaml names the same folders.
@@ -41,13 +41,11 @@ class StepFailed(Exception):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = front.make_parser(
+        "Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.", EXAMPLE
     )
     parser.add_argument("--fresh", action="store_true", help=f"start over: remove {DATA} and {RUN} first")
-    parser.add_argument("--json", action="store_true", help="end with the summary as one JSON object")
+    front.add_json(parser)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     if arguments.fresh:
@@ -67,7 +65,7 @@ def main() -> int:
 
 
 def run_steps() -> dict[str, dict[str, Any]]:
-    """Runs every step. Returns what those that answer in JSON said, by name."""
+    """Run every step. Return what those that answer in JSON said, by name."""
     steps = Steps(total=7)
     with steps.next("draw captioned pictures, and labelled ones"):
         made = steps.ask("tools/make_scenes.py", "--out", DATA)
@@ -89,7 +87,7 @@ def run_steps() -> dict[str, dict[str, Any]]:
 
 
 class Steps:
-    """Runs commands one after another and tells what it runs and how long a step took."""
+    """Run commands one after another and tell what it runs and how long a step took."""
 
     def __init__(self, total: int) -> None:
         self._total, self._number = total, 0
@@ -114,7 +112,7 @@ class Steps:
         print(f"      {time.monotonic() - began:.1f} s", flush=True)
 
     def ask(self, *words: str) -> dict[str, Any]:
-        """Runs one of the tools with --json, shows what it prints but for that last line, and returns it."""
+        """Run one of the tools with --json, show what it prints but for that last line, and return it."""
         shown = shlex.join(["python", *words, "--json"])
         last = ""
         with self._started(shown, [sys.executable, *words, "--json"], self._env, stdout=subprocess.PIPE) as process:
@@ -131,7 +129,7 @@ class Steps:
         raise StepFailed(shown, process.returncode or 1)
 
     def launch(self, *words: str) -> None:
-        """Runs a program on RANKS processes through DeepSpeed's launcher."""
+        """Run a program on RANKS processes through DeepSpeed's launcher."""
         launcher = self._bin / "deepspeed"
         if not launcher.exists():
             raise UserError(f"{launcher}: no such file; install the project into this environment (make install)")
@@ -146,7 +144,7 @@ class Steps:
     def _started(
         self, shown: str, command: list[str], env: dict[str, str], stdout: int | None = None
     ) -> Iterator[subprocess.Popen]:
-        """Starts a command. Ctrl-C reaches it directly, and it decides what is left to do; SIGTERM is handed on."""
+        """Start a command. Ctrl-C reaches it directly, and it decides what is left to do; SIGTERM is handed on."""
         print(f"$ {shown}", flush=True)
         process = subprocess.Popen(command, env=env, stdout=stdout, text=True)
         before = {
@@ -162,7 +160,7 @@ class Steps:
 
 
 def terminate_tree(pid: int) -> None:
-    """SIGTERM to a process and all below it: DeepSpeed's launcher would end without telling the ranks."""
+    """Send SIGTERM to a process and all below it: DeepSpeed's launcher would end without telling the ranks."""
     import psutil
 
     top = psutil.Process(pid)
@@ -178,7 +176,7 @@ def free_port() -> int:
 
 
 def explain(failure: StepFailed) -> int:
-    """Says which command failed. Returns its exit code; 128 + the signal's number where one ended it, as shells do."""
+    """Say which command failed. Return its exit code; 128 + the signal's number where one ended it, as shells do."""
     code = failure.code if failure.code > 0 else 128 - failure.code
     if code in (EXIT_INTERRUPTED, 128 + signal.SIGINT, 128 + signal.SIGTERM):
         hint = "interrupted; the same command goes on from here"
@@ -189,7 +187,7 @@ def explain(failure: StepFailed) -> int:
 
 
 def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The content of summary.json, flat; rates and accuracies are percentages."""
+    """Return the content of summary.json, flat; rates and accuracies are percentages."""
     from clipdist.checkpoint.format import newest_checkpoint
 
     retrieval = results["retrieval"]
@@ -209,7 +207,7 @@ def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, A
 
 
 def training_time(metrics: Path) -> tuple[int, float]:
-    """(samples, seconds) of all training steps in metrics.jsonl, validation and checkpoints not included."""
+    """Return (samples, seconds) of all training steps in metrics.jsonl, validation and checkpoints not included."""
     samples, seconds = 0, 0.0
     for line in metrics.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

@@ -1,20 +1,19 @@
-"""A run or model and captioned shards in, or embeddings saved earlier; the retrieval table of both directions out."""
+"""Measure retrieval in both directions, of a model on captioned shards or of embeddings saved earlier."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import Embeddings
-    from clipdist.evals.protocols import Protocol
+    from clipdist.evals.protocols import RetrievalProtocol
     from clipdist.evals.retrieval import Ranks
 
 EXAMPLES = """examples:
@@ -30,16 +29,14 @@ NAMES = ("r1", "r5", "r10", "map10")
 
 def main() -> None:
     args = parse_args()
-    require_writable(args.save_embeddings)
+    front.require_writable(args.save_embeddings, "--save-embeddings")
 
     from clipdist.data.catalog import Catalog
 
     # a misspelt folder is heard of before torch is imported
     catalog = None if args.embeddings else Catalog.open(args.shards, what="SHARDS")
 
-    from clipdist.distributed.rank import joined_ranks, resolve_device
-
-    with joined_ranks(resolve_device(args.device)) as dist_env:
+    with front.joined_ranks(args) as dist_env:
         if catalog is None:
             embeddings, facts = reuse(args)
         else:
@@ -55,7 +52,7 @@ def main() -> None:
 
 
 def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
-    """What was saved; its protocol may change to another one over the same pictures (COCO 5K to its folds)."""
+    """Load what was saved; its protocol may change to another one over the same images (COCO 5K to its folds)."""
     from clipdist.evals.protocols import PROTOCOLS
     from clipdist.evals.store import load_embeddings
 
@@ -76,11 +73,9 @@ def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
 
 
 def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddings, dict[str, str]]:
-    """All embeddings on every rank, of the whole catalog or of what the protocol names."""
-    from clipdist.data.loader import default_threads
+    """Return all embeddings on every rank, of the whole catalog or of what the protocol names."""
     from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
     from clipdist.evals.protocols import CAPTIONS, PROTOCOLS, read_test_names, require_whole, select_samples
-    from clipdist.models.load import load_model
 
     protocol = PROTOCOLS.get(args.protocol)
     where = " ".join(args.shards)
@@ -92,23 +87,20 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         if not args.allow_missing:
             require_whole(protocol, selection.missing, where)
         if not selection.sample_ids:
-            raise UserError(f"{where}: none of the {protocol.pictures} pictures of {protocol.name} is there")
-    loaded = load_model(args.run, weights=args.weights, trust_weights=args.trust_weights)
+            raise UserError(f"{where}: none of the {protocol.images} pictures of {protocol.name} is there")
+    loaded = front.load(args, args.run)
     own = embed_catalog(
         model_encoder(loaded.model, dist_env.device),
         catalog,
         loaded.tokenizer,
         loaded.model.spec.image_size,
-        batch=args.batch,
-        threads=default_threads(),
-        rank=dist_env.rank,
-        world=dist_env.world_size,
+        **front.share_of_work(args, dist_env),
         samples=selection.sample_ids if selection else None,
         most_captions=CAPTIONS if protocol else None,
     )
     embeddings = gather_embeddings(own)
     if dist_env.rank == 0:
-        tell_left_out(embeddings)
+        front.tell_left_out(embeddings.bad)
     if not embeddings.captions:
         raise UserError(f"{where}: no picture with a caption in {len(catalog)} samples")
     facts = {
@@ -131,17 +123,12 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
     return embeddings, facts
 
 
-def tell_left_out(embeddings: Embeddings) -> None:
-    for reason, keys in embeddings.bad.items():
-        print(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})", file=sys.stderr)
-
-
 def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv) -> list[Ranks]:
-    """Collective where there are several ranks: each scores its share."""
+    """Rank every fold. Collective where there are several ranks: each scores its share."""
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
 
-    protocol: Protocol | None = PROTOCOLS.get(facts.get("protocol", ""))
+    protocol: RetrievalProtocol | None = PROTOCOLS.get(facts.get("protocol", ""))
     folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
@@ -154,13 +141,12 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv)
 
 def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
     from clipdist.evals.protocols import PROTOCOLS
-    from clipdist.evals.results import keep_result
     from clipdist.evals.retrieval import bootstrap_intervals, mean_metrics
 
     metrics = mean_metrics(folds)
     intervals = bootstrap_intervals(folds, args.resamples, args.seed, LEVEL) if args.resamples else {}
     name = facts.get("protocol", "")
-    missing = PROTOCOLS[name].pictures - len(embeddings.keys) if name else 0
+    missing = PROTOCOLS[name].images - len(embeddings.keys) if name else 0
     title = facts.get("model", str(args.embeddings))
     if name:
         title += f"; {name}" + (f", NOT the published set: {missing} pictures missing" if missing else "")
@@ -174,9 +160,7 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
     drawn = {"resamples": args.resamples, "seed": args.seed}
     record = {**metrics, **ends, **source, **test_set, **drawn}
-    keep_result(Path(facts["run_dir"]) if facts.get("run_dir") else None, "eval_retrieval", record)
-    if args.json:
-        print(json.dumps(record))
+    front.finish(args, Path(facts["run_dir"]) if facts.get("run_dir") else None, "eval_retrieval", record)
 
 
 def print_table(
@@ -202,41 +186,25 @@ def _interval(low: float, high: float, digits: int) -> str:
     return f"{low:.{digits}f}-{high:.{digits}f}"
 
 
-def require_writable(path: Path | None) -> None:
-    """Heard of before an hour of embedding, not after."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save-embeddings {path}: its folder cannot be made ({error})") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--save-embeddings {path}: cannot be written there; name a file in a folder of yours")
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Retrieval between pictures and captions, both directions: R@1, R@5, R@10, mAP@10, median and\n"
+    parser = front.make_parser(
+        "Retrieval between pictures and captions, both directions: R@1, R@5, R@10, mAP@10, median and\n"
         "mean rank, rsum, with bootstrap intervals over pictures. A tie counts against the model; image to text takes\n"
         "the best placed of a picture's captions.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="run or checkpoint folder, or a model with --weights")
-    parser.add_argument("shards", metavar="SHARDS", nargs="*", help="shard folders, brace patterns, or tars")
-    parser.add_argument("--weights", default="", help="of an open_clip name: a tag or a file")
-    parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
+    front.add_model(parser, optional=True)
+    add = parser.add_argument
+    add("shards", metavar="SHARDS", nargs="*", help="shard folders, brace patterns, or tars")
     protocols = ("flickr8k-1k", "flickr30k-1k", "coco-5k", "coco-1k-folds")
-    parser.add_argument("--protocol", choices=protocols, default="", help="a published test set, five captions each")
-    parser.add_argument("--split-file", type=Path, metavar="FILE", help="Karpathy's dataset_*.json, or a list of names")
-    parser.add_argument("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
-    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
-    parser.add_argument("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
-    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="for the intervals (1000); 0: none")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures or captions per forward pass (64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add("--protocol", choices=protocols, default="", help="a published test set, five captions each")
+    add("--split-file", type=Path, metavar="FILE", help="Karpathy's dataset_*.json, or a list of names")
+    add("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
+    add("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
+    add("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
+    add("--resamples", type=int, default=1000, metavar="N", help="for the intervals (1000); 0: none")
+    add("--seed", type=int, default=0, help="of the resamples (0)")
+    front.add_work(parser)
     args = parser.parse_args()
     if args.embeddings:
         if args.run or args.save_embeddings or args.split_file or args.allow_missing or args.weights:
@@ -247,9 +215,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--protocol and --split-file go together")
     elif args.allow_missing and not args.protocol:
         parser.error("--allow-missing belongs to --protocol")
-    for option, least in (("batch", 1), ("resamples", 0), ("seed", 0)):
-        if getattr(args, option) < least:
-            parser.error(f"--{option} {getattr(args, option)}: must be at least {least}")
+    front.require_at_least(parser, args, 1, "batch")
+    front.require_at_least(parser, args, 0, "resamples", "seed")
     return args
 
 

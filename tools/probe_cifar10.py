@@ -1,18 +1,18 @@
-"""A run or model and labelled pictures in, the accuracy of one linear layer on its frozen image features out."""
+"""Train one linear layer on the frozen image features of a model, and compare it with pixels and random weights."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import asdict, dataclass
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 if TYPE_CHECKING:
     from clipdist.datasets.labelled import LabelledSet
+    from clipdist.distributed.rank import DistEnv
     from clipdist.evals.features import Features
     from clipdist.evals.probe import Probe
 
@@ -26,22 +26,6 @@ PUBLISHED = {"afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762":
 PUBLISHED_ON = ("CIFAR-10", 50_000, 10_000)
 
 
-@dataclass(frozen=True)
-class Context:
-    """What every part of the work asks for."""
-
-    args: argparse.Namespace
-    data: LabelledSet
-    device: str
-    rank: int
-    world: int
-    threads: int
-
-    def say(self, line: str) -> None:
-        if self.rank == 0:
-            print(line, flush=True)
-
-
 def main() -> None:
     args = parse_args()
 
@@ -49,18 +33,13 @@ def main() -> None:
 
     data = open_labelled(args.data)  # a damaged file is heard of before the model is loaded
     check_data(data, args)
-
-    from clipdist.data.loader import default_threads
-    from clipdist.distributed.rank import joined_ranks, resolve_device
-
-    with joined_ranks(resolve_device(args.device)) as dist_env:
-        where = str(dist_env.device)
-        probe_model(Context(args, data, where, dist_env.rank, dist_env.world_size, default_threads()))
+    with front.joined_ranks(args) as dist_env:
+        probe_model(args, data, dist_env)
 
 
 def check_data(data: LabelledSet, args: argparse.Namespace) -> None:
-    """Raises UserError where a set cannot be probed as asked; costs no time."""
-    from clipdist.evals.probe import label_fraction, require_classes
+    """Raise UserError where a set cannot be probed as asked; costs no time."""
+    from clipdist.evals.fractions import label_fraction, require_classes
 
     if data.train is None:
         raise UserError(f"{args.data}: no training pictures: the probe needs DIR/train beside DIR/test")
@@ -69,153 +48,57 @@ def check_data(data: LabelledSet, args: argparse.Namespace) -> None:
         label_fraction(data.train.labels, percent, 0, data.classes)
 
 
-def probe_model(context: Context) -> None:
-    """All ranks compute features; rank 0 does the rest."""
-    from clipdist.evals.features import random_twin
-    from clipdist.evals.probe import require_unchanged
-    from clipdist.evals.results import keep_result
-    from clipdist.models.load import load_model
+def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) -> None:
+    """Compute features on all ranks and do the rest on rank 0."""
+    from clipdist.evals.features import PIXEL_SIDE, embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
+    from clipdist.evals.fractions import finetune_fractions, probe_fractions
+    from clipdist.evals.probe import EPOCHS, fit_features, require_unchanged
     from clipdist.models.weights import weights_checksum
 
-    args, data = context.args, context.data
-    loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
+    loaded = front.load(args, args.model)
     before = weights_checksum(loaded.model)
     folder = (loaded.run_dir or Path.home() / ".cache" / "clipdist") / "features"
-    own = features_of(context, loaded.model, folder)
-    drawn = features_of(context, random_twin(loaded.model), folder)
-    pixels = pixels_of(context)
-    if context.rank:
+    share, device, size = front.share_of_work(args, dist_env), str(dist_env.device), loaded.model.spec.image_size
+    features: dict[str, Features] = {}
+    for title, model in (("features", loaded.model), ("random weights", random_twin(loaded.model))):
+        cache = None if args.no_cache else features_path(folder, model, data, args.features)
+        encode = frozen_encoder(model, device, args.features)
+        features[title] = embed_set(encode, data, size, cache=cache, **share)
+    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, progress=False, **share)
+    if dist_env.rank:
         return
-    tell_left_out(own)
-    probes = {
-        "features": fit(context, own, "fit on features"),
-        "raw pixels": fit(context, pixels, "fit on pixels"),
-        "random weights": fit(context, drawn, "fit on random weights"),
-    }
-    fractions = frozen_fractions(context, own, probes["features"])
-    tuned = finetuned_fractions(context, loaded.model, own) if args.finetune else []
-    require_unchanged(loaded.model, before)
-    width = own.train.image.shape[1]
-    what = "before the projection" if args.features == "tower" else "projected"
-    print(
-        f"{loaded.label} on {data.name}: {len(own.train.image)} training and {len(own.test.image)} test pictures,"
-        f" {width} features {what}; percent"
-    )
-    print_table(probes)
-    for title, rows in (("frozen tower, one linear layer", fractions), ("tower trained too", tuned)):
-        print_fractions(title, rows)
-    published = published_accuracy(context)
-    if published:
-        print(f"published for OpenAI's {published[0]}: {published[1]} (Radford et al. 2021, table 10)")
-    print(f"nothing but the last layer moved: SHA-256 of all weights {before[:16]}... before and after")
-    picture = write_picture(context, probes["features"], loaded.run_dir)
-    record = record_of(probes, data, fractions, tuned)
-    record |= {"train": len(own.train.image), "test": len(own.test.image), "features": width}
-    record |= {"model": loaded.label, "step": loaded.step, "checksum": before, "data": data.name}
-    record |= {"kind": args.features, "solver": args.solver, "picture": str(picture) if picture else None}
-    record |= {"published": published[1] if published else None}
-    keep_result(loaded.run_dir, "probe_cifar10", record)
-    if args.json:
-        print(json.dumps(record))
-
-
-def features_of(context: Context, model: Any, folder: Path) -> Features:
-    from clipdist.evals.features import embed_set, features_path, frozen_encoder
-
-    args, data = context.args, context.data
-    encode = frozen_encoder(model, context.device, args.features)
-    cache = None if args.no_cache else features_path(folder, model, data, args.features)
-    size = model.spec.image_size
-    return embed_set(encode, data, size, args.batch, context.rank, context.world, context.threads, cache=cache)
-
-
-def pixels_of(context: Context) -> Features:
-    from clipdist.evals.features import PIXEL_SIDE, embed_set, pixel_encoder
-
-    rank, world, threads = context.rank, context.world, context.threads
-    return embed_set(pixel_encoder, context.data, PIXEL_SIDE, context.args.batch, rank, world, threads, progress=False)
-
-
-def tell_left_out(features: Features) -> None:
-    for name, part in (("training", features.train), ("test", features.test)):
+    own = features["features"]
+    for name, part in (("training", own.train), ("test", own.test)):
         if part.left_out:
-            print(f"left out, cannot be decoded: {part.left_out} {name} pictures", file=sys.stderr)
+            front.tell(f"left out, cannot be decoded: {part.left_out} {name} pictures")
+    probes: dict[str, Probe] = {}
+    for title in ("features", "raw pixels", "random weights"):
+        found = features[title]
+        epochs = args.epochs or EPOCHS
+        probes[title] = fit_features(found, data.classes, f"fit on {title}", device, args.solver, epochs=epochs)
+    whole = (args.seeds, probes["features"], device, args.solver, args.epochs or EPOCHS)
+    fractions, tuned = probe_fractions(own, data.classes, args.fractions, *whole), []
+    if args.finetune:
+        schedule = (args.features, device, args.batch, share["threads"], args.epochs)
+        shares = args.fractions or [100.0]
+        tuned = finetune_fractions(loaded.model, data, own, shares, args.seeds, *schedule)
+    require_unchanged(loaded.model, before)
+    published = published_accuracy(args, data)
+    record = record_of(probes, own, data) | {"fractions": fractions, "finetune": tuned, "checksum": before}
+    record |= {"model": loaded.label, "step": loaded.step, "kind": args.features, "solver": args.solver}
+    record |= {"published": published[1] if published else None}
+    print_tables(record, probes, published)
+    confusion = write_confusion(args.picture, probes["features"], loaded.run_dir)
+    front.finish(args, loaded.run_dir, "probe_cifar10", record | {"picture": str(confusion) if confusion else None})
 
 
-def fit(context: Context, features: Features, title: str, rows: Any = None, seed: int = 0) -> Probe:
-    """The layer on all training pictures, or on some rows of them."""
-    from tqdm import tqdm
-
-    from clipdist.evals.probe import EPOCHS, fit_probe, most_fits
-
-    args, device = context.args, context.device
-    train, labels = features.train.image, features.train.labels
-    if rows is not None:
-        train, labels = train[rows], labels[rows]
-    with tqdm(total=most_fits(args.solver), desc=title, disable=None) as progress:
-        return fit_probe(
-            train.to(device),
-            labels.to(device),
-            features.test.image.to(device),
-            features.test.labels,
-            context.data.classes,
-            progress.update,
-            args.solver,
-            seed,
-            args.epochs or EPOCHS,
-        )
-
-
-def frozen_fractions(context: Context, features: Features, whole: Probe) -> list[dict[str, Any]]:
-    """The frozen probe on shares of the labels; `whole` is the result of seed 0 on all of them."""
-    from clipdist.evals.probe import label_fraction
-
-    rows = []
-    for percent in context.args.fractions:
-        probes = []
-        for seed in range(context.args.seeds):
-            chosen = label_fraction(features.train.labels, percent, seed, context.data.classes)
-            title = f"{percent:g} %, seed {seed}"
-            known = percent == 100 and seed == 0
-            probes.append(whole if known else fit(context, features, title, chosen, seed))
-        rows.append(fraction_row(percent, len(chosen), probes))
-    return rows
-
-
-def finetuned_fractions(context: Context, model: Any, features: Features) -> list[dict[str, Any]]:
-    from clipdist.evals.finetune import finetune, simclr_schedule
-    from clipdist.evals.probe import label_fraction
-
-    args, data = context.args, context.data
-    assert data.train is not None  # check_data has looked
-    rows = []
-    for percent in args.fractions or [100.0]:
-        schedule = simclr_schedule(percent, args.batch, args.epochs)
-        probes = []
-        for seed in range(args.seeds):
-            chosen = label_fraction(data.train.labels, percent, seed, data.classes)
-            probes.append(
-                finetune(
-                    model, data, chosen, features.train.image, schedule, args.features, seed, context.device,
-                    context.threads,
-                )
-            )  # fmt: skip
-        rows.append(fraction_row(percent, len(chosen), probes))
-    return rows
-
-
-def fraction_row(percent: float, pictures: int, probes: list[Probe]) -> dict[str, Any]:
-    from clipdist.evals.probe import interval
-
-    top5 = interval([probe.top5 for probe in probes]).mean
-    return {"percent": percent, "pictures": pictures, **asdict(interval([p.accuracy for p in probes])), "top5": top5}
-
-
-def record_of(
-    probes: dict[str, Probe], data: LabelledSet, fractions: list[dict[str, Any]], tuned: list[dict[str, Any]]
-) -> dict[str, Any]:
+def record_of(probes: dict[str, Probe], features: Features, data: LabelledSet) -> dict[str, Any]:
     probe, pixels, drawn = probes["features"], probes["raw pixels"], probes["random weights"]
     return {
+        "data": data.name,
+        "train": len(features.train.image),
+        "test": len(features.test.image),
+        "features": features.train.image.shape[1],
         "accuracy": probe.accuracy,
         "top5": probe.top5,
         "baseline_pixels": pixels.accuracy,
@@ -226,61 +109,62 @@ def record_of(
         "l2_random": drawn.l2,
         "lr": probe.lr,
         "per_class": probe.per_class,
-        "fractions": fractions,
-        "finetune": tuned,
     }
 
 
-def published_accuracy(context: Context) -> tuple[str, float] | None:
-    """(OpenAI's model, percent) where these are its weights, and the data are what the paper measured on."""
-    args, data = context.args, context.data
-    assert data.train is not None  # check_data has looked
-    if (data.name, len(data.train), len(data.test)) != PUBLISHED_ON:
+def published_accuracy(args: argparse.Namespace, data: LabelledSet) -> tuple[str, float] | None:
+    """Return (OpenAI's model, percent) where these are its weights, and the data are what the paper measured on."""
+    if data.train is None or (data.name, len(data.train), len(data.test)) != PUBLISHED_ON:
         return None
     if args.weights == "openai":
         return next((found for found in PUBLISHED.values() if args.model in (found[0], f"{found[0]}-quickgelu")), None)
     file = Path(args.weights)
     if not (args.weights and file.is_file()):
         return None
-    import hashlib
-
     return PUBLISHED.get(hashlib.sha256(file.read_bytes()).hexdigest())
 
 
-def write_picture(context: Context, probe: Probe, run_dir: Path | None) -> Path | None:
-    """The confusion matrix, where it is asked for or there is a run to lay it in."""
+def write_confusion(asked: Path | None, probe: Probe, run_dir: Path | None) -> Path | None:
+    """Draw the confusion matrix, where it is asked for or there is a run to lay it in."""
     from clipdist.report.confusion import MOST_CLASSES, confusion_image, confusion_matrix
 
-    wanted = Path(context.args.picture) if context.args.picture else run_dir and run_dir / "probe_confusion.png"
-    if not wanted or len(probe.classes) > MOST_CLASSES:
+    path = asked or (run_dir and run_dir / "probe_confusion.png")
+    if not path or len(probe.classes) > MOST_CLASSES:
         return None
-    picture = confusion_image(confusion_matrix(probe.labels, probe.predictions, len(probe.classes)), probe.classes)
+    drawn = confusion_image(confusion_matrix(probe.labels, probe.predictions, len(probe.classes)), probe.classes)
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(wanted, "PNG")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(path, "PNG")
     except OSError as error:
-        if context.args.picture:
-            raise UserError(f"--picture {wanted}: cannot be written ({error.strerror})") from None
+        if asked:
+            raise UserError(f"--picture {path}: cannot be written ({error.strerror})") from None
         return None  # nobody asked for one in a run that may not be written to
-    print(f"confusion matrix: {wanted}")
-    return wanted
+    print(f"confusion matrix: {path}")
+    return path
 
 
-def print_table(probes: dict[str, Probe]) -> None:
-    first = probes["features"]
-    width = max(len("all classes"), *(len(name) for name in first.classes))
-    print(f"{'':{width}}" + "".join(f"{title:>16}" for title in probes) + f"{'chance':>9}")
-    classes = [probe.per_class for probe in probes.values()]
-    for name in classes[0]:
-        print(f"{name:{width}}" + "".join(f"{per_class[name]:16.1f}" for per_class in classes))
-    chance = 100.0 / len(first.classes)
+def print_tables(record: dict[str, Any], probes: dict[str, Probe], published: tuple[str, float] | None) -> None:
+    what = "before the projection" if record["kind"] == "tower" else "projected"
     print(
-        f"{'all classes':{width}}" + "".join(f"{probe.accuracy:16.1f}" for probe in probes.values()) + f"{chance:9.1f}"
+        f"{record['model']} on {record['data']}: {record['train']} training and {record['test']} test pictures,"
+        f" {record['features']} features {what}; percent"
     )
-    five = min(100.0, 5 * chance)
-    print(f"{'top 5':{width}}" + "".join(f"{probe.top5:16.1f}" for probe in probes.values()) + f"{five:9.1f}")
-    title, found = ("L2 penalty", "l2") if first.lr is None else ("rate", "lr")
+    per_class = [probe.per_class for probe in probes.values()]
+    rows = [(name, [found[name] for found in per_class], "") for name in per_class[0]]
+    chance = record["chance"]
+    rows.append(("all classes", [probe.accuracy for probe in probes.values()], f"{chance:9.1f}"))
+    rows.append(("top 5", [probe.top5 for probe in probes.values()], f"{min(100.0, 5 * chance):9.1f}"))
+    width = max(len("all classes"), *map(len, probes["features"].classes))
+    print(f"{'':{width}}" + "".join(f"{title:>16}" for title in probes) + f"{'chance':>9}")
+    for name, values, last in rows:
+        print(f"{name:{width}}" + "".join(f"{value:16.1f}" for value in values) + last)
+    title, found = ("L2 penalty", "l2") if record["lr"] is None else ("rate", "lr")
     print(f"{title:{width}}" + "".join(f"{getattr(probe, found):16.1g}" for probe in probes.values()))
+    print_fractions("frozen tower, one linear layer", record["fractions"])
+    print_fractions("tower trained too", record["finetune"])
+    if published:
+        print(f"published for OpenAI's {published[0]}: {published[1]} (Radford et al. 2021, table 10)")
+    print(f"nothing but the last layer moved: SHA-256 of all weights {record['checksum'][:16]}... before and after")
 
 
 def print_fractions(title: str, rows: list[dict[str, Any]]) -> None:
@@ -294,34 +178,29 @@ def print_fractions(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains one linear layer on the features of the frozen image tower: L-BFGS with a penalty found on"
+    parser = front.make_parser(
+        "Trains one linear layer on the features of the frozen image tower: L-BFGS with a penalty found on"
         "\na held-out part (with --features tower: the protocol of the CLIP paper), or SGD. Features are kept in"
         "\nRUN/features, or in ~/.cache/clipdist/features for a model that is not from a run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
+    front.add_model(parser, "model")
+    front.add_data(parser)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run or checkpoint folder, or an open_clip name with --weights")
-    add("--data", required=True, metavar="PATH", help="CIFAR-10 or -100 (folder or tar), an image folder, or shards")
-    add("--weights", default="", help="of an open_clip name: a tag or a file")
-    add("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
     add("--features", choices=("projected", "tower"), default="projected", help="after or before the projection")
     add("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="full-batch L-BFGS with a penalty, or SGD without")
     add("--fractions", default="", metavar="P,P", help="also on these shares of the labels, percent: 1,10,100")
-    add("--seeds", type=int, default=3, help="of every fraction (3)")
+    add("--seeds", type=int, default=3, help="of every fraction, at most 10 (3)")
     add("--finetune", action="store_true", help="also train the tower, on --fractions or on all labels")
     add("--epochs", type=int, help="of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)")
-    add("--picture", metavar="FILE.png", help="confusion matrix (beside a run: probe_confusion.png)")
+    add("--picture", type=Path, metavar="FILE.png", help="confusion matrix (beside a run: probe_confusion.png)")
     add("--no-cache", action="store_true", help="neither read nor keep features")
-    add("--batch", type=int, default=64, help="pictures per pass (64)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--json", action="store_true", help="one JSON object as the last line")
+    front.add_work(parser)
     args = parser.parse_args()
     args.fractions = parse_fractions(parser, args.fractions)
-    for name, value, most in (("batch", args.batch, None), ("epochs", args.epochs, None), ("seeds", args.seeds, 10)):
-        if value is not None and (value < 1 or (most and value > most)):
-            parser.error(f"--{name} {value}: must be at least 1" + (f", at most {most}" if most else ""))
+    front.require_at_least(parser, args, 1, "batch", "epochs")
+    if not 1 <= args.seeds <= 10:
+        parser.error(f"--seeds {args.seeds}: must be at least 1, at most 10")
     return args
 
 

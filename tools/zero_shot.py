@@ -1,15 +1,14 @@
-"""A run or model and labelled pictures in, the accuracy and calibration of a classifier made of sentences out."""
+"""Classify labelled images by sentences: accuracy and calibration of a model's zero-shot classifier."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,32 +27,20 @@ WORST = 10
 
 def main() -> None:
     args = parse_args()
+    templates, data, names = front.open_classes(args)
+    check_confusion(args.confusion, len(names))
 
-    from clipdist.evals.prompts import find_classes, find_templates
-
-    templates = find_templates(args.templates)  # what is misspelt is heard of before torch is imported
-    from clipdist.datasets.labelled import open_labelled
-
-    data = open_labelled(args.data)
-    names = find_classes(args.classes, data.classes)
-    check_picture(args.confusion, len(names))
-
-    from clipdist.data.loader import default_threads
-    from clipdist.distributed.rank import joined_ranks, resolve_device
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.features import embed_split
     from clipdist.evals.zero_shot import zero_shot_classifier
-    from clipdist.models.load import load_model
 
-    with joined_ranks(resolve_device(args.device)) as dist_env:
-        rank, world = dist_env.rank, dist_env.world_size
-        loaded = load_model(args.model, weights=args.weights, trust_weights=args.trust_weights)
-        encode, size = model_encoder(loaded.model, dist_env.device), loaded.model.spec.image_size
-        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, rank, world)
-        test = embed_split(encode, data.test, size, args.batch, default_threads(), rank, world)
-    if rank == 0:
-        if test.left_out:
-            print(f"left out, cannot be decoded: {test.left_out} of {len(data.test)} pictures", file=sys.stderr)
+    with front.joined_ranks(args) as dist_env:
+        loaded = front.load(args, args.model)
+        encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
+        ranks = (dist_env.rank, dist_env.world_size)
+        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, *ranks)
+        test = embed_split(encode, data.test, loaded.model.spec.image_size, **share)
+    if dist_env.rank == 0:
         report(args, data, loaded, test, classifier, len(templates))
 
 
@@ -65,16 +52,17 @@ def report(
     classifier: Tensor,
     templates: int,
 ) -> None:
-    """The table, the picture and the JSON object; `templates` is their number."""
-    from clipdist.evals.results import keep_result
+    """Print the table, draw the confusion matrix and keep the result; `templates` is their number."""
     from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_metrics
     from clipdist.report.confusion import confusion_image, confusion_matrix
 
+    if test.left_out:
+        front.tell(f"left out, cannot be decoded: {test.left_out} of {len(data.test)} pictures")
     labels, scale = test.labels, loaded.model.logit_scale
     metrics = zero_shot_metrics(test.image, labels, classifier, scale)
     predictions = classify(test.image, classifier, scale).predictions
     accuracies = class_accuracy(predictions, labels, len(data.classes))
-    per_class = {name: value for name, value in zip(data.classes, accuracies) if value is not None}
+    per_class = {data.classes[label]: accuracy for label, accuracy in accuracies.items()}
     print(f"{loaded.label}, zero-shot on {data.name}: {len(labels)} pictures, {len(data.classes)} classes,", end=" ")
     print(f"{templates} template{'s' if templates > 1 else ''}; percent")
     print_table(metrics, per_class)
@@ -83,9 +71,7 @@ def report(
         print(f"confusion matrix: {args.confusion}")
     facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
     record = {**metrics, "per_class": per_class, "left_out": test.left_out, **facts}
-    keep_result(loaded.run_dir, "zero_shot", record)
-    if args.json:
-        print(json.dumps(record))
+    front.finish(args, loaded.run_dir, "zero_shot", record)
 
 
 def print_table(metrics: dict[str, float], per_class: dict[str, float]) -> None:
@@ -93,21 +79,15 @@ def print_table(metrics: dict[str, float], per_class: dict[str, float]) -> None:
     if len(shown) > LISTED:
         print(f"the {WORST} classes that are recognised least:")
         shown = sorted(shown, key=lambda item: item[1])[:WORST]
-    width = max(len("calibration error"), *(len(name) for name, _ in shown))
-    for name, accuracy in shown:
+    keys = {"top-1": "top1", "top-5": "top5", "mean of classes": "mean_per_class", "calibration error": "ece"}
+    rows = [*shown, *((title, metrics[key]) for title, key in keys.items()), ("chance", metrics["chance"])]
+    width = max(len(name) for name, _ in rows)
+    for name, accuracy in rows:
         print(f"{name:{width}}{accuracy:9.2f}")
-    for title, key in (
-        ("top-1", "top1"),
-        ("top-5", "top5"),
-        ("mean of classes", "mean_per_class"),
-        ("calibration error", "ece"),
-        ("chance", "chance"),
-    ):
-        print(f"{title:{width}}{metrics[key]:9.2f}")
 
 
-def check_picture(path: Path | None, classes: int) -> None:
-    """Raises UserError where the picture could not be written once the work is done."""
+def check_confusion(path: Path | None, classes: int) -> None:
+    """Raise UserError where the confusion matrix could not be written once the work is done."""
     if path is None:
         return
     from clipdist.report.confusion import MOST_CLASSES
@@ -121,35 +101,19 @@ def check_picture(path: Path | None, classes: int) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Classifies pictures by the class whose prompts lie nearest (CLIP, section 3.1).\n"
+    parser = front.make_parser(
+        "Classifies pictures by the class whose prompts lie nearest (CLIP, section 3.1).\n"
         "A class is the mean of its prompts' unit-length features; the confidence is the softmax at the model's own\n"
         "temperature; the calibration error has 15 bins of equal width.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
-    parser.add_argument("model", metavar="MODEL", help="run or checkpoint folder, or an open_clip name with --weights")
-    parser.add_argument(
-        "--data", required=True, metavar="PATH", help="CIFAR's python version, an image folder, or shards with labels"
-    )
-    parser.add_argument(
-        "--classes", default="", metavar="FILE", help="a class name per line, by label; or imagenet (the data's own)"
-    )
-    parser.add_argument(
-        "--templates",
-        default="a photo of a {}.",
-        metavar="NAME|FILE|TEXT",
-        help="cifar10, imagenet, simple, a file with one per line, or one template (%(default)r)",
-    )
+    front.add_model(parser, "model")
+    front.add_data(parser)
+    front.add_prompts(parser)
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="write a picture of the confusion matrix")
-    parser.add_argument("--weights", default="", help="of an open_clip name: a tag or a file")
-    parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
-    parser.add_argument("--batch", type=int, default=64, help="pictures or prompts per forward pass (64)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    front.add_work(parser)
     args = parser.parse_args()
-    if args.batch < 1:
-        parser.error(f"--batch {args.batch}: must be at least 1")
+    front.require_at_least(parser, args, 1, "batch")
     return args
 
 

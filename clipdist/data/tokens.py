@@ -1,4 +1,4 @@
-"""Captions in, token ids out: CLIP's byte-pair encoding, or the tokenizer that belongs to a Hugging Face text tower."""
+"""Tokenize captions by CLIP's byte-pair encoding, or by the tokenizer of a Hugging Face text tower."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from tokenizers.models import BPE
 
 from clipdist.errors import UserError
-from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
 
+BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
 _MARKS = ("<start_of_text>", "<end_of_text>")
 _PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]
@@ -41,8 +41,20 @@ class Tokenizer(Protocol):
         """Hex digest that changes whenever the same text might get other ids."""
 
 
-def make_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """The tokenizer that goes with a model.
+class TokenizerDescription(Protocol):
+    """What a ModelSpec says of its tokenizer."""
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """{"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options"}."""
+
+    @property
+    def context_length(self) -> int:
+        """Ids per text."""
+
+
+def make_tokenizer(spec: TokenizerDescription) -> Tokenizer:
+    """Build the tokenizer that goes with a model.
 
     Raises:
         UserError: the Hugging Face tokenizer is neither a local folder nor to be had from the hub, or the vocabulary

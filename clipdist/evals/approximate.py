@@ -1,7 +1,7 @@
-"""Very many picture features in, a faiss index that is kept beside them out: answers in milliseconds, nearly exact.
+"""Search millions of image features by a faiss index that is kept beside them: nearly exact, in milliseconds.
 
 The index is an inverted file (IVF): k-means cells, of which a query looks into the nearest. How many is found by asking
-with captions of the pictures themselves until the answers agree with the exact ones; how well they agree on other
+with captions of the images themselves until the answers agree with the exact ones; how well they agree on other
 captions is kept with the index and shown with every answer. faiss is an optional package.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ POINTS_PER_CELL = 39  # that k-means learns from; faiss warns below
 ROUNDS = 10  # of k-means
 ADD = 65_536  # rows that are added at a time
 SEED = 0
+SAMPLES = 256  # captions that an index is tuned and measured with
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class ApproximateIndex:
     facts: IndexFacts
 
     def nearest(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Rows int64 [q, min(k, n)], best first, and cosines fp32; -1 where the cells hold fewer pictures."""
+        """Return rows int64 [q, min(k, n)], best first, and cosines fp32; -1 where the cells hold fewer images."""
         scores, rows = self.index.search(queries.numpy(), min(k, self.facts.pictures))
         return torch.from_numpy(rows), torch.from_numpy(scores)
 
 
 def require_faiss() -> Any:
-    """
+    """Import faiss.
+
     Raises:
-        UserError: faiss is not installed.
+        UserError: it is not installed.
     """
     try:
         import faiss
@@ -78,24 +80,24 @@ def require_faiss() -> Any:
     return faiss
 
 
-def build_index(pictures: Tensor, samples: Tensor, asked: str, progress: bool = True) -> ApproximateIndex:
-    """Learns the cells, adds the pictures, and finds how many cells to look into.
+def build_index(images: Tensor, samples: Tensor, asked: str, progress: bool = True) -> ApproximateIndex:
+    """Train the cells, add the images, and find how many cells to look into.
 
     Args:
-        pictures: unit vectors fp32 [n, D], which may be mapped from a file; the index holds a copy in memory.
+        images: unit vectors fp32 [n, D], which may be mapped from a file; the index holds a copy in memory.
         samples: queries to tune and measure with, unit vectors fp32 [s, D], at least two: every other one tunes.
         asked: what they are, in the plural, for IndexFacts.asked.
     """
     faiss = require_faiss()
-    n, width = pictures.shape
+    n, width = images.shape
     cells = max(1, min(int(2 * math.sqrt(n)), n // POINTS_PER_CELL))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.seed, index.cp.spherical = ROUNDS, SEED, True
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))[: cells * POINTS_PER_CELL]
-    index.train(pictures[drawn.sort().values].numpy())
+    index.train(images[drawn.sort().values].numpy())
     for begin in tqdm(range(0, n, ADD), "index", disable=None if progress else True):
-        index.add(pictures[begin : begin + ADD].numpy())
-    exact, _ = nearest(pictures, samples, max(CUTOFFS))
+        index.add(images[begin : begin + ADD].numpy())
+    exact, _ = nearest(images, samples, max(CUTOFFS))
     tuning, measured = samples[::2], samples[1::2]
     index.nprobe = 1
     while index.nprobe < cells and _recall(index, tuning, exact[::2], 10) < AGREE:
@@ -104,8 +106,44 @@ def build_index(pictures: Tensor, samples: Tensor, asked: str, progress: bool = 
     return ApproximateIndex(index, IndexFacts(n, cells, index.nprobe, recall, f"{len(measured)} {asked}"))
 
 
+def kept_index(
+    path: Path,
+    images: Tensor,
+    captions: Callable[[], Sequence[str]],
+    encode: Callable[[Sequence[str]], Tensor],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> ApproximateIndex:
+    """Return the index that was kept in `path`, or build one, tuned with captions or with images where there are none.
+
+    Args:
+        captions: returns some captions; called where an index is built.
+        encode: captions -> unit vectors.
+        keep: read and write the file.
+    """
+    index = read_index(path, images, tell) if keep else None
+    if index:
+        return index
+    sentences = captions()
+    if len(sentences) > 1:
+        index = build_index(images, encode(sentences), "captions")
+    else:
+        index = build_index(images, spread(images), "pictures of its own")
+    if keep:
+        try:
+            write_index(path, index)
+        except UserError as error:
+            tell(f"not kept for the next search: {error}")
+    return index
+
+
+def spread(rows: Any) -> Any:
+    """Return up to SAMPLES items, evenly spread."""
+    return rows[:: max(1, len(rows) // SAMPLES)][:SAMPLES]
+
+
 def write_index(path: Path, index: ApproximateIndex) -> None:
-    """Writes path and, last, path.json with its facts and size: without that the index is not whole.
+    """Write path and, last, path.json with its facts and size: without that the index is not whole.
 
     Raises:
         UserError: the files cannot be written.
@@ -122,8 +160,8 @@ def write_index(path: Path, index: ApproximateIndex) -> None:
         raise UserError(f"{path}: the index cannot be written ({error}); is there room on the disk?") from None
 
 
-def read_index(path: Path, pictures: Tensor, tell: Callable[[str], None]) -> ApproximateIndex | None:
-    """The kept index over these pictures, or None where there is none; `tell` gets a line where it is of no use."""
+def read_index(path: Path, images: Tensor, tell: Callable[[str], None]) -> ApproximateIndex | None:
+    """Return the kept index over these images, or None; `tell` gets a line where there is one of no use."""
     facts = path.with_name(f"{path.name}.json")
     if not path.exists():
         return None
@@ -132,7 +170,7 @@ def read_index(path: Path, pictures: Tensor, tell: Callable[[str], None]) -> App
         if record.pop("bytes") != path.stat().st_size:
             raise ValueError("not whole")
         index = ApproximateIndex(require_faiss().read_index(str(path)), IndexFacts(**record))
-        if (index.index.ntotal, index.index.d) != tuple(pictures.shape):
+        if (index.index.ntotal, index.index.d) != tuple(images.shape):
             raise ValueError("of other pictures")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         tell(f"{path}: cannot be used ({' '.join(str(error).split())[:100]}): made again")
@@ -141,7 +179,7 @@ def read_index(path: Path, pictures: Tensor, tell: Callable[[str], None]) -> App
 
 
 def _recall(index: Any, queries: Tensor, exact: Tensor, k: int) -> float:
-    """Percent of the exact k best, rows int64 [q, >= k], that the index names among its k best."""
+    """Return the percentage of the exact k best, rows int64 [q, >= k], that the index has among its k best."""
     _, rows = index.search(queries.numpy(), k)
     right = exact[:, :k]
     return 100.0 * (right[:, :, None] == torch.from_numpy(rows)[:, None, :]).any(2).double().mean().item()

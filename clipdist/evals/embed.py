@@ -1,10 +1,9 @@
-"""Pictures and captions of a catalog in, features of both in catalog order out; alone, or one slice per rank."""
+"""Embed the images and captions of a catalog, in catalog order; each rank computes a slice."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +17,21 @@ from clipdist.data.decode import BadSample, eval_image
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError
+from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.models.dual_encoder import DualEncoder
 
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
 Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
-AHEAD = 3  # batches that are decoded while the model is busy
 IN_FLIGHT = 2  # batches whose features may still be under way on the device, so that it never waits for the next
 
 
 @dataclass
 class Embeddings:
-    """Features as the projections give them (not normalised), on the CPU, n pictures and m captions."""
+    """Features as the projections give them (not normalised), on the CPU, n images and m captions."""
 
     image: Tensor  # fp32 [n, D]
     text: Tensor  # fp32 [m, D]
-    text_image: Tensor  # int64 [m]: the row of the caption's picture
+    text_image: Tensor  # int64 [m]: the row of the caption's image
     captions: list[str]  # m
     keys: list[str]  # n
     sample_ids: Tensor  # int64 [n], of the catalog
@@ -40,7 +39,7 @@ class Embeddings:
 
 
 def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
-    """The encode function of a DualEncoder that is not inside an engine; moves it to `device`, in eval mode."""
+    """Return the encode function of a DualEncoder outside an engine; moves it to `device`, in evaluation mode."""
     model = model.to(device).eval()
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -52,7 +51,7 @@ def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
 
 
 def _moved(inputs: Tensor, device: str | torch.device) -> Tensor:
-    """On the device; a copy from pinned memory to a GPU goes on beside the batch before."""
+    """Move a batch to the device; a copy from pinned memory overlaps with the batch before."""
     if torch.device(device).type == "cpu":
         return inputs
     return inputs.pin_memory().to(device, non_blocking=True)
@@ -73,10 +72,10 @@ def embed_catalog(
     samples: Sequence[int] | None = None,
     most_captions: int | None = None,
 ) -> Embeddings:
-    """Embeds this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
+    """Embed this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
-    `encode` always gets `batch` rows (the last ones padded with zeros), first pictures, then captions, and is called
-    the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose picture
+    `encode` always gets `batch` rows (the last ones padded with zeros), first images, then captions, and is called
+    the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose image
     cannot be decoded, or that lacks captions where they are asked for, is left out and named in `bad`.
 
     Args:
@@ -84,10 +83,10 @@ def embed_catalog(
         image_size: side of the square that the model takes, pixels.
         threads: decoding threads.
         progress: a progress bar on rank 0, where stderr is a terminal.
-        texts: False embeds pictures alone; `text` and `captions` are then empty.
+        texts: False embeds images alone; `text` and `captions` are then empty.
         data: the cache for remote shards, and the pixel limit; None: as by default.
         samples: which samples, each once, in which order; None: all of the catalog.
-        most_captions: a picture's first ones; None: all.
+        most_captions: an image's first ones; None: all.
     """
     data = data or config.Data()
     wanted = range(len(catalog)) if samples is None else samples
@@ -95,15 +94,20 @@ def embed_catalog(
     mine = slices[rank]
     hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
     reader = open_reader(catalog, data)
+
+    def load(sample_id: int) -> Tensor:
+        return eval_image(reader.image(sample_id), image_size, data.max_pixels)
+
     try:
         captions, text_calls = _plan_captions(reader, slices, rank, batch, most_captions) if texts else ({}, 0)
         image_calls = _ceil(max(map(len, slices)), batch)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
-        pictures = _decoded(reader, mine, image_size, batch, image_calls, threads, bad, data.max_pixels)
-        image = encode_images(encode, tqdm(pictures, "pictures", image_calls, disable=hide))
+        decoded = decode_ahead(load, mine, image_size, batch, image_calls, threads, bad)
+        image = encode_images(encode, (images for images, _ in tqdm(decoded, "pictures", image_calls, disable=hide)))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
-        tokens = _tokenised([caption for _, caption in flat], tokenizer, batch, text_calls)
-        text = _forward_all(encode, tqdm(tokens, "captions", text_calls, disable=hide), image=False)
+        encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], batch, text_calls)
+        parts = list(tqdm(encoded, "captions", text_calls, disable=hide))
+        text = torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
         keys = {sample_id: reader.key(sample_id) for sample_id in mine}
     finally:
         reader.close()
@@ -111,12 +115,32 @@ def embed_catalog(
 
 
 def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:
-    """uint8 [b, 3, S, S] batches of any sizes -> fp32 [sum of b, D] on the CPU."""
-    return _forward_all(encode, batches, image=True)
+    """Encode uint8 [b, 3, S, S] batches of any sizes: fp32 [sum of b, D] on the CPU.
+
+    Raises:
+        UserError: no batches.
+    """
+    parts = list(forward_batches(lambda images: encode(images, None)[0], batches))
+    if not parts:
+        raise UserError("nothing to embed: no pictures")
+    return torch.cat(parts)
+
+
+def encode_texts(
+    encode: Encode, tokenizer: Callable[[list[str]], Tensor], texts: Sequence[str], batch: int, calls: int
+) -> Iterator[Tensor]:
+    """Yield the features of the sentences, fp32 [<= batch, D] on the CPU, in exactly `calls` forward passes.
+
+    Rows that pad a batch repeat the tokens of an empty sentence; their features are cut off.
+    """
+    parts = [list(texts[call * batch : (call + 1) * batch]) for call in range(calls)]
+    tokens = (tokenizer(part + [""] * (batch - len(part))) for part in parts)
+    for part, features in zip(parts, forward_batches(lambda ids: encode(None, ids)[1], tokens)):
+        yield features[: len(part)]
 
 
 def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup | None = None) -> Embeddings:
-    """All ranks' slices as one, in rank order, on every rank. Collective; strings travel as JSON, never pickled."""
+    """Return all ranks' slices as one, in rank order, on every rank. Collective; strings go as JSON, not pickled."""
     if rank_and_world(process_group)[1] == 1:
         return embeddings
     image, text, text_image, sample_ids = (
@@ -132,7 +156,7 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         keys += part_keys
         for reason, names in part_bad.items():
             bad[reason] = bad.get(reason, []) + names
-    firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its pictures from 0
+    firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its images from 0
     return Embeddings(
         image=torch.cat(image),
         text=torch.cat(text),
@@ -147,7 +171,7 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
 def _without_bad(
     image: Tensor, text: Tensor, flat: list[tuple[int, str]], keys: dict[int, str], bad: dict[int, str]
 ) -> Embeddings:
-    """Drops bad samples from `image` (a row per sample of `keys`) and `text` (a row per caption of `flat`)."""
+    """Drop bad samples from `image` (a row per sample of `keys`) and `text` (a row per caption of `flat`)."""
     kept = [row for row, sample_id in enumerate(keys) if sample_id not in bad]
     ids = [sample_id for sample_id in keys if sample_id not in bad]
     row_of = {sample_id: row for row, sample_id in enumerate(ids)}
@@ -169,7 +193,7 @@ def _without_bad(
 def _plan_captions(
     reader: Reader, slices: Sequence[Sequence[int]], rank: int, batch: int, most: int | None
 ) -> tuple[dict[int, list[str]], int]:
-    """This rank's captions by sample, and the number of text batches of the rank that has most.
+    """Return this rank's captions by sample, and the number of text batches of the rank that has most.
 
     Every rank reads all captions: it costs microseconds a sample, and no communication.
     """
@@ -188,71 +212,17 @@ def _plan_captions(
     return mine, _ceil(max(counts), batch)
 
 
-def _decoded(
-    reader: Reader,
-    sample_ids: Sequence[int],
-    size: int,
-    batch: int,
-    calls: int,
-    threads: int,
-    bad: dict[int, str],
-    max_pixels: int,
-) -> Iterator[Tensor]:
-    """Exactly `calls` batches uint8 [batch, 3, size, size], decoded and put together by threads ahead of their use.
-
-    A sample that cannot be decoded keeps its row as zeros, so that the number of batches never depends on damage; its
-    reason goes into `bad`.
-    """
-
-    def load(sample_id: int, row: Tensor) -> str | None:
-        try:
-            row.copy_(eval_image(reader.image(sample_id), size, max_pixels))
-        except BadSample as error:
-            return error.reason
-        return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-
-        def begin(call: int) -> tuple[Tensor, list[tuple[int, Future[str | None]]]]:
-            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-            part = sample_ids[call * batch : (call + 1) * batch]
-            return pixels, [(sample_id, pool.submit(load, sample_id, row)) for sample_id, row in zip(part, pixels)]
-
-        waiting = deque(map(begin, range(min(AHEAD, calls))))
-        for call in range(calls):
-            pixels, loading = waiting.popleft()
-            if call + AHEAD < calls:
-                waiting.append(begin(call + AHEAD))
-            for sample_id, future in loading:
-                if (reason := future.result()) is not None:
-                    bad[sample_id] = reason
-            yield pixels
-
-
-def _tokenised(
-    captions: list[str], tokenizer: Callable[[list[str]], Tensor], batch: int, calls: int
-) -> Iterator[Tensor]:
-    """Exactly `calls` batches int64 [batch, L]; rows that pad a batch repeat the tokens of an empty sentence."""
-    for call in range(calls):
-        part = captions[call * batch : (call + 1) * batch]
-        yield tokenizer(part + [""] * (batch - len(part)))
-
-
 @torch.no_grad()
-def _forward_all(encode: Encode, batches: Iterable[Tensor], image: bool) -> Tensor:
-    parts: list[Tensor] = []
+def forward_batches(tower: Callable[[Tensor], Tensor | None], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield every batch's features, fp32 on the CPU, while the device works on the next ones."""
     under_way: deque[Tensor] = deque()
     for inputs in batches:
-        image_features, text_features = encode(inputs, None) if image else encode(None, inputs)
-        features = image_features if image else text_features
+        features = tower(inputs)
         assert features is not None  # what was given is encoded
         under_way.append(features.float())
         if len(under_way) > IN_FLIGHT:
-            parts.append(under_way.popleft().cpu())
-    parts += [features.cpu() for features in under_way]
-    if not parts and image:
-        raise UserError("nothing to embed: no pictures")
-    return torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
+            yield under_way.popleft().cpu()
+    yield from (features.cpu() for features in under_way)
 
 
 def _ceil(count: int, batch: int) -> int:

@@ -1,12 +1,11 @@
-"""Labelled pictures in; frozen features of them out, of every picture on every rank, and kept in a file."""
+"""Compute frozen features of labelled images, on every rank, and keep them in a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,32 +13,32 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipdist.data.decode import BadSample, eval_pixels
+from clipdist.data.decode import eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
-from clipdist.evals.embed import AHEAD, Encode, encode_images
+from clipdist.evals.decode_ahead import decode_ahead
+from clipdist.evals.embed import Encode, encode_images
+from clipdist.evals.store import load_tensors, save_tensors
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
-from clipdist.storage import replacing
 
+FORMAT = "clipdist features 1"
 Kind = Literal["projected", "tower"]
-PIXEL_SIDE = 32  # of the pictures whose raw pixels are the baseline
+PIXEL_SIDE = 32  # of the images whose raw pixels are the baseline
 RANDOM_SEED = 0  # of the baseline's weights
 
 
 @dataclass(frozen=True)
 class SplitFeatures:
-    """The pictures of a split that could be decoded, in its order; equal on all ranks."""
+    """The images of a split that could be decoded, in its order; equal on all ranks."""
 
     image: Tensor  # fp32 [n, D], as the projection gives them, on the CPU
     labels: Tensor  # int64 [n]
-    left_out: int  # pictures that could not be decoded
+    left_out: int  # images that could not be decoded
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ class Features:
 
 
 def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -> Encode:
-    """Pictures to features, with every weight frozen: "projected" of unit length, "tower" as the tower gives them.
+    """Return a frozen model's encode function: "projected" gives unit length, "tower" what precedes the projection.
 
     Raises:
         UserError: "tower" of a tower without a projection that is known.
     """
     model = model.to(device).eval().requires_grad_(False)
     if kind == "tower":
-        _projection(model.visual)  # an unknown tower is heard of before pictures are decoded
+        _projection(model.visual)  # an unknown tower is heard of before images are decoded
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert image is not None  # the probe has no sentences
@@ -68,7 +67,7 @@ def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -
 
 
 def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
-    """uint8 [b, 3, S, S] -> [b, D], or [b, width] before the projection; see frozen_encoder."""
+    """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
     with without_projection(model.visual):
@@ -77,7 +76,7 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
 
 @contextmanager
 def without_projection(tower: nn.Module) -> Iterator[None]:
-    """Takes an image tower's projection out while the block runs; the tower is then as it was.
+    """Take an image tower's projection out while the block runs; the tower is then as it was.
 
     Of CLIP's ResNets this leaves what attention pools, before the pooling's own projection.
 
@@ -94,7 +93,7 @@ def without_projection(tower: nn.Module) -> Iterator[None]:
 
 
 def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
-    """(module, attribute, what to put there instead) of an image tower's projection."""
+    """Return (module, attribute, what to put there instead) of an image tower's projection."""
     if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
         return tower, "proj", None
     pool: Any = getattr(tower, "attnpool", None)
@@ -116,13 +115,13 @@ def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
 
 
 def pixel_encoder(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The baseline's features: the pixels themselves, uint8 [b, 3, h, w] -> fp32 [b, 3 * h * w] in [0, 1]."""
+    """Return the baseline's features, the pixels themselves: uint8 [b, 3, h, w] -> fp32 [b, 3 * h * w] in [0, 1]."""
     assert image is not None
     return image.flatten(1).float() / 255, None
 
 
 def random_twin(model: DualEncoder) -> DualEncoder:
-    """The same architecture with weights freshly drawn, always the same ones."""
+    """Return the same architecture with weights freshly drawn, always the same ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         return assemble(model.spec, tower_weights=False).eval()
@@ -138,21 +137,21 @@ def embed_split(
     world: int = 1,
     progress: bool = True,
 ) -> SplitFeatures:
-    """Features of all pictures on every rank; each rank computes one contiguous slice, in full batches. Collective.
+    """Return the features of all images on every rank; each computes a contiguous slice, in full batches. Collective.
 
     Args:
         image_size: side of the square that the model takes, pixels.
         threads: decoding threads.
 
     Raises:
-        UserError: not one picture can be decoded.
+        UserError: not one image can be decoded.
     """
     mine, calls = share_of(len(split), batch, rank, world)
     if not calls:
         raise UserError("no pictures to classify")
-    bad: set[int] = set()
-    pictures = read_pictures(split, mine, image_size, batch, calls, threads, bad)
-    bar = tqdm(pictures, "pictures", calls, disable=None if progress and rank == 0 else True)
+    bad: dict[int, str] = {}
+    images = decode_split(split, mine, image_size, batch, calls, threads, bad)
+    bar = tqdm(images, "pictures", calls, disable=None if progress and rank == 0 else True)
     features = encode_images(encode, bar)[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
     every[mine.start : mine.stop] = features
@@ -175,15 +174,15 @@ def embed_set(
     progress: bool = True,
     cache: Path | None = None,
 ) -> Features:
-    """Features of both splits, from the cache where it has them. Collective: every rank computes a slice of each.
+    """Return the features of both splits, from the cache where it has them. Collective: each rank computes a slice.
 
     Args:
-        size: side of the pictures that `encode` takes, pixels.
+        size: side of the images that `encode` takes, pixels.
         cache: the file that keeps them (features_path); None: none. Rank 0 reads it and writes it; where it is found,
             the other ranks get no features.
 
     Raises:
-        UserError: the set has no training pictures, or none of a split can be decoded.
+        UserError: the set has no training images, or none of a split can be decoded.
     """
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
@@ -195,15 +194,15 @@ def embed_set(
         embed_split(encode, split, size, batch, threads, rank, world, progress) for split in (data.train, data.test)
     )
     if cache and rank == 0:
-        with suppress(OSError):  # a full disk or a run that may not be written to: they are computed again next time
+        with suppress(UserError):  # a full disk or a run that may not be written to: they are computed again next time
             save_features(cache, Features(train, test))
     return Features(train, test)
 
 
 def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kind) -> Path | None:
-    """The cache's file of a model's features of a set; None where the set's pictures have no digest.
+    """Return the cache's file of a model's features of a set; None where the set's images have no digest.
 
-    Its name is made of all weights, of how pictures are normalised, of the pictures, and of the kind of features.
+    Its name is made of all weights, of how images are normalised, of the images, and of the kind of features.
     """
     splits = [split for split in (data.train, data.test) if split is not None]
     if not all(split.digest for split in splits):
@@ -215,70 +214,46 @@ def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kin
 
 
 def save_features(path: Path, features: Features) -> None:
-    """Writes one file, which is there whole or not at all.
+    """Keep both splits' features in one file.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: it cannot be written.
     """
     parts = {"train": features.train, "test": features.test}
-    tensors = {f"{name}.image": part.image.contiguous() for name, part in parts.items()}
-    tensors |= {f"{name}.labels": part.labels.contiguous() for name, part in parts.items()}
-    head = {f"{name}.left_out": str(part.left_out) for name, part in parts.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, shared=True) as partial:
-            save_file(tensors, str(partial), head)
-    except SafetensorError as error:  # how safetensors tells of a full disk
-        raise OSError(str(error)) from None
+    tensors = {f"{name}.image": part.image for name, part in parts.items()}
+    tensors |= {f"{name}.labels": part.labels for name, part in parts.items()}
+    save_tensors(path, FORMAT, tensors, {"left_out": {name: part.left_out for name, part in parts.items()}})
 
 
 def load_features(path: Path) -> Features | None:
-    """What save_features wrote; None where there is no such file, or a damaged one."""
+    """Return what save_features wrote; None where there is no such file. A file of no use costs a line on stderr."""
+    if not path.exists():
+        return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            head = file.metadata() or {}
-            train, test = (
-                SplitFeatures(
-                    file.get_tensor(f"{name}.image"), file.get_tensor(f"{name}.labels"), int(head[f"{name}.left_out"])
-                )
-                for name in ("train", "test")
-            )
-    except (OSError, SafetensorError, KeyError, ValueError):
+        tensors, head = load_tensors(path, FORMAT)
+        train, test = (
+            SplitFeatures(tensors[f"{name}.image"], tensors[f"{name}.labels"], int(head["left_out"][name]))
+            for name in ("train", "test")
+        )
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        reason = error if isinstance(error, UserError) else f"{path}: damaged"
+        print(f"{reason}: made again", file=sys.stderr)
         return None
     return Features(train, test)
 
 
-def read_pictures(
-    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: set[int]
+def decode_split(
+    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: dict[int, str]
 ) -> Iterator[Tensor]:
-    """Exactly `calls` batches uint8 [batch, 3, size, size] of these rows, decoded by threads ahead of their use.
+    """Yield exactly `calls` batches uint8 [batch, 3, size, size] of these rows; see decode_ahead."""
 
-    What cannot be decoded goes into `bad` and is zeros, as is what fills a batch up.
-    """
+    def load(row: int) -> Tensor:
+        return eval_pixels(split.read(row), size)
 
-    def load(row: int) -> Tensor | None:
-        try:
-            return eval_pixels(split.read(row), size)
-        except BadSample:
-            return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[Tensor | None]] = deque()
-        upcoming = iter(rows)
-        for call in range(calls):
-            while len(waiting) < AHEAD * batch and (following := next(upcoming, None)) is not None:
-                waiting.append(pool.submit(load, following))
-            pixels = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
-            for place, row in enumerate(rows[call * batch : (call + 1) * batch]):
-                picture = waiting.popleft().result()
-                if picture is None:
-                    bad.add(row)
-                else:
-                    pixels[place] = picture
-            yield pixels
+    return (images for images, _ in decode_ahead(load, rows, size, batch, calls, threads, bad))
 
 
 def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
-    """This rank's rows, and how many batches the rank with most of them needs."""
+    """Return this rank's rows, and how many batches the rank with most of them needs."""
     mine = range(count * rank // world, count * (rank + 1) // world)
     return mine, -(-count // (world * batch))

@@ -1,18 +1,16 @@
-"""A trained image tower and a few labelled pictures in, the accuracy of tower and linear layer trained together out.
+"""Fine-tune a trained image tower and a linear layer together on a few labelled images, and measure the accuracy.
 
 The semi-supervised protocol of SimCLR (Chen et al. 2020, appendix B.5): Nesterov momentum SGD without any
-regularisation, learning rate 0.05 per 256 pictures of a batch, random crops and flips alone, 60 epochs on 1 % of the
+regularisation, learning rate 0.05 per 256 images of a batch, random crops and flips alone, 60 epochs on 1 % of the
 labels and 30 on more. Here the rate falls along a cosine, and the layer sees features standardised with what mean and
 deviation they had before: the same rate then suits towers of any scale. Crops keep a quarter of the area at least,
-where SimCLR's go down to 8 %: pictures of 32 pixels have no more to spare.
+where SimCLR's go down to 8 %: images of 32 pixels have no more to spare.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipdist.data.augment import UNIFORMS, random_crop
-from clipdist.data.decode import BadSample, resize
+from clipdist.data.decode import resize
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
-from clipdist.evals.embed import AHEAD
+from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.features import Kind, embed_split, image_features
 from clipdist.evals.probe import Probe, statistics
 from clipdist.models.dual_encoder import DualEncoder
@@ -37,7 +35,7 @@ MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class Schedule:
+class FinetuneSchedule:
     """How long and how fast: `lr` is the first step's, of the tower and the layer alike."""
 
     epochs: int
@@ -45,9 +43,9 @@ class Schedule:
     lr: float
 
 
-def simclr_schedule(percent: float, batch: int, epochs: int | None = None) -> Schedule:
-    """SimCLR's for a share of the labels in percent; `epochs` overrules its number."""
-    return Schedule(epochs or (60 if percent <= 1 else 30), batch, LR_PER_256 * batch / 256)
+def simclr_schedule(percent: float, batch: int, epochs: int | None = None) -> FinetuneSchedule:
+    """Return SimCLR's schedule for a share of the labels in percent; `epochs` overrules its number."""
+    return FinetuneSchedule(epochs or (60 if percent <= 1 else 30), batch, LR_PER_256 * batch / 256)
 
 
 def finetune(
@@ -55,23 +53,23 @@ def finetune(
     data: LabelledSet,
     rows: Sequence[int] | np.ndarray,
     frozen: Tensor,
-    schedule: Schedule,
+    schedule: FinetuneSchedule,
     kind: Kind = "projected",
     seed: int = 0,
     device: str | torch.device = "cpu",
     threads: int = 2,
     progress: bool = True,
 ) -> Probe:
-    """Trains a copy of the image tower with a linear layer on some training pictures, and asks it about the test set.
+    """Train a copy of the image tower with a linear layer on some training images, and classify the test set.
 
     Args:
         model: stays as it is.
-        rows: which training pictures.
-        frozen: the untrained tower's features of about these pictures, fp32 [n, D]: their mean and deviation.
+        rows: which training images.
+        frozen: the untrained tower's features of about these images, fp32 [n, D]: their mean and deviation.
         kind: the layer stands after the projection, or in place of it ("tower").
 
     Raises:
-        UserError: fewer than two pictures can be decoded.
+        UserError: fewer than two images can be decoded.
         Fault: training has diverged.
     """
     assert data.train is not None  # its rows are named
@@ -119,7 +117,7 @@ def _train(
     network: _Classifier,
     split: Split,
     rows: Sequence[int] | np.ndarray,
-    schedule: Schedule,
+    schedule: FinetuneSchedule,
     seed: int,
     device: str | torch.device,
     threads: int,
@@ -132,12 +130,20 @@ def _train(
     optimiser = torch.optim.SGD(trained, lr=schedule.lr, momentum=MOMENTUM, nesterov=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     network.train()
-    pictures = _augmented(split, _plan(rows, batch, schedule.epochs, seed), batch, network, seed, threads)
+    size, bad = network.model.spec.image_size, dict[tuple[int, int], str]()
+
+    def load(drawn: tuple[int, int]) -> Tensor:
+        uniforms = np.random.default_rng((seed, *drawn)).random(UNIFORMS + 1)
+        return _cropped(split.read(drawn[1]), size, uniforms)
+
+    decoded = decode_ahead(load, _draws(rows, batch, schedule.epochs, seed), size, batch, steps, threads, bad)
     done = 0
-    for pixels, labels in tqdm(pictures, "fine-tuning", steps, disable=None if progress else True):
-        if len(labels) > 1:  # of one picture BatchNorm has no variance
+    for images, drawn in tqdm(decoded, "fine-tuning", steps, disable=None if progress else True):
+        good = [row for row, which in enumerate(drawn) if which not in bad]
+        if len(good) > 1:  # of one image BatchNorm has no variance
+            labels = torch.from_numpy(split.labels[[drawn[row][1] for row in good]])
             optimiser.zero_grad()
-            F.cross_entropy(network(pixels.to(device)), labels.to(device)).backward()
+            F.cross_entropy(network(images[good].to(device)), labels.to(device)).backward()
             optimiser.step()
             falling.step()
             done += 1
@@ -145,42 +151,16 @@ def _train(
         raise UserError(f"fine-tuning needs at least 2 pictures that can be decoded, of {len(rows)}")
 
 
-def _plan(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, int]]:
-    """(epoch, row) of every picture in the order of training."""
+def _draws(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int) -> Iterator[tuple[int, int]]:
+    """Yield (epoch, row) of every image in the order of training."""
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(np.asarray(rows))
         for row in order[: len(order) // batch * batch]:
             yield epoch, int(row)
 
 
-def _augmented(
-    split: Split, plan: Iterator[tuple[int, int]], batch: int, network: _Classifier, seed: int, threads: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """uint8 [<= batch, 3, S, S] and labels int64: what cannot be decoded is left out. Decoded ahead, by threads."""
-    size = network.model.spec.image_size
-
-    def load(epoch: int, row: int) -> tuple[Tensor, int] | None:
-        try:
-            uniforms = np.random.default_rng((seed, epoch, row)).random(UNIFORMS + 1)
-            return _cropped(split.read(row), size, uniforms), int(split.labels[row])
-        except BadSample:
-            return None
-
-    with ThreadPoolExecutor(threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[Future[tuple[Tensor, int] | None]] = deque()
-        while True:
-            while len(waiting) < AHEAD * batch and (following := next(plan, None)) is not None:
-                waiting.append(pool.submit(load, *following))
-            if not waiting:
-                return
-            loaded = [waiting.popleft().result() for _ in range(min(batch, len(waiting)))]
-            good = [both for both in loaded if both is not None]
-            pixels = torch.stack([picture for picture, _ in good]) if good else torch.zeros(0, 3, size, size)
-            yield pixels, torch.tensor([label for _, label in good], dtype=torch.int64)
-
-
 def _cropped(pixels: np.ndarray, size: int, uniforms: np.ndarray) -> Tensor:
-    """A random crop, resized, perhaps mirrored: uint8 [h, w, 3] -> uint8 [3, size, size]."""
+    """Crop at random, resize and perhaps mirror: uint8 [h, w, 3] -> uint8 [3, size, size]."""
     top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], uniforms.tolist(), CROP_SCALE_MIN)
     image = resize(pixels[top : top + height, left : left + width], size, size)
     return image.flip(2) if uniforms[UNIFORMS] < FLIP else image

@@ -1,4 +1,4 @@
-"""Frozen features and labels in, the accuracy of one linear layer out: multinomial logistic regression, or SGD.
+"""Probe frozen features by one linear layer: multinomial logistic regression, or SGD.
 
 The protocol follows Radford et al. 2021 (CLIP), appendix A.3: full-batch L-BFGS, the L2 penalty chosen on a part held
 out of the training set (here by its loss), then a fit on all of it; the test set is looked at once. Features are the
@@ -18,11 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from clipdist.datasets.labelled import LabelledSet, Split
+from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import Encode
-from clipdist.evals.features import embed_set
+from clipdist.evals.features import Features, embed_set
+from clipdist.evals.zero_shot import class_accuracy
 from clipdist.models.weights import weights_checksum
 
 Solver = Literal["lbfgs", "sgd"]
@@ -34,9 +36,6 @@ HELD_OUT = 0.2  # share of the training set that chooses the penalty
 MAX_ITERATIONS = 500
 EPOCHS = 50  # of SGD
 SGD_BATCH, MOMENTUM = 256, 0.9
-# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom: half the width of a 95 % interval.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-MOST_SEEDS = len(_T) + 1
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,13 @@ class Probe:
 
     @property
     def per_class(self) -> dict[str, float]:
-        """Class name -> percent of its test pictures that were recognised; classes without any are left out."""
-        right = self.predictions == self.labels
-        return {
-            name: 100.0 * right[self.labels == label].double().mean().item()
-            for label, name in enumerate(self.classes)
-            if (self.labels == label).any()
-        }
+        """Class name -> percent of its test images that were recognised; classes without any are left out."""
+        found = class_accuracy(self.predictions, self.labels, len(self.classes))
+        return {self.classes[label]: accuracy for label, accuracy in found.items()}
 
 
 def require_unchanged(module: nn.Module, before: str) -> None:
-    """Raises Fault where a weight or buffer is not what it was when its checksum was `before`."""
+    """Raise Fault where a weight or buffer is not what it was when its checksum was `before`."""
     if weights_checksum(module) != before:
         raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
@@ -95,9 +90,9 @@ def probe_of(
     threads: int = 2,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
+    """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
 
-    Every rank computes a slice of the features, always `batch` pictures a call and equally often; rank 0 fits the
+    Every rank computes a slice of the features, always `batch` images a call and equally often; rank 0 fits the
     layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
 
     Raises:
@@ -112,6 +107,29 @@ def probe_of(
     return {"accuracy": probe.accuracy, "top5": probe.top5, "l2": probe.l2}
 
 
+def fit_features(
+    features: Features,
+    classes: tuple[str, ...],
+    title: str,
+    device: str | torch.device = "cpu",
+    solver: Solver = "lbfgs",
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    rows: np.ndarray | None = None,
+) -> Probe:
+    """Fit the layer to a set's features under a progress bar; see fit_probe.
+
+    Args:
+        rows: of the training images; None: all.
+    """
+    train, labels = features.train.image, features.train.labels
+    if rows is not None:
+        train, labels = train[rows], labels[rows]
+    train, labels, test = train.to(device), labels.to(device), features.test.image.to(device)
+    with tqdm(total=most_fits(solver), desc=title, disable=None) as bar:
+        return fit_probe(train, labels, test, features.test.labels, classes, bar.update, solver, seed, epochs)
+
+
 def fit_probe(
     train: Tensor,
     train_labels: Tensor,
@@ -123,7 +141,7 @@ def fit_probe(
     seed: int = 0,
     epochs: int = EPOCHS,
 ) -> Probe:
-    """Trains the layer on features fp32 [n, D] and labels int64 [n], and asks it about the test set.
+    """Train the layer on features fp32 [n, D] and labels int64 [n], and classify the test set.
 
     Args:
         on_fit: called after each fit, of which there are at most most_fits(solver).
@@ -131,7 +149,7 @@ def fit_probe(
         seed: of the held-out part, and of SGD's order.
 
     Raises:
-        UserError: features that are not finite, or fewer than two training pictures.
+        UserError: features that are not finite, or fewer than two training images.
     """
     if not torch.isfinite(train).all() or not torch.isfinite(test).all():
         raise UserError("the image features are not finite: the weights have diverged")
@@ -152,14 +170,14 @@ def fit_probe(
 
 
 def most_fits(solver: Solver) -> int:
-    """Fits that fit_probe makes at most."""
+    """Return how many fits fit_probe makes at most."""
     return len(L2_GRID if solver == "lbfgs" else LR_GRID) + 1
 
 
 def _choose_l2(
     features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int = 0
 ) -> float:
-    """The penalty with the lowest cross-entropy on the held-out part, whose size makes accuracies coarse and noisy."""
+    """Return the penalty with the lowest cross-entropy on the held-out part, too small for exact accuracies."""
     kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
     layer = _zero_layer(features, classes)
     losses: list[float] = []
@@ -176,7 +194,7 @@ def _choose_l2(
 def _choose_lr(
     features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int, epochs: int
 ) -> float:
-    """The learning rate with the lowest cross-entropy on the held-out part."""
+    """Return the learning rate with the lowest cross-entropy on the held-out part."""
     kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
     losses: list[float] = []
     for lr in LR_GRID:
@@ -188,7 +206,7 @@ def _choose_lr(
 
 
 def _hold_out(features: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised features and labels of the kept part, then of the held-out part."""
+    """Return standardised features and labels of the kept part, then of the held-out part."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     count = max(1, round(HELD_OUT * len(order)))
     held, kept = order[:count].to(features.device), order[count:].to(features.device)
@@ -214,7 +232,7 @@ def _loss(layer: nn.Linear, features: Tensor, labels: Tensor) -> float:
 
 
 def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
-    """Minimises mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
+    """Minimise mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
     optimiser = torch.optim.LBFGS(
         layer.parameters(),
         max_iter=MAX_ITERATIONS,
@@ -235,7 +253,7 @@ def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Li
 
 
 def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: int, epochs: int) -> nn.Linear:
-    """`epochs` over the features in random order, the learning rate falling from `lr` to 0 along a cosine."""
+    """Train `epochs` in random order, the learning rate falling from `lr` to 0 along a cosine."""
     layer = _zero_layer(features, classes)
     steps = epochs * -(-len(features) // SGD_BATCH)
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM)
@@ -251,60 +269,6 @@ def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: in
 
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per column; a constant column gets 1, so that it becomes 0."""
+    """Return mean and deviation per column; a constant column gets 1, so that it becomes 0."""
     scale, mean = torch.std_mean(features, dim=0, correction=0)
     return mean, torch.where(scale > 1e-7, scale, torch.ones_like(scale))
-
-
-# Label fractions
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The mean over seeds and its 95 % interval by Student's t; the interval is None of a single seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of 1 to MOST_SEEDS results of equal standing."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Interval(mean, None, None, 1)
-    half = _T[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half, len(values))
-
-
-def label_fraction(labels: np.ndarray | Tensor, percent: float, seed: int, classes: Sequence[str]) -> np.ndarray:
-    """Rows of a stratified share of a set, int64, ascending: every class gives `percent` of its pictures, rounded.
-
-    Raises:
-        UserError: a share outside (0, 100], or one that leaves a class without pictures.
-    """
-    if not 0 < percent <= 100:
-        raise UserError(f"--fractions {percent:g}: give percent above 0, at most 100")
-    numbers = np.asarray(labels)
-    random = np.random.default_rng(seed)
-    chosen = []
-    for label, name in enumerate(classes):
-        rows = np.flatnonzero(numbers == label)
-        count = int(len(rows) * percent / 100 + 0.5)
-        if len(rows) and not count:
-            raise UserError(
-                f"--fractions {percent:g}: leaves class {name} without pictures (it has {len(rows)});"
-                f" give at least {100 / len(rows) / 2:.3g}"
-            )
-        chosen.append(random.permutation(rows)[:count])
-    return np.sort(np.concatenate(chosen))
-
-
-def require_classes(split: Split, classes: Sequence[str]) -> None:
-    """Raises UserError where a class has no training pictures: it could only be guessed wrong."""
-    counts = np.bincount(split.labels, minlength=len(classes))
-    empty = [name for name, count in zip(classes, counts) if not count]
-    if empty:
-        more = f" ({len(empty)} such)" if len(empty) > 1 else ""
-        raise UserError(f"class {empty[0]} has no training pictures{more}; leave it out, or add some")

@@ -1,4 +1,4 @@
-"""What the user calls his classes and templates in, class names and prompt templates out. No model, no pictures."""
+"""Find class names and prompt templates, and write the prompts. No model, no images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMED_TEMPLATES = ("cifar10", "imagenet", "simple")
 
 
 def find_templates(wanted: str) -> tuple[str, ...]:
-    """The prompt templates, each with one or more slots "{}", that `wanted` means.
+    """Return the prompt templates, each with one or more slots "{}", that `wanted` means.
 
     Args:
         wanted: "cifar10" (the 18 of the CLIP paper), "imagenet" (its 80, as open_clip ships them), "simple" (the 7 of
@@ -53,7 +53,7 @@ def find_templates(wanted: str) -> tuple[str, ...]:
 
 
 def find_classes(wanted: str, own: Sequence[str]) -> tuple[str, ...]:
-    """The names that stand for the classes in prompts, in the order of the labels.
+    """Return the names that stand for the classes in prompts, in the order of the labels.
 
     Args:
         wanted: "" for the data's own names (with spaces for underscores), "imagenet" for the names that open_clip
@@ -87,7 +87,7 @@ def find_classes(wanted: str, own: Sequence[str]) -> tuple[str, ...]:
 
 
 def write_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every class in every template, class by class: len(classes) * len(templates) sentences.
+    """Return every class in every template, class by class: len(classes) * len(templates) sentences.
 
     Raises:
         UserError: there are no classes, or no templates.
@@ -98,7 +98,7 @@ def write_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]
 
 
 def _lines(path: Path, what: str) -> tuple[str, ...]:
-    """The lines of a text file that are not blank."""
+    """Return the lines of a text file that are not blank."""
     try:
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
-"""A published retrieval protocol and the user's copy of its split file in; which samples, in which order and folds out.
+"""Select the samples and folds of a published retrieval protocol by the user's copy of its split file.
 
-The protocols of the literature since Karpathy and Fei-Fei (2015): 1000 test pictures of Flickr8k and of Flickr30k,
-5000 of COCO, each with its first five captions; COCO 1K is the mean over five folds of 1000 pictures, taken in the
-order of the split file. Pictures are found by file name, as shards keep it in their .json, or by key.
+The protocols of the literature since Karpathy and Fei-Fei (2015): 1000 test images of Flickr8k and of Flickr30k,
+5000 of COCO, each with its first five captions; COCO 1K is the mean over five folds of 1000 images, taken in the
+order of the split file. Images are found by file name, as shards keep it in their .json, or by key.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings
 
-CAPTIONS = 5  # of a picture, its first ones
+CAPTIONS = 5  # of an image, its first ones
 MOST_SPLIT_BYTES = 1 << 30  # dataset_coco.json has 0.15e9
 
 
 @dataclass(frozen=True)
-class Protocol:
+class RetrievalProtocol:
     """What is published: `pictures` of the test split of `dataset`, in `folds` of equal size."""
 
     name: str
     dataset: str
-    pictures: int
+    images: int
     folds: int
     files: str  # the split files that name them
 
@@ -41,10 +41,12 @@ _KARPATHY = "Karpathy's dataset_{}.json"
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("flickr8k-1k", "flickr8k", 1000, 1, f"{_KARPATHY.format('flickr8k')} or Flickr_8k.testImages.txt"),
-        Protocol("flickr30k-1k", "flickr30k", 1000, 1, _KARPATHY.format("flickr30k")),
-        Protocol("coco-5k", "coco", 5000, 1, _KARPATHY.format("coco")),
-        Protocol("coco-1k-folds", "coco", 5000, 5, _KARPATHY.format("coco")),
+        RetrievalProtocol(
+            "flickr8k-1k", "flickr8k", 1000, 1, f"{_KARPATHY.format('flickr8k')} or Flickr_8k.testImages.txt"
+        ),
+        RetrievalProtocol("flickr30k-1k", "flickr30k", 1000, 1, _KARPATHY.format("flickr30k")),
+        RetrievalProtocol("coco-5k", "coco", 5000, 1, _KARPATHY.format("coco")),
+        RetrievalProtocol("coco-1k-folds", "coco", 5000, 5, _KARPATHY.format("coco")),
     )
 }
 
@@ -64,14 +66,14 @@ class Selection:
     missing: list[str]
 
 
-def read_test_names(path: Path, protocol: Protocol) -> list[str]:
-    """The file names of the test pictures, in the file's order.
+def read_test_names(path: Path, protocol: RetrievalProtocol) -> list[str]:
+    """Return the file names of the test images, in the file's order.
 
     Args:
-        path: Karpathy's JSON (the pictures of split "test"), or a text file with a name a line.
+        path: Karpathy's JSON (the images of split "test"), or a text file with a name a line.
 
     Raises:
-        UserError: no such file, or neither of these, or not as many pictures as the protocol has.
+        UserError: no such file, or neither of these, or not as many images as the protocol has.
     """
     try:
         if path.stat().st_size > MOST_SPLIT_BYTES:
@@ -80,16 +82,16 @@ def read_test_names(path: Path, protocol: Protocol) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--split-file {path}: cannot be read ({error}); expected {protocol.files}") from None
     names = _karpathy_names(text, path) if text.lstrip().startswith("{") else text.split()
-    if len(names) != protocol.pictures or len(set(names)) != len(names):
+    if len(names) != protocol.images or len(set(names)) != len(names):
         raise UserError(
-            f"--split-file {path}: {len(set(names))} different test pictures; {protocol.name} has {protocol.pictures}"
+            f"--split-file {path}: {len(set(names))} different test pictures; {protocol.name} has {protocol.images}"
             f" (expected {protocol.files})"
         )
     return names
 
 
 def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
-    """Finds the samples whose "filename" or key is among the names.
+    """Find the samples whose "filename" or key is among the names.
 
     Raises:
         UserError: two samples have the same name.
@@ -119,39 +121,39 @@ def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
     return Selection([found[position] for position in positions], positions, missing)
 
 
-def require_whole(protocol: Protocol, missing: Sequence[str], where: str) -> None:
-    """Raises UserError where pictures are missing: numbers over fewer candidates are not the published ones."""
+def require_whole(protocol: RetrievalProtocol, missing: Sequence[str], where: str) -> None:
+    """Raise UserError where images are missing: numbers over fewer candidates are not the published ones."""
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
         raise UserError(
-            f"{where}: {len(missing)} of the {protocol.pictures} pictures of {protocol.name} are missing or unusable"
+            f"{where}: {len(missing)} of the {protocol.images} pictures of {protocol.name} are missing or unusable"
             f" ({shown}); --allow-missing evaluates the others"
         )
 
 
 def folds_of(
-    embeddings: Embeddings, positions: Sequence[int], protocol: Protocol
+    embeddings: Embeddings, positions: Sequence[int], protocol: RetrievalProtocol
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Image features, text features and text_image of each fold.
+    """Return image features, text features and text_image of each fold.
 
     Args:
-        positions: the place in the split file of each picture of `embeddings`.
+        positions: the place in the split file of each image of `embeddings`.
 
     Raises:
-        UserError: a fold has no picture at all, or the positions do not belong to the embeddings.
+        UserError: a fold has no image at all, or the positions do not belong to the embeddings.
     """
-    if len(positions) != len(embeddings.image) or any(not 0 <= place < protocol.pictures for place in positions):
+    if len(positions) != len(embeddings.image) or any(not 0 <= place < protocol.images for place in positions):
         raise UserError(f"{protocol.name}: the embeddings do not say which of its pictures they are; save them again")
-    size = protocol.pictures // protocol.folds
-    fold_of_picture = torch.tensor(positions, dtype=torch.int64) // size
+    size = protocol.images // protocol.folds
+    fold_of_image = torch.tensor(positions, dtype=torch.int64) // size
     folds = []
     for fold in range(protocol.folds):
-        pictures = fold_of_picture == fold
-        if not pictures.any():
+        images = fold_of_image == fold
+        if not images.any():
             raise UserError(f"{protocol.name}: no picture of fold {fold + 1} of {protocol.folds} is there")
-        row = pictures.cumsum(0) - 1
-        captions = pictures[embeddings.text_image]
-        folds.append((embeddings.image[pictures], embeddings.text[captions], row[embeddings.text_image[captions]]))
+        row = images.cumsum(0) - 1
+        captions = images[embeddings.text_image]
+        folds.append((embeddings.image[images], embeddings.text[captions], row[embeddings.text_image[captions]]))
     return folds
 
 

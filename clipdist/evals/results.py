@@ -1,4 +1,4 @@
-"""What a tool found out about a run in, RUN/results/TOOL.json out and back: the report shows what is there."""
+"""Keep what a tool found out about a run in RUN/results/TOOL.json, where the report reads it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FOLDER = "results"  # of a run folder
 
 
 def keep_result(run_dir: Path | None, tool: str, record: dict[str, Any]) -> None:
-    """Writes the object that a tool ends in with --json as RUN/results/TOOL.json, in place of an older one.
+    """Write the object that a tool ends in with --json as RUN/results/TOOL.json, in place of an older one.
 
-    Pictures that belong to it go to RUN/results/TOOL*.png. A folder that cannot be written, such as another person's
+    Images that belong to it go to RUN/results/TOOL*.png. A folder that cannot be written, such as another person's
     run, costs a line on stderr and not the result, which the tool shows as well.
 
     Args:
@@ -39,7 +39,7 @@ def keep_result(run_dir: Path | None, tool: str, record: dict[str, Any]) -> None
 
 
 def read_results(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The objects that tools left in RUN/results, by tool in alphabetical order; none where there is no such folder.
+    """Return the objects that tools left in RUN/results, by tool in alphabetical order; none without such a folder.
 
     Raises:
         UserError: a file that is not one JSON object.
@@ -57,7 +57,7 @@ def read_results(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
+    """Replace nan and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):

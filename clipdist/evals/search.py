@@ -1,6 +1,6 @@
-"""Sentences or pictures as queries and picture features in, the most similar pictures out; the features are kept.
+"""Find the images most similar to sentences or images, by features that are kept.
 
-The features of a set of pictures are computed once for a model and kept in RUN/embeddings/KEY.safetensors, scaled to
+The features of a set of images are computed once for a model and kept in RUN/embeddings/KEY.safetensors, scaled to
 unit length, so that a search is one product. KEY names the weights and the shards: another checkpoint or other shards
 have another file, and an old one can be deleted at any time.
 """
@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +20,36 @@ from torch import Tensor
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels, eval_image
 from clipdist.data.reader import IMAGE_KINDS, Reader
+from clipdist.distributed.collectives import gather_json
 from clipdist.errors import UserError
-from clipdist.evals.embed import Embeddings, Encode
+from clipdist.evals.embed import (
+    Embeddings,
+    Encode,
+    embed_catalog,
+    encode_images,
+    encode_texts,
+    gather_embeddings,
+)
+from clipdist.evals.prompts import SLOT
 from clipdist.evals.sheet import first_caption
 from clipdist.evals.store import load_embeddings, save_embeddings
 from clipdist.models.load import LoadedModel
 
-SLOT = "{}"  # where a prompt takes the sentence
-TILE_PICTURES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores
+TILE_IMAGES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores
 LAYOUT = "unit length 1"  # of a kept file; another number makes all of them anew
 
 
 @dataclass(frozen=True)
 class Query:
-    """A sentence, or a picture: then `text` is its file and `picture` the file's bytes, which can be decoded."""
+    """A sentence, or an image: then `text` is its file and `image` the file's bytes, which can be decoded."""
 
     text: str
-    picture: bytes | None = None
+    image: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found.
+    """An image that was found.
 
     Attributes:
         score: cosine with the query.
@@ -59,10 +68,10 @@ class Hit:
 
 
 def read_query(words: str) -> Query:
-    """A sentence as it stands; words that end like a picture's file (.jpg, .png ...) are that file.
+    """Read a query: a sentence as it stands, or the file of words that end like an image's (.jpg, .png ...).
 
     Raises:
-        UserError: no words, no such file, or one that is no picture.
+        UserError: no words, no such file, or one that is no image.
     """
     if not words.strip():
         raise UserError("the sentence is empty; ask in words, or name a picture's file")
@@ -80,10 +89,10 @@ def read_query(words: str) -> Query:
 
 
 def read_queries(path: Path) -> list[Query]:
-    """The queries of a file, one a line; empty lines are left out, a picture's file is named as from here.
+    """Read the queries of a file, one a line; empty lines are left out, an image's file is named as from here.
 
     Raises:
-        UserError: the file cannot be read as UTF-8, holds no query, or one of them is no picture.
+        UserError: the file cannot be read as UTF-8, holds no query, or one of them is no image.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -109,7 +118,7 @@ def encode_queries(
     prompts: Sequence[str] = (SLOT,),
     batch: int = 64,
 ) -> Tensor:
-    """Unit vectors fp32 [q, D]: of a sentence, the direction of its prompts' mean; of a picture, its own.
+    """Return unit vectors fp32 [q, D]: of a sentence, the direction of its prompts' mean; of an image, its own.
 
     Args:
         prompts: sentences with the slot {}; each prompt's feature is scaled to unit length before the mean is taken
@@ -118,19 +127,23 @@ def encode_queries(
     Raises:
         UserError: features that are not finite.
     """
-    sentences = [query.text for query in queries if query.picture is None]
-    filled = [prompt.replace(SLOT, sentence) for sentence in sentences for prompt in prompts]
-    texts = _forward(lambda part: encode(None, tokenizer(part))[1], filled, batch)
-    pictures = [query.picture for query in queries if query.picture is not None]
-    images = _forward(lambda part: encode(_pixels(part, image_size), None)[0], pictures, batch)
-    of_sentences = iter(texts.unflatten(0, (-1, len(prompts))).mean(1) if sentences else texts)
-    of_pictures = iter(images)
-    rows = [next(of_sentences if query.picture is None else of_pictures) for query in queries]
-    return unit(torch.stack(rows))
+    sentences = [query.text for query in queries if query.image is None]
+    given = [query.image for query in queries if query.image is not None]
+    texts, images = torch.zeros(0, 0), torch.zeros(0, 0)
+    if sentences:
+        filled = [prompt.replace(SLOT, sentence) for sentence in sentences for prompt in prompts]
+        rows = min(batch, len(filled))
+        parts = encode_texts(encode, tokenizer, filled, rows, -(-len(filled) // rows))
+        texts = unit(torch.cat(list(parts))).unflatten(0, (-1, len(prompts))).mean(1)
+    if given:
+        starts = range(0, len(given), batch)
+        images = unit(encode_images(encode, (_pixels(given[start : start + batch], image_size) for start in starts)))
+    of_sentences, of_images = iter(texts), iter(images)
+    return unit(torch.stack([next(of_sentences if query.image is None else of_images) for query in queries]))
 
 
 def unit(features: Tensor) -> Tensor:
-    """Rows scaled to unit length, fp32.
+    """Return the rows scaled to unit length, fp32.
 
     Raises:
         UserError: features that are not finite.
@@ -140,29 +153,29 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1)
 
 
-def nearest(pictures: Tensor, queries: Tensor, k: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """Exact search: rows int64 [q, min(k, n)] with the highest cosines, best first, and the cosines, fp32.
+def nearest(images: Tensor, queries: Tensor, k: int, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
+    """Search exactly: return rows int64 [q, min(k, n)] of the highest cosines, best first, and the cosines, fp32.
 
-    Memory beyond the results is one tile, so that `pictures` may be mapped from a file larger than memory. Of pictures
+    Memory beyond the results is one tile, so that `images` may be mapped from a file larger than memory. Of images
     that score alike the first in the catalog comes first.
 
     Args:
-        pictures, queries: unit vectors fp32 [n, D] and [q, D].
+        images, queries: unit vectors fp32 [n, D] and [q, D].
         device: where the products are taken.
     """
-    found = [_nearest(pictures, part.to(device), k) for part in queries.split(TILE_QUERIES)]
+    found = [_nearest(images, part.to(device), k) for part in queries.split(TILE_QUERIES)]
     return torch.cat([rows for rows, _ in found]), torch.cat([scores for _, scores in found])
 
 
 def cache_file(loaded: LoadedModel, catalog: Catalog) -> Path:
-    """Where the features are kept: beside the run, or in the home folder for a model that has none."""
+    """Return where the features are kept: beside the run, or in the home folder for a model that has none."""
     folder = (loaded.run_dir or Path.home() / ".cache" / "clipdist") / "embeddings"
     names = "\n".join(_facts(loaded, catalog).values())
     return folder / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.safetensors"
 
 
 def read_cache(path: Path, loaded: LoadedModel, catalog: Catalog, tell: Callable[[str], None]) -> Embeddings | None:
-    """The kept features, or None where there are none; `tell` gets a line where there is a file of no use."""
+    """Return the kept features, or None where there are none; `tell` gets a line where there is a file of no use."""
     if not path.exists():
         return None
     try:
@@ -179,26 +192,48 @@ def read_cache(path: Path, loaded: LoadedModel, catalog: Catalog, tell: Callable
 def write_cache(
     path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: Embeddings, tell: Callable[[str], None]
 ) -> None:
-    """Keeps features of unit length; where they cannot be written, `tell` gets a line and the search goes on."""
+    """Keep features of unit length; where they cannot be written, `tell` gets a line and the search goes on."""
     try:
         save_embeddings(path, embeddings, _facts(loaded, catalog))
     except UserError as error:
         tell(f"not kept for the next search: {error}")
 
 
-def with_unit_features(embeddings: Embeddings) -> Embeddings:
-    """The same with picture features of unit length, which is what is kept.
+def image_embeddings(
+    loaded: LoadedModel,
+    encode: Encode,
+    catalog: Catalog,
+    share: dict[str, Any],
+    keep: bool,
+    tell: Callable[[str], None],
+) -> tuple[Embeddings | None, bool]:
+    """Return the images' features, of unit length, on rank 0, and whether they were kept from an earlier search.
+
+    Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share. Collective.
+
+    Args:
+        share: rank, world, batch and threads, as embed_catalog takes them.
+        keep: read the file that keeps them, or write it.
 
     Raises:
-        UserError: features that are not finite, or no picture.
+        UserError: no image can be decoded, or features that are not finite.
     """
+    path, asked = cache_file(loaded, catalog), keep and share["rank"] == 0
+    kept = read_cache(path, loaded, catalog, tell) if asked else None
+    if gather_json(kept is not None)[0]:
+        return kept, True
+    size = loaded.model.spec.image_size
+    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, texts=False, **share))
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
-    return replace(embeddings, image=unit(embeddings.image))
+    embeddings = replace(embeddings, image=unit(embeddings.image))
+    if asked:
+        write_cache(path, loaded, catalog, embeddings, tell)
+    return embeddings, False
 
 
 def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[float]) -> list[Hit]:
-    """What the shards say of the pictures that were found, best first."""
+    """Return what the shards say of the images that were found, best first."""
     return [
         Hit(
             rank=rank,
@@ -216,7 +251,7 @@ def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[fl
 def _filename(reader: Reader, sample_id: int) -> str:
     try:
         return str(reader.metadata(sample_id).get("filename", ""))
-    except BadSample:  # its picture is good all the same
+    except BadSample:  # its image is good all the same
         return ""
 
 
@@ -224,29 +259,18 @@ def _facts(loaded: LoadedModel, catalog: Catalog) -> dict[str, str]:
     return {"model": loaded.fingerprint, "pictures": catalog.fingerprint(), "features": LAYOUT}
 
 
-@torch.no_grad()
-def _forward(tower: Callable[[list], Tensor | None], inputs: list, batch: int) -> Tensor:
-    """Unit vectors fp32 [n, D] on the CPU; [0, 0] of nothing."""
-    parts = []
-    for begin in range(0, len(inputs), batch):
-        features = tower(inputs[begin : begin + batch])
-        assert features is not None  # what was given is encoded
-        parts.append(unit(features.float().cpu()))
-    return torch.cat(parts) if parts else torch.zeros(0, 0)
-
-
-def _pixels(pictures: list[bytes], size: int) -> Tensor:
+def _pixels(images: list[bytes], size: int) -> Tensor:
     try:
-        return torch.stack([eval_image(data, size) for data in pictures])
+        return torch.stack([eval_image(data, size) for data in images])
     except BadSample as error:  # a long strip: it can be decoded, but not enlarged
         raise UserError(f"a picture among the queries: {error.reason}") from None
 
 
-def _nearest(pictures: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _nearest(images: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows = torch.zeros(len(queries), 0, dtype=torch.int64)
     scores = torch.zeros(len(queries), 0)
-    for begin in range(0, len(pictures), TILE_PICTURES):
-        tile = pictures[begin : begin + TILE_PICTURES].to(queries.device)
+    for begin in range(0, len(images), TILE_IMAGES):
+        tile = images[begin : begin + TILE_IMAGES].to(queries.device)
         top = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
         rows = torch.cat([rows, top.indices.cpu() + begin], 1)
         scores = torch.cat([scores, top.values.cpu()], 1)

@@ -1,14 +1,15 @@
-"""Embeddings in, one .safetensors file out, and back: features that are computed once and asked often, without pickle.
+"""Keep features in one .safetensors file, without pickle: what is computed once and asked often.
 
-The strings travel as tensors too (JSON in UTF-8 bytes), since a safetensors file's head must stay below 100 MB, which a
-million captions pass; the head holds what is small: the format, the samples that were left out, and the facts.
+The head holds the format and small values as JSON. Lists of strings are tensors too (JSON in UTF-8 bytes), since a
+safetensors file's head must stay below 100 MB, which a million captions exceed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,72 +23,81 @@ from clipdist.storage import replacing
 FORMAT = "clipdist embeddings 1"
 
 
-def save_embeddings(path: Path, embeddings: Embeddings, facts: dict[str, str]) -> None:
-    """Writes one file, which is there whole or not at all; a file of that name is replaced.
+def save_tensors(path: Path, form: str, tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:
+    """Write one file atomically, in place of an older one; its folder is made where it is missing.
 
     Args:
-        path: its folder is made where it is missing.
-        facts: what a reader must know to use the features: of which model, which shards ...
+        form: name and version of the content, which the reader asks for.
+        head: small JSON values.
 
     Raises:
         UserError: the file cannot be written.
     """
-    tensors = {
-        "image": embeddings.image,
-        "text": embeddings.text,
-        "text_image": embeddings.text_image,
-        "sample_ids": embeddings.sample_ids,
-        "captions": _bytes_of(embeddings.captions),
-        "keys": _bytes_of(embeddings.keys),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    head = {"format": FORMAT, "bad": json.dumps(embeddings.bad), "facts": json.dumps(facts)}
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, durable=True, shared=True) as partial:
-            save_file(tensors, str(partial), head)
+            texts = {name: json.dumps(value) for name, value in head.items()}
+            save_file(written, str(partial), {"format": form, **texts})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: the embeddings cannot be written ({error}); is there room on the disk?") from None
+        what = form.split()[1]
+        raise UserError(f"{path}: the {what} cannot be written ({error}); is there room on the disk?") from None
 
 
-def load_embeddings(path: Path) -> tuple[Embeddings, dict[str, str]]:
-    """What save_embeddings wrote, and its facts.
+def load_tensors(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors, mapped from the file, and the head that save_tensors wrote.
 
     Raises:
-        UserError: no such file, or not one of save_embeddings, or a damaged one.
+        UserError: no such file, a damaged one, or one of another format.
     """
+    what = form.split()[1]
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file of embeddings")
+        raise UserError(f"{path}: a folder; name a file of {what}")
     try:
         with safe_open(str(path), framework="pt") as file:
             head = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file of embeddings") from None
+        raise UserError(f"{path}: no such file of {what}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole .safetensors file ({error}); save the embeddings again") from None
-    if head.get("format") != FORMAT:
-        raise UserError(f"{path}: not a file of embeddings ({head.get('format', 'no format')}); expected {FORMAT!r}")
+        raise UserError(f"{path}: not a whole .safetensors file ({error}); save the {what} again") from None
+    found = head.pop("format", "no format")
+    if found != form:
+        raise UserError(f"{path}: not a file of {what} ({found}); expected {form!r}")
     try:
-        embeddings = Embeddings(
-            image=tensors["image"],
-            text=tensors["text"],
-            text_image=tensors["text_image"],
-            captions=_strings_of(tensors["captions"]),
-            keys=_strings_of(tensors["keys"]),
-            sample_ids=tensors["sample_ids"],
-            bad=json.loads(head["bad"]),
-        )
-        facts = json.loads(head["facts"])
-    except (KeyError, ValueError) as error:
+        return tensors, {name: json.loads(value) for name, value in head.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: a damaged file of {what} ({error}); save them again") from None
+
+
+def save_embeddings(path: Path, embeddings: Embeddings, facts: dict[str, str]) -> None:
+    """Keep embeddings.
+
+    Args:
+        facts: what a reader must know to use the features: of which model, which shards ...
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tensors = {name: getattr(embeddings, name) for name in ("image", "text", "text_image", "sample_ids")}
+    tensors |= {name: _bytes_of(getattr(embeddings, name)) for name in ("captions", "keys")}
+    save_tensors(path, FORMAT, tensors, {"bad": embeddings.bad, "facts": facts})
+
+
+def load_embeddings(path: Path) -> tuple[Embeddings, dict[str, str]]:
+    """Return what save_embeddings wrote, and its facts.
+
+    Raises:
+        UserError: as load_tensors; parts that disagree.
+    """
+    tensors, head = load_tensors(path, FORMAT)
+    try:
+        parts: dict[str, Any] = {name: json.loads(tensors.pop(name).numpy().tobytes()) for name in ("captions", "keys")}
+        embeddings = Embeddings(**(tensors | parts), bad=head["bad"])
+        facts = head["facts"]
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: a damaged file of embeddings ({error}); save them again") from None
-    _require_consistent(path, embeddings)
-    return embeddings, facts
-
-
-def _require_consistent(path: Path, embeddings: Embeddings) -> None:
-    n, m = len(embeddings.image), len(embeddings.text)
-    rows = embeddings.text_image
+    n, m, rows = len(embeddings.image), len(embeddings.text), embeddings.text_image
     agree = (
         embeddings.image.ndim == embeddings.text.ndim == 2
         and embeddings.image.is_floating_point()
@@ -99,11 +109,8 @@ def _require_consistent(path: Path, embeddings: Embeddings) -> None:
     )
     if not agree:
         raise UserError(f"{path}: a damaged file of embeddings (its parts disagree in size); save them again")
+    return embeddings, facts
 
 
 def _bytes_of(strings: Sequence[str]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(list(strings), ensure_ascii=False).encode()), dtype=torch.uint8)
-
-
-def _strings_of(data: Tensor) -> list[str]:
-    return json.loads(data.numpy().tobytes())

@@ -1,7 +1,7 @@
-"""Class names, templates and labelled pictures in; a classifier made of sentences, its accuracy and calibration out.
+"""Classify images by sentences: the zero-shot classifier, its accuracy and calibration.
 
 Radford et al. 2021 (CLIP), sections 3.1.2 and 3.1.4: a class is the mean of the unit-length features of its prompts,
-brought to unit length again; a picture's logits are exp(t) times its cosine with each class.
+brought to unit length again; an image's logits are exp(t) times its cosine with each class.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from tqdm import tqdm
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.distributed.collectives import sum_over_ranks
 from clipdist.errors import UserError
-from clipdist.evals.embed import Encode
+from clipdist.evals.embed import Encode, encode_texts
 from clipdist.evals.features import embed_split, share_of
 from clipdist.evals.prompts import write_prompts
 
 TOP = 5
 BINS = 15  # of the expected calibration error
-ROWS = 8192  # pictures whose logits are held at a time
+ROWS = 8192  # images whose logits are held at a time
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier says of n pictures; k is TOP, or the number of classes where that is less."""
+    """What a classifier says of n images; k is TOP, or the number of classes where that is less."""
 
     best: Tensor  # int64 [n, k], the likeliest classes, likeliest first
     confidence: Tensor  # fp32 [n], the probability of the likeliest
@@ -52,9 +52,9 @@ def zero_shot_of(
     threads: int = 2,
     progress: bool = True,
 ) -> dict[str, float]:
-    """zero_shot_metrics of the set's test pictures under its own class names, on every rank. Collective.
+    """Return zero_shot_metrics of the set's test images under its own class names, on every rank. Collective.
 
-    `encode` is called equally often on every rank, always with `batch` rows, first for sentences, then for pictures.
+    `encode` is called equally often on every rank, always with `batch` rows, first for sentences, then for images.
     """
     names = [name.replace("_", " ") for name in data.classes]
     classifier = zero_shot_classifier(encode, tokenizer, names, templates, batch, rank, world, progress)
@@ -62,7 +62,6 @@ def zero_shot_of(
     return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
 
 
-@torch.no_grad()
 def zero_shot_classifier(
     encode: Encode,
     tokenizer: Callable[[list[str]], Tensor],
@@ -73,7 +72,7 @@ def zero_shot_classifier(
     world: int = 1,
     progress: bool = True,
 ) -> Tensor:
-    """One unit-length row per class, fp32 [c, D], on the CPU and on every rank. Collective.
+    """Return one unit-length row per class, fp32 [c, D], on the CPU and on every rank. Collective.
 
     The ranks share the c * len(templates) prompts, of which only sums by class are kept.
 
@@ -86,17 +85,13 @@ def zero_shot_classifier(
     """
     prompts = write_prompts(classes, templates)
     mine, calls = share_of(len(prompts), batch, rank, world)
-    bar = tqdm(range(calls), "prompts", disable=None if progress and rank == 0 else True)
-    sums = torch.zeros(0)
-    for call in bar:
-        rows = mine[call * batch : (call + 1) * batch]
-        texts = [prompts[row] for row in rows]
-        _, features = encode(None, tokenizer(texts + [""] * (batch - len(texts))))
-        assert features is not None  # texts were given
-        unit = F.normalize(features[: len(texts)].float().cpu(), dim=1)
-        if not call:
+    encoded = encode_texts(encode, tokenizer, prompts[mine.start : mine.stop], batch, calls)
+    sums, row = torch.zeros(0), mine.start
+    for features in tqdm(encoded, "prompts", calls, disable=None if progress and rank == 0 else True):
+        if not len(sums):
             sums = torch.zeros(len(classes), features.shape[1])
-        sums.index_add_(0, torch.tensor([row // len(templates) for row in rows], dtype=torch.int64), unit)
+        sums.index_add_(0, torch.arange(row, row + len(features)) // len(templates), F.normalize(features, dim=1))
+        row += len(features)
     classifier = F.normalize(sum_over_ranks(sums), dim=1)
     if not torch.isfinite(classifier).all():
         raise UserError("the text features are not finite: the weights have diverged")
@@ -106,7 +101,7 @@ def zero_shot_classifier(
 def zero_shot_metrics(
     features: Tensor, labels: Tensor, classifier: Tensor, logit_scale: Tensor | float
 ) -> dict[str, float]:
-    """Accuracy and calibration, in percent.
+    """Return accuracy and calibration, in percent.
 
     Args:
         features: [n, D]; normalised here, in fp32.
@@ -119,11 +114,11 @@ def zero_shot_metrics(
         calibration error; chance; pictures (n) and classes (c).
 
     Raises:
-        UserError: no pictures, a label that is no class, or features that are not finite.
+        UserError: no images, a label that is no class, or features that are not finite.
     """
     answers = classify(features, classifier, logit_scale)
     check_labels(labels, len(classifier))
-    per_class = [value for value in class_accuracy(answers.predictions, labels, len(classifier)) if value is not None]
+    per_class = class_accuracy(answers.predictions, labels, len(classifier)).values()
     right = answers.best == labels[:, None]
     return {
         "top1": 100.0 * right[:, 0].double().mean().item(),
@@ -137,10 +132,10 @@ def zero_shot_metrics(
 
 
 def classify(features: Tensor, classifier: Tensor, logit_scale: Tensor | float) -> Answers:
-    """The likeliest classes and their probability, softmax over exp(t) * cosine. Arguments as zero_shot_metrics.
+    """Return the likeliest classes and their probability, softmax over exp(t) * cosine. Arguments as zero_shot_metrics.
 
     Raises:
-        UserError: no pictures, or features that are not finite.
+        UserError: no images, or features that are not finite.
     """
     if not len(features):
         raise UserError("zero-shot needs at least one picture")
@@ -156,15 +151,15 @@ def classify(features: Tensor, classifier: Tensor, logit_scale: Tensor | float) 
     return Answers(torch.cat(best), torch.cat(confidence))
 
 
-def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> list[float | None]:
-    """Percent of each class' pictures that were recognised; None for a class without pictures."""
-    count = torch.bincount(labels, minlength=classes)
-    right = torch.bincount(labels[predictions == labels], minlength=classes)
-    return [100.0 * r / c if c else None for r, c in zip(right.tolist(), count.tolist())]
+def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> dict[int, float]:
+    """Return, by label, the percentage of a class' images that were recognised; without classes that have no image."""
+    count = torch.bincount(labels, minlength=classes).tolist()
+    right = torch.bincount(labels[predictions == labels], minlength=classes).tolist()
+    return {label: 100.0 * right[label] / count[label] for label in range(classes) if count[label]}
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error in [0, 1] (Guo et al. 2017, equation 3): bins of equal width, open on the left.
+    """Return the expected calibration error in [0, 1] (Guo et al. 2017, equation 3); bins are open on the left.
 
     Args:
         confidence: [n], of the predicted class, in [0, 1].
@@ -172,12 +167,12 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
     """
     which = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1
     gap = confidence.double() - right.double()
-    # |accuracy - confidence| of a bin times its share of all pictures is |sum of gaps in it| / n.
+    # |accuracy - confidence| of a bin times its share of all images is |sum of gaps in it| / n.
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).abs().sum().item() / len(confidence)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises UserError where a label is no class."""
+    """Raise UserError where a label is no class."""
     strangers = labels[(labels < 0) | (labels >= classes)]
     if len(strangers):
         raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {classes - 1}")

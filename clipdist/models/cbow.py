@@ -1,4 +1,4 @@
-"""A bag-of-words text tower: token ids in, one feature vector per text out.
+"""Encode texts by a bag-of-words tower.
 
 The CLIP paper's pseudo-code (figure 3) names it as the alternative to the text Transformer: the mean of the words'
 vectors (CBOW, Mikolov et al. 2013) and one linear projection.
@@ -33,7 +33,7 @@ class CBOW(nn.Module):
         nn.init.normal_(self.proj.weight, std=width**-0.5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [b, L] -> [b, D] in the parameters' dtype; an empty text is represented by its end mark."""
+        """Return the features of int64 [b, L], [b, D] in the parameters' dtype; of an empty text, its end mark's."""
         ended = (tokens == self.end).cumsum(dim=1) > 0
         words = ~ended & (tokens != self.start)
         empty = ~words.any(dim=1, keepdim=True)
@@ -43,21 +43,21 @@ class CBOW(nn.Module):
         return self.proj(mean.to(vectors.dtype))
 
     def lock(self, unlocked_layers: int = 0) -> None:
-        """Freezes the embedding, and the projection too: unlocked_layers=1 lets the projection train, 2 everything."""
+        """Freeze the embedding, and the projection too: unlocked_layers=1 lets the projection train, 2 everything."""
         self.token_embedding.requires_grad_(unlocked_layers >= 2)
         self.proj.requires_grad_(unlocked_layers >= 1)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing to do: there is no activation here that is worth computing twice."""
+        """Do nothing: there is no activation here that is worth computing twice."""
 
 
 class WordIds(Protocol):
     def word_id(self, word: str) -> int | None:
-        """The id of the token that is this whole word, if any."""
+        """Return the id of the token that is this whole word, if any."""
 
 
 def load_word_vectors(tower: CBOW, path: str | Path, words: WordIds) -> int:
-    """Starts the embedding from pre-trained word vectors in word2vec's or GloVe's text format.
+    """Start the embedding from pre-trained word vectors in word2vec's or GloVe's text format.
 
     A byte-pair token that is a whole word takes that word's vector; every other token (pieces, marks, words that the
     file lacks) is drawn anew with the standard deviation of the vectors taken, so that neither kind drowns the other.

@@ -1,7 +1,6 @@
-"""A dual encoder in; out, in three formats: a .safetensors file that open_clip loads, with a model JSON beside it where
-open_clip has no model of that description; a CLIPModel folder of transformers; a torch.export program of each tower.
+"""Export a dual encoder: weights for open_clip, a CLIPModel folder of transformers, or torch.export programs.
 
-Each is loaded again by whom it is for, and its features compared, before it is called done.
+Each is loaded again by the library that it is for, and its features are compared, before it is called done.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
-from clipdist.data.tokens import make_tokenizer, truncated_merges
+from clipdist.data.tokens import BPE_VOCABULARY, make_tokenizer, truncated_merges
 from clipdist.errors import UserError
-from clipdist.models import hugging_face
+from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.spec import BPE_VOCABULARY, ModelSpec
+from clipdist.models.spec import ModelSpec
 from clipdist.storage import replacing
 
 TOLERANCE = 1e-5  # of normalised features
@@ -33,47 +32,38 @@ TOLERANCE = 1e-5  # of normalised features
 Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it is loaded.
+
+    Attributes:
+        files: what was written; of an open_clip export, the weights first.
+        lines: the Python lines that load it.
+        max_difference: largest difference of normalised features between the model and what those lines load.
+        name: for open_clip.create_model_and_transforms; empty for the other formats.
+        config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
+        merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
+        left_out: what of the model a Hugging Face folder does not hold; empty: nothing.
+    """
+
+    files: tuple[Path, ...]
+    lines: tuple[str, ...]
+    max_difference: float
+    name: str = ""
+    config: Path | None = None
+    merges: Path | None = None
+    left_out: str = ""
+
+    @property
+    def file(self) -> Path:
+        return self.files[0]
+
+
 # open_clip
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was written, and how open_clip takes it.
-
-    Attributes:
-        name: for open_clip.create_model_and_transforms.
-        config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
-        merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
-        max_difference: largest difference of normalised features between the model and what open_clip loads.
-    """
-
-    file: Path
-    name: str
-    config: Path | None
-    merges: Path | None
-    spec: ModelSpec
-    max_difference: float
-
-    def lines(self) -> list[str]:
-        """The Python lines that load it."""
-        pixels = ""
-        if self.spec.image_mean != open_clip.OPENAI_DATASET_MEAN or self.spec.image_std != open_clip.OPENAI_DATASET_STD:
-            pixels = f", image_mean={self.spec.image_mean}, image_std={self.spec.image_std}"
-        register = [f'open_clip.add_model_config("{self.config}")'] if self.config else []
-        tokenizer = f'open_clip.get_tokenizer("{self.name}")'
-        if self.merges:
-            tokenizer = f'open_clip.SimpleTokenizer("{self.merges}", context_length={self.spec.context_length})'
-        arguments = f'"{self.name}", pretrained="{self.file}"{pixels}'
-        return [
-            "import open_clip",
-            *register,
-            f"model, _, preprocess = open_clip.create_model_and_transforms({arguments})",
-            f"tokenizer = {tokenizer}",
-        ]
-
-
-def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | None] | None = None) -> Export:
-    """Writes the file and what goes with it, then loads it with open_clip and compares.
+def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | None] | None = None) -> Exported:
+    """Write the file and what goes with it, then loads it with open_clip and compares.
 
     Args:
         model: fp32, on the CPU, in evaluation mode.
@@ -108,13 +98,28 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     if description:
         open_clip.add_model_config(description)
     name = name or out.stem
-    return Export(
-        out, name, description, merges, spec, largest_difference(model, _open_clip_encoder(spec, name, out), str(out))
+    worst = largest_difference(model, _open_clip_encoder(spec, name, out), str(out))
+    files = tuple(path for path in (out, description, merges) if path)
+    return Exported(files, _open_clip_lines(spec, name, out, description, merges), worst, name, description, merges)
+
+
+def _open_clip_lines(spec: ModelSpec, name: str, out: Path, description: Path | None, merges: Path | None) -> tuple:
+    pixels = ""
+    if spec.image_mean != open_clip.OPENAI_DATASET_MEAN or spec.image_std != open_clip.OPENAI_DATASET_STD:
+        pixels = f", image_mean={spec.image_mean}, image_std={spec.image_std}"
+    tokenizer = f'open_clip.get_tokenizer("{name}")'
+    if merges:
+        tokenizer = f'open_clip.SimpleTokenizer("{merges}", context_length={spec.context_length})'
+    return (
+        "import open_clip",
+        *([f'open_clip.add_model_config("{description}")'] if description else []),
+        f'model, _, preprocess = open_clip.create_model_and_transforms("{name}", pretrained="{out}"{pixels})',
+        f"tokenizer = {tokenizer}",
     )
 
 
 def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
-    """The name under which open_clip builds exactly this model: the same, or the one of its QuickGELU variant."""
+    """Return the name under which open_clip builds exactly this model: its own, or its QuickGELU variant's."""
     for name in (spec.name, f"{spec.name}-quickgelu"):
         known = open_clip.get_model_config(name)
         if known is None:
@@ -132,7 +137,7 @@ def _open_clip_description(spec: ModelSpec, biased: bool) -> dict:
 
 
 def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
-    """open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
+    """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
     tensors: dict[str, torch.Tensor] = {}
     for name, value in _tensors(model).items():
         tensors[name.removeprefix("text.") if model.spec.clip_class else name] = value
@@ -156,30 +161,8 @@ def _open_clip_encoder(spec: ModelSpec, name: str, out: Path) -> Encoder:
 # Hugging Face
 
 
-@dataclass(frozen=True)
-class FolderExport:
-    """A folder that transformers loads.
-
-    Attributes:
-        max_difference: largest difference of normalised features between the model and what transformers loads.
-        left_out: what of the model the folder does not hold; empty: nothing.
-    """
-
-    folder: Path
-    max_difference: float
-    left_out: str
-
-    def lines(self) -> list[str]:
-        """The Python lines that load it."""
-        return [
-            "from transformers import CLIPModel, CLIPProcessor",
-            f'model = CLIPModel.from_pretrained("{self.folder}")',
-            f'processor = CLIPProcessor.from_pretrained("{self.folder}")',
-        ]
-
-
-def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
-    """Writes a CLIPModel folder: config.json, model.safetensors, the tokenizer's files and preprocessor_config.json.
+def export_hugging_face(model: DualEncoder, out: Path) -> Exported:
+    """Write a CLIPModel folder: config.json, model.safetensors, the tokenizer's files and preprocessor_config.json.
 
     It is written under another name, loaded with transformers, compared, and renamed last.
 
@@ -192,7 +175,7 @@ def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
         RuntimeError: features or token ids differ.
     """
     spec = model.spec
-    if reason := hugging_face.inexpressible(spec):
+    if reason := clip_model.inexpressible(spec):
         raise UserError(
             f"{spec.name}: has {reason}, for which Hugging Face's CLIPModel has no place; take --format open_clip or"
             " torch_export"
@@ -208,16 +191,21 @@ def export_hugging_face(model: DualEncoder, out: Path) -> FolderExport:
             _check_tokenizer(spec, temporary)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    return FolderExport(out, worst, "" if model.logit_bias is None else "logit_bias")
+    lines = (
+        "from transformers import CLIPModel, CLIPProcessor",
+        f'model = CLIPModel.from_pretrained("{out}")',
+        f'processor = CLIPProcessor.from_pretrained("{out}")',
+    )
+    return Exported((out,), lines, worst, left_out="" if model.logit_bias is None else "logit_bias")
 
 
 def _write_folder(model: DualEncoder, folder: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor
 
     spec = model.spec
-    CLIPConfig(**hugging_face.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
+    CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
     _save(hugging_face.to_theirs(_tensors(model)), folder / "model.safetensors", {"format": "pt"})
-    hugging_face.make_tokenizer(spec).save_pretrained(folder)
+    clip_model.clip_tokenizer(spec).save_pretrained(folder)
     side = spec.image_size
     CLIPImageProcessor(
         size={"shortest_edge": side},
@@ -241,7 +229,7 @@ def _hugging_face_encoder(spec: ModelSpec, folder: Path) -> Encoder:
 
 
 def _check_tokenizer(spec: ModelSpec, folder: Path) -> None:
-    """Compares the ids of sentences up to the end mark; what pads after it is never looked at."""
+    """Compare the ids of sentences up to the end mark; what pads after it is never looked at."""
     from transformers import AutoTokenizer
 
     sentences = ["A dog's 2 puppies run!", "two snow-boarders jump over a red car", "naïve café"]
@@ -252,29 +240,6 @@ def _check_tokenizer(spec: ModelSpec, folder: Path) -> None:
 
 
 # torch.export
-
-
-@dataclass(frozen=True)
-class ProgramsExport:
-    """Two programs of torch.export, each with one tower's weights.
-
-    Attributes:
-        image: uint8 [b, 3, S, S], pixels as decoded (0 to 255), -> fp32 [b, D]; it normalises the pixels itself.
-        text: int64 [b, L], token ids, -> fp32 [b, D].
-        max_difference: largest difference of normalised features between the model and the programs.
-    """
-
-    image: Path
-    text: Path
-    max_difference: float
-
-    def lines(self) -> list[str]:
-        """The Python lines that load them."""
-        return [
-            "import torch",
-            f'encode_image = torch.export.load("{self.image}").module()  # uint8 [b, 3, S, S], 0 to 255',
-            f'encode_text = torch.export.load("{self.text}").module()  # int64 [b, L]',
-        ]
 
 
 class _ImageTower(nn.Module):
@@ -288,8 +253,11 @@ class _ImageTower(nn.Module):
         return self.encoder.encode_image(image)
 
 
-def export_programs(model: DualEncoder, out: Path) -> ProgramsExport:
-    """Writes OUT.image.pt2 and OUT.text.pt2; features are as the projections give them, the batch is of any size.
+def export_programs(model: DualEncoder, out: Path) -> Exported:
+    """Write OUT.image.pt2 and OUT.text.pt2, each with one tower's weights; the batch is of any size.
+
+    The image program takes pixels as decoded, uint8 [b, 3, S, S], and normalises them itself; the text program takes
+    token ids, int64 [b, L]. Both return features as the projections give them, fp32 [b, D].
 
     Args:
         model: fp32, on the CPU, in evaluation mode; any towers that torch.export can trace.
@@ -314,7 +282,13 @@ def export_programs(model: DualEncoder, out: Path) -> ProgramsExport:
                 os.replace(file, target)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    return ProgramsExport(targets[0], targets[1], worst)
+    image, text = targets
+    lines = (
+        "import torch",
+        f'encode_image = torch.export.load("{image}").module()  # uint8 [b, 3, S, S], 0 to 255',
+        f'encode_text = torch.export.load("{text}").module()  # int64 [b, L]',
+    )
+    return Exported((image, text), lines, worst)
 
 
 @torch.no_grad()
@@ -344,7 +318,7 @@ def _programs_encoder(files: list[Path]) -> Encoder:
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """save_file, which lets nobody but the owner read the file, with the permissions that the user's umask gives."""
+    """Save with the permissions of the user's umask: save_file alone lets nobody but the owner read the file."""
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata=metadata)
@@ -352,7 +326,7 @@ def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]
 
 
 def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two random pictures, uint8 [2, 3, S, S], and two random texts, int64 [2, L]."""
+    """Return two random images, uint8 [2, 3, S, S], and two random texts, int64 [2, L]."""
     spec = model.spec
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), generator=generator, dtype=torch.uint8)
@@ -367,7 +341,7 @@ def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def largest_difference(model: DualEncoder, encode: Encoder, where: str) -> float:
-    """Largest difference of the normalised features of two random pictures and texts.
+    """Return the largest difference of the normalised features of two random images and texts.
 
     Raises:
         RuntimeError: more than 1e-5.

@@ -1,13 +1,10 @@
-"""A Hugging Face CLIP folder in, our description and tensors out; and the other way: config.json's content and
-CLIPModel's tensor names out of a description and a state dict of ours. Writes nothing, builds no module.
+"""Read a Hugging Face CLIP folder: its description in open_clip's form, its tensors under our names, and back.
 
-CLIPModel is one architecture: a ViT with a class token, a causal text Transformer, one linear projection on each. What
-open_clip can describe beyond that has no place in it.
+CLIPModel is one architecture: a ViT with a class token, a causal text Transformer, one linear projection on each.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -16,26 +13,28 @@ from typing import Any
 import torch
 
 from clipdist.errors import UserError
-from clipdist.models.spec import BPE_VOCABULARY, ModelSpec, is_hugging_face
 
-_DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
-_ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
+DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
+ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # hidden_act -> ModelSpec.quick_gelu
 
-# Fields of open_clip's sections that CLIPModel's configuration can say, and those without effect in such a tower.
-_SAID = {
-    "vision_cfg": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "pool_type"},
+# Fields of CLIPConfig's sections and of open_clip's that say the same.
+FIELDS = {
+    "vision": {
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+    },
+    "text": {
+        "max_position_embeddings": "context_length",
+        "vocab_size": "vocab_size",
+        "hidden_size": "width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+    },
 }
-_WITHOUT_EFFECT = {
-    "vision_cfg": {"output_tokens", "patch_dropout", "attn_pooler_queries", "attn_pooler_heads"},
-    "text_cfg": {"output_tokens", "pad_id", "eos_id", "hf_tokenizer_name"},
-}
-
-# Of a folder's configuration: positions are interpolated; the projections' width is the top level's, and a shape; the
-# marks are the tokenizer's.
-_NOT_COMPARED = ("image_size", "projection_dim", "bos_token_id", "eos_token_id")
 
 # Parts of tensor names, CLIPModel's and ours; each pair is unambiguous in both directions.
 _NAMES = (
@@ -60,52 +59,39 @@ _NAMES = (
 _TRANSPOSED = ("visual.proj", "text.text_projection")  # Linear keeps [out, in], open_clip multiplies by [in, out]
 
 
-# Reading a folder
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder is one as transformers writes it."""
+    return (folder / "config.json").is_file()
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
+    """Return a folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
 
     The tokenizer is CLIP's byte-pair encoding where the folder's vocabulary is exactly that, else the folder's own.
 
     Raises:
         UserError: another architecture, values that our towers cannot have, or no tokenizer.
     """
-    cfg = _read_config(folder)
+    cfg = read_config(folder)
+    described: dict[str, Any] = {"embed_dim": cfg["projection_dim"], "quick_gelu": _quick_gelu(folder, cfg)}
+    for part, fields in FIELDS.items():
+        theirs = cfg[f"{part}_config"]
+        ours = {own: theirs[key] for key, own in fields.items()} | {"mlp_ratio": _mlp_ratio(theirs)}
+        if theirs["layer_norm_eps"] != DEFAULT_EPS:
+            ours["norm_kwargs"] = {"eps": theirs["layer_norm_eps"]}
+        described[f"{part}_cfg"] = ours
     vision, text = cfg["vision_config"], cfg["text_config"]
-    described: dict[str, Any] = {
-        "embed_dim": cfg["projection_dim"],
-        "quick_gelu": _quick_gelu(folder, cfg),
-        "vision_cfg": {
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-            "width": vision["hidden_size"],
-            "layers": vision["num_hidden_layers"],
-            "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            "mlp_ratio": _mlp_ratio(vision),
-        },
-        "text_cfg": {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "width": text["hidden_size"],
-            "layers": text["num_hidden_layers"],
-            "heads": text["num_attention_heads"],
-            "mlp_ratio": _mlp_ratio(text),
-        },
-    }
-    for section, values in (("vision_cfg", vision), ("text_cfg", text)):
-        if values["layer_norm_eps"] != _DEFAULT_EPS:
-            described[section]["norm_kwargs"] = {"eps": values["layer_norm_eps"]}
-    if text["eos_token_id"] not in (_ARGMAX_EOS, _end_mark(text["vocab_size"])):
+    described["vision_cfg"]["head_width"] = vision["hidden_size"] // vision["num_attention_heads"]
+    if text["eos_token_id"] not in (ARGMAX_EOS, end_mark(text["vocab_size"])):
         described["text_cfg"] |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
-    if _read_vocabulary(folder) != _clip_encoding(text["vocab_size"])[0]:
+    if _read_vocabulary(folder) != clip_encoding(text["vocab_size"])[0]:
         described["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
         described["custom_text"] = True
     return described | _pixel_statistics(folder)
 
 
 def weights_facts(folder: Path) -> dict[str, Any]:
-    """What a folder says of its weights: {"quick_gelu", "mean", "std"}.
+    """Return what a folder says of its weights: {"quick_gelu", "mean", "std"}.
 
     Raises:
         UserError: not a folder of Hugging Face's CLIP.
@@ -117,11 +103,11 @@ def weights_facts(folder: Path) -> dict[str, Any]:
         )
     pixels = _pixel_statistics(folder)
     facts: dict[str, Any] = {key.removeprefix("image_"): value for key, value in pixels.items()}
-    return facts | {"quick_gelu": _quick_gelu(folder, _read_config(folder))}
+    return facts | {"quick_gelu": _quick_gelu(folder, read_config(folder))}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's tensors, safetensors before pickled ones.
+    """Return the files that hold a folder's tensors, safetensors before pickled ones.
 
     Raises:
         UserError: there are none, or an index that names others than files of the folder.
@@ -141,27 +127,8 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no weights in it (model.safetensors, or several with model.safetensors.index.json)")
 
 
-def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
-    """Compares what the tensors' shapes do not show as well, such as the number of heads. Picture sizes may differ.
-
-    Raises:
-        UserError: the folder holds another model than `spec` describes.
-    """
-    if reason := inexpressible(spec):
-        raise UserError(f"model.weights={folder}: holds Hugging Face's CLIPModel, but {spec.name} has {reason}")
-    theirs, ours = _read_config(folder), config_of(spec)
-    for section in ("vision_config", "text_config"):
-        for key, value in ours[section].items():
-            if key not in _NOT_COMPARED and theirs[section][key] != value:
-                found = theirs[section][key]
-                raise UserError(
-                    f"model.weights={folder}: does not fit {spec.name}: {section}.{key} is {found}, the model has"
-                    f" {value}; model.name={folder} takes the folder's own description"
-                )
-
-
 def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIPModel's tensors -> ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
+    """Rename CLIPModel's tensors to ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
     renamed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(".position_ids"):  # a buffer 0, 1, 2 ... that early transformers wrote
@@ -177,11 +144,8 @@ def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-# The other way
-
-
 def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our tensors -> CLIPModel's: names, projections as Linear's, queries, keys and values apart, a 0-D log scale."""
+    """Rename our tensors to CLIPModel's: projections as Linear's, queries, keys and values apart, a 0-D log scale."""
     renamed: dict[str, torch.Tensor] = {}
     for ours, value in tensors.items():
         if ours in _TRANSPOSED:
@@ -197,85 +161,11 @@ def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def inexpressible(spec: ModelSpec) -> str:
-    """What of a model CLIPModel has no place for, as the object of "has"; empty where it can hold all of it."""
+def clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
     import open_clip
 
-    vision, text = spec.model["vision_cfg"], spec.model["text_cfg"]
-    if spec.cbow:
-        return "a CBOW text tower"
-    if spec.hf_text:
-        return f"the Hugging Face text tower {spec.hf_text}"
-    if vision.get("timm_model_name"):
-        return f"timm's image tower {vision['timm_model_name']}"
-    if not isinstance(vision.get("layers", 12), int):
-        return "a ResNet image tower"
-    if spec.tokenizer["options"] or spec.tokenizer.get("mode"):
-        return "a tokenizer with options of its own"
-    for section, kind in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
-        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-        for key, value in spec.model[section].items():
-            unused = key in _SAID[section] | _WITHOUT_EFFECT[section] or key.startswith(("timm_", "hf_"))
-            if not unused and value != defaults[key]:
-                return f"{section}.{key}={value!r}"
-        norm = spec.model[section].get("norm_kwargs") or {}
-        if set(norm) - {"eps"}:
-            return f"{section}.norm_kwargs={norm!r}"
-    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
-        return f"text_cfg.pool_type={text['pool_type']!r}"
-    return ""
-
-
-def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """CLIPConfig's arguments for a model that `inexpressible` has nothing against."""
-    import open_clip
-
-    vision = open_clip.CLIPVisionCfg(**spec.model["vision_cfg"])
-    text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
-    both = {"hidden_act": "quick_gelu" if spec.quick_gelu else "gelu", "projection_dim": spec.embed_dim}
-    end = _end_mark(text.vocab_size) if spec.tokenizer["kind"] == "bpe" else _ARGMAX_EOS
-    return {
-        "projection_dim": spec.embed_dim,
-        "vision_config": both
-        | {
-            "image_size": spec.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.width // vision.head_width,
-            "layer_norm_eps": (vision.norm_kwargs or {}).get("eps", _DEFAULT_EPS),
-        },
-        "text_config": both
-        | {
-            "max_position_embeddings": spec.context_length,
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "layer_norm_eps": (text.norm_kwargs or {}).get("eps", _DEFAULT_EPS),
-            "bos_token_id": _end_mark(text.vocab_size) - 1,
-            "eos_token_id": text.eos_id if text.pool_type == "eos" else end,
-        },
-    }
-
-
-def make_tokenizer(spec: ModelSpec) -> Any:
-    """transformers' tokenizer with the ids of the model's own."""
-    from transformers import AutoTokenizer, CLIPTokenizer
-
-    if spec.tokenizer["kind"] == "hf":
-        return AutoTokenizer.from_pretrained(spec.tokenizer["name"])
-    vocabulary, merges = _clip_encoding(spec.tokenizer["vocab_size"])
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=spec.context_length)  # type: ignore[arg-type]
-
-
-def _clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
-    import open_clip
-
-    from clipdist.data.tokens import truncated_merges
+    from clipdist.data.tokens import BPE_VOCABULARY, truncated_merges
 
     if vocab_size < 515:  # too small for the bytes: no such encoding
         return {}, []
@@ -286,12 +176,14 @@ def _clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def _end_mark(vocab_size: int) -> int:
+def end_mark(vocab_size: int) -> int:
+    from clipdist.data.tokens import BPE_VOCABULARY
+
     return min(vocab_size, BPE_VOCABULARY) - 1
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json with all defaults filled in, checked for what any of our towers can be."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json with all defaults filled in, checked for what any of our towers can be."""
     from transformers import CLIPConfig
 
     found = _read_json(folder / "config.json")
@@ -341,7 +233,7 @@ def _mlp_ratio(section: dict[str, Any]) -> float:
 
 
 def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
-    """image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
+    """Read image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
     path = folder / "preprocessor_config.json"
     said = _read_json(path) if path.is_file() else {}
     found: dict[str, tuple[float, ...]] = {}
@@ -356,7 +248,7 @@ def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int]:
-    """Ids by token, of tokenizer.json or vocab.json."""
+    """Read ids by token, of tokenizer.json or vocab.json."""
     if (folder / "tokenizer.json").is_file():
         content = _read_json(folder / "tokenizer.json")
         try:

@@ -1,8 +1,9 @@
-"""A run, a checkpoint, a Hugging Face folder or a model's name in; a model in evaluation mode and its tokenizer out."""
+"""Load a model and its tokenizer from a run, a checkpoint, a Hugging Face folder or a model's name."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,9 @@ from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
-from clipdist.models.spec import ModelSpec, is_hugging_face, resolve_spec
-from clipdist.models.weights import model_fingerprint
+from clipdist.models.hugging_face import is_hugging_face
+from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.weights import weights_checksum
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change whenever the features might: a key for what is computed once and kept."""
-        return self.manifest_sha256[:16] or model_fingerprint(self.model)
+        """Return 16 hex digits that change whenever the features might: a key for what is computed once and kept.
+
+        Without a checkpoint they cover the weights and all of the description but its name: QuickGELU is no weight.
+        """
+        if self.manifest_sha256:
+            return self.manifest_sha256[:16]
+        described = {**self.model.spec.to_dict(), "name": ""}
+        text = weights_checksum(self.model) + json.dumps(described, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_model(
@@ -53,7 +62,7 @@ def load_model(
     allow_random: bool = False,
     step: int | None = None,
 ) -> LoadedModel:
-    """Loads a model, fp32, in evaluation mode.
+    """Load a model, fp32, in evaluation mode.
 
     Args:
         source: a run folder (its newest checkpoint, or the one of `step`), a checkpoint folder, the folder of a
@@ -66,31 +75,33 @@ def load_model(
         UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name.
     """
     folder = Path(source)
-    if folder.is_dir():
-        if weights:
-            kind = "a Hugging Face folder" if is_hugging_face(folder) else "a run"
-            raise UserError(f"{source}: {kind} has weights of its own; leave {weights} out, or name a model instead")
-        if is_hugging_face(folder):
-            return _load_hugging_face(folder, step, device)
+    if folder.is_dir() and weights:
+        kind = "a Hugging Face folder" if is_hugging_face(folder) else "a run"
+        raise UserError(f"{source}: {kind} has weights of its own; leave {weights} out, or name a model instead")
+    if folder.is_dir() and not is_hugging_face(folder):
         return _load_checkpoint(checkpoint_of(folder, step), device)
     if step is not None:
         raise UserError(f"{source}: only a run folder has steps to choose from")
-    if "/" in source and not source.endswith(".json"):
+    if folder.is_dir():
+        cfg = config.Model(name=str(folder), weights=str(folder))
+        label = f"{folder.resolve().name} (Hugging Face)"
+    elif "/" in source and not source.endswith(".json"):
         raise UserError(f"{source}: no such run or checkpoint folder")
-    cfg = config.Model(name=source, weights=weights, trust_weights=trust_weights)
-    try:
-        resolve_spec(cfg)  # a misspelt name is the first thing to hear about
-    except UserError as error:
-        raise UserError(f"{source}: no run or checkpoint folder; taken as a model: {error}") from None
-    if not (weights or allow_random):
-        raise UserError(f"{source}: a model without weights; name an open_clip tag (such as openai) or a file")
+    else:
+        cfg = config.Model(name=source, weights=weights, trust_weights=trust_weights)
+        label = f"{folder.stem if source.endswith('.json') else source} ({weights or 'no weights'})"
+        try:
+            resolve_spec(cfg)  # a misspelt name is the first thing to hear about
+        except UserError as error:
+            raise UserError(f"{source}: no run or checkpoint folder; taken as a model: {error}") from None
+        if not (weights or allow_random):
+            raise UserError(f"{source}: a model without weights; name an open_clip tag (such as openai) or a file")
     model = build_model(cfg)
-    label = f"{Path(source).stem if source.endswith('.json') else source} ({weights or 'no weights'})"
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
 def checkpoint_of(folder: Path, step: int | None = None) -> Path:
-    """The checkpoint folder that a run (or checkpoint) folder and a step name; the newest without a step.
+    """Return the checkpoint folder that a run (or checkpoint) folder and a step name; the newest without a step.
 
     Raises:
         UserError: there is none, or none of that step.
@@ -104,14 +115,6 @@ def checkpoint_of(folder: Path, step: int | None = None) -> Path:
     if step not in steps:
         raise UserError(f"{folder}: no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
     return steps[step]
-
-
-def _load_hugging_face(folder: Path, step: int | None, device: str | torch.device) -> LoadedModel:
-    if step is not None:
-        raise UserError(f"{folder}: only a run folder has steps to choose from")
-    model = build_model(config.Model(name=str(folder), weights=str(folder)))
-    label = f"{folder.resolve().name} (Hugging Face)"
-    return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
 def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:

@@ -1,4 +1,4 @@
-"""What a dual encoder is made of: the model section of the configuration in, a ModelSpec out. No weights, no modules.
+"""Resolve the configuration's model section to a ModelSpec. No weights, no modules.
 
 A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
 form, with two additions:
@@ -21,7 +21,6 @@ from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.errors import UserError
 from clipdist.models.open_clip_files import OPENAI_MEAN, OPENAI_STD, config_fields, model_config, model_names
 
-BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 DEFAULT_CONTEXT = 77
 
 
@@ -75,18 +74,18 @@ class ModelSpec:
 
 
 def resolve_spec(cfg: config.Model) -> ModelSpec:
-    """Finds and checks the model description that the configuration names. Builds nothing, downloads nothing.
+    """Find and check the model description that the configuration names. Builds nothing, downloads nothing.
 
     Raises:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
             does not fit, an unknown weights tag, a missing weights file, or word vectors without a CBOW tower.
     """
+    from clipdist.models.hugging_face import is_hugging_face, read_description
+
     if cfg.name.endswith(".json"):
         path = find_model_json(cfg.name)
         description = _read_json(path)
     elif is_hugging_face(Path(cfg.name)):
-        from clipdist.models.hugging_face import read_description
-
         description = read_description(Path(cfg.name))
     else:
         description = _open_clip_config(cfg.name)
@@ -115,8 +114,9 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
 
 
 def find_model_json(name: str) -> Path:
-    """The file of a model JSON: as named from here, else from the repository's root; in a job, whose code and JSONs are
-    a snapshot, from there first.
+    """Find the file of a model JSON: as named from here, else from the repository's root.
+
+    In a job, whose code and JSONs are a snapshot, the snapshot is looked at first.
 
     Raises:
         UserError: it is in neither place; near names of configs/models are given.
@@ -128,11 +128,6 @@ def find_model_json(name: str) -> Path:
     shipped = sorted(f"configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json"))
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
     raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
-
-
-def is_hugging_face(folder: Path) -> bool:
-    """Whether `folder` is one as transformers writes it."""
-    return (folder / "config.json").is_file()
 
 
 def is_torchscript(path: Path) -> bool:
@@ -202,7 +197,7 @@ def _localise(text: dict[str, Any], folder: Path) -> None:
 
 
 def _check_description(name: str, description: Any) -> None:
-    """Raises UserError unless `description` has the form that the towers are built from."""
+    """Raise UserError unless `description` has the form that the towers are built from."""
     where = f"model.name={name}"
     if not isinstance(description, dict):
         raise UserError(f'{where}: expected a JSON object with "embed_dim", "vision_cfg" and "text_cfg"')
@@ -246,6 +241,8 @@ def _square(name: str, size: Any) -> int:
 
 
 def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
+    from clipdist.data.tokens import BPE_VOCABULARY
+
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if name and not text.get("cbow"):
@@ -258,7 +255,7 @@ def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights_facts(cfg: config.Model) -> dict[str, Any]:
-    """What is known of the weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
+    """Return what is known of weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
     if not cfg.weights:
         return {}
     path = Path(cfg.weights)
@@ -290,7 +287,7 @@ def _weights_facts(cfg: config.Model) -> dict[str, Any]:
 
 
 def _exported_facts(path: Path) -> dict[str, Any]:
-    """What tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
+    """Return what tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
     import safetensors
 
     try:
@@ -307,7 +304,7 @@ def _exported_facts(path: Path) -> dict[str, Any]:
 def _pixel_statistics(
     name: str, description: dict[str, Any], weights: dict[str, Any]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
+    """Return mean and deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
     mean = description.get("image_mean") or weights.get("mean") or OPENAI_MEAN
     std = description.get("image_std") or weights.get("std") or OPENAI_STD
     for key, values in (("image_mean", mean), ("image_std", std)):

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: an open_clip tag, a file or a Hugging Face folder in, a DualEncoder with those weights out.
+"""Load a DualEncoder's weights from an open_clip tag, a file or a Hugging Face folder.
 
 Nothing is ever unpickled freely. OpenAI's .pt files are TorchScript archives, which are programs: they are only run
 when their SHA-256 is one that OpenAI publishes, or when the user says that the file is trusted.
@@ -7,7 +7,6 @@ when their SHA-256 is one that OpenAI publishes, or when the user says that the 
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import warnings
 from pathlib import Path
@@ -16,16 +15,16 @@ import torch
 from torch import nn
 
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.hugging_face import check_same_architecture, to_ours, weight_files
-from clipdist.models.spec import OPENAI_FACTS, is_torchscript
+from clipdist.models.clip_model import check_same_architecture
+from clipdist.models.hugging_face import to_ours, weight_files
+from clipdist.models.spec import OPENAI_FACTS, ModelSpec, is_torchscript
 
 
-def load_weights(model: DualEncoder, weights: str, trust: bool = False) -> None:
-    """Loads both towers and the log scale, in place.
+def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
+    """Load both towers and the log scale, in place.
 
     Args:
-        model: of the same architecture; only a ViT's picture size may differ (its positions are interpolated).
+        model: a DualEncoder of the same architecture; only a ViT's image size may differ (positions are interpolated).
         weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict (open_clip's
             training checkpoints included), or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
             CLIPModel.
@@ -34,21 +33,23 @@ def load_weights(model: DualEncoder, weights: str, trust: bool = False) -> None:
     Raises:
         UserError: no such file or tag, a download that fails, an untrusted archive, or tensors that do not fit.
     """
+    spec = model.spec
+    assert isinstance(spec, ModelSpec)
     path = Path(weights)
     if path.is_dir():
-        check_same_architecture(path, model.spec)
+        check_same_architecture(path, spec)
         found = to_ours({name: value for file in weight_files(path) for name, value in read_state_dict(file).items()})
     else:
-        path = path if path.is_file() else _download(model.spec.name, weights)
+        path = path if path.is_file() else _download(spec.name, weights)
         found = read_state_dict(path, trust)
         _refuse_hugging_face_names(path, found)
     tensors = _to_dual_encoder(found, model)
-    _check_fit(model, tensors, path)
+    _check_fit(model, spec.name, tensors, path)
     model.load_state_dict(tensors)
 
 
 def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
-    """Reads a weights file as it is, on the CPU.
+    """Read a weights file as it is, on the CPU.
 
     Raises:
         UserError: the file cannot be read safely, or holds no state dict.
@@ -69,7 +70,7 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
+    """Return the SHA-256 over the names and bytes of all parameters and buffers, 64 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         digest.update(name.encode())
@@ -77,15 +78,8 @@ def weights_checksum(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(model: DualEncoder) -> str:
-    """16 hex digits over the weights and all of the description but its name: QuickGELU is no weight, yet decides."""
-    described = {**model.spec.to_dict(), "name": ""}
-    text = weights_checksum(model) + json.dumps(described, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def openai_hashes() -> set[str]:
-    """SHA-256 of the files that OpenAI publishes: they stand in the addresses that open_clip knows."""
+    """Return the SHA-256 of the files that OpenAI publishes: they stand in the addresses that open_clip knows."""
     import open_clip
 
     addresses = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models()]
@@ -147,15 +141,16 @@ def _refuse_hugging_face_names(path: Path, tensors: dict[str, torch.Tensor]) -> 
         )
 
 
-def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: DualEncoder) -> dict[str, torch.Tensor]:
-    """open_clip's and OpenAI's names, dtypes and shapes -> ours: visual.*, text.*, logit_scale [1], fp32."""
+def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Convert open_clip's and OpenAI's names, dtypes and shapes to ours: visual.*, text.*, logit_scale [1], fp32."""
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 
     tensors = convert_to_custom_text_state_dict(dict(tensors))
-    if model.logit_bias is None:
+    bias = model.logit_bias
+    if isinstance(bias, torch.Tensor):  # weights trained with InfoNCE have none: it starts as configured
+        tensors["logit_bias"] = tensors.get("logit_bias", bias.detach()).reshape(1)
+    else:
         tensors.pop("logit_bias", None)  # a constant bias cancels in both softmaxes of InfoNCE
-    else:  # weights trained with InfoNCE have none: it starts as configured
-        tensors["logit_bias"] = tensors.get("logit_bias", model.logit_bias.detach()).reshape(1)
     tensors.pop("text.transformer.embeddings.position_ids", None)  # written by transformers before 4.31
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     if "logit_scale" in tensors:
@@ -164,8 +159,8 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: DualEncoder) -> di
     return tensors
 
 
-def _check_fit(model: DualEncoder, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    where = f"model.weights={path}: does not fit {model.spec.name}"
+def _check_fit(model: nn.Module, name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    where = f"model.weights={path}: does not fit {name}"
     own = model.state_dict()
     for name, value in own.items():
         if name not in tensors:

@@ -22,7 +22,7 @@ from clipdist.data.decode import eval_image
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, build_model
-from clipdist.models.export import ProgramsExport, export_hugging_face, export_model, export_programs
+from clipdist.models.export import Exported, export_hugging_face, export_model, export_programs
 from clipdist.models.load import load_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
@@ -50,7 +50,7 @@ def test_a_picture_and_a_sentence_through_transformers(more: dict, tmp_path: Pat
     assert export.max_difference < 1e-5
     assert export.left_out == ""
     space: dict[str, Any] = {}
-    exec("\n".join(export.lines()), space)
+    exec("\n".join(export.lines), space)
     theirs, processor = space["model"], space["processor"]
     assert isinstance(theirs, CLIPModel)
     assert isinstance(processor, CLIPProcessor)
@@ -124,7 +124,7 @@ def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, ProgramsExport]:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, Exported]:
     """Made once: tracing takes seconds."""
     folder = tmp_path_factory.mktemp("programs")
     model = trained(folder)
@@ -132,11 +132,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualEncoder, Pro
 
 
 @torch.no_grad()
-def test_programs_take_batches_of_any_size(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+def test_programs_take_batches_of_any_size(programs: tuple[DualEncoder, Exported]) -> None:
     model, export = programs
-    assert (export.image.name, export.text.name) == ("mini.image.pt2", "mini.text.pt2")
+    assert tuple(file.name for file in export.files) == ("mini.image.pt2", "mini.text.pt2")
     space: dict[str, Any] = {}
-    exec("\n".join(export.lines()), space)
+    exec("\n".join(export.lines), space)
     for count in (1, 5):
         image = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
         tokens = make_tokenizer(model.spec)(["a dog runs"] * count)
@@ -145,9 +145,9 @@ def test_programs_take_batches_of_any_size(programs: tuple[DualEncoder, Programs
         torch.testing.assert_close(space["encode_text"](tokens), wanted[1], rtol=1e-5, atol=1e-5)
 
 
-def test_programs_hold_one_tower_each_and_no_pickle(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+def test_programs_hold_one_tower_each_and_no_pickle(programs: tuple[DualEncoder, Exported]) -> None:
     _, export = programs
-    for file, own, other in ((export.image, "visual", "token_embedding"), (export.text, "token_embedding", "visual")):
+    for file, own, other in zip(export.files, ("visual", "token_embedding"), ("token_embedding", "visual")):
         with zipfile.ZipFile(file) as archive:
             contents = {name: archive.read(name) for name in archive.namelist()}
         weights = next(data for name, data in contents.items() if name.endswith("model_weights_config.json")).decode()
@@ -158,10 +158,10 @@ def test_programs_hold_one_tower_each_and_no_pickle(programs: tuple[DualEncoder,
         assert not [name for name, data in others.items() if data.startswith((b"PK", b"\x80"))]
 
 
-def test_a_program_is_no_start_of_training(programs: tuple[DualEncoder, ProgramsExport]) -> None:
+def test_a_program_is_no_start_of_training(programs: tuple[DualEncoder, Exported]) -> None:
     model, export = programs
     with pytest.raises(UserError, match=r"a torch\.export program .* cannot be trained from"):
-        build_model(Model(name=model.spec.name, weights=str(export.image)))
+        build_model(Model(name=model.spec.name, weights=str(export.file)))
 
 
 def test_a_resnet_and_a_bag_of_words_become_programs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import encode_images
 from clipdist.evals.features import Kind, frozen_encoder
-from clipdist.evals.finetune import Schedule, finetune, simclr_schedule
+from clipdist.evals.finetune import FinetuneSchedule, finetune, simclr_schedule
 from clipdist.evals.probe import Probe
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.weights import weights_checksum
@@ -59,7 +59,9 @@ def frozen_features(model: DualEncoder, split: Split, kind: Kind = "projected") 
     return encode_images(frozen_encoder(model, "cpu", kind), pixels.split(16))
 
 
-def tuned(model: DualEncoder, of: LabelledSet, schedule: Schedule, kind: Kind = "projected", **options: int) -> Probe:
+def tuned(
+    model: DualEncoder, of: LabelledSet, schedule: FinetuneSchedule, kind: Kind = "projected", **options: int
+) -> Probe:
     assert of.train is not None
     frozen = frozen_features(model, of.test, kind)
     return finetune(model, of, range(len(of.train)), frozen, schedule, kind, progress=False, **options)
@@ -69,7 +71,7 @@ def tuned(model: DualEncoder, of: LabelledSet, schedule: Schedule, kind: Kind = 
 def test_it_learns_and_leaves_the_model_as_it_was(tmp_path: Path, kind: Kind) -> None:
     model = tiny(tmp_path, VIT)
     before = weights_checksum(model)
-    result = tuned(model, data(), Schedule(epochs=15, batch=16, lr=0.02), kind)
+    result = tuned(model, data(), FinetuneSchedule(epochs=15, batch=16, lr=0.02), kind)
     assert weights_checksum(model) == before
     assert result.accuracy > 85
     assert result.lr == 0.02
@@ -82,12 +84,12 @@ def test_the_tower_is_trained_and_not_only_the_layer(tmp_path: Path) -> None:
     torch.nn.init.zeros_(model.visual.conv1.weight)  # type: ignore[arg-type,union-attr]
     of = data()
     assert torch.allclose(*frozen_features(model, of.test)[:2])
-    assert tuned(model, of, Schedule(epochs=30, batch=16, lr=0.05)).accuracy > 85
+    assert tuned(model, of, FinetuneSchedule(epochs=30, batch=16, lr=0.05)).accuracy > 85
 
 
 def test_the_seed_decides_everything(tmp_path: Path) -> None:
     model = tiny(tmp_path, VIT)
-    schedule = Schedule(epochs=2, batch=16, lr=0.02)
+    schedule = FinetuneSchedule(epochs=2, batch=16, lr=0.02)
     state = torch.get_rng_state()
     first, again = tuned(model, data(), schedule, threads=1), tuned(model, data(), schedule, threads=3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -98,22 +100,22 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 def test_batchnorm_and_pictures_that_cannot_be_decoded(tmp_path: Path) -> None:
     model = tiny(tmp_path, RESNET)
     before = weights_checksum(model)
-    result = tuned(model, data(bad=3), Schedule(epochs=1, batch=16, lr=0.01))
+    result = tuned(model, data(bad=3), FinetuneSchedule(epochs=1, batch=16, lr=0.01))
     assert torch.isfinite(result.scores).all()
     assert weights_checksum(model) == before
     of = data()
     nothing = Split(np.zeros(4, np.int64), noisy(4, 0).read)
     hidden = replace(of, train=replace(nothing, read=lambda row: noisy(4, 0, bad=row).read(row)))
     with pytest.raises(UserError, match="at least 2 pictures that can be decoded, of 4"):
-        tuned(model, hidden, Schedule(1, 4, 0.01))
+        tuned(model, hidden, FinetuneSchedule(1, 4, 0.01))
 
 
 def test_a_rate_that_diverges_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="learning rate 1e\\+30 has diverged"):
-        tuned(tiny(tmp_path, VIT), data(), Schedule(2, 16, 1e30))
+        tuned(tiny(tmp_path, VIT), data(), FinetuneSchedule(2, 16, 1e30))
 
 
 def test_simclrs_numbers() -> None:
-    assert simclr_schedule(1, 256) == Schedule(60, 256, 0.05)
-    assert simclr_schedule(10, 64) == Schedule(30, 64, 0.0125)
-    assert simclr_schedule(100, 4096, epochs=5) == Schedule(5, 4096, 0.8)
+    assert simclr_schedule(1, 256) == FinetuneSchedule(60, 256, 0.05)
+    assert simclr_schedule(10, 64) == FinetuneSchedule(30, 64, 0.0125)
+    assert simclr_schedule(100, 4096, epochs=5) == FinetuneSchedule(5, 4096, 0.8)

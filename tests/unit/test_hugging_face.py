@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from clipdist.config import Model
 from clipdist.errors import UserError
-from clipdist.models import hugging_face
+from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.load import load_model
 from clipdist.models.spec import ModelSpec, resolve_spec
@@ -34,7 +34,7 @@ def clip_folder(folder: Path, tokenizer: CLIPTokenizer | None = None, shards: st
     for parameter in model.parameters():  # larger than the initial values: GELU and QuickGELU must come apart
         parameter.data.mul_(1.5)
     model.save_pretrained(folder, max_shard_size=shards)
-    vocabulary, merges = hugging_face._clip_encoding(600)
+    vocabulary, merges = hugging_face.clip_encoding(600)
     (tokenizer or CLIPTokenizer(vocab=vocabulary, merges=merges)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     return model
@@ -102,7 +102,7 @@ def test_several_files_and_half_precision(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
-    vocabulary, merges = hugging_face._clip_encoding(600)
+    vocabulary, merges = hugging_face.clip_encoding(600)
     turned = {token: (number + 50) % 600 for token, number in vocabulary.items()}  # the end mark: no longer the highest
     theirs = clip_folder(tmp_path, CLIPTokenizer(vocab=turned, merges=merges), bos_token_id=48, eos_token_id=49)
     loaded = load_model(str(tmp_path))
@@ -229,7 +229,7 @@ def test_no_description_for_what_it_cannot_say() -> None:
             section, _, field = key.partition("__")
             model[section] = {field: value}
         tokenizer = {"kind": "bpe", "vocab_size": 49408, "options": {}}
-        return hugging_face.inexpressible(ModelSpec("x", 8, 32, 77, (0, 0, 0), (1, 1, 1), tokenizer, model, False))
+        return clip_model.inexpressible(ModelSpec("x", 8, 32, 77, (0, 0, 0), (1, 1, 1), tokenizer, model, False))
 
     assert reason() == ""
     assert reason(vision_cfg__timm_model_name="resnet18") == "timm's image tower resnet18"

@@ -28,7 +28,7 @@ from clipdist.evals.perturb import (
     feature_classifier,
     fooling_rate,
     noise_like,
-    perturbation_picture,
+    perturbation_image,
     predict,
     probe_classifier,
     project,
@@ -171,7 +171,7 @@ def test_noise_has_the_norm_of_v_and_follows_its_seed(norm: perturb.Norm) -> Non
 
 @pytest.mark.parametrize("method", ["deepfool", "gradient"])
 @pytest.mark.parametrize("norm", ["2", "inf"])
-def test_it_fools_a_network_far_more_than_noise_on_pictures_it_never_saw(
+def test_it_fools_a_network_far_more_than_noise_on_images_it_never_saw(
     method: perturb.Method, norm: perturb.Norm
 ) -> None:
     classify = convolutional(10)
@@ -190,7 +190,7 @@ def test_it_fools_a_network_far_more_than_noise_on_pictures_it_never_saw(
 def test_the_loop_ends_above_1_minus_delta_or_after_its_passes() -> None:
     classify, images = convolutional(10), pictures(40, side=16)
 
-    def search(xi: float, delta: float, passes: int) -> perturb.Universal:
+    def search(xi: float, delta: float, passes: int) -> perturb.UniversalPerturbation:
         return universal_perturbation(classify, images, xi, delta=delta, passes=passes, batch=16)
 
     easy = search(40.0, delta=0.5, passes=6)
@@ -219,9 +219,7 @@ def one_by_one(
 def test_asking_about_several_pictures_at_once_changes_nothing(batch: int) -> None:
     classify, images = convolutional(10), pictures(50, side=16).float().byte()
     told: list[int] = []
-    found = universal_perturbation(
-        classify, images, 12.0, "inf", passes=1, batch=batch, seed=4, on_pictures=told.append
-    )
+    found = universal_perturbation(classify, images, 12.0, "inf", passes=1, batch=batch, seed=4, on_images=told.append)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(4)).tolist()
     expected = one_by_one(classify, images, torch.zeros(3, 16, 16), 12.0, "inf", order)
     assert torch.allclose(found.v, expected, atol=1e-3)
@@ -294,12 +292,12 @@ def test_the_dual_encoder_is_frozen_and_takes_pixels_from_0_to_255() -> None:
 def test_picture_of_v() -> None:
     v = torch.zeros(3, 20, 20)
     v[0, 0, 0], v[1, 0, 0], v[2, 0, 1] = 5.0, -5.0, 2.5
-    picture = perturbation_picture(v, side=50)
+    picture = perturbation_image(v, side=50)
     assert picture.size == (60, 60)
     pixels = np.asarray(picture)
     assert pixels[2, 2].tolist() == [255, 0, 128]
     assert pixels[0, 3].tolist() == [128, 128, 191]
-    assert np.unique(np.asarray(perturbation_picture(torch.zeros(3, 4, 4)))).tolist() == [128]
+    assert np.unique(np.asarray(perturbation_image(torch.zeros(3, 4, 4)))).tolist() == [128]
 
 
 def test_commonest_answer() -> None:

@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from cifar_files import write_cifar10
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
@@ -33,13 +34,11 @@ from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
 from clipdist.evals.embed import Encode
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
+from clipdist.evals.fractions import MOST_SEEDS, Interval, interval, label_fraction
 from clipdist.evals.probe import (
     L2_GRID,
     LR_GRID,
-    MOST_SEEDS,
     fit_probe,
-    interval,
-    label_fraction,
     most_fits,
     probe_of,
     require_unchanged,
@@ -346,7 +345,7 @@ def test_interval_by_students_t() -> None:
     assert (result.mean, result.seeds) == (2, 3)
     assert result.low == pytest.approx(2 - 4.303 / 3**0.5)
     assert result.high == pytest.approx(2 + 4.303 / 3**0.5)
-    assert interval([5.0]) == probe.Interval(5.0, None, None, 1)
+    assert interval([5.0]) == Interval(5.0, None, None, 1)
     interval(range(MOST_SEEDS))
 
 
@@ -458,7 +457,7 @@ def test_pixels_are_a_baseline() -> None:
     assert torch.equal(features, pixels.reshape(3, 3072).float() / 255)
 
 
-def test_features_are_computed_once(tmp_path: Path) -> None:
+def test_features_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, model = labelled_set(tmp_path), tiny(tmp_path, VIT)
     calls: list[int] = []
     frozen = frozen_encoder(model, "cpu", "projected")
@@ -481,6 +480,12 @@ def test_features_are_computed_once(tmp_path: Path) -> None:
     cache.write_bytes(cache.read_bytes()[:100])  # a damaged file is computed anew
     assert torch.equal(embed_set(encode, data, 16, batch=8, cache=cache).test.image, first.test.image)
     assert len(calls) == 14
+    save_file(load_file(cache), cache)  # as older versions wrote it: no format in its head
+    embed_set(encode, data, 16, batch=8, cache=cache)
+    assert len(calls) == 21
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("made again") for line in lines if str(cache) in line] == [True, True]
+    assert "no format" in lines[-1]
 
 
 def test_other_weights_data_or_features_are_another_file(tmp_path: Path) -> None:
@@ -580,7 +585,7 @@ def test_published_figure_is_of_openais_rn50_on_all_of_cifar10(train: int, weigh
     split = Split(np.zeros(train, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
     args = argparse.Namespace(model="RN50", weights=weights)
-    found = tool["published_accuracy"](tool["Context"](args, data, "cpu", 0, 1, 1))
+    found = tool["published_accuracy"](args, data)
     assert found == (("RN50", 88.7) if shown else None)
 
 
@@ -590,10 +595,10 @@ def test_published_figure_of_a_file_goes_by_its_hash(tmp_path: Path) -> None:
     file.write_bytes(b"weights")
     split = Split(np.zeros(50_000, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
-    context = tool["Context"](argparse.Namespace(model="RN50", weights=str(file)), data, "cpu", 0, 1, 1)
-    assert tool["published_accuracy"](context) is None
+    args = argparse.Namespace(model="RN50", weights=str(file))
+    assert tool["published_accuracy"](args, data) is None
     tool["PUBLISHED"][hashlib.sha256(b"weights").hexdigest()] = ("RN50", 88.7)
-    assert tool["published_accuracy"](context) == ("RN50", 88.7)
+    assert tool["published_accuracy"](args, data) == ("RN50", 88.7)
 
 
 @pytest.mark.parametrize(

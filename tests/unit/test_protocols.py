@@ -15,14 +15,14 @@ from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings
 from clipdist.evals.protocols import (
     PROTOCOLS,
-    Protocol,
+    RetrievalProtocol,
     folds_of,
     read_test_names,
     require_whole,
     select_samples,
 )
 
-SMALL = Protocol("small", "small", 4, 2, "a list")
+SMALL = RetrievalProtocol("small", "small", 4, 2, "a list")
 NAMES = ["9.jpg", "2.jpg", "5.jpg", "7.jpg"]
 
 
@@ -129,7 +129,7 @@ def test_folds_that_cannot_be_told() -> None:
 
 
 def test_the_published_sizes() -> None:
-    sizes = {name: (protocol.pictures, protocol.folds) for name, protocol in PROTOCOLS.items()}
+    sizes = {name: (protocol.images, protocol.folds) for name, protocol in PROTOCOLS.items()}
     assert sizes == {
         "flickr8k-1k": (1000, 1),
         "flickr30k-1k": (1000, 1),

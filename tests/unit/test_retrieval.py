@@ -274,7 +274,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict:
 def small_protocol(monkeypatch: pytest.MonkeyPatch, folds: int) -> None:
     """COCO with 8 pictures."""
     for name in ("coco-5k", "coco-1k-folds"):
-        protocol = dataclasses.replace(PROTOCOLS[name], pictures=8, folds=folds if name == "coco-1k-folds" else 1)
+        protocol = dataclasses.replace(PROTOCOLS[name], images=8, folds=folds if name == "coco-1k-folds" else 1)
         monkeypatch.setitem(PROTOCOLS, name, protocol)
 
 

@@ -47,7 +47,7 @@ def random_unit(rows: int, width: int = 16, seed: int = 0) -> torch.Tensor:
 def test_tiles_give_what_one_product_gives(
     pictures: int, queries: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "TILE_PICTURES", 16)
+    monkeypatch.setattr(search, "TILE_IMAGES", 16)
     monkeypatch.setattr(search, "TILE_QUERIES", 2)
     images, asked = random_unit(pictures), random_unit(queries, seed=1)
     rows, scores = nearest(images, asked, k)
@@ -57,7 +57,7 @@ def test_tiles_give_what_one_product_gives(
 
 
 def test_pictures_that_score_alike_come_in_catalog_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "TILE_PICTURES", 4)
+    monkeypatch.setattr(search, "TILE_IMAGES", 4)
     images = torch.zeros(10, 2)
     images[:, 0] = 1
     images[7] = torch.tensor([0.0, 1.0])
@@ -106,7 +106,7 @@ def test_reading_queries(tmp_path: Path) -> None:
     (tmp_path / "p.PNG").write_bytes(png((1, 2, 3)))
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     assert read_query("A dog. ") == Query("A dog. ")
-    assert read_query(str(tmp_path / "p.PNG")).picture == png((1, 2, 3))
+    assert read_query(str(tmp_path / "p.PNG")).image == png((1, 2, 3))
     for words, says in ((" ", "empty"), ("no.jpg", "No such file"), (str(tmp_path / "cut.jpg"), "an image")):
         with pytest.raises(UserError, match=says):
             read_query(words)

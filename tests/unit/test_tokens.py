@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from clipdist.config import Model
-from clipdist.data.tokens import BPETokenizer, make_tokenizer
+from clipdist.data.tokens import BPE_VOCABULARY, BPETokenizer, make_tokenizer
 from clipdist.errors import UserError
-from clipdist.models.spec import BPE_VOCABULARY, resolve_spec
+from clipdist.models.spec import resolve_spec
 
 TEXTS = [
     "A dog's 2 puppies run!",

@@ -300,7 +300,7 @@ def test_exported_file_remembers_quick_gelu_and_pixels(tmp_path: Path) -> None:
     export = export_model(model, tmp_path / "e.safetensors")
     spec = resolve_spec(Model(name=model_json(tmp_path, name="plain"), weights=str(export.file)))
     assert (spec.quick_gelu, spec.image_mean, spec.image_std) == (True, (0.5,) * 3, (0.2,) * 3)
-    assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.2, 0.2, 0.2)" in "\n".join(export.lines())
+    assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.2, 0.2, 0.2)" in "\n".join(export.lines)
 
 
 def test_a_model_that_open_clip_knows_is_exported_under_its_name(tmp_path: Path) -> None:

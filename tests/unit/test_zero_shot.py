@@ -198,7 +198,7 @@ def test_metrics_by_hand() -> None:
     expected = (np.exp(1.5) * F.normalize(features, dim=1)).softmax(1).amax(1)
     assert torch.allclose(answers.confidence, expected.float())
     assert metrics["ece"] == pytest.approx(100 * abs(expected[0].item() - 0.25), rel=1e-5)  # all in one bin
-    assert class_accuracy(torch.tensor([0, 2, 2]), torch.tensor([0, 0, 2]), 4) == [50, None, 100, None]
+    assert class_accuracy(torch.tensor([0, 2, 2]), torch.tensor([0, 0, 2]), 4) == {0: 50, 2: 100}
 
 
 def test_calibration_error_against_bins_gone_through_one_by_one() -> None:

@@ -85,12 +85,13 @@ def make_start(config: Config, folder: Path) -> StartWeights:
     from clipdist.models.export import export_model
 
     torch.manual_seed(config.train.seed)
-    export = export_model(build_model(config.model, config.objectives.clip).eval(), folder / "bench_start.safetensors")
+    model = build_model(config.model, config.clip).eval()
+    export = export_model(model, folder / "bench_start.safetensors")
     if export.config and export.merges:
         described = json.loads(export.config.read_text(encoding="utf-8"))
         described["text_cfg"]["tokenizer_kwargs"] = {"bpe_path": str(export.merges)}
         export.config.write_text(json.dumps(described), encoding="utf-8")
-    return StartWeights(export.file, export.name, export.config, export.spec.image_mean, export.spec.image_std)
+    return StartWeights(export.file, export.name, export.config, model.spec.image_mean, model.spec.image_std)
 
 
 def flags(

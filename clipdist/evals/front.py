@@ -1,0 +1,146 @@
+"""The command line that the offline tools share: arguments, labelled data, ranks, the model, results.
+
+Nothing here imports torch before it is needed: a misspelt word is reported before that takes its seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipdist.errors import UserError
+
+if TYPE_CHECKING:
+    from clipdist.datasets.labelled import LabelledSet
+    from clipdist.distributed.rank import DistEnv
+    from clipdist.models.load import LoadedModel
+
+
+def make_parser(description: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser whose help shows both texts with their line breaks."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=examples,
+        usage=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool = False) -> None:
+    """Add the model's position and where its weights are; `load` reads both."""
+    what = "run, checkpoint or Hugging Face CLIP folder, or an open_clip name with --weights"
+    parser.add_argument(name, metavar=name.upper(), nargs="?" if optional else None, help=what)
+    parser.add_argument("--weights", default="", help="of an open_clip name: a tag or a file")
+    parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    what = "CIFAR-10 or -100 (folder or tar), an image folder, or shards with labels"
+    parser.add_argument("--data", required=True, metavar="PATH", help=what)
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    what = "a class name per line, by label; or imagenet (the data's own)"
+    parser.add_argument("--classes", default="", metavar="FILE", help=what)
+    what = "cifar10, imagenet, simple, a file with one per line, or one template (%(default)r)"
+    parser.add_argument("--templates", default="a photo of a {}.", metavar="NAME|FILE|TEXT", help=what)
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """Add what every tool that computes features takes: --batch, --device, --json."""
+    parser.add_argument("--batch", type=int, default=64, help="pictures or sentences per forward pass (64)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_json(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def require_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str) -> None:
+    """End the program where one of these options, as argparse names them, is below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def require_writable(path: Path | None, option: str) -> None:
+    """Make the folder of an output before the long work.
+
+    Raises:
+        UserError: the file could not be written there.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written there ({error.strerror}); name another file") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: cannot be written there; name a file in a folder of yours")
+
+
+def open_classes(args: argparse.Namespace) -> tuple[tuple[str, ...], LabelledSet, tuple[str, ...]]:
+    """Return the templates, the labelled data and the names of its classes in prompts.
+
+    Raises:
+        UserError: as find_templates, open_labelled and find_classes.
+    """
+    from clipdist.evals.prompts import find_classes, find_templates
+
+    templates = find_templates(args.templates)
+    from clipdist.datasets.labelled import open_labelled
+
+    data = open_labelled(args.data)
+    return templates, data, find_classes(args.classes, data.classes)
+
+
+@contextmanager
+def joined_ranks(args: argparse.Namespace) -> Iterator[DistEnv]:
+    """Join the ranks that torchrun started on --device; alone without a launcher."""
+    from clipdist.distributed import rank
+
+    with rank.joined_ranks(rank.resolve_device(args.device)) as dist_env:
+        yield dist_env
+
+
+def share_of_work(args: argparse.Namespace, dist_env: DistEnv) -> dict[str, Any]:
+    """Return the arguments of embed_catalog, embed_split and embed_set that say who computes how much."""
+    from clipdist.data.loader import default_threads
+
+    ranks = {"rank": dist_env.rank, "world": dist_env.world_size}
+    return {"batch": args.batch, "threads": default_threads(), **ranks}
+
+
+def load(args: argparse.Namespace, source: str, step: int | None = None) -> LoadedModel:
+    """Load the model that the arguments of add_model name, on the CPU; see load_model."""
+    from clipdist.models.load import load_model
+
+    return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step)
+
+
+def finish(args: argparse.Namespace, run_dir: Path | None, tool: str, record: dict[str, Any]) -> None:
+    """Keep a result for the report, and print it as the last line where --json asks for it."""
+    from clipdist.evals.results import keep_result
+
+    keep_result(run_dir, tool, record)
+    if args.json:
+        print(json.dumps(record))
+
+
+def tell(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr)
+
+
+def tell_left_out(bad: dict[str, list[str]]) -> None:
+    """Print the keys of samples that were left out, by reason."""
+    for reason, keys in bad.items():
+        tell(f"left out, {reason}: {len(keys)} ({', '.join(keys[:3])}{', ...' if keys[3:] else ''})")
