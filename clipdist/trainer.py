@@ -36,10 +36,10 @@ from clipdist.fault_tolerance.replicas import compare_replicas
 from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
+from clipdist.journal import Journal, StepTimer
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import NothingDrawn
 from clipdist.models.spec import ModelSpec
-from clipdist.monitor.journal import Journal, StepTimer
 from clipdist.objectives.make import make_objectives
 from clipdist.run_plan import RunPlan
 

@@ -203,7 +203,7 @@ def write_pairs(
         raise UserError(f"--per-shard {plan.per_shard}: {images} pictures make more than {MAX_SHARDS} shards; raise it")
     _check_plan(out, plan)
     try:
-        journal = _Journal(out)
+        journal = _ShardJournal(out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     before = len(journal.done)
@@ -240,7 +240,7 @@ def write_pairs(
 
 
 def _jobs(
-    pairs: PairList, out: Path, plan: ShardPlan, pack: PackCaptions | None, journal: _Journal
+    pairs: PairList, out: Path, plan: ShardPlan, pack: PackCaptions | None, journal: _ShardJournal
 ) -> Iterator[_PairShardJob]:
     for shard, entries in enumerate(_ranges(pairs, plan.per_shard)):
         if shard not in journal.done:
@@ -288,7 +288,7 @@ def _check_plan(out: Path, plan: ShardPlan) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-class _Journal:
+class _ShardJournal:
     """shards.jsonl: a line for every shard that is done. In memory without the names of what was left out.
 
     Attributes:

@@ -87,7 +87,7 @@ def softmax_gradients(
         fp32 [b, D] and [N, D].
     """
 
-    def weigh(part: _Part, weights: torch.Tensor) -> None:
+    def weigh(part: _Operands, weights: torch.Tensor) -> None:
         inverses = row_inverse[part.rows], column_inverse[part.columns]
         _launch(_softmax_kernel, part, *inverses, weights, weights.stride(0), float(shift), _scale(logits.x))
 
@@ -107,7 +107,7 @@ def sigmoid_sweep(
     """
     totals = torch.zeros(2, dtype=torch.float64, device=logits.x.device)
 
-    def weigh(part: _Part, weights: torch.Tensor) -> None:
+    def weigh(part: _Operands, weights: torch.Tensor) -> None:
         valid = row_valid[part.rows], column_valid[part.columns]
         partial = weights.new_empty(2, math.prod(part.grid), dtype=torch.float32)
         _launch(_sigmoid_kernel, part, *valid, partial, weights, weights.stride(0), _scale(logits.x))
@@ -129,7 +129,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Operands:
     """The operands of one launch, cut out for rows and columns."""
 
     rows: slice
@@ -148,7 +148,9 @@ class _Part:
         return -(-len(self.x) // self.blocks.rows), -(-len(self.y) // self.blocks.columns)
 
 
-def _weighted_sums(logits: Logits, weigh: Callable[[_Part, torch.Tensor], None]) -> tuple[torch.Tensor, torch.Tensor]:
+def _weighted_sums(
+    logits: Logits, weigh: Callable[[_Operands, torch.Tensor], None]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [b, D] sum_j P_ij column_factor_j y_j and fp32 [N, D] sum_i P_ij row_factor_i x_i, super-tile by super-tile.
 
     `weigh` writes Q_ij = P_ij * row_factor_i * column_factor_j to [R, C] of the features' dtype. One such tile serves
@@ -244,14 +246,14 @@ def _spans(length: int, step: int) -> Iterator[slice]:
 Side = tuple[torch.Tensor, torch.Tensor]  # features and their factors
 
 
-def _cut(logits: Logits, left: Side, right: Side, rows: slice, columns: slice, blocks: _Blocks) -> _Part:
+def _cut(logits: Logits, left: Side, right: Side, rows: slice, columns: slice, blocks: _Blocks) -> _Operands:
     """Of the left side, which has all rows, those of `rows`; the right side has been cut to `columns` already."""
     (x, row_factor), (y, column_factor) = left, right
     offset = logits.first + rows.start - columns.start
-    return _Part(rows, columns, x[rows], y, row_factor[rows], column_factor, logits.bias, offset, blocks)
+    return _Operands(rows, columns, x[rows], y, row_factor[rows], column_factor, logits.bias, offset, blocks)
 
 
-def _launch(kernel: Any, part: _Part, *arguments: Any) -> None:
+def _launch(kernel: Any, part: _Operands, *arguments: Any) -> None:
     blocks, width = part.blocks, part.x.shape[1]
     x, y = part.x, part.y
     if x.dtype == torch.bfloat16 and not x.is_cuda:  # the interpreter would multiply their bits as integers

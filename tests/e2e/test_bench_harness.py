@@ -11,7 +11,7 @@ import pytest
 
 from clipdist.errors import Fault, UserError
 from tools.bench import harness
-from tools.bench.processes import Workers, repository_environment, run_ranks
+from tools.bench.processes import BenchProcesses, repository_environment, run_ranks
 
 
 class Subject:
@@ -36,8 +36,8 @@ class Subject:
         time.sleep(60)
 
 
-def workers(**settings) -> Workers:
-    return Workers(multiprocessing.get_context("forkserver"), Subject, "job", **settings)
+def workers(**settings) -> BenchProcesses:
+    return BenchProcesses(multiprocessing.get_context("forkserver"), Subject, "job", **settings)
 
 
 def test_every_side_has_its_turn_in_each_round_and_warm_up_does_not_count():

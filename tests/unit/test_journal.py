@@ -13,7 +13,7 @@ from PIL import Image
 from clipdist.config import Config, Run
 from clipdist.data.decode import BadSample
 from clipdist.errors import Fault, Unreadable, UserError
-from clipdist.monitor.journal import Journal
+from clipdist.journal import Journal
 
 ONE_RANK = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 REFUSED = OSError(5, "Input/output error")

@@ -59,3 +59,70 @@ def _imported(node: ast.AST) -> set[str]:
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+
+
+# Rooms import from lower floors alone; those of floor 8 are files beside one another, and launch/ and tools/ one floor.
+FLOORS = (
+    {"errors", "config", "storage"},
+    {"distributed"},
+    {"data", "losses", "checkpoint"},
+    {"datasets", "models"},
+    {"objectives"},
+    {"engine"},
+    {"fault_tolerance", "estimate"},
+    {"evals", "monitor"},
+    {"report", "run_plan", "resume", "journal", "trainer", "train"},
+    {"launch"},
+)
+SHARED = (0, 8, 9)  # floors whose rooms may import one another; a circle of files is still none
+
+
+def room_of(module: str) -> str:
+    """clipdist.data.loader -> data."""
+    top, *rest = module.split(".")
+    return rest[0] if top == "clipdist" and rest else top
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> the modules of clipdist/ and launch/ that it imports, anywhere in it."""
+    named = {
+        path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): tree for path, tree in trees().items()
+    }
+    found: dict[str, set[str]] = {}
+    for module, tree in named.items():
+        found[module] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names} & named.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module in named:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & named.keys()
+                found[module] |= inside or {node.module}
+    return found
+
+
+def test_rooms_import_from_lower_floors():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    upward = [
+        f"{module} imports {other}"
+        for module, others in imports().items()
+        for other in others
+        if "clipdist" not in (here := room_of(module), there := room_of(other))  # the package's face
+        and here != there
+        and (floor[there] > floor[here] or (floor[there] == floor[here] and floor[here] not in SHARED))
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_there_are_no_circles_of_files():
+    found = imports()
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in sorted(found[module]):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in found:
+        visit(module, ())

@@ -27,7 +27,7 @@ from clipdist.data.order import Order, OrderKey
 from clipdist.errors import Fault, UserError, run_main
 from tools.bench import harness
 from tools.bench.peak_memory import proc_bytes
-from tools.bench.processes import Workers
+from tools.bench.processes import BenchProcesses
 
 EXAMPLES = """  python tools/bench/catalog.py --shards 100000 --samples-per-shard 10000 --json"""
 GLOBAL_BATCH, STREAMS, WINDOWS = 32_768, 64, (0, 20_000)
@@ -55,7 +55,7 @@ def main() -> int:
         write_parts(path, make_parts(counts))
         record = {"shards": len(counts), "samples": samples, "file_bytes": path.stat().st_size}
         # A fresh process: nothing of what made the file is in its memory.
-        with Workers(multiprocessing.get_context("spawn"), OpenedCatalog, path) as process:
+        with BenchProcesses(multiprocessing.get_context("spawn"), OpenedCatalog, path) as process:
             record |= process.ask("measure")
     return harness.finish(args, report(record), record)
 

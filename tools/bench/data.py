@@ -29,7 +29,7 @@ from clipdist.data.index import IMAGE_KINDS
 from clipdist.errors import UserError, run_main
 from tools.bench import harness
 from tools.bench.peers.data import STAGE_SAMPLES, STAGES, InstalledWebdataset, LoadingJob, get_webdataset
-from tools.bench.processes import Workers
+from tools.bench.processes import BenchProcesses
 
 EXAMPLES = """  python tools/bench/data.py data/flickr8k/train
   python tools/bench/data.py --make-640x480 runs/pictures_640x480
@@ -132,8 +132,8 @@ def measure(job: LoadingJob, args: argparse.Namespace) -> LoadingResults:
     context.set_forkserver_preload(["clipdist.data.loader", "torch", "psutil"])
     with contextlib.ExitStack() as started:
 
-        def start(make: Callable[[LoadingJob], Any], of_side: LoadingJob = job) -> Workers:
-            return started.enter_context(Workers(context, make, of_side)).started()
+        def start(make: Callable[[LoadingJob], Any], of_side: LoadingJob = job) -> BenchProcesses:
+            return started.enter_context(BenchProcesses(context, make, of_side)).started()
 
         ceiling = start(data_sides.BareDecoding)  # the first: it looks whether all can be decoded
         ours = start(data_sides.ClipdistLoading)
@@ -145,7 +145,7 @@ def measure(job: LoadingJob, args: argparse.Namespace) -> LoadingResults:
             results.wait_share = ours.ask("wait_share", results.step_s)
         harness.say(f"waiting  {harness.percent(results.wait_share)} of the time")
     for name, make in (("clipdist", data_sides.ClipdistStages), ("open_clip", data_sides.OpenClipStages)):
-        with Workers(context, make, job) as process:
+        with BenchProcesses(context, make, job) as process:
             results.stages[name] = process.ask("seconds")
         harness.say(f"stages   {name}: {sum(results.stages[name].values()) * 1e6:.0f} us per sample")
     measure_starts(context, job, results, args.starts)
@@ -157,13 +157,13 @@ def probe_workers(context: ForkServerContext, job: LoadingJob, results: LoadingR
     from tools.bench.data_sides import OpenClipLoading
 
     for workers in sorted({1, job.threads, job.threads + 1, 2 * job.threads}):
-        with Workers(context, OpenClipLoading, replace(job, workers=workers)) as peer:
+        with BenchProcesses(context, OpenClipLoading, replace(job, workers=workers)) as peer:
             results.probes[workers] = peer.ask("window")
         harness.say(f"open_clip with {workers} workers {results.probes[workers]:9.1f} samples/s")
     results.workers = max(results.probes, key=results.probes.__getitem__)
 
 
-def measure_rates(results: LoadingResults, sides: dict[str, Workers], rounds: int) -> None:
+def measure_rates(results: LoadingResults, sides: dict[str, BenchProcesses], rounds: int) -> None:
     """Measure windows in turn, each side alone."""
 
     def window(name: str) -> float:
@@ -184,7 +184,7 @@ def measure_starts(context: ForkServerContext, job: LoadingJob, results: Loading
     from tools.bench.data_sides import FirstBatch
 
     def start(share: float) -> tuple[float, float]:
-        with Workers(context, FirstBatch, job).started() as process:
+        with BenchProcesses(context, FirstBatch, job).started() as process:
             return process.ask("seconds", share)
 
     times = harness.take_turns({"first": partial(start, 0.0), "late": partial(start, LATE)}, count)

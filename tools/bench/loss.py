@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.losses.wire import BYTES, clipdist_bytes, open_clip_bytes
 from tools.bench import harness
-from tools.bench.processes import Workers
+from tools.bench.processes import BenchProcesses
 
 if TYPE_CHECKING:
     from tools.bench.loss_ranks import LossJob, LossStep
@@ -61,7 +61,7 @@ class LossRow:
         there = rounds and not any(None in ranks for ranks in rounds)
         return of([max(ranks) for ranks in rounds]) if there else None
 
-    def prepare(self, ranks: Workers) -> None:
+    def prepare(self, ranks: BenchProcesses) -> None:
         """Call the loss for the first time, and compare its gradients."""
         harness.say(f"W={self.job.world} {self.job.ops[0]}, {self.job.label}: first call")
         replies = self.ask(ranks, "prepare")
@@ -72,12 +72,12 @@ class LossRow:
             self.grad_error = None
             self.fail(Fault("its gradients are not finite"))
 
-    def step(self, ranks: Workers) -> None:
+    def step(self, ranks: BenchProcesses) -> None:
         if not self.note:
             steps = self.ask(ranks, "step")
             self.steps += [steps] if steps else []
 
-    def ask(self, ranks: Workers, method: str) -> list[Any]:
+    def ask(self, ranks: BenchProcesses, method: str) -> list[Any]:
         try:
             return ranks.ask_all(method)
         except UserError as error:
@@ -165,7 +165,7 @@ def main() -> int:
         context.set_forkserver_preload(
             ["clipdist.losses.infonce", "clipdist.losses.sigmoid", "tools.bench.loss_ranks", "tools.bench.peers.losses"]
         )
-        with Workers(context, MatrixProduct, product) as unit:
+        with BenchProcesses(context, MatrixProduct, product) as unit:
             harness.say("float64 gradients to compare with")
             unit.ask("prepare")
             for world in args.world:
@@ -186,7 +186,7 @@ def main() -> int:
 
 
 def measure(
-    context: ForkServerContext, jobs: list[LossJob], unit: Workers, repeats: int
+    context: ForkServerContext, jobs: list[LossJob], unit: BenchProcesses, repeats: int
 ) -> tuple[list[LossRow], list[float]]:
     """Return the rows of one world size, and the seconds that a product took in each round."""
     from tools.bench.loss_ranks import LossRank
@@ -197,7 +197,7 @@ def measure(
         sides: dict[str, Callable[[], None]] = {}
         for row in rows:
             tracebacks = row.job.impl != "open_clip"
-            workers = Workers(context, LossRank, row.job, world=row.job.world, tracebacks=tracebacks)
+            workers = BenchProcesses(context, LossRank, row.job, world=row.job.world, tracebacks=tracebacks)
             ranks = started.enter_context(workers)
             row.prepare(ranks)
             sides[f"{row.job.ops} {row.job.impl}"] = partial(row.step, ranks)

@@ -24,7 +24,7 @@ from clipdist.config import Config, load_config
 from clipdist.errors import Fault, UserError, run_main
 from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, proc_bytes, require_resettable
-from tools.bench.processes import Workers
+from tools.bench.processes import BenchProcesses
 
 EXAMPLES = """  python tools/bench/memory.py
   python tools/bench/memory.py --micro-batch 16 --times 1 4 16 --precision fp32 --out memory.md
@@ -152,7 +152,7 @@ def run_cell(
 
     what = f"{precision}, global batch {batch}, {f'micro-batches of {micro}' if micro else 'whole'}"
     job = cell_config(args, precision, batch, micro), args.device
-    with Workers(context, StepMemory, job, tracebacks=False) as process:
+    with BenchProcesses(context, StepMemory, job, tracebacks=False) as process:
         try:
             peak, width, seconds = process.ask("one_step", WARMUP_STEPS)
         except Fault as fault:

@@ -23,7 +23,7 @@ from clipdist.config import load_config
 from clipdist.errors import Fault, UserError, run_main
 from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, require_resettable
-from tools.bench.processes import Workers
+from tools.bench.processes import BenchProcesses
 
 EXAMPLES = """  python tools/bench/plan.py
   python tools/bench/plan.py --only stage3 --out plan.md
@@ -108,7 +108,7 @@ def run_cell(name: str, ranks: int, words: list[str]) -> PlanCell:
     precision = [] if any("precision" in word for word in words) else ["train.precision=fp32"]
     config = load_config(None, [*words, "device=cpu", *precision])
     predicted = make_estimate(config, world=ranks).memory.total
-    with Workers(multiprocessing.get_context("spawn"), StepMemory, (config, "cpu"), world=ranks) as processes:
+    with BenchProcesses(multiprocessing.get_context("spawn"), StepMemory, (config, "cpu"), world=ranks) as processes:
         try:
             grown = processes.ask_all("whole_run", STEPS, limit_s=TIME_LIMIT_S)
         except Fault as fault:

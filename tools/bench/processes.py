@@ -24,7 +24,7 @@ from tools.bench.peak_memory import ProportionalSetSize, process_tree
 GRACE_S = 10  # for the other ranks to fail too where one has, and for a process to end by itself
 
 
-class Workers:
+class BenchProcesses:
     """One process per rank; each makes an object at the first call and calls its methods as it is asked to.
 
     Args:
@@ -52,13 +52,13 @@ class Workers:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> BenchProcesses:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.end(GRACE_S if kind is None else 0)
 
-    def started(self) -> Workers:
+    def started(self) -> BenchProcesses:
         """Wait until every process has made its object. Raise as ask_all does."""
         self.ask_all("")
         return self
@@ -99,7 +99,7 @@ class Workers:
         return self.ask_all(method, *args)[0]
 
     @contextlib.contextmanager
-    def alone(self, others: Iterable[Workers]) -> Iterator[None]:
+    def alone(self, others: Iterable[BenchProcesses]) -> Iterator[None]:
         """Suspend the other processes and theirs, which would go on preparing batches for seconds."""
         pids = [process.pid for other in others if other is not self for process in other.processes]
         suspended = [process for pid in pids if pid for process in process_tree(pid)]
