@@ -10,10 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from clipdist.checkpoint.format import MANIFEST, list_checkpoints, step_of
+from clipdist.checkpoint.format import MANIFEST, list_checkpoints, newest_checkpoint, step_of
 from clipdist.checkpoint.retention import set_aside
 from clipdist.config import Config
 from clipdist.errors import Fault, UserError
+from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
 from clipdist.fault_tolerance.slurm import restarts
 from clipdist.run_plan import RunPlan, check_launch, make_plan
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from clipdist.checkpoint.reader import CheckpointReader
     from clipdist.distributed.consensus import Consensus
     from clipdist.distributed.rank import DistEnv
+    from clipdist.trainer import Outcome, Trainer
 
 
 def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = MappingProxyType({})) -> RunPlan:
@@ -36,6 +38,14 @@ def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = Map
     notes: list[str] = []
     plan = make_plan(config, world, catalogs, find_start(config, passed_over, notes))
     return replace(plan, notes=tuple(notes))
+
+
+def plan_again(config: Config, plan: RunPlan, world: int) -> RunPlan:
+    """Return the plan once the run folder is this run's: whoever held it until now may have saved meanwhile."""
+    newest = newest_checkpoint(config.run.dir)
+    if newest is None or (plan.resume is not None and plan.resume.folder == newest):
+        return plan
+    return plan_start(config, world)
 
 
 def find_start(config: Config, passed_over: Mapping[Path, str], notes: list[str]) -> CheckpointReader | None:
@@ -152,3 +162,32 @@ def _plan_from(chosen: Path | None, config: Config, world: int, passed_over: dic
                 f" be on storage that all nodes share ({MANIFEST} of that checkpoint did not appear here)"
             )
         time.sleep(1)
+
+
+def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> RunPlan:
+    """Close the trainer and plan the run anew from a checkpoint before the trouble, without the data of the trouble.
+
+    Raises:
+        Fault: the run went back guard.rollbacks times already.
+    """
+    dist_env, consensus = trainer.dist_env, trainer.consensus
+    times = int(consensus.broadcast(str(rollbacks(config.run.dir))))
+    trouble = f"data steps {outcome.since} to {outcome.step - 1}: {trainer.last_skip}"
+    if times >= config.guard.rollbacks:
+        trainer.journal.event(outcome.step, "fault", error=trouble)
+        trainer.close()
+        raise Fault(
+            f"{trouble}. The run went back to a checkpoint already (guard.rollbacks={times}): lower optim.lr, or"
+            " look at the data of these steps"
+        )
+    trainer.journal.event(outcome.step, "rollback", first=outcome.since, end=outcome.step, reason=trouble)
+    trainer.journal.say(f"note: {trouble}; going back to the checkpoint before, and leaving this data out")
+    trainer.close()
+    if dist_env.rank == 0:
+        record_rollback(config.run.dir, outcome.since, outcome.step)
+    consensus.barrier()
+    if config.engine.zero_stage == 3:  # DeepSpeed never gives an engine's memory back
+        raise Fault(f"{trouble}. With ZeRO 3 going back takes a new process: the same command goes back")
+    trainer.engine.close()
+    again = replace(config, train=replace(config.train, resume="auto"))
+    return settle(again, plan_start(again, dist_env.world_size), dist_env, consensus)

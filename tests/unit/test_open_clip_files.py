@@ -11,8 +11,10 @@ from clipdist.models import open_clip_files
 
 
 def test_names_and_descriptions_are_open_clips():
-    assert open_clip_files.model_names() == sorted(open_clip.list_models())
-    for name in open_clip.list_models():
+    known = open_clip_files.model_names()
+    assert set(known) <= set(open_clip.list_models())  # which has models that other tests register, too
+    assert len(known) > 100
+    for name in known:
         assert open_clip_files.model_config(name) == open_clip.get_model_config(name), name
     assert open_clip_files.model_config("../../x") is None
 

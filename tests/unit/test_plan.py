@@ -18,8 +18,9 @@ from clipdist.data.index import ShardIndex
 from clipdist.data.order import local_window
 from clipdist.errors import UserError
 from clipdist.models.spec import resolve_spec
+from clipdist.process import command_line, lock_run_folder
 from clipdist.resume import plan_start
-from clipdist.train import command_line, lock_run_folder, train
+from clipdist.train import train
 
 
 def configured(shards, root, *words):
@@ -156,7 +157,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     with pytest.raises(UserError, match="another run is writing"):
         lock_run_folder(tmp_path)
     threading.Timer(1.5, held.close).start()  # as the lock of a lost node, or a look of launch/status.py
-    lock_run_folder(tmp_path, retry_s=60).close()
+    lock_run_folder(tmp_path, wait_s=60).close()
 
 
 def test_a_job_that_is_queued_again_goes_on_whatever_it_was_told_at_first(shards, tmp_path, monkeypatch):

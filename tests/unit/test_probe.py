@@ -435,9 +435,9 @@ def test_checksum_sees_batchnorms_statistics(tmp_path: Path) -> None:
     before = weights_checksum(model)
     require_unchanged(model, before)
     frozen_encoder(model, "cpu", "projected")  # evaluation mode: a pass moves nothing
-    model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None)
+    model(image=torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     require_unchanged(model, before)
-    model.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None)
+    model.train()(image=torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(Fault, match="weights changed"):
         require_unchanged(model, before)
 

@@ -71,7 +71,7 @@ FLOORS = (
     {"engine"},
     {"fault_tolerance", "estimate"},
     {"evals", "monitor"},
-    {"report", "run_plan", "resume", "journal", "trainer", "train"},
+    {"report", "run_plan", "resume", "journal", "process", "trainer", "train"},
     {"launch"},
 )
 SHARED = (0, 8, 9)  # floors whose rooms may import one another; a circle of files is still none

@@ -19,6 +19,7 @@ from clipdist.checkpoint import writer as checkpoint
 from clipdist.config import Clip, Model
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
+from clipdist.models import spec as spec_module
 from clipdist.models import weights as weights_module
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.export import export_model
@@ -303,7 +304,9 @@ def test_exported_file_remembers_quick_gelu_and_pixels(tmp_path: Path) -> None:
     assert "image_mean=(0.5, 0.5, 0.5), image_std=(0.2, 0.2, 0.2)" in "\n".join(export.lines)
 
 
-def test_a_model_that_open_clip_knows_is_exported_under_its_name(tmp_path: Path) -> None:
+def test_a_model_that_open_clip_knows_is_exported_under_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(spec_module, "model_config", open_clip.get_model_config)  # with those registered here
+    monkeypatch.setattr(spec_module, "model_names", open_clip.list_models)
     open_clip.add_model_config(model_json(tmp_path, name="known-mini"))
     open_clip.add_model_config(model_json(tmp_path, name="known-mini-quickgelu", quick_gelu=True))
     export = export_model(trained("known-mini"), tmp_path / "e.safetensors")
