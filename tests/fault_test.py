@@ -49,7 +49,7 @@ POINTS = (
     Point("waiting for data", "clipdist.data.loader:Loader", "next", rank=1, call=4),
     Point("in the step, before the forward pass", "clipdist.engine.step:Engine", "_whole", rank=0, call=4),
     Point("before the optimiser's step", "clipdist.checkpoint.saver:Saver", "wait_copied", rank=1, call=5),
-    Point("after the optimiser's step", "clipdist.engine.step:Engine", "_bound_temperature", rank=0, call=5),
+    Point("after the optimiser's step", "clipdist.engine.zero:Zero", "clamp", rank=0, call=5),
     Point(
         "a rank's part written, not yet announced",
         "clipdist.checkpoint.writer",
@@ -60,7 +60,7 @@ POINTS = (
     Point("all parts written, no manifest yet", "clipdist.checkpoint.writer", "write_manifest", rank=0),
     Point("manifest in place, older checkpoints still there", "clipdist.checkpoint.writer", "prune", rank=0),
     Point("in validation", "clipdist.evals.validation:Validation", "run", rank=1, call=1),
-    Point("restoring a checkpoint", "clipdist.trainer", "restore", rank=0, call=1),
+    Point("restoring a checkpoint", "clipdist.engine.zero:Zero", "restore", rank=0, call=1),
 )
 
 
@@ -200,7 +200,7 @@ def elastic(folder: Path) -> Finding:
     words = command(folder, steps=ELASTIC_STEPS, stage=1, model="tiny_vit", save_every=2)
     whole, _ = undisturbed(folder, "elastic-whole", words)
     run = folder / "elastic"
-    stop = Point("after some steps", "clipdist.engine.step:Engine", "_bound_temperature", rank=0, call=10)
+    stop = Point("after some steps", "clipdist.engine.zero:Zero", "clamp", rank=0, call=10)
     for number, (world, stage, micro) in enumerate(tqdm(settings, unit="start", desc="elastic", disable=None)):
         here = [*words, "run.name=elastic", f"engine.zero_stage={stage}", f"train.micro_batch={micro}"]
         stops = number < len(settings) - 1

@@ -196,8 +196,8 @@ def poisoned(nan: set[int], spikes: Iterable[int] = ()) -> Prepare:
 
         real = Engine._whole
 
-        def whole(engine: Engine, image: Any, tokens: Any, step: int, *more: Any) -> Any:
-            done = real(engine, image, tokens, step, *more)
+        def whole(engine: Engine, batch: Any, step: int) -> Any:
+            done = real(engine, batch, step)
             factor = float("nan") if step in nan else 1000.0 if step in spikes else 1.0
             return replace(done, value=done.value * factor) if rank == 1 else done
 
@@ -218,7 +218,7 @@ def trainers_told(rank: int) -> None:
             there = sorted(path.name for path in (config.run.dir / "checkpoints").iterdir())
             print("trainer:", json.dumps([sum(part() is not None for part in parts), there]), flush=True)
         real(trainer, config, *more)
-        held = trainer.engine.engine
+        held = trainer.engine.zero._deepspeed
         parts.extend(weakref.ref(part) for part in (held, held.optimizer, held.module, *held.module.parameters()))
 
     put(Trainer, "__init__", build)
@@ -338,7 +338,7 @@ def rollback(theatre: Theatre) -> None:
 
     for module, function in (
         ("clipdist.fault_tolerance.rollback", "set_aside"),
-        ("clipdist.fault_tolerance.rollback", "record_rollback"),
+        ("clipdist.resume", "record_rollback"),
     ):
         point = Point(function, module, function, rank=0, call=1, after=True)
         theatre.start("rollback-killed", [KILLED, 1], settings, [poison, point.lay])
@@ -565,10 +565,10 @@ def hang(theatre: Theatre) -> None:
 
         real = Engine._whole
 
-        def whole(engine: Engine, image: Any, tokens: Any, step: int, *more: Any) -> Any:
+        def whole(engine: Engine, batch: Any, step: int) -> Any:
             if rank == 1 and step == 4:
                 time.sleep(1000)
-            return real(engine, image, tokens, step, *more)
+            return real(engine, batch, step)
 
         put(Engine, "_whole", whole)
 
@@ -604,7 +604,7 @@ def flipped_bit_in_memory(theatre: Theatre) -> None:
         def train_step(engine: Engine, *given: Any, **named: Any) -> Any:
             result = real(engine, *given, **named)
             if rank == 1 and named["step"] == 4:
-                weight = engine.engine.module.get_parameter(name)
+                weight = engine.zero.module.get_parameter(name)
                 weight.data.view(-1).view(torch.int32)[0] ^= 1
             return result
 
