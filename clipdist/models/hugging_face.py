@@ -8,11 +8,12 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError
+
+if TYPE_CHECKING:  # a model's description is read where torch is not imported
+    import torch
 
 DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
 ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
@@ -129,6 +130,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename CLIPModel's tensors to ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
+    import torch
+
     renamed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(".position_ids"):  # a buffer 0, 1, 2 ... that early transformers wrote
