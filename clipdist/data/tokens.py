@@ -15,9 +15,9 @@ import open_clip.tokenizer
 import torch
 from tokenizers.models import BPE
 
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 
-BPE_VOCABULARY = 49408  # of CLIP's byte-pair encoding: 512 bytes, 48894 merges, start and end of text
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
 _MARKS = ("<start_of_text>", "<end_of_text>")
 _PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]

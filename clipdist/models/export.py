@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
-from clipdist.data.tokens import BPE_VOCABULARY, make_tokenizer, truncated_merges
+from clipdist.data.tokens import make_tokenizer, truncated_merges
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder

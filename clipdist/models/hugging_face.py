@@ -168,7 +168,8 @@ def clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]
     """Return ids by token and the merges of CLIP's byte-pair encoding, or of the prefix of it that a vocabulary has."""
     import open_clip
 
-    from clipdist.data.tokens import BPE_VOCABULARY, truncated_merges
+    from clipdist.data.tokens import truncated_merges
+    from clipdist.data.vocabulary import BPE_VOCABULARY
 
     if vocab_size < 515:  # too small for the bytes: no such encoding
         return {}, []
@@ -180,7 +181,7 @@ def clip_encoding(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]
 
 
 def end_mark(vocab_size: int) -> int:
-    from clipdist.data.tokens import BPE_VOCABULARY
+    from clipdist.data.vocabulary import BPE_VOCABULARY
 
     return min(vocab_size, BPE_VOCABULARY) - 1
 

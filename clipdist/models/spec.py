@@ -241,7 +241,7 @@ def _square(name: str, size: Any) -> int:
 
 
 def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
-    from clipdist.data.tokens import BPE_VOCABULARY
+    from clipdist.data.vocabulary import BPE_VOCABULARY
 
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from clipdist.config import Model
-from clipdist.data.tokens import BPE_VOCABULARY, BPETokenizer, make_tokenizer
+from clipdist.data.tokens import BPETokenizer, make_tokenizer
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from clipdist.models.spec import resolve_spec
 

@@ -20,7 +20,8 @@ from clipdist.data.decode import MAX_PIXELS, BadSample
 from clipdist.data.loader import Loader, group_id, image_view, open_loader
 from clipdist.data.order import OrderKey, choose_streams, sample_uniforms
 from clipdist.data.reader import Reader
-from clipdist.data.tokens import BPE_VOCABULARY, BPETokenizer, token_kind
+from clipdist.data.tokens import BPETokenizer, token_kind
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from tools.bench.harness import timed
 from tools.bench.peers.data import STAGE_SAMPLES, LoadingJob, batches, stage_seconds
