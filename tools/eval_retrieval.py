@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipdist.evals.retrieval import Ranks
 
 EXAMPLES = """examples:
-  python tools/eval_retrieval.py runs/demo data/demo/test
+  python tools/eval_retrieval.py runs/demo runs/demo-data/shards/test
   python tools/eval_retrieval.py RN50 --weights openai 'data/flickr8k/test/{00000..00003}.tar' --json
   python tools/eval_retrieval.py runs/coco data/coco/test --protocol coco-5k --split-file dataset_coco.json \\
       --save-embeddings coco_test.safetensors

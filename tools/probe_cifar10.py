@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipdist.evals.probe import Probe
 
 EXAMPLES = """examples:
-  python tools/probe_cifar10.py runs/demo --data data/demo/cifar-10-batches-py
+  python tools/probe_cifar10.py runs/demo --data runs/demo-data/labelled
   python tools/probe_cifar10.py RN50 --weights openai --data cifar-10-python.tar.gz --features tower --json
   python tools/probe_cifar10.py runs/mine --data cifar-100-python.tar.gz --fractions 1,10,100 --finetune
   torchrun --nproc-per-node 8 tools/probe_cifar10.py runs/mine --data imagenet_folder --batch 256 --solver sgd"""

@@ -28,9 +28,9 @@ EXAMPLES = """A query that ends like a picture's file (cat.jpg) is that file. Th
 RUN/embeddings: the next search of the same checkpoint in the same shards takes no forward pass over pictures.
 
 examples:
-  python tools/search_images.py runs/demo data/demo/train data/demo/test "a red circle above a blue square"
+  python tools/search_images.py runs/demo runs/demo-data/shards/test "a red circle above a blue square"
   python tools/search_images.py RN50 --weights openai data/flickr8k/test "This is a dog" --top-k 12 --out dog.png
-  python tools/search_images.py runs/demo data/demo/test --query "a red circle" ring.png --queries more.txt
+  python tools/search_images.py runs/demo runs/demo-data/shards/test --query "a red circle" ring.png --queries more.txt
   python tools/search_images.py runs/web 'data/{00000..00999}.tar' "dog" --prompts "a photo of a {}." "a {} outdoors."
 several GPUs make the features together: torchrun --nproc-per-node 8 tools/search_images.py ..."""
 SHOWN = 50  # queries on the sheet and the page, at most; the list and --json have all

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipdist.models.dual_encoder import DualEncoder
 
 EXAMPLES = """examples:
-  python tools/universal_perturbation.py runs/demo --data data/demo/cifar-10-batches-py --out v.png
+  python tools/universal_perturbation.py runs/demo --data runs/demo-data/labelled --out v.png
   python tools/universal_perturbation.py RN50 --weights openai --data imagenet --classes imagenet --norm 2 --json
   python tools/universal_perturbation.py runs/demo --data cifar-10-python.tar.gz --classifier probe --method gradient"""
 SHOWN = 6  # held-out images on the sheet

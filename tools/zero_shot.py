@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipdist.models.load import LoadedModel
 
 EXAMPLES = """examples:
-  python tools/zero_shot.py runs/demo --data data/demo/cifar-10-batches-py --templates cifar10 --confusion demo.png
+  python tools/zero_shot.py runs/demo --data runs/demo-data/labelled --templates cifar10 --confusion demo.png
   python tools/zero_shot.py RN50 --weights openai --data imagenet --classes imagenet --templates imagenet --json
   torchrun --nproc-per-node 8 tools/zero_shot.py ViT-B-32 --weights openai --data imagenet --classes names.txt"""
 LISTED = 50  # classes that the table has room for; of more, it shows the WORST that are recognised least
