@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.config.batches import check_ranks
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 if TYPE_CHECKING:
     from clipdist.evals.audit import Audit, Row
@@ -211,25 +212,18 @@ def _exit_code(failed: list[int]) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains a few steps as configured: ranks, ZeRO stage, precision, micro-batches, loss, dropout.\n"
+    parser = front.make_parser(
+        "Trains a few steps as configured: ranks, ZeRO stage, precision, micro-batches, loss, dropout.\n"
         "Compares loss and gradients with those of one process on the whole batch, in float64 but for the towers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe (default {DEFAULT_RECIPE})")
-    parser.add_argument("--steps", type=int, default=2, help="steps to audit, at the peak learning rate (2)")
-    parser.add_argument("--ranks", type=int, default=0, help="processes (all GPUs; on a CPU the recipe's, 2 at least)")
+    front.add_number(parser, "--steps", 2, "steps to audit, at the peak learning rate (2)")
+    front.add_number(parser, "--ranks", 0, "processes (all GPUs; on a CPU the recipe's, 2 at least)", least=0)
     parser.add_argument("--peers", action="store_true", help="also what open_clip's losses give, in the first step")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the recipe")
-    args = parser.parse_intermixed_args()
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: must be at least 1")
-    if args.ranks < 0:
-        parser.error(f"--ranks {args.ranks}: must be at least 1")
-    return args
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

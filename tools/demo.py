@@ -45,7 +45,6 @@ def main() -> int:
         "Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.", EXAMPLE
     )
     parser.add_argument("--fresh", action="store_true", help=f"start over: remove {DATA} and {RUN} first")
-    front.add_json(parser)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     if arguments.fresh:

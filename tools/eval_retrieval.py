@@ -202,8 +202,8 @@ def parse_args() -> argparse.Namespace:
     add("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
     add("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
     add("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
-    add("--resamples", type=int, default=1000, metavar="N", help="for the intervals (1000); 0: none")
-    add("--seed", type=int, default=0, help="of the resamples (0)")
+    front.add_number(parser, "--resamples", 1000, "for the intervals (1000); 0: none", "N", 0)
+    front.add_number(parser, "--seed", 0, "of the resamples (0)", least=0)
     front.add_work(parser)
     args = parser.parse_args()
     if args.embeddings:
@@ -215,8 +215,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--protocol and --split-file go together")
     elif args.allow_missing and not args.protocol:
         parser.error("--allow-missing belongs to --protocol")
-    front.require_at_least(parser, args, 1, "batch")
-    front.require_at_least(parser, args, 0, "resamples", "seed")
     return args
 
 

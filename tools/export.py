@@ -55,7 +55,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help=what)
     parser.add_argument("--format", choices=FORMATS, default="open_clip", help="default: open_clip")
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
-    front.add_json(parser)
     return parser.parse_args()
 
 

@@ -20,9 +20,10 @@ from clipdist.data.consolidated import Part, write_parts
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
 from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
-from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
+from clipdist.datasets.front import count_lines, finish
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
+from clipdist.evals import front
 
 EXAMPLE = f"""examples:
   python tools/index_shards.py data/cc3m                                  # NNNNN.tar.idx.npz beside every shard
@@ -101,7 +102,7 @@ class Tally:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(__doc__, EXAMPLE)
+    parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, addresses, .txt lists"
     )
@@ -118,10 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--salvage", action="store_true", help="keep the whole samples of shards that are cut off")
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
+    front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
     arguments = parser.parse_args()
-    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.where and not arguments.out:
         parser.error("--where needs --out: shards are not rewritten, the one file names the samples that are kept")
     if arguments.out and not arguments.out.name.endswith(consolidated.SUFFIX):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clipdist.datasets.front import shard_parser
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
 EXAMPLE = """examples:
@@ -24,11 +24,11 @@ Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) an
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(
+    parser = front.make_parser(
         "Draws captioned scenes, and pictures with a colour as label: data to try everything on.", EXAMPLE
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for scenes/ and labelled/")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other pictures (0)")
+    front.add_number(parser, "--seed", 0, "another seed draws other pictures (0)", "N", 0)
     for name, default, what in (
         ("train", 6000, "captioned pictures to train on"),
         ("dev", 300, "captioned pictures to validate on"),
@@ -36,16 +36,9 @@ def parse_arguments() -> argparse.Namespace:
         ("labelled-train", 600, "labelled pictures to fit a probe on"),
         ("labelled-test", 400, "labelled pictures to measure it on"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
-    arguments = parser.parse_args()
-    for name in ("seed", "workers"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name} {getattr(arguments, name)}: must not be negative")
-    for name in ("train", "dev", "test", "labelled_train", "labelled_test"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    return arguments
+        front.add_number(parser, f"--{name}", default, f"{what} ({default})", "N")
+    front.add_number(parser, "--workers", 0, "processes; default: one per core", "N", 0)
+    return parser.parse_args()
 
 
 def main() -> int:

@@ -190,17 +190,15 @@ def parse_args() -> argparse.Namespace:
     add("--features", choices=("projected", "tower"), default="projected", help="after or before the projection")
     add("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="full-batch L-BFGS with a penalty, or SGD without")
     add("--fractions", default="", metavar="P,P", help="also on these shares of the labels, percent: 1,10,100")
-    add("--seeds", type=int, default=3, help="of every fraction, at most 10 (3)")
+    front.add_number(parser, "--seeds", 3, "of every fraction, at most 10 (3)", most=10)
     add("--finetune", action="store_true", help="also train the tower, on --fractions or on all labels")
-    add("--epochs", type=int, help="of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)")
+    what = "of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)"
+    front.add_number(parser, "--epochs", None, what)
     add("--picture", type=Path, metavar="FILE.png", help="confusion matrix (beside a run: probe_confusion.png)")
     add("--no-cache", action="store_true", help="neither read nor keep features")
     front.add_work(parser)
     args = parser.parse_args()
     args.fractions = parse_fractions(parser, args.fractions)
-    front.require_at_least(parser, args, 1, "batch", "epochs")
-    if not 1 <= args.seeds <= 10:
-        parser.error(f"--seeds {args.seeds}: must be at least 1, at most 10")
     return args
 
 

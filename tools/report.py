@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 from clipdist.report.history import read_runs, run_figures
 from clipdist.report.report_page import report_page
 from clipdist.storage import replacing
@@ -59,15 +60,13 @@ def default_page(runs: list[Path]) -> Path:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Writes a page about a run: curves, throughput, retrieval, pictures, results of the tools, data,\n"
+    parser = front.make_parser(
+        "Writes a page about a run: curves, throughput, retrieval, pictures, results of the tools, data,\n"
         "events, configuration and environment. Of several runs: side by side.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="the page (RUN/report.html)")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args(argv)
     if args.out and args.out.suffix.lower() not in (".html", ".htm"):
         parser.error(f"--out {args.out}: must end in .html")

@@ -255,7 +255,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--queries", type=Path, metavar="FILE", help="a file with a query a line")
     what = "what a sentence is put into, at {}; their mean"
     parser.add_argument("--prompts", nargs="+", default=["{}"], metavar="TEXT", help=what)
-    parser.add_argument("--top-k", type=int, default=8, help="how many pictures (8)")
+    front.add_number(parser, "--top-k", 8, "how many pictures (8)")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the contact sheet (RUN/search/<sentence>.png)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="the page (beside the contact sheet)")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep the pictures' features")
@@ -275,8 +275,6 @@ def parse_args() -> argparse.Namespace:
     for prompt in args.prompts:
         if "{}" not in prompt:
             parser.error(f'--prompts "{prompt}": holds no {{}}, where the sentence goes; name the sentence first')
-    if args.top_k < 1 or args.batch < 1:
-        parser.error("--top-k and --batch must be at least 1")
     return args
 
 

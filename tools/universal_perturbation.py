@@ -193,14 +193,13 @@ def parse_args() -> argparse.Namespace:
     add("--norm", choices=("2", "inf"), default="inf", help="of the perturbation's bound (inf)")
     add("--xi", type=float, help="the bound (10 for inf; for 2, 2000 at 224 pixels, less for smaller)")
     add("--delta", type=float, default=0.2, help="stop when more than 1 - delta are fooled (0.2)")
-    add("--passes", type=int, default=10, help="over the training pictures, at most (10)")
-    add("--pictures", type=int, default=1000, help="training pictures to find it on (1000)")
-    add("--held-out", type=int, default=1000, help="test pictures to try it on (1000)")
+    front.add_number(parser, "--passes", 10, "over the training pictures, at most (10)")
+    front.add_number(parser, "--pictures", 1000, "training pictures to find it on (1000)")
+    front.add_number(parser, "--held-out", 1000, "test pictures to try it on (1000)")
     add("--seed", type=int, default=0, help="of the choice and order of pictures (0)")
     add("--out", type=Path, metavar="FILE.png", help="draw it, and write FILE.safetensors beside it")
     front.add_work(parser)
     args = parser.parse_args()
-    front.require_at_least(parser, args, 1, "batch", "passes", "pictures", "held_out")
     if not 0 <= args.delta < 1:
         parser.error(f"--delta {args.delta}: must be at least 0 and below 1")
     if args.xi is not None and not 0 < args.xi < float("inf"):

@@ -112,9 +112,7 @@ def parse_args() -> argparse.Namespace:
     front.add_prompts(parser)
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="write a picture of the confusion matrix")
     front.add_work(parser)
-    args = parser.parse_args()
-    front.require_at_least(parser, args, 1, "batch")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line that the offline tools share: arguments, labelled data, ranks, the model, results.
+"""The command line that the tools share: arguments, labelled data, ranks, the model, results.
 
 Nothing here imports torch before it is needed: a misspelt word is reported before that takes its seconds.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -23,13 +24,40 @@ if TYPE_CHECKING:
 
 
 def make_parser(description: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser whose help shows both texts with their line breaks."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=examples,
-        usage=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return a parser with --json, whose help shows both texts with their line breaks."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=examples, usage=usage, formatter_class=form)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+class _Number(argparse.Action):
+    """The action of an option that takes a number in least .. most."""
+
+    def __init__(self, *args: Any, least: float = 1, most: float = math.inf, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.least, self.most = least, most
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        if not self.least <= value <= self.most:
+            allowed = f"be at least {self.least}" if self.most == math.inf else f"lie in {self.least} .. {self.most}"
+            parser.error(f"{self.option_strings[0]} {value}: must {allowed}")
+        setattr(namespace, self.dest, value)
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    default: float | None,
+    text: str,
+    metavar: str | None = None,
+    least: float = 1,
+    most: float = math.inf,
+) -> None:
+    """Add an option that takes a number of the default's type (None: an integer) in least .. most."""
+    limits: dict[str, Any] = {"action": _Number, "least": least, "most": most}
+    kind = float if isinstance(default, float) else int
+    parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text, **limits)
 
 
 def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool = False) -> None:
@@ -53,22 +81,9 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """Add what every tool that computes features takes: --batch, --device, --json."""
-    parser.add_argument("--batch", type=int, default=64, help="pictures or sentences per forward pass (64)")
+    """Add what every tool that computes features takes: --batch, --device."""
+    add_number(parser, "--batch", 64, "pictures or sentences per forward pass (64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_json(parser)
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-
-
-def require_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str) -> None:
-    """End the program where one of these options, as argparse names them, is below `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def require_writable(path: Path | None, option: str) -> None:

@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_options_have_a_least_value(capsys: pytest.CaptureFixture[str]) -> None:
-    args = parser().parse_args(["RN50", "--batch", "0"])
-    assert (args.model, args.weights, args.device, args.json) == ("RN50", "", "auto", False)
+    args = parser().parse_args(["RN50", "--batch", "1"])
+    assert (args.model, args.weights, args.device, args.batch, args.json) == ("RN50", "", "auto", 1, False)
     with pytest.raises(SystemExit, match="2"):
-        front.require_at_least(parser(), args, 1, "batch")
+        parser().parse_args(["RN50", "--batch", "0"])
     assert "--batch 0: must be at least 1" in capsys.readouterr().err
 
 
