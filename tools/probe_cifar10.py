@@ -11,6 +11,8 @@ from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from clipdist.datasets.labelled import LabelledSet
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.features import Features
@@ -51,7 +53,8 @@ def check_data(data: LabelledSet, args: argparse.Namespace) -> None:
 def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) -> None:
     """Compute features on all ranks and do the rest on rank 0."""
     from clipdist.evals.features import PIXEL_SIDE, embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
-    from clipdist.evals.fractions import finetune_fractions, probe_fractions
+    from clipdist.evals.finetune import finetune, simclr_schedule
+    from clipdist.evals.fractions import over_fractions
     from clipdist.evals.probe import EPOCHS, fit_features, require_unchanged
     from clipdist.models.weights import weights_checksum
 
@@ -72,16 +75,24 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
         if part.left_out:
             front.tell(f"left out, cannot be decoded: {part.left_out} {name} pictures")
     probes: dict[str, Probe] = {}
+    settings = {"device": device, "solver": args.solver, "epochs": args.epochs or EPOCHS}
     for title in ("features", "raw pixels", "random weights"):
-        found = features[title]
-        epochs = args.epochs or EPOCHS
-        probes[title] = fit_features(found, data.classes, f"fit on {title}", device, args.solver, epochs=epochs)
-    whole = (args.seeds, probes["features"], device, args.solver, args.epochs or EPOCHS)
-    fractions, tuned = probe_fractions(own, data.classes, args.fractions, *whole), []
-    if args.finetune:
-        schedule = (args.features, device, args.batch, share["threads"], args.epochs)
-        shares = args.fractions or [100.0]
-        tuned = finetune_fractions(loaded.model, data, own, shares, args.seeds, *schedule)
+        probes[title] = fit_features(features[title], data.classes, f"fit on {title}", **settings)
+
+    def probe_share(percent: float, seed: int, rows: np.ndarray) -> Probe:
+        if percent == 100 and seed == 0:
+            return probes["features"]
+        return fit_features(own, data.classes, f"{percent:g} %, seed {seed}", seed=seed, rows=rows, **settings)
+
+    def tune_on_share(percent: float, seed: int, rows: np.ndarray) -> Probe:
+        schedule = simclr_schedule(percent, args.batch, args.epochs)
+        frozen, kind = own.train.image, args.features
+        return finetune(loaded.model, data, rows, frozen, schedule, kind, seed, device, share["threads"])
+
+    assert data.train is not None  # as check_data has seen
+    fractions = over_fractions(probe_share, own.train.labels, data.classes, args.fractions, args.seeds)
+    shares = (args.fractions or [100.0]) if args.finetune else []
+    tuned = over_fractions(tune_on_share, data.train.labels, data.classes, shares, args.seeds)
     require_unchanged(loaded.model, before)
     published = published_accuracy(args, data)
     record = record_of(probes, own, data) | {"fractions": fractions, "finetune": tuned, "checksum": before}

@@ -105,21 +105,17 @@ def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -
 
 
 def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str, batch: int) -> Classify:
-    from tqdm import tqdm
-
     from clipdist.data.loader import default_threads
     from clipdist.evals.features import embed_split, frozen_encoder
     from clipdist.evals.fractions import require_classes
     from clipdist.evals.perturb import probe_classifier
-    from clipdist.evals.probe import most_fits
 
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures: DIR/train beside DIR/test")
     require_classes(data.train, data.classes)
     encode = frozen_encoder(model, device, "projected")
     train = embed_split(encode, data.train, model.spec.image_size, batch, default_threads())
-    with tqdm(total=most_fits("lbfgs"), desc="fit", disable=None) as bar:
-        return probe_classifier(model, train.image, train.labels, data.classes, device, bar.update)
+    return probe_classifier(model, train.image, train.labels, data.classes, device, "fit")
 
 
 def search(
