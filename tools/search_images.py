@@ -81,8 +81,7 @@ def main() -> None:
     with front.joined_ranks(args) as dist_env:
         session = prepare(args, catalog, dist_env.device)
         share = front.share_of_work(args, dist_env)
-        found = image_embeddings(session.loaded, session.encode, catalog, share, not args.no_cache, front.tell)
-        embeddings, kept = found
+        embeddings, kept = image_embeddings(session.loaded, session.encode, catalog, share, not args.no_cache)
     if embeddings is None or dist_env.rank:
         return
     front.tell_left_out(embeddings.bad)
@@ -134,7 +133,7 @@ def search(session: Session, embeddings: Embeddings, reader: Reader, device: Any
     index = None
     if args.index == "faiss":
         path = cache_file(loaded, session.catalog).with_suffix(".faiss")
-        index = kept_index(path, embeddings.image, captions, encode_captions, not args.no_cache, front.tell)
+        index = kept_index(path, embeddings.image, captions, encode_captions, not args.no_cache)
     began = time.perf_counter()
     vectors = features_of(session.queries, args.prompts)
     encoded = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.embed import Encode, encode_images
-from clipdist.evals.store import load_tensors, save_tensors
+from clipdist.evals.store import load_tensors, read_kept, save_tensors
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
 
@@ -186,7 +185,7 @@ def embed_set(
     """
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
-    found = load_features(cache) if cache and rank == 0 else None
+    found = read_kept(cache, load_features) if cache and rank == 0 else None
     if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
@@ -225,20 +224,20 @@ def save_features(path: Path, features: Features) -> None:
     save_tensors(path, FORMAT, tensors, {"left_out": {name: part.left_out for name, part in parts.items()}})
 
 
-def load_features(path: Path) -> Features | None:
-    """Return what save_features wrote; None where there is no such file. A file of no use costs a line on stderr."""
-    if not path.exists():
-        return None
+def load_features(path: Path) -> Features:
+    """Return what save_features wrote.
+
+    Raises:
+        UserError: as load_tensors; a damaged file.
+    """
+    tensors, head = load_tensors(path, FORMAT)
     try:
-        tensors, head = load_tensors(path, FORMAT)
         train, test = (
             SplitFeatures(tensors[f"{name}.image"], tensors[f"{name}.labels"], int(head["left_out"][name]))
             for name in ("train", "test")
         )
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        reason = error if isinstance(error, UserError) else f"{path}: damaged"
-        print(f"{reason}: made again", file=sys.stderr)
-        return None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: damaged") from None
     return Features(train, test)
 
 
