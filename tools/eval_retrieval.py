@@ -94,7 +94,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         catalog,
         loaded.tokenizer,
         loaded.model.spec.image_size,
-        **front.share_of_work(args, dist_env),
+        front.share_of_work(args, dist_env),
         samples=selection.sample_ids if selection else None,
         most_captions=CAPTIONS if protocol else None,
     )

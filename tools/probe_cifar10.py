@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,8 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     for title, model in (("features", loaded.model), ("random weights", random_twin(loaded.model))):
         cache = None if args.no_cache else features_path(folder, model, data, args.features)
         encode = frozen_encoder(model, device, args.features)
-        features[title] = embed_set(encode, data, size, cache=cache, **share)
-    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, progress=False, **share)
+        features[title] = embed_set(encode, data, size, share, cache)
+    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, dataclasses.replace(share, progress=False))
     if dist_env.rank:
         return
     own = features["features"]
@@ -87,7 +88,7 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     def tune_on_share(percent: float, seed: int, rows: np.ndarray) -> Probe:
         schedule = simclr_schedule(percent, args.batch, args.epochs)
         frozen, kind = own.train.image, args.features
-        return finetune(loaded.model, data, rows, frozen, schedule, kind, seed, device, share["threads"])
+        return finetune(loaded.model, data, rows, frozen, schedule, kind, seed, device, share.threads)
 
     assert data.train is not None  # as check_data has seen
     fractions = over_fractions(probe_share, own.train.labels, data.classes, args.fractions, args.seeds)

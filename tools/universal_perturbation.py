@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipdist.datasets.labelled import LabelledSet, Split
+    from clipdist.evals.embed import WorkShare
     from clipdist.evals.perturb import Classify, UniversalPerturbation
     from clipdist.models.dual_encoder import DualEncoder
 
@@ -28,8 +29,9 @@ def main() -> None:
     args = parse_args()
     templates, data, names = front.open_classes(args)
 
+    from clipdist.data.loader import default_threads
     from clipdist.distributed.rank import resolve_device
-    from clipdist.evals.embed import model_encoder
+    from clipdist.evals.embed import WorkShare, model_encoder
     from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation
     from clipdist.evals.zero_shot import zero_shot_classifier
 
@@ -38,11 +40,12 @@ def main() -> None:
     model, size = loaded.model.to(device), loaded.model.spec.image_size
     xi = default_xi(args.norm, size) if args.xi is None else args.xi
     (train, train_labels), (images, labels) = choose_images(data, size, args)
+    share = WorkShare(batch=args.batch, threads=default_threads())
     if args.classifier == "probe":
-        classify = probe_of_training_images(model, data, device, args.batch)
+        classify = probe_of_training_images(model, data, device, share)
     else:
         encode = model_encoder(model, device)
-        prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch).to(device)
+        prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share).to(device)
         classify = feature_classifier(model, model.logit_scale.detach().exp() * prompts)
     found = search(classify, train, xi, device, args)
     v = found.v.to(device)
@@ -104,8 +107,7 @@ def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -
     return images[kept], torch.from_numpy(split.labels[rows])[kept]
 
 
-def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str, batch: int) -> Classify:
-    from clipdist.data.loader import default_threads
+def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str, share: WorkShare) -> Classify:
     from clipdist.evals.features import embed_split, frozen_encoder
     from clipdist.evals.fractions import require_classes
     from clipdist.evals.perturb import probe_classifier
@@ -114,7 +116,7 @@ def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str,
         raise UserError(f"{data.name}: the probe needs training pictures: DIR/train beside DIR/test")
     require_classes(data.train, data.classes)
     encode = frozen_encoder(model, device, "projected")
-    train = embed_split(encode, data.train, model.spec.image_size, batch, default_threads())
+    train = embed_split(encode, data.train, model.spec.image_size, share)
     return probe_classifier(model, train.image, train.labels, data.classes, device, "fit")
 
 

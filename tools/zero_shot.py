@@ -37,9 +37,8 @@ def main() -> None:
     with front.joined_ranks(args) as dist_env:
         loaded = front.load(args, args.model)
         encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
-        ranks = (dist_env.rank, dist_env.world_size)
-        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, *ranks)
-        test = embed_split(encode, data.test, loaded.model.spec.image_size, **share)
+        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share)
+        test = embed_split(encode, data.test, loaded.model.spec.image_size, share)
     if dist_env.rank == 0:
         report(args, data, loaded, test, classifier, len(templates))
 

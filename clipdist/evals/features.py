@@ -13,14 +13,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from clipdist.data.decode import eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
-from clipdist.evals.embed import Encode, encode_images
+from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_images
 from clipdist.evals.store import load_tensors, read_kept, save_tensors
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
@@ -126,32 +125,21 @@ def random_twin(model: DualEncoder) -> DualEncoder:
         return assemble(model.spec, tower_weights=False).eval()
 
 
-def embed_split(
-    encode: Encode,
-    split: Split,
-    image_size: int,
-    batch: int = 64,
-    threads: int = 2,
-    rank: int = 0,
-    world: int = 1,
-    progress: bool = True,
-) -> SplitFeatures:
+def embed_split(encode: Encode, split: Split, image_size: int, share: WorkShare = ALONE) -> SplitFeatures:
     """Return the features of all images on every rank; each computes a contiguous slice, in full batches. Collective.
 
     Args:
         image_size: side of the square that the model takes, pixels.
-        threads: decoding threads.
 
     Raises:
         UserError: not one image can be decoded.
     """
-    mine, calls = share_of(len(split), batch, rank, world)
+    mine, calls = share.of(len(split))
     if not calls:
         raise UserError("no pictures to classify")
     bad: dict[int, str] = {}
-    images = decode_split(split, mine, image_size, batch, calls, threads, bad)
-    bar = tqdm(images, "pictures", calls, disable=None if progress and rank == 0 else True)
-    features = encode_images(encode, bar)[: len(mine)]
+    images = decode_split(split, mine, image_size, share.batch, calls, share.threads, bad)
+    features = encode_images(encode, share.bar(images, "pictures", calls))[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
     every[mine.start : mine.stop] = features
     good = torch.zeros(len(split), dtype=torch.int64)
@@ -163,15 +151,7 @@ def embed_split(
 
 
 def embed_set(
-    encode: Encode,
-    data: LabelledSet,
-    size: int,
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    progress: bool = True,
-    cache: Path | None = None,
+    encode: Encode, data: LabelledSet, size: int, share: WorkShare = ALONE, cache: Path | None = None
 ) -> Features:
     """Return the features of both splits, from the cache where it has them. Collective: each rank computes a slice.
 
@@ -185,14 +165,12 @@ def embed_set(
     """
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
-    found = read_kept(cache, load_features) if cache and rank == 0 else None
+    found = read_kept(cache, load_features) if cache and share.rank == 0 else None
     if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
-    train, test = (
-        embed_split(encode, split, size, batch, threads, rank, world, progress) for split in (data.train, data.test)
-    )
-    if cache and rank == 0:
+    train, test = (embed_split(encode, split, size, share) for split in (data.train, data.test))
+    if cache and share.rank == 0:
         with suppress(UserError):  # a full disk or a run that may not be written to: they are computed again next time
             save_features(cache, Features(train, test))
     return Features(train, test)
@@ -250,9 +228,3 @@ def decode_split(
         return eval_pixels(split.read(row), size)
 
     return (images for images, _ in decode_ahead(load, rows, size, batch, calls, threads, bad))
-
-
-def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
-    """Return this rank's rows, and how many batches the rank with most of them needs."""
-    mine = range(count * rank // world, count * (rank + 1) // world)
-    return mine, -(-count // (world * batch))

@@ -20,6 +20,7 @@ from clipdist.errors import UserError
 if TYPE_CHECKING:
     from clipdist.datasets.labelled import LabelledSet
     from clipdist.distributed.rank import DistEnv
+    from clipdist.evals.embed import WorkShare
     from clipdist.models.load import LoadedModel
 
 
@@ -126,12 +127,11 @@ def joined_ranks(args: argparse.Namespace) -> Iterator[DistEnv]:
         yield dist_env
 
 
-def share_of_work(args: argparse.Namespace, dist_env: DistEnv) -> dict[str, Any]:
-    """Return the arguments of embed_catalog, embed_split and embed_set that say who computes how much."""
+def share_of_work(args: argparse.Namespace, dist_env: DistEnv) -> WorkShare:
     from clipdist.data.loader import default_threads
+    from clipdist.evals.embed import WorkShare
 
-    ranks = {"rank": dist_env.rank, "world": dist_env.world_size}
-    return {"batch": args.batch, "threads": default_threads(), **ranks}
+    return WorkShare(dist_env.rank, dist_env.world_size, args.batch, default_threads())
 
 
 def load(args: argparse.Namespace, source: str, step: int | None = None) -> LoadedModel:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import Fault, UserError
-from clipdist.evals.embed import Encode
+from clipdist.evals.embed import ALONE, Encode, WorkShare
 from clipdist.evals.features import Features, embed_set
 from clipdist.evals.zero_shot import class_accuracy
 from clipdist.models.weights import weights_checksum
@@ -80,26 +80,17 @@ def require_unchanged(module: nn.Module, before: str) -> None:
         raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
 
-def probe_of(
-    encode: Encode,
-    data: LabelledSet,
-    image_size: int,
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    progress: bool = False,
-) -> dict[str, float]:
+def probe_of(encode: Encode, data: LabelledSet, image_size: int, share: WorkShare = ALONE) -> dict[str, float]:
     """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
 
-    Every rank computes a slice of the features, always `batch` images a call and equally often; rank 0 fits the
+    Every rank computes a slice of the features, always share.batch images a call and equally often; rank 0 fits the
     layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
 
     Raises:
         UserError: as embed_set and fit_probe.
     """
-    features = embed_set(encode, data, image_size, batch, rank, world, threads, progress)
-    if rank:
+    features = embed_set(encode, data, image_size, share)
+    if share.rank:
         return {}
     train, test = (F.normalize(part.image, dim=1) for part in (features.train, features.test))
     probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes)

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from clipdist.errors import UserError
 from clipdist.evals.embed import (
     Embeddings,
     Encode,
+    WorkShare,
     embed_catalog,
     encode_images,
     encode_texts,
@@ -192,25 +192,24 @@ def write_cache(path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: E
 
 
 def image_embeddings(
-    loaded: LoadedModel, encode: Encode, catalog: Catalog, share: dict[str, Any], keep: bool
+    loaded: LoadedModel, encode: Encode, catalog: Catalog, share: WorkShare, keep: bool
 ) -> tuple[Embeddings | None, bool]:
     """Return the images' features, of unit length, on rank 0, and whether they were kept from an earlier search.
 
     Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share. Collective.
 
     Args:
-        share: rank, world, batch and threads, as embed_catalog takes them.
         keep: read the file that keeps them, or write it.
 
     Raises:
         UserError: no image can be decoded, or features that are not finite.
     """
-    path, asked = cache_file(loaded, catalog), keep and share["rank"] == 0
+    path, asked = cache_file(loaded, catalog), keep and share.rank == 0
     kept = read_cache(path, loaded, catalog) if asked else None
     if gather_json(kept is not None)[0]:
         return kept, True
     size = loaded.model.spec.image_size
-    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, texts=False, **share))
+    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, share, texts=False))
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
     embeddings = replace(embeddings, image=unit(embeddings.image))

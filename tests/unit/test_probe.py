@@ -32,7 +32,7 @@ from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar10
 from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
 from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
-from clipdist.evals.embed import Encode
+from clipdist.evals.embed import Encode, WorkShare
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
 from clipdist.evals.fractions import MOST_SEEDS, Interval, interval, label_fraction
 from clipdist.evals.probe import (
@@ -464,20 +464,20 @@ def test_features_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     cache = features_path(tmp_path / "cache", model, data, "projected")
     assert cache is not None
-    first = embed_set(encode, data, 16, batch=8, cache=cache)
+    first = embed_set(encode, data, 16, WorkShare(batch=8), cache)
     assert len(calls) == 4 + 3
     assert (first.train.image.shape, first.test.image.shape) == ((30, 12), (18, 12))
     assert torch.allclose(first.train.image.norm(dim=1), torch.ones(30))
-    again = embed_set(encode, data, 16, batch=8, cache=cache)
+    again = embed_set(encode, data, 16, WorkShare(batch=8), cache)
     assert len(calls) == 7
     assert torch.equal(again.train.image, first.train.image)
     assert torch.equal(again.test.labels, torch.arange(18) % 3)
     assert [file.name for file in cache.parent.iterdir()] == [cache.name]
     cache.write_bytes(cache.read_bytes()[:100])  # a damaged file is computed anew
-    assert torch.equal(embed_set(encode, data, 16, batch=8, cache=cache).test.image, first.test.image)
+    assert torch.equal(embed_set(encode, data, 16, WorkShare(batch=8), cache).test.image, first.test.image)
     assert len(calls) == 14
     save_file(load_file(cache), cache)  # as older versions wrote it: no format in its head
-    embed_set(encode, data, 16, batch=8, cache=cache)
+    embed_set(encode, data, 16, WorkShare(batch=8), cache)
     assert len(calls) == 21
     lines = capsys.readouterr().err.splitlines()
     assert [line.endswith("made again") for line in lines if str(cache) in line] == [True, True]
@@ -504,7 +504,7 @@ def test_other_weights_data_or_features_are_another_file(tmp_path: Path) -> None
 
 def test_probe_of_an_encoder_on_its_own(tmp_path: Path) -> None:
     data = labelled_set(tmp_path)
-    result = probe_of(pixel_encoder, data, 8, batch=8)
+    result = probe_of(pixel_encoder, data, 8, WorkShare(batch=8))
     assert set(result) == {"accuracy", "top5", "l2"}
     assert result["accuracy"] > 90
     with pytest.raises(UserError, match="needs training pictures"):
@@ -516,8 +516,9 @@ def probe_on(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         data = open_labelled(f"{folder}/cifar-10-batches-py")
-        result = probe_of(pixel_encoder, data, 8, 8, rank, 2)
-        cached = [embed_set(pixel_encoder, data, 8, 8, rank, 2, cache=Path(folder) / "f.safetensors") for _ in range(2)]
+        share = WorkShare(rank, 2, batch=8)
+        result = probe_of(pixel_encoder, data, 8, share)
+        cached = [embed_set(pixel_encoder, data, 8, share, Path(folder) / "f.safetensors") for _ in range(2)]
         counts = [len(features.train.image) for features in cached]
         Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts]))
     finally:
@@ -531,7 +532,7 @@ def test_two_ranks_share_the_pictures(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
     mp.spawn(probe_on, (port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == [probe_of(pixel_encoder, data, 8, batch=8), [30, 30]]
+    assert first == [probe_of(pixel_encoder, data, 8, WorkShare(batch=8)), [30, 30]]
     assert second == [{}, [30, 0]]  # where the cache answers, only rank 0 has features
 
 
