@@ -160,7 +160,8 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
     drawn = {"resamples": args.resamples, "seed": args.seed}
     record = {**metrics, **ends, **source, **test_set, **drawn}
-    front.finish(args, Path(facts["run_dir"]) if facts.get("run_dir") else None, "eval_retrieval", record)
+    run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
+    front.finish(args, record, run_dir=run_dir, tool="eval_retrieval")
 
 
 def print_table(

@@ -20,7 +20,6 @@ from clipdist.data.consolidated import Part, write_parts
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
 from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
-from clipdist.datasets.front import count_lines, finish
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
 from clipdist.evals import front
@@ -153,7 +152,7 @@ def main() -> int:
             for _ in parts:
                 pass
     seconds = time.perf_counter() - began
-    finish(arguments, table(tally, arguments, seconds), report(tally, arguments, seconds))
+    front.finish(arguments, report(tally, arguments, seconds), table(tally, arguments, seconds))
     return EXIT_FAULT if tally.empty or (tally.damaged and not arguments.salvage) else 0
 
 
@@ -236,7 +235,7 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> list[s
         f"{tally.samples / seconds:>12.0f}",
     ]
     marked = "not to be used (what is defective is marked in the index, and left out by --out):"
-    lines += count_lines("left out:" if arguments.out else marked, dropped(tally))
+    lines += front.count_lines("left out:" if arguments.out else marked, dropped(tally))
     if tally.conditions:
         lines.append(f"of {tally.good} good samples")
         lines += [f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed)]

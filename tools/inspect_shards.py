@@ -18,7 +18,6 @@ from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
 from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
-from clipdist.datasets.front import count_lines, finish
 from clipdist.datasets.interop import compare_readers
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
@@ -76,7 +75,7 @@ def main() -> int:
         reader.close()
     if arguments.verify:
         result["verified"] = verify(arguments.shards, arguments.processes)
-    finish(arguments, table(result), result)
+    front.finish(arguments, result, table(result))
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
@@ -118,7 +117,7 @@ def compare_with_webdataset(arguments: argparse.Namespace) -> int:
         f"webdataset, {totals['differences'] or 'no'} differences"
     )
     differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
-    finish(arguments, [line], {**totals, "differing": differing})
+    front.finish(arguments, {**totals, "differing": differing}, [line])
     return EXIT_FAULT if totals["differences"] else 0
 
 
@@ -158,9 +157,9 @@ def table(result: dict) -> list[str]:
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
         f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
     ]
-    lines += count_lines("", result["unusable"])[1:]
+    lines += front.count_lines("", result["unusable"])[1:]
     if "verified" in result:
-        lines += count_lines("verified: every sample, of which", result["verified"]) or [
+        lines += front.count_lines("verified: every sample, of which", result["verified"]) or [
             "verified: every sample is good"
         ]
     return lines

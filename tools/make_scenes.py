@@ -57,8 +57,7 @@ def main() -> int:
         print(f"{arguments.out / SCENES}: {images} pictures with five captions each, Flickr8k's layout")
         labelled = arguments.labelled_train + arguments.labelled_test
         print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, a folder per class")
-    if arguments.json:
-        print(json.dumps({**wanted, "out": str(arguments.out), "written": not there}))
+    front.finish(arguments, {**wanted, "out": str(arguments.out), "written": not there})
     return 0
 
 

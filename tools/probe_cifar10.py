@@ -101,7 +101,8 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     record |= {"published": published[1] if published else None}
     print_tables(record, probes, published)
     confusion = write_confusion(args.picture, probes["features"], loaded.run_dir)
-    front.finish(args, loaded.run_dir, "probe_cifar10", record | {"picture": str(confusion) if confusion else None})
+    record |= {"picture": str(confusion) if confusion else None}
+    front.finish(args, record, run_dir=loaded.run_dir, tool="probe_cifar10")
 
 
 def record_of(probes: dict[str, Probe], features: Features, data: LabelledSet) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,18 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         for note in run.notes:
             print(f"  note: {note}")
     print(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    if args.json:
-        figures = [
-            {
-                "run": run.label,
-                "folder": str(run.folder),
-                **run_figures(run),
-                "results": run.results,
-                "notes": run.notes,
-            }
-            for run in runs
-        ]
-        print(json.dumps({"report": str(out), "bytes": out.stat().st_size, "runs": figures}))
+    figures = [
+        {"run": run.label, "folder": str(run.folder)} | run_figures(run) | {"results": run.results, "notes": run.notes}
+        for run in runs
+    ]
+    front.finish(args, {"report": str(out), "bytes": out.stat().st_size, "runs": figures})
 
 
 def default_page(runs: list[Path]) -> Path:

@@ -94,7 +94,7 @@ def main() -> None:
     print_result(session, result)
     times = {"import_s": import_s, "encode_s": result.encode_s, "search_s": result.search_s}
     rounded = {name: round(seconds, 4) for name, seconds in times.items()}
-    front.finish(args, None, "search_images", as_record(session, result) | {"kept": kept} | rounded)
+    front.finish(args, as_record(session, result) | {"kept": kept} | rounded)
 
 
 def prepare(args: argparse.Namespace, catalog: Catalog, device: Any) -> Session:

@@ -17,7 +17,6 @@ from clipdist.datasets.flickr8k import (
     random_splits,
     read_source,
 )
-from clipdist.datasets.front import count_lines, finish
 from clipdist.datasets.images import CheckedImage, check_images, write_splits
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, read_own, staging, write_json
 from clipdist.errors import UserError, run_main
@@ -71,7 +70,7 @@ def main() -> int:
         stats = build(source, split_source, identity, arguments, defects)
     else:
         print(f"{arguments.out} is there already, from this source and with these options: nothing to do")
-    finish(arguments, table(stats, arguments.out), {**stats, "out": str(arguments.out)})
+    front.finish(arguments, {**stats, "out": str(arguments.out)}, table(stats, arguments.out))
     return 0
 
 
@@ -195,7 +194,7 @@ def table(stats: dict, out: Path) -> list[str]:
         megabytes = count["bytes"] / 1e6
         lines.append(f"{split:<8}{count['pictures']:>10}{count['captions']:>10}{count['shards']:>8}{megabytes:>10.1f}")
     for group, title in (("skipped", "left out"), ("noted", "kept, worth knowing")):
-        lines += count_lines(f"{title} (names in {out / 'report.json'}):", stats[group])
+        lines += front.count_lines(f"{title} (names in {out / 'report.json'}):", stats[group])
     return lines
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from clipdist.datasets.front import count_lines, finish
 from clipdist.datasets.pair_lists import PairList, open_list, survey
 from clipdist.datasets.pair_shards import PackCaptions, ShardPlan, write_pairs
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
@@ -85,7 +84,7 @@ def main() -> int:
         "tokens": kind,
         "seconds": round(seconds, 3),
     }
-    finish(arguments, table(record, seconds), record)
+    front.finish(arguments, record, table(record, seconds))
     return 0
 
 
@@ -120,11 +119,11 @@ def table(record: dict, seconds: float) -> list[str]:
         else f"{out}: all shards are there already: nothing to do",
         f"{'samples':>10}{'captions':>10}{'shards':>8}{'MB':>10}",
         f"{record['samples']:>10}{record['captions']:>10}{record['shards']:>8}{record['bytes'] / 1e6:>10.1f}",
-        *count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
+        *front.count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
     ]
     if record["repeated"]:
         reason = "pictures repeated elsewhere in the list (sort it to join their captions)"
-        lines += count_lines("kept, worth knowing:", {reason: record["repeated"]})
+        lines += front.count_lines("kept, worth knowing:", {reason: record["repeated"]})
     return lines
 
 

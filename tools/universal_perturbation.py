@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from clipdist.datasets.labelled import LabelledSet, Split
     from clipdist.evals.embed import WorkShare
-    from clipdist.evals.perturb import Classify, UniversalPerturbation
+    from clipdist.evals.perturb import Classify
     from clipdist.models.dual_encoder import DualEncoder
 
 EXAMPLES = """examples:
@@ -32,7 +34,7 @@ def main() -> None:
     from clipdist.data.loader import default_threads
     from clipdist.distributed.rank import resolve_device
     from clipdist.evals.embed import WorkShare, model_encoder
-    from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation
+    from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation, universal_perturbation
     from clipdist.evals.zero_shot import zero_shot_classifier
 
     device = resolve_device(args.device)
@@ -47,7 +49,9 @@ def main() -> None:
         encode = model_encoder(model, device)
         prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share).to(device)
         classify = feature_classifier(model, model.logit_scale.detach().exp() * prompts)
-    found = search(classify, train, xi, device, args)
+    settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
+    with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:
+        found = universal_perturbation(classify, train, xi, device=device, on_images=bar.update, **settings)
     v = found.v.to(device)
     measured = measure_perturbation(classify, v, images, labels, data.classes, args.norm, args.batch)
     record = measured | {
@@ -65,7 +69,7 @@ def main() -> None:
         draw(args, classify, v, images[:SHOWN], data.classes)
         print(f"{args.out}: the perturbation, and pictures with it; the numbers: {save(args.out, found.v, record)}")
     record |= {"data": data.name, "model": loaded.label, "step": loaded.step, "pictures": len(train_labels)}
-    front.finish(args, loaded.run_dir, "universal_perturbation", record)
+    front.finish(args, record, run_dir=loaded.run_dir, tool="universal_perturbation")
 
 
 def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
@@ -90,7 +94,6 @@ def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> lis
 
 def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     import torch
-    from tqdm import tqdm
 
     from clipdist.data.loader import default_threads
     from clipdist.evals.features import decode_split
@@ -118,18 +121,6 @@ def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str,
     encode = frozen_encoder(model, device, "projected")
     train = embed_split(encode, data.train, model.spec.image_size, share)
     return probe_classifier(model, train.image, train.labels, data.classes, device, "fit")
-
-
-def search(
-    classify: Classify, train: Tensor, xi: float, device: str, args: argparse.Namespace
-) -> UniversalPerturbation:
-    from tqdm import tqdm
-
-    from clipdist.evals.perturb import universal_perturbation
-
-    settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
-    with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:
-        return universal_perturbation(classify, train, xi, device=device, on_images=bar.update, **settings)
 
 
 def print_table(record: dict[str, Any], title: str, train: int) -> None:

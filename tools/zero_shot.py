@@ -70,7 +70,7 @@ def report(
         print(f"confusion matrix: {args.confusion}")
     facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
     record = {**metrics, "per_class": per_class, "left_out": test.left_out, **facts}
-    front.finish(args, loaded.run_dir, "zero_shot", record)
+    front.finish(args, record, run_dir=loaded.run_dir, tool="zero_shot")
 
 
 def print_table(metrics: dict[str, float], per_class: dict[str, float]) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,10 +141,23 @@ def load(args: argparse.Namespace, source: str, step: int | None = None) -> Load
     return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step)
 
 
-def finish(args: argparse.Namespace, run_dir: Path | None, tool: str, record: dict[str, Any]) -> None:
-    """Keep a result for the report, and print it as the last line where --json asks for it."""
+def count_lines(title: str, counts: Mapping[str, int]) -> list[str]:
+    """Return a title and a line for every count; nothing where there are none."""
+    return [title, *(f"{count:>10}  {reason}" for reason, count in counts.items())] if counts else []
+
+
+def finish(
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    lines: Sequence[str] = (),
+    run_dir: Path | None = None,
+    tool: str = "",
+) -> None:
+    """Print a table's lines, keep the record for the report, and print it as the last line where --json asks for it."""
     from clipdist.evals.results import keep_result
 
+    for line in lines:
+        print(line)
     keep_result(run_dir, tool, record)
     if args.json:
         print(json.dumps(record))

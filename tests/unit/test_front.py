@@ -61,8 +61,8 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
 
 def test_a_result_is_kept_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = parser().parse_args(["RN50", "--json"])
-    front.finish(args, tmp_path, "zero_shot", {"top1": 50.0})
+    front.finish(args, {"top1": 50.0}, run_dir=tmp_path, tool="zero_shot")
     assert json.loads(capsys.readouterr().out) == {"top1": 50.0}
     assert json.loads((tmp_path / "results/zero_shot.json").read_text()) == {"top1": 50.0}
-    front.finish(parser().parse_args(["RN50"]), None, "zero_shot", {"top1": 50.0})
+    front.finish(parser().parse_args(["RN50"]), {"top1": 50.0})
     assert capsys.readouterr().out == ""
