@@ -80,13 +80,13 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
     protocol = PROTOCOLS.get(args.protocol)
     where = " ".join(args.shards)
     names: list[str] = []
-    selection = None
+    place_of: dict[int, int] = {}  # of a sample in the split file
     if protocol:
         names = read_test_names(args.split_file, protocol)
-        selection = select_samples(catalog, names)
+        place_of = select_samples(catalog, names)
         if not args.allow_missing:
-            require_whole(protocol, selection.missing, where)
-        if not selection.sample_ids:
+            require_whole(protocol, names, set(place_of.values()), where)
+        if not place_of:
             raise UserError(f"{where}: none of the {protocol.images} pictures of {protocol.name} is there")
     loaded = front.load(args, args.run)
     own = embed_catalog(
@@ -95,7 +95,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         loaded.tokenizer,
         loaded.model.spec.image_size,
         front.share_of_work(args, dist_env),
-        samples=selection.sample_ids if selection else None,
+        samples=list(place_of) if protocol else None,
         most_captions=CAPTIONS if protocol else None,
     )
     embeddings = gather_embeddings(own)
@@ -113,13 +113,11 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         "protocol": args.protocol,
         "positions": "[]",
     }
-    if protocol and selection:
-        place_of = dict(zip(selection.sample_ids, selection.positions))
+    if protocol:
         positions = [place_of[sample_id] for sample_id in embeddings.sample_ids.tolist()]
         facts["positions"] = json.dumps(positions)
         if not args.allow_missing:
-            there = set(positions)
-            require_whole(protocol, [name for position, name in enumerate(names) if position not in there], where)
+            require_whole(protocol, names, set(positions), where)
     return embeddings, facts
 
 

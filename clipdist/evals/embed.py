@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -163,22 +164,18 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         all_gather_uneven(tensor, process_group)
         for tensor in (embeddings.image, embeddings.text, embeddings.text_image, embeddings.sample_ids)
     )
-    strings = [embeddings.captions, embeddings.keys, embeddings.bad]
-    captions: list[str] = []
-    keys: list[str] = []
+    strings = gather_json([embeddings.captions, embeddings.keys, embeddings.bad], process_group)
+    captions, keys, bad_of_ranks = zip(*strings)
     bad: dict[str, list[str]] = {}
-    for part_captions, part_keys, part_bad in gather_json(strings, process_group):
-        captions += part_captions
-        keys += part_keys
-        for reason, names in part_bad.items():
-            bad[reason] = bad.get(reason, []) + names
+    for reason, names in chain.from_iterable(part.items() for part in bad_of_ranks):
+        bad.setdefault(reason, []).extend(names)
     firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its images from 0
     return Embeddings(
         image=torch.cat(image),
         text=torch.cat(text),
         text_image=torch.cat([part + first for part, first in zip(text_image, firsts)]),
-        captions=captions,
-        keys=keys,
+        captions=list(chain.from_iterable(captions)),
+        keys=list(chain.from_iterable(keys)),
         sample_ids=torch.cat(sample_ids),
         bad=bad,
     )
