@@ -31,18 +31,16 @@ def main() -> None:
     args = parse_args()
     templates, data, names = front.open_classes(args)
 
-    from clipdist.data.loader import default_threads
     from clipdist.distributed.rank import resolve_device
-    from clipdist.evals.embed import WorkShare, model_encoder
+    from clipdist.evals.embed import model_encoder
     from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation, universal_perturbation
     from clipdist.evals.zero_shot import zero_shot_classifier
 
-    device = resolve_device(args.device)
+    device, share = resolve_device(args.device), front.share_of_work(args)
     loaded = front.load(args, args.model)
     model, size = loaded.model.to(device), loaded.model.spec.image_size
     xi = default_xi(args.norm, size) if args.xi is None else args.xi
-    (train, train_labels), (images, labels) = choose_images(data, size, args)
-    share = WorkShare(batch=args.batch, threads=default_threads())
+    (train, train_labels), (images, labels) = choose_images(data, size, args, share)
     if args.classifier == "probe":
         classify = probe_of_training_images(model, data, device, share)
     else:
@@ -72,7 +70,9 @@ def main() -> None:
     front.finish(args, record, run_dir=loaded.run_dir, tool="universal_perturbation")
 
 
-def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+def choose_images(
+    data: LabelledSet, size: int, args: argparse.Namespace, share: WorkShare
+) -> list[tuple[Tensor, Tensor]]:
     """Choose random images to find v on, and others to try it on; a set without a training part is halved.
 
     Returns:
@@ -89,19 +89,20 @@ def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> lis
     if not train:
         raise UserError(f"{args.data}: {len(data.test)} pictures are too few to find a perturbation and to try it")
     chosen = ((data.train or data.test, train[: args.pictures]), (data.test, held_out[: args.held_out]))
-    return [decode(split, rows, size, args) for split, rows in chosen]
+    return [decode(split, rows, size, args, share) for split, rows in chosen]
 
 
-def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def decode(
+    split: Split, rows: list[int], size: int, args: argparse.Namespace, share: WorkShare
+) -> tuple[Tensor, Tensor]:
     import torch
 
-    from clipdist.data.loader import default_threads
     from clipdist.evals.features import decode_split
 
     bad: dict[int, str] = {}
-    calls = -(-len(rows) // args.batch)
-    batches = decode_split(split, rows, size, args.batch, calls, default_threads(), bad)
-    images = torch.cat(list(tqdm(batches, "pictures", calls, disable=None)))[: len(rows)]
+    _, calls = share.of(len(rows))
+    batches = decode_split(split, rows, size, share.batch, calls, share.threads, bad)
+    images = torch.cat(list(share.bar(batches, "pictures", calls)))[: len(rows)]
     kept = [place for place, row in enumerate(rows) if row not in bad]
     if bad:
         front.tell(f"left out, cannot be decoded: {len(bad)} of {len(rows)} pictures")

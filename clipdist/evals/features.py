@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,30 +68,23 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
-    with without_projection(model.visual):
-        return model.encode_image(image)
-
-
-@contextmanager
-def without_projection(tower: nn.Module) -> Iterator[None]:
-    """Take an image tower's projection out while the block runs; the tower is then as it was.
-
-    Of CLIP's ResNets this leaves what attention pools, before the pooling's own projection.
-
-    Raises:
-        UserError: the tower has none that is known.
-    """
-    owner, name, stand_in = _projection(tower)
+    owner, name, stand_in = _projection(model.visual)
     projection = getattr(owner, name)
     setattr(owner, name, stand_in)
     try:
-        yield
+        return model.encode_image(image)
     finally:
         setattr(owner, name, projection)
 
 
 def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
-    """Return (module, attribute, what to put there instead) of an image tower's projection."""
+    """Return (module, attribute, what to put there instead) of an image tower's projection.
+
+    Of CLIP's ResNets, of the projection that belongs to attention pooling.
+
+    Raises:
+        UserError: the tower has none that is known.
+    """
     if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
         return tower, "proj", None
     pool: Any = getattr(tower, "attnpool", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,23 +17,17 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 MOST_SEEDS = len(_T) + 1
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The mean over seeds and its 95 % interval by Student's t; the interval is None of a single seed."""
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, low and high (the 95 % interval by Student's t; None of one value) and seeds (their number).
 
-    mean: float
-    low: float | None
-    high: float | None
-    seeds: int
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return the interval of 1 to MOST_SEEDS results of equal standing."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Interval(mean, None, None, 1)
-    half = _T[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return Interval(mean, mean - half, mean + half, len(values))
+    Args:
+        values: 1 to MOST_SEEDS results of equal standing.
+    """
+    mean, low, high = float(np.mean(values)), None, None
+    if len(values) > 1:
+        half = _T[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+        low, high = mean - half, mean + half
+    return {"mean": mean, "low": low, "high": high, "seeds": len(values)}
 
 
 def label_fraction(labels: np.ndarray | Tensor, percent: float, seed: int, classes: Sequence[str]) -> np.ndarray:
@@ -89,6 +82,6 @@ def over_fractions(
         shares = [label_fraction(labels, percent, seed, classes) for seed in range(seeds)]
         probes = [fit(percent, seed, rows) for seed, rows in enumerate(shares)]
         accuracy = interval([probe.accuracy for probe in probes])
-        top5 = interval([probe.top5 for probe in probes]).mean
-        table.append({"percent": percent, "pictures": len(shares[-1]), **asdict(accuracy), "top5": top5})
+        top5 = float(np.mean([probe.top5 for probe in probes]))
+        table.append({"percent": percent, "pictures": len(shares[-1]), **accuracy, "top5": top5})
     return table

@@ -127,11 +127,13 @@ def joined_ranks(args: argparse.Namespace) -> Iterator[DistEnv]:
         yield dist_env
 
 
-def share_of_work(args: argparse.Namespace, dist_env: DistEnv) -> WorkShare:
+def share_of_work(args: argparse.Namespace, dist_env: DistEnv | None = None) -> WorkShare:
+    """Return what this rank computes; without ranks, all."""
     from clipdist.data.loader import default_threads
     from clipdist.evals.embed import WorkShare
 
-    return WorkShare(dist_env.rank, dist_env.world_size, args.batch, default_threads())
+    rank, world = (dist_env.rank, dist_env.world_size) if dist_env else (0, 1)
+    return WorkShare(rank, world, args.batch, default_threads())
 
 
 def load(args: argparse.Namespace, source: str, step: int | None = None) -> LoadedModel:

@@ -34,7 +34,7 @@ from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
 from clipdist.evals.embed import Encode, WorkShare
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
-from clipdist.evals.fractions import MOST_SEEDS, Interval, interval, label_fraction
+from clipdist.evals.fractions import MOST_SEEDS, interval, label_fraction
 from clipdist.evals.probe import (
     L2_GRID,
     LR_GRID,
@@ -338,10 +338,10 @@ def test_a_fraction_that_leaves_a_class_empty_says_what_would_do() -> None:
 def test_interval_by_students_t() -> None:
     """Values of a textbook: 1, 2, 3 have the mean 2, s = 1, and t(0.975; 2) = 4.303."""
     result = interval([1.0, 2.0, 3.0])
-    assert (result.mean, result.seeds) == (2, 3)
-    assert result.low == pytest.approx(2 - 4.303 / 3**0.5)
-    assert result.high == pytest.approx(2 + 4.303 / 3**0.5)
-    assert interval([5.0]) == Interval(5.0, None, None, 1)
+    assert (result["mean"], result["seeds"]) == (2, 3)
+    assert result["low"] == pytest.approx(2 - 4.303 / 3**0.5)
+    assert result["high"] == pytest.approx(2 + 4.303 / 3**0.5)
+    assert interval([5.0]) == {"mean": 5.0, "low": None, "high": None, "seeds": 1}
     interval(range(MOST_SEEDS))
 
 
