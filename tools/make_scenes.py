@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
+from clipdist.datasets.shard_writer import read_own, write_json
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
+MAKER = "tools/make_scenes.py"
 EXAMPLE = """examples:
   python tools/make_scenes.py --out runs/demo-data
   python tools/make_scenes.py --out data/scenes --seed 1 --train 20000
@@ -43,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    wanted = {"maker": "tools/make_scenes.py", "version": SCENES_VERSION, "seed": arguments.seed}
+    wanted = {"maker": MAKER, "version": SCENES_VERSION, "seed": arguments.seed}
     wanted |= {name: getattr(arguments, name) for name in ("train", "dev", "test", "labelled_train", "labelled_test")}
     there = read_stamp(arguments.out) == {**wanted, "complete": True}
     if there:
@@ -67,15 +68,9 @@ def read_stamp(out: Path) -> dict | None:
     Raises:
         UserError: the folders hold something that this tool did not write.
     """
-    try:
-        made = json.loads((out / STAMP).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        made = None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / STAMP}: cannot be read ({error}); remove it or choose another --out") from None
-    ours = isinstance(made, dict) and made.get("maker") == "tools/make_scenes.py"
-    foreign = [name for name in (STAMP, SCENES, LABELLED) if (out / name).exists()]
-    if not ours and foreign:
+    made = read_own(out / STAMP, maker=MAKER)
+    foreign = [name for name in (SCENES, LABELLED) if (out / name).exists()]
+    if made is None and foreign:
         raise UserError(f"{out / foreign[0]} was not written by this tool; choose another --out")
     return made
 
@@ -90,7 +85,7 @@ def clear(out: Path) -> None:
 def stamp(out: Path, content: dict) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(out / STAMP, content)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 

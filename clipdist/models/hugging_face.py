@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clipdist.errors import UserError
+from clipdist.models.open_clip_files import check_channels
 
 DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
 ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
@@ -238,12 +239,9 @@ def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
     said = _read_json(path) if path.is_file() else {}
     found: dict[str, tuple[float, ...]] = {}
     for key in ("image_mean", "image_std"):
-        values = said.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-            raise UserError(f"{path}: {key} takes three numbers, one per channel")
-        found[key] = tuple(values)
+        if (values := said.get(key)) is not None:
+            check_channels(f"{path}: {key}", values)
+            found[key] = tuple(values)
     return found
 
 
