@@ -13,7 +13,6 @@ from clipdist.evals import front
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import Embeddings
-    from clipdist.evals.protocols import RetrievalProtocol
     from clipdist.evals.retrieval import Ranks
 
 EXAMPLES = """examples:
@@ -126,15 +125,12 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv)
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
 
-    protocol: RetrievalProtocol | None = PROTOCOLS.get(facts.get("protocol", ""))
+    protocol = PROTOCOLS.get(facts.get("protocol", ""))
     folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
-    device, together = dist_env.device, dist_env.world_size > 1
-    return [
-        retrieval_ranks(image.to(device), text.to(device), text_image.to(device), together)
-        for image, text, text_image in folds
-    ]
+    device = dist_env.device
+    return [retrieval_ranks(image.to(device), text.to(device), rows.to(device), True) for image, text, rows in folds]
 
 
 def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:

@@ -47,7 +47,7 @@ class Tally:
     kinds: set[str] = field(default_factory=set)
     columns: set[str] = field(default_factory=set)
     with_columns: int = 0  # shards whose columns have been seen
-    passed: list[int] = field(default_factory=list)
+    passed: Counter[int] = field(default_factory=Counter)  # by the number of the condition
     damaged: list[tuple[str, str]] = field(default_factory=list)
     empty: int = 0  # damaged shards of which nothing can be used
     defects: Counter[str] = field(default_factory=Counter)
@@ -63,9 +63,7 @@ class Tally:
         self.kinds |= set(found.kinds)
         self.columns |= set(found.columns)
         self.with_columns += bool(found.samples and found.passed)
-        self.passed = [
-            a + (b or 0) for a, b in zip(self.passed or [0] * len(found.passed), found.passed)
-        ] or self.passed
+        self.passed.update({number: count or 0 for number, count in enumerate(found.passed)})
         self.defects += found.defects
         if found.damage:
             self.damaged.append((safe_name(found.tar), found.damage))
@@ -216,7 +214,7 @@ def report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[
         "kept": tally.kept,
         "dropped": dropped(tally),
         "conditions": {
-            str(c): {"passed": n, "dropped": tally.good - n} for c, n in zip(tally.conditions, tally.passed)
+            str(c): {"passed": n, "dropped": tally.good - n} for c, n in zip(tally.conditions, tally.passed.values())
         },
         "columns": sorted(tally.columns - {DEFECT}),
         "bytes": tally.tar_bytes,
@@ -238,7 +236,9 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> list[s
     lines += front.count_lines("left out:" if arguments.out else marked, dropped(tally))
     if tally.conditions:
         lines.append(f"of {tally.good} good samples")
-        lines += [f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed)]
+        lines += [
+            f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed.values())
+        ]
     if tally.damaged:
         state = "only their whole samples are kept" if arguments.salvage else "left out; --salvage keeps whole samples"
         lines.append(f"{len(tally.damaged):>10}  shards are damaged (named above): {state}")

@@ -202,7 +202,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--features", choices=("projected", "tower"), default="projected", help="after or before the projection")
     add("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="full-batch L-BFGS with a penalty, or SGD without")
-    add("--fractions", default="", metavar="P,P", help="also on these shares of the labels, percent: 1,10,100")
+    what = "also on these shares of the labels, percent: 1,10,100"
+    add("--fractions", type=percents, default=[], metavar="P,P", help=what)
     front.add_number(parser, "--seeds", 3, "of every fraction, at most 10 (3)", most=10)
     add("--finetune", action="store_true", help="also train the tower, on --fractions or on all labels")
     what = "of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)"
@@ -210,20 +211,14 @@ def parse_args() -> argparse.Namespace:
     add("--picture", type=Path, metavar="FILE.png", help="confusion matrix (beside a run: probe_confusion.png)")
     add("--no-cache", action="store_true", help="neither read nor keep features")
     front.add_work(parser)
-    args = parser.parse_args()
-    args.fractions = parse_fractions(parser, args.fractions)
-    return args
+    return parser.parse_args()
 
 
-def parse_fractions(parser: argparse.ArgumentParser, text: str) -> list[float]:
+def percents(text: str) -> list[float]:
     try:
-        fractions = [float(part) for part in text.split(",") if part.strip()]
+        return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        parser.error(f"--fractions {text}: give percent with commas between them, such as 1,10,100")
-    for percent in fractions:
-        if not 0 < percent <= 100:
-            parser.error(f"--fractions {percent:g}: give percent above 0, at most 100")
-    return fractions
+        raise argparse.ArgumentTypeError(f"{text}: give percent with commas between them, such as 1,10,100") from None
 
 
 if __name__ == "__main__":
