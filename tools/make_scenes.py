@@ -50,7 +50,9 @@ def main() -> int:
     if there:
         print(f"{arguments.out} holds this set already: nothing to do")
     else:
-        clear(arguments.out)
+        for name in (SCENES, LABELLED):  # of an earlier or interrupted run: images of two sets must not mix
+            if (arguments.out / name).exists():
+                shutil.rmtree(arguments.out / name)
         stamp(arguments.out, {**wanted, "complete": False})
         draw(arguments)
         stamp(arguments.out, {**wanted, "complete": True})
@@ -73,13 +75,6 @@ def read_stamp(out: Path) -> dict | None:
     if made is None and foreign:
         raise UserError(f"{out / foreign[0]} was not written by this tool; choose another --out")
     return made
-
-
-def clear(out: Path) -> None:
-    """Remove what an earlier or interrupted run wrote: images of two sets must not mix."""
-    for name in (SCENES, LABELLED):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
 
 
 def stamp(out: Path, content: dict) -> None:

@@ -31,6 +31,8 @@ def main() -> None:
     args = parse_args()
     templates, data, names = front.open_classes(args)
 
+    from safetensors.torch import save_file
+
     from clipdist.distributed.rank import resolve_device
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation, universal_perturbation
@@ -65,7 +67,9 @@ def main() -> None:
     print_table(record, f"{loaded.label}, {args.classifier} classifier on {data.name}", len(train_labels))
     if args.out:
         draw(args, classify, v, images[:SHOWN], data.classes)
-        print(f"{args.out}: the perturbation, and pictures with it; the numbers: {save(args.out, found.v, record)}")
+        numbers = args.out.with_suffix(".safetensors")  # v as it is, fp32 [3, S, S]
+        save_file({"v": found.v.contiguous()}, numbers, {"perturbation": json.dumps(record)})
+        print(f"{args.out}: the perturbation, and pictures with it; the numbers: {numbers}")
     record |= {"data": data.name, "model": loaded.label, "step": loaded.step, "pictures": len(train_labels)}
     front.finish(args, record, run_dir=loaded.run_dir, tool="universal_perturbation")
 
@@ -156,15 +160,6 @@ def draw(args: argparse.Namespace, classify: Classify, v: Tensor, images: Tensor
         answers = predict(classify, shown, v.new_zeros(v.shape), args.batch)
         rows.append(SheetRow(title, list(shown), [classes[answer] for answer in answers.tolist()]))
     contact_sheet(rows).save(args.out)
-
-
-def save(out: Path, v: Tensor, record: dict[str, Any]) -> Path:
-    """Write v as it is, fp32 [3, S, S], beside the sheet."""
-    from safetensors.torch import save_file
-
-    path = out.with_suffix(".safetensors")
-    save_file({"v": v.contiguous()}, path, {"perturbation": json.dumps(record)})
-    return path
 
 
 def parse_args() -> argparse.Namespace:

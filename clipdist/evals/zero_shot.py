@@ -109,7 +109,9 @@ def zero_shot_metrics(
         UserError: no images, a label that is no class, or features that are not finite.
     """
     answers = classify(features, classifier, logit_scale)
-    check_labels(labels, len(classifier))
+    strangers = labels[(labels < 0) | (labels >= len(classifier))]
+    if len(strangers):
+        raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {len(classifier) - 1}")
     per_class = class_accuracy(answers.predictions, labels, len(classifier)).values()
     right = answers.best == labels[:, None]
     return {
@@ -161,10 +163,3 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
     gap = confidence.double() - right.double()
     # |accuracy - confidence| of a bin times its share of all images is |sum of gaps in it| / n.
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).abs().sum().item() / len(confidence)
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise UserError where a label is no class."""
-    strangers = labels[(labels < 0) | (labels >= classes)]
-    if len(strangers):
-        raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {classes - 1}")
