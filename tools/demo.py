@@ -184,11 +184,10 @@ def explain(failure: StepFailed) -> int:
 def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Return the content of summary.json, flat; rates and accuracies are percentages."""
     from clipdist.checkpoint.format import newest_checkpoint
+    from clipdist.report.history import RECALLS
 
     retrieval = results["retrieval"]
-    recalls = {
-        name: round(retrieval[name], 2) for way in ("t2i", "i2t") for name in (f"{way}_r1", f"{way}_r5", f"{way}_r10")
-    }
+    recalls = {name: round(retrieval[name], 2) for name in RECALLS}
     samples, train_seconds = training_time(Path(RUN, "metrics.jsonl"))
     return recalls | {
         "candidates": int(retrieval["candidates"]),
@@ -213,19 +212,14 @@ def training_time(metrics: Path) -> tuple[int, float]:
 
 
 def table(summary: dict[str, Any], sheet: str) -> list[str]:
-    chance = summary["chance"]
     programs = os.path.relpath(Path(sys.executable).parent)  # of a virtual environment that may not be activated
-    rows = [
-        ("", "R@1", "R@5", "R@10"),
-        *(
-            (title, *(f"{summary[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)))
-            for title, way in (("text to image", "t2i"), ("image to text", "i2t"))
-        ),
-        ("chance", *(f"{chance * k:.1f}" for k in (1, 5, 10))),
-    ]
+    rows = {"text to image": [summary[f"t2i_r{k}"] for k in (1, 5, 10)]}
+    rows["image to text"] = [summary[f"i2t_r{k}"] for k in (1, 5, 10)]
+    rows["chance"] = [summary["chance"] * k for k in (1, 5, 10)]
     return [
         f"\nRetrieval among {summary['candidates']} held-out pictures, percent",
-        *(f"  {title:<16}{one:>7}{five:>7}{ten:>7}" for title, one, five, ten in rows),
+        f"  {'':<16}{'R@1':>7}{'R@5':>7}{'R@10':>7}",
+        *(f"  {title:<16}{one:7.1f}{five:7.1f}{ten:7.1f}" for title, (one, five, ten) in rows.items()),
         f"Linear probe on colours  {summary['probe_accuracy']:.1f} % (chance 10.0)",
         f"Training                 {summary['samples_per_s']:.0f} samples/s, {summary['train_seconds']:.0f} s",
         f"This demo                {summary['seconds']:.0f} s",
