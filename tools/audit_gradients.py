@@ -9,17 +9,16 @@ if __name__ == "__main__":  # a launcher may put its own folder first on the pat
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import json
 import os
-import socket
 import subprocess
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
 from clipdist.config.batches import check_ranks
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 if TYPE_CHECKING:
     from clipdist.evals.audit import Audit, Row
@@ -69,7 +68,7 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
                 print_peers([*ours, *peers])
         source.close()
         audit.close()
-        return report(audit, rows, source.note, args.json) if dist_env.rank == 0 else 0
+        return report(args, audit, rows, source.note) if dist_env.rank == 0 else 0
 
 
 # What the audit prints
@@ -112,24 +111,16 @@ def _verdict(row: Row) -> str:
     return "PASS" if row.passed else "FAIL"
 
 
-def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
+def report(args: argparse.Namespace, audit: Audit, rows: list[Row], data: str) -> int:
     """Notes and verdict. Returns the exit code."""
     from clipdist.evals.audit import IMPL
 
     passed = all(row.passed for row in rows if row.impl == IMPL)
     notes = audit.notes()
-    print()
-    for note in notes:
-        print(f"note: {note}")
+    print("", *(f"note: {note}" for note in notes), sep="\n")
     print(f"{'PASS' if passed else 'FAIL'}: relative L2 errors against one process on the whole batch")
-    if as_json:
-        print(json.dumps(_summary(audit, rows, data, notes, passed)))
-    return 0 if passed else 1
-
-
-def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed: bool) -> dict[str, Any]:
     cfg = audit.cfg
-    return {
+    record = {
         "pass": passed,
         "rows": [asdict(row) for row in rows],
         "model": audit.spec.name,
@@ -142,6 +133,8 @@ def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed:
         "data": data,
         "notes": notes,
     }
+    front.finish(args, record)
+    return 0 if passed else 1
 
 
 # Ranks
@@ -183,21 +176,18 @@ def _fits(config: Config, ranks: int) -> bool:
 
 def spawn(ranks: int) -> int:
     """Runs this command once more as every rank; rank 0 prints. The first that fails ends the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        out = None if rank == 0 else subprocess.DEVNULL
-        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=env, stdout=out))
+    from tools.bench.processes import rank_environments
+
+    processes: list[subprocess.Popen] = []
+    for of_rank in rank_environments(ranks):
+        out = subprocess.DEVNULL if processes else None
+        processes.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | of_rank, stdout=out))
     try:
         while True:
             codes = [process.poll() for process in processes]
             failed = [code for code in codes if code]
             if failed or all(code == 0 for code in codes):
-                return _exit_code(failed)
+                return next((code if code > 0 else 1 for code in failed), 0)  # one that a signal ended is a fault: 1
             time.sleep(POLL_S)
     finally:
         for process in processes:
@@ -205,31 +195,19 @@ def spawn(ranks: int) -> int:
             process.wait()
 
 
-def _exit_code(failed: list[int]) -> int:
-    """A process that a signal ended is a fault: 1."""
-    return next((code if code > 0 else 1 for code in failed), 0)
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Trains a few steps as configured: ranks, ZeRO stage, precision, micro-batches, loss, dropout.\n"
+    parser = front.make_parser(
+        "Trains a few steps as configured: ranks, ZeRO stage, precision, micro-batches, loss, dropout.\n"
         "Compares loss and gradients with those of one process on the whole batch, in float64 but for the towers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe (default {DEFAULT_RECIPE})")
-    parser.add_argument("--steps", type=int, default=2, help="steps to audit, at the peak learning rate (2)")
-    parser.add_argument("--ranks", type=int, default=0, help="processes (all GPUs; on a CPU the recipe's, 2 at least)")
+    front.add_number(parser, "--steps", 2, "steps to audit, at the peak learning rate (2)")
+    front.add_number(parser, "--ranks", 0, "processes (all GPUs; on a CPU the recipe's, 2 at least)", least=0)
     parser.add_argument("--peers", action="store_true", help="also what open_clip's losses give, in the first step")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the recipe")
-    args = parser.parse_intermixed_args()
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: must be at least 1")
-    if args.ranks < 0:
-        parser.error(f"--ranks {args.ranks}: must be at least 1")
-    return args
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

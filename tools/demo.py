@@ -45,7 +45,6 @@ def main() -> int:
         "Draws captioned pictures, shards them, trains a dual encoder on two CPU processes, tries it out.", EXAMPLE
     )
     parser.add_argument("--fresh", action="store_true", help=f"start over: remove {DATA} and {RUN} first")
-    front.add_json(parser)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     if arguments.fresh:
@@ -58,9 +57,7 @@ def main() -> int:
         return explain(failure)
     summary = summarise(results, seconds=time.monotonic() - began)
     Path(RUN, "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(table(summary, results["search"]["sheet"]))
-    if arguments.json:
-        print(json.dumps(summary))
+    front.finish(arguments, summary, table(summary, results["search"]["sheet"]))
     return 0
 
 
@@ -115,7 +112,7 @@ class Steps:
         """Run one of the tools with --json, show what it prints but for that last line, and return it."""
         shown = shlex.join(["python", *words, "--json"])
         last = ""
-        with self._started(shown, [sys.executable, *words, "--json"], self._env, stdout=subprocess.PIPE) as process:
+        with self._started(shown, [sys.executable, *words, "--json"], subprocess.PIPE) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(last, end="", flush=True)
@@ -135,18 +132,16 @@ class Steps:
             raise UserError(f"{launcher}: no such file; install the project into this environment (make install)")
         options = ["--num_accelerators", str(RANKS), "--master_port", str(free_port()), "--log_level", "error"]
         shown = shlex.join(["deepspeed", *options, *words])
-        with self._started(shown, [str(launcher), *options, *words], self._env) as process:
+        with self._started(shown, [str(launcher), *options, *words]) as process:
             process.wait()
         if process.returncode != 0:
             raise StepFailed(shown, process.returncode)
 
     @contextmanager
-    def _started(
-        self, shown: str, command: list[str], env: dict[str, str], stdout: int | None = None
-    ) -> Iterator[subprocess.Popen]:
+    def _started(self, shown: str, command: list[str], stdout: int | None = None) -> Iterator[subprocess.Popen]:
         """Start a command. Ctrl-C reaches it directly, and it decides what is left to do; SIGTERM is handed on."""
         print(f"$ {shown}", flush=True)
-        process = subprocess.Popen(command, env=env, stdout=stdout, text=True)
+        process = subprocess.Popen(command, env=self._env, stdout=stdout, text=True)
         before = {
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: terminate_tree(process.pid)),
@@ -189,11 +184,10 @@ def explain(failure: StepFailed) -> int:
 def summarise(results: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Return the content of summary.json, flat; rates and accuracies are percentages."""
     from clipdist.checkpoint.format import newest_checkpoint
+    from clipdist.report.history import RECALLS
 
     retrieval = results["retrieval"]
-    recalls = {
-        name: round(retrieval[name], 2) for way in ("t2i", "i2t") for name in (f"{way}_r1", f"{way}_r5", f"{way}_r10")
-    }
+    recalls = {name: round(retrieval[name], 2) for name in RECALLS}
     samples, train_seconds = training_time(Path(RUN, "metrics.jsonl"))
     return recalls | {
         "candidates": int(retrieval["candidates"]),
@@ -217,20 +211,15 @@ def training_time(metrics: Path) -> tuple[int, float]:
     return samples, seconds
 
 
-def table(summary: dict[str, Any], sheet: str) -> str:
-    chance = summary["chance"]
+def table(summary: dict[str, Any], sheet: str) -> list[str]:
     programs = os.path.relpath(Path(sys.executable).parent)  # of a virtual environment that may not be activated
-    rows = [
-        ("", "R@1", "R@5", "R@10"),
-        *(
-            (title, *(f"{summary[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)))
-            for title, way in (("text to image", "t2i"), ("image to text", "i2t"))
-        ),
-        ("chance", *(f"{chance * k:.1f}" for k in (1, 5, 10))),
-    ]
-    lines = [f"\nRetrieval among {summary['candidates']} held-out pictures, percent"]
-    lines += [f"  {title:<16}{one:>7}{five:>7}{ten:>7}" for title, one, five, ten in rows]
-    lines += [
+    rows = {"text to image": [summary[f"t2i_r{k}"] for k in (1, 5, 10)]}
+    rows["image to text"] = [summary[f"i2t_r{k}"] for k in (1, 5, 10)]
+    rows["chance"] = [summary["chance"] * k for k in (1, 5, 10)]
+    return [
+        f"\nRetrieval among {summary['candidates']} held-out pictures, percent",
+        f"  {'':<16}{'R@1':>7}{'R@5':>7}{'R@10':>7}",
+        *(f"  {title:<16}{one:7.1f}{five:7.1f}{ten:7.1f}" for title, (one, five, ten) in rows.items()),
         f"Linear probe on colours  {summary['probe_accuracy']:.1f} % (chance 10.0)",
         f"Training                 {summary['samples_per_s']:.0f} samples/s, {summary['train_seconds']:.0f} s",
         f"This demo                {summary['seconds']:.0f} s",
@@ -243,7 +232,6 @@ def table(summary: dict[str, Any], sheet: str) -> str:
         "Ask yourself",
         f'  {programs}/python tools/search_images.py {RUN} {SHARDS}/test "three black rings over a big blue heart"',
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from clipdist.evals import front
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import Embeddings
-    from clipdist.evals.protocols import RetrievalProtocol
     from clipdist.evals.retrieval import Ranks
 
 EXAMPLES = """examples:
@@ -80,13 +79,13 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
     protocol = PROTOCOLS.get(args.protocol)
     where = " ".join(args.shards)
     names: list[str] = []
-    selection = None
+    place_of: dict[int, int] = {}  # of a sample in the split file
     if protocol:
         names = read_test_names(args.split_file, protocol)
-        selection = select_samples(catalog, names)
+        place_of = select_samples(catalog, names)
         if not args.allow_missing:
-            require_whole(protocol, selection.missing, where)
-        if not selection.sample_ids:
+            require_whole(protocol, names, set(place_of.values()), where)
+        if not place_of:
             raise UserError(f"{where}: none of the {protocol.images} pictures of {protocol.name} is there")
     loaded = front.load(args, args.run)
     own = embed_catalog(
@@ -94,8 +93,8 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         catalog,
         loaded.tokenizer,
         loaded.model.spec.image_size,
-        **front.share_of_work(args, dist_env),
-        samples=selection.sample_ids if selection else None,
+        front.share_of_work(args, dist_env),
+        samples=list(place_of) if protocol else None,
         most_captions=CAPTIONS if protocol else None,
     )
     embeddings = gather_embeddings(own)
@@ -113,13 +112,11 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         "protocol": args.protocol,
         "positions": "[]",
     }
-    if protocol and selection:
-        place_of = dict(zip(selection.sample_ids, selection.positions))
+    if protocol:
         positions = [place_of[sample_id] for sample_id in embeddings.sample_ids.tolist()]
         facts["positions"] = json.dumps(positions)
         if not args.allow_missing:
-            there = set(positions)
-            require_whole(protocol, [name for position, name in enumerate(names) if position not in there], where)
+            require_whole(protocol, names, set(positions), where)
     return embeddings, facts
 
 
@@ -128,15 +125,12 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv)
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
 
-    protocol: RetrievalProtocol | None = PROTOCOLS.get(facts.get("protocol", ""))
+    protocol = PROTOCOLS.get(facts.get("protocol", ""))
     folds = [(embeddings.image, embeddings.text, embeddings.text_image)]
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
-    device, together = dist_env.device, dist_env.world_size > 1
-    return [
-        retrieval_ranks(image.to(device), text.to(device), text_image.to(device), together)
-        for image, text, text_image in folds
-    ]
+    device = dist_env.device
+    return [retrieval_ranks(image.to(device), text.to(device), rows.to(device), True) for image, text, rows in folds]
 
 
 def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
@@ -160,7 +154,8 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
     drawn = {"resamples": args.resamples, "seed": args.seed}
     record = {**metrics, **ends, **source, **test_set, **drawn}
-    front.finish(args, Path(facts["run_dir"]) if facts.get("run_dir") else None, "eval_retrieval", record)
+    run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
+    front.finish(args, record, run_dir=run_dir, tool="eval_retrieval")
 
 
 def print_table(
@@ -202,8 +197,8 @@ def parse_args() -> argparse.Namespace:
     add("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
     add("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
     add("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
-    add("--resamples", type=int, default=1000, metavar="N", help="for the intervals (1000); 0: none")
-    add("--seed", type=int, default=0, help="of the resamples (0)")
+    front.add_number(parser, "--resamples", 1000, "for the intervals (1000); 0: none", "N", 0)
+    front.add_number(parser, "--seed", 0, "of the resamples (0)", least=0)
     front.add_work(parser)
     args = parser.parse_args()
     if args.embeddings:
@@ -215,8 +210,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--protocol and --split-file go together")
     elif args.allow_missing and not args.protocol:
         parser.error("--allow-missing belongs to --protocol")
-    front.require_at_least(parser, args, 1, "batch")
-    front.require_at_least(parser, args, 0, "resamples", "seed")
     return args
 
 

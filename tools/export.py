@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from clipdist.errors import run_main
 from clipdist.evals import front
@@ -35,14 +35,13 @@ def main() -> int:
     print(f"{', '.join(files)}: {loaded.label}, {parameters / 1e6:.1f} M parameters")
     print(f"loaded again, its features differ by at most {written.max_difference:.0e}; the same for you:")
     print("\n".join(f"    {line}" for line in written.lines))
-    if args.json:
-        about = {"format": args.format, "model": loaded.label, "step": loaded.step, "parameters": parameters}
-        of_open_clip: dict[str, str | None] = {}
-        if written.name:
-            of_open_clip = {"file": files[0], "open_clip_name": written.name}
-            for key, path in (("config", written.config), ("merges", written.merges)):
-                of_open_clip[key] = str(path) if path else None
-        print(json.dumps({**about, "files": files, **of_open_clip, "max_difference": written.max_difference}))
+    about = {"model": loaded.label, "step": loaded.step, "parameters": parameters}
+    record: dict[str, Any] = {"format": args.format, **about, "files": files}
+    if written.name:
+        record |= {"file": files[0], "open_clip_name": written.name}
+        for key, path in (("config", written.config), ("merges", written.merges)):
+            record[key] = str(path) if path else None
+    front.finish(args, record | {"max_difference": written.max_difference})
     return 0
 
 
@@ -55,7 +54,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help=what)
     parser.add_argument("--format", choices=FORMATS, default="open_clip", help="default: open_clip")
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
-    front.add_json(parser)
     return parser.parse_args()
 
 

@@ -20,9 +20,9 @@ from clipdist.data.consolidated import Part, write_parts
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
 from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
-from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
+from clipdist.evals import front
 
 EXAMPLE = f"""examples:
   python tools/index_shards.py data/cc3m                                  # NNNNN.tar.idx.npz beside every shard
@@ -47,7 +47,7 @@ class Tally:
     kinds: set[str] = field(default_factory=set)
     columns: set[str] = field(default_factory=set)
     with_columns: int = 0  # shards whose columns have been seen
-    passed: list[int] = field(default_factory=list)
+    passed: Counter[int] = field(default_factory=Counter)  # by the number of the condition
     damaged: list[tuple[str, str]] = field(default_factory=list)
     empty: int = 0  # damaged shards of which nothing can be used
     defects: Counter[str] = field(default_factory=Counter)
@@ -63,9 +63,7 @@ class Tally:
         self.kinds |= set(found.kinds)
         self.columns |= set(found.columns)
         self.with_columns += bool(found.samples and found.passed)
-        self.passed = [
-            a + (b or 0) for a, b in zip(self.passed or [0] * len(found.passed), found.passed)
-        ] or self.passed
+        self.passed.update({number: count or 0 for number, count in enumerate(found.passed)})
         self.defects += found.defects
         if found.damage:
             self.damaged.append((safe_name(found.tar), found.damage))
@@ -101,7 +99,7 @@ class Tally:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(__doc__, EXAMPLE)
+    parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, addresses, .txt lists"
     )
@@ -118,10 +116,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--salvage", action="store_true", help="keep the whole samples of shards that are cut off")
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
+    front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
     arguments = parser.parse_args()
-    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.where and not arguments.out:
         parser.error("--where needs --out: shards are not rewritten, the one file names the samples that are kept")
     if arguments.out and not arguments.out.name.endswith(consolidated.SUFFIX):
@@ -153,7 +150,7 @@ def main() -> int:
             for _ in parts:
                 pass
     seconds = time.perf_counter() - began
-    finish(arguments, table(tally, arguments, seconds), report(tally, arguments, seconds))
+    front.finish(arguments, report(tally, arguments, seconds), table(tally, arguments, seconds))
     return EXIT_FAULT if tally.empty or (tally.damaged and not arguments.salvage) else 0
 
 
@@ -217,7 +214,7 @@ def report(tally: Tally, arguments: argparse.Namespace, seconds: float) -> dict[
         "kept": tally.kept,
         "dropped": dropped(tally),
         "conditions": {
-            str(c): {"passed": n, "dropped": tally.good - n} for c, n in zip(tally.conditions, tally.passed)
+            str(c): {"passed": n, "dropped": tally.good - n} for c, n in zip(tally.conditions, tally.passed.values())
         },
         "columns": sorted(tally.columns - {DEFECT}),
         "bytes": tally.tar_bytes,
@@ -236,10 +233,12 @@ def table(tally: Tally, arguments: argparse.Namespace, seconds: float) -> list[s
         f"{tally.samples / seconds:>12.0f}",
     ]
     marked = "not to be used (what is defective is marked in the index, and left out by --out):"
-    lines += count_lines("left out:" if arguments.out else marked, dropped(tally))
+    lines += front.count_lines("left out:" if arguments.out else marked, dropped(tally))
     if tally.conditions:
         lines.append(f"of {tally.good} good samples")
-        lines += [f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed)]
+        lines += [
+            f"{n:>10}  meet {c}, {tally.good - n} do not" for c, n in zip(tally.conditions, tally.passed.values())
+        ]
     if tally.damaged:
         state = "only their whole samples are kept" if arguments.salvage else "left out; --salvage keeps whole samples"
         lines.append(f"{len(tally.damaged):>10}  shards are damaged (named above): {state}")

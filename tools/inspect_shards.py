@@ -18,10 +18,10 @@ from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
 from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
-from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.interop import compare_readers
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, UserError, run_main
+from clipdist.evals import front
 from clipdist.evals.sheet import SheetRow, contact_sheet, first_caption
 
 EXAMPLE = """examples:
@@ -32,11 +32,11 @@ SHEET_IMAGES = 32
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(__doc__, EXAMPLE)
+    parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "shards", nargs="+", metavar="SHARDS", help="folders, tars, globs, brace patterns, .txt lists, .index.zip files"
     )
-    parser.add_argument("--samples", type=int, default=10_000, metavar="N", help="read at most so many samples (10000)")
+    front.add_number(parser, "--samples", 10_000, "read at most so many samples (10000)", "N")
     parser.add_argument(
         "--verify", action="store_true", help="read and decode every sample; damage ends in exit code 1"
     )
@@ -44,13 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         "--interop", action="store_true", help="only compare with what webdataset reads; differences end in exit code 1"
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
-    parser.add_argument(
-        "--processes", type=int, default=0, metavar="N", help="of --verify, --interop; default: one per core"
-    )
+    front.add_number(parser, "--processes", 0, "of --verify, --interop; default: one per core", "N", 0, 1024)
     arguments = parser.parse_args()
-    if arguments.samples < 1:
-        parser.error(f"--samples {arguments.samples}: must be at least 1")
-    require_ranges(parser, arguments, processes=(0, 1024))
     if arguments.interop and (arguments.verify or arguments.sheet):
         parser.error("--interop stands alone: leave --verify and --sheet out")
     if arguments.sheet and arguments.sheet.suffix != ".png":
@@ -80,7 +75,7 @@ def main() -> int:
         reader.close()
     if arguments.verify:
         result["verified"] = verify(arguments.shards, arguments.processes)
-    finish(arguments, table(result), result)
+    front.finish(arguments, result, table(result))
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
@@ -122,7 +117,7 @@ def compare_with_webdataset(arguments: argparse.Namespace) -> int:
         f"webdataset, {totals['differences'] or 'no'} differences"
     )
     differing = {shard.tar: list(shard.told) for shard in found if shard.differences}
-    finish(arguments, [line], {**totals, "differing": differing})
+    front.finish(arguments, {**totals, "differing": differing}, [line])
     return EXIT_FAULT if totals["differences"] else 0
 
 
@@ -162,9 +157,9 @@ def table(result: dict) -> list[str]:
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
         f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
     ]
-    lines += count_lines("", result["unusable"])[1:]
+    lines += front.count_lines("", result["unusable"])[1:]
     if "verified" in result:
-        lines += count_lines("verified: every sample, of which", result["verified"]) or [
+        lines += front.count_lines("verified: every sample, of which", result["verified"]) or [
             "verified: every sample is good"
         ]
     return lines

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from clipdist.datasets.front import shard_parser
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
+from clipdist.datasets.shard_writer import read_own, write_json
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
+MAKER = "tools/make_scenes.py"
 EXAMPLE = """examples:
   python tools/make_scenes.py --out runs/demo-data
   python tools/make_scenes.py --out data/scenes --seed 1 --train 20000
@@ -24,11 +25,11 @@ Writes OUT/scenes in Flickr8k's original layout (for tools/shard_flickr8k.py) an
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(
+    parser = front.make_parser(
         "Draws captioned scenes, and pictures with a colour as label: data to try everything on.", EXAMPLE
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for scenes/ and labelled/")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed draws other pictures (0)")
+    front.add_number(parser, "--seed", 0, "another seed draws other pictures (0)", "N", 0)
     for name, default, what in (
         ("train", 6000, "captioned pictures to train on"),
         ("dev", 300, "captioned pictures to validate on"),
@@ -36,27 +37,22 @@ def parse_arguments() -> argparse.Namespace:
         ("labelled-train", 600, "labelled pictures to fit a probe on"),
         ("labelled-test", 400, "labelled pictures to measure it on"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} ({default})")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
-    arguments = parser.parse_args()
-    for name in ("seed", "workers"):
-        if getattr(arguments, name) < 0:
-            parser.error(f"--{name} {getattr(arguments, name)}: must not be negative")
-    for name in ("train", "dev", "test", "labelled_train", "labelled_test"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    return arguments
+        front.add_number(parser, f"--{name}", default, f"{what} ({default})", "N")
+    front.add_number(parser, "--workers", 0, "processes; default: one per core", "N", 0)
+    return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
-    wanted = {"maker": "tools/make_scenes.py", "version": SCENES_VERSION, "seed": arguments.seed}
+    wanted = {"maker": MAKER, "version": SCENES_VERSION, "seed": arguments.seed}
     wanted |= {name: getattr(arguments, name) for name in ("train", "dev", "test", "labelled_train", "labelled_test")}
     there = read_stamp(arguments.out) == {**wanted, "complete": True}
     if there:
         print(f"{arguments.out} holds this set already: nothing to do")
     else:
-        clear(arguments.out)
+        for name in (SCENES, LABELLED):  # of an earlier or interrupted run: images of two sets must not mix
+            if (arguments.out / name).exists():
+                shutil.rmtree(arguments.out / name)
         stamp(arguments.out, {**wanted, "complete": False})
         draw(arguments)
         stamp(arguments.out, {**wanted, "complete": True})
@@ -64,8 +60,7 @@ def main() -> int:
         print(f"{arguments.out / SCENES}: {images} pictures with five captions each, Flickr8k's layout")
         labelled = arguments.labelled_train + arguments.labelled_test
         print(f"{arguments.out / LABELLED}: {labelled} pictures with a label each, a folder per class")
-    if arguments.json:
-        print(json.dumps({**wanted, "out": str(arguments.out), "written": not there}))
+    front.finish(arguments, {**wanted, "out": str(arguments.out), "written": not there})
     return 0
 
 
@@ -75,30 +70,17 @@ def read_stamp(out: Path) -> dict | None:
     Raises:
         UserError: the folders hold something that this tool did not write.
     """
-    try:
-        made = json.loads((out / STAMP).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        made = None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / STAMP}: cannot be read ({error}); remove it or choose another --out") from None
-    ours = isinstance(made, dict) and made.get("maker") == "tools/make_scenes.py"
-    foreign = [name for name in (STAMP, SCENES, LABELLED) if (out / name).exists()]
-    if not ours and foreign:
+    made = read_own(out / STAMP, maker=MAKER)
+    foreign = [name for name in (SCENES, LABELLED) if (out / name).exists()]
+    if made is None and foreign:
         raise UserError(f"{out / foreign[0]} was not written by this tool; choose another --out")
     return made
-
-
-def clear(out: Path) -> None:
-    """Remove what an earlier or interrupted run wrote: images of two sets must not mix."""
-    for name in (SCENES, LABELLED):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
 
 
 def stamp(out: Path, content: dict) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(out / STAMP, content)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 

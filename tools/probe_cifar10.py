@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from clipdist.datasets.labelled import LabelledSet
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.features import Features
@@ -51,7 +54,8 @@ def check_data(data: LabelledSet, args: argparse.Namespace) -> None:
 def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) -> None:
     """Compute features on all ranks and do the rest on rank 0."""
     from clipdist.evals.features import PIXEL_SIDE, embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
-    from clipdist.evals.fractions import finetune_fractions, probe_fractions
+    from clipdist.evals.finetune import finetune, simclr_schedule
+    from clipdist.evals.fractions import over_fractions
     from clipdist.evals.probe import EPOCHS, fit_features, require_unchanged
     from clipdist.models.weights import weights_checksum
 
@@ -63,8 +67,8 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     for title, model in (("features", loaded.model), ("random weights", random_twin(loaded.model))):
         cache = None if args.no_cache else features_path(folder, model, data, args.features)
         encode = frozen_encoder(model, device, args.features)
-        features[title] = embed_set(encode, data, size, cache=cache, **share)
-    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, progress=False, **share)
+        features[title] = embed_set(encode, data, size, share, cache)
+    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, dataclasses.replace(share, progress=False))
     if dist_env.rank:
         return
     own = features["features"]
@@ -72,16 +76,24 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
         if part.left_out:
             front.tell(f"left out, cannot be decoded: {part.left_out} {name} pictures")
     probes: dict[str, Probe] = {}
+    settings = {"device": device, "solver": args.solver, "epochs": args.epochs or EPOCHS}
     for title in ("features", "raw pixels", "random weights"):
-        found = features[title]
-        epochs = args.epochs or EPOCHS
-        probes[title] = fit_features(found, data.classes, f"fit on {title}", device, args.solver, epochs=epochs)
-    whole = (args.seeds, probes["features"], device, args.solver, args.epochs or EPOCHS)
-    fractions, tuned = probe_fractions(own, data.classes, args.fractions, *whole), []
-    if args.finetune:
-        schedule = (args.features, device, args.batch, share["threads"], args.epochs)
-        shares = args.fractions or [100.0]
-        tuned = finetune_fractions(loaded.model, data, own, shares, args.seeds, *schedule)
+        probes[title] = fit_features(features[title], data.classes, f"fit on {title}", **settings)
+
+    def probe_share(percent: float, seed: int, rows: np.ndarray) -> Probe:
+        if percent == 100 and seed == 0:
+            return probes["features"]
+        return fit_features(own, data.classes, f"{percent:g} %, seed {seed}", seed=seed, rows=rows, **settings)
+
+    def tune_on_share(percent: float, seed: int, rows: np.ndarray) -> Probe:
+        schedule = simclr_schedule(percent, args.batch, args.epochs)
+        frozen, kind = own.train.image, args.features
+        return finetune(loaded.model, data, rows, frozen, schedule, kind, seed, device, share.threads)
+
+    assert data.train is not None  # as check_data has seen
+    fractions = over_fractions(probe_share, own.train.labels, data.classes, args.fractions, args.seeds)
+    shares = (args.fractions or [100.0]) if args.finetune else []
+    tuned = over_fractions(tune_on_share, data.train.labels, data.classes, shares, args.seeds)
     require_unchanged(loaded.model, before)
     published = published_accuracy(args, data)
     record = record_of(probes, own, data) | {"fractions": fractions, "finetune": tuned, "checksum": before}
@@ -89,7 +101,8 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     record |= {"published": published[1] if published else None}
     print_tables(record, probes, published)
     confusion = write_confusion(args.picture, probes["features"], loaded.run_dir)
-    front.finish(args, loaded.run_dir, "probe_cifar10", record | {"picture": str(confusion) if confusion else None})
+    record |= {"picture": str(confusion) if confusion else None}
+    front.finish(args, record, run_dir=loaded.run_dir, tool="probe_cifar10")
 
 
 def record_of(probes: dict[str, Probe], features: Features, data: LabelledSet) -> dict[str, Any]:
@@ -189,30 +202,23 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--features", choices=("projected", "tower"), default="projected", help="after or before the projection")
     add("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="full-batch L-BFGS with a penalty, or SGD without")
-    add("--fractions", default="", metavar="P,P", help="also on these shares of the labels, percent: 1,10,100")
-    add("--seeds", type=int, default=3, help="of every fraction, at most 10 (3)")
+    what = "also on these shares of the labels, percent: 1,10,100"
+    add("--fractions", type=percents, default=[], metavar="P,P", help=what)
+    front.add_number(parser, "--seeds", 3, "of every fraction, at most 10 (3)", most=10)
     add("--finetune", action="store_true", help="also train the tower, on --fractions or on all labels")
-    add("--epochs", type=int, help="of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)")
+    what = "of --solver sgd (50) and of --finetune (60 on 1 %% of the labels, 30 on more)"
+    front.add_number(parser, "--epochs", None, what)
     add("--picture", type=Path, metavar="FILE.png", help="confusion matrix (beside a run: probe_confusion.png)")
     add("--no-cache", action="store_true", help="neither read nor keep features")
     front.add_work(parser)
-    args = parser.parse_args()
-    args.fractions = parse_fractions(parser, args.fractions)
-    front.require_at_least(parser, args, 1, "batch", "epochs")
-    if not 1 <= args.seeds <= 10:
-        parser.error(f"--seeds {args.seeds}: must be at least 1, at most 10")
-    return args
+    return parser.parse_args()
 
 
-def parse_fractions(parser: argparse.ArgumentParser, text: str) -> list[float]:
+def percents(text: str) -> list[float]:
     try:
-        fractions = [float(part) for part in text.split(",") if part.strip()]
+        return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        parser.error(f"--fractions {text}: give percent with commas between them, such as 1,10,100")
-    for percent in fractions:
-        if not 0 < percent <= 100:
-            parser.error(f"--fractions {percent:g}: give percent above 0, at most 100")
-    return fractions
+        raise argparse.ArgumentTypeError(f"{text}: give percent with commas between them, such as 1,10,100") from None
 
 
 if __name__ == "__main__":

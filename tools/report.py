@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import datetime, timezone
 from pathlib import Path
 
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 from clipdist.report.history import read_runs, run_figures
 from clipdist.report.report_page import report_page
 from clipdist.storage import replacing
@@ -35,18 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         for note in run.notes:
             print(f"  note: {note}")
     print(f"report: {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    if args.json:
-        figures = [
-            {
-                "run": run.label,
-                "folder": str(run.folder),
-                **run_figures(run),
-                "results": run.results,
-                "notes": run.notes,
-            }
-            for run in runs
-        ]
-        print(json.dumps({"report": str(out), "bytes": out.stat().st_size, "runs": figures}))
+    figures = [
+        {"run": run.label, "folder": str(run.folder)} | run_figures(run) | {"results": run.results, "notes": run.notes}
+        for run in runs
+    ]
+    front.finish(args, {"report": str(out), "bytes": out.stat().st_size, "runs": figures})
 
 
 def default_page(runs: list[Path]) -> Path:
@@ -59,15 +52,13 @@ def default_page(runs: list[Path]) -> Path:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Writes a page about a run: curves, throughput, retrieval, pictures, results of the tools, data,\n"
+    parser = front.make_parser(
+        "Writes a page about a run: curves, throughput, retrieval, pictures, results of the tools, data,\n"
         "events, configuration and environment. Of several runs: side by side.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        EXAMPLES,
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="the page (RUN/report.html)")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args(argv)
     if args.out and args.out.suffix.lower() not in (".html", ".htm"):
         parser.error(f"--out {args.out}: must end in .html")

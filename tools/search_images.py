@@ -7,8 +7,9 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
 if TYPE_CHECKING:  # torch comes in seconds, a misspelt word should be heard of before
-    from clipdist.data.catalog import Catalog
+    from torch import Tensor
+
     from clipdist.data.reader import Reader
     from clipdist.evals.approximate import ApproximateIndex
-    from clipdist.evals.embed import Embeddings, Encode
+    from clipdist.evals.embed import Embeddings
     from clipdist.evals.search import Hit, Query
     from clipdist.models.load import LoadedModel
     from clipdist.report.search_page import Answer
@@ -37,28 +39,15 @@ SHOWN = 50  # queries on the sheet and the page, at most; the list and --json ha
 
 
 @dataclass(frozen=True)
-class Session:
-    """What one run of the program works with."""
+class SearchResult:
+    """What a search has found, and where it is shown."""
 
-    args: argparse.Namespace
-    loaded: LoadedModel
-    catalog: Catalog
-    encode: Encode
     queries: list[Query]
+    hits: list[list[Hit]]  # of every query, best first
+    among: str  # what, and by which model
+    index: ApproximateIndex | None
     sheet: Path
     page: Path
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search has found."""
-
-    hits: list[list[Hit]]  # of every query, best first
-    images: int
-    left_out: dict[str, int]  # reason -> samples
-    index: ApproximateIndex | None
-    encode_s: float  # the queries' features
-    search_s: float  # the images near them
 
 
 def main() -> None:
@@ -73,82 +62,91 @@ def main() -> None:
 
     from clipdist.data.reader import open_reader
     from clipdist.evals.approximate import require_faiss
-    from clipdist.evals.search import image_embeddings
+    from clipdist.evals.embed import model_encoder
+    from clipdist.evals.search import encode_queries, image_embeddings, read_queries, read_query
 
     import_s += time.perf_counter() - began
     if args.index == "faiss":
         require_faiss()
     with front.joined_ranks(args) as dist_env:
-        session = prepare(args, catalog, dist_env.device)
-        share = front.share_of_work(args, dist_env)
-        found = image_embeddings(session.loaded, session.encode, catalog, share, not args.no_cache, front.tell)
-        embeddings, kept = found
+        queries = [read_query(words) for words in args.query] + (read_queries(args.queries) if args.queries else [])
+        loaded = front.load(args, args.run)
+        sheet = args.out or default_sheet(loaded.run_dir, [query.text for query in queries])
+        page = args.page or sheet.with_suffix(".html")
+        front.require_writable(sheet, "--out")
+        front.require_writable(page, "--page")
+        encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
+        embeddings, kept = image_embeddings(loaded, encode, catalog, share, not args.no_cache)
     if embeddings is None or dist_env.rank:
         return
     front.tell_left_out(embeddings.bad)
+    features_of = partial(encode_queries, encode, loaded.tokenizer, loaded.model.spec.image_size, batch=args.batch)
     reader = open_reader(catalog)
     try:
-        result = search(session, embeddings, reader, dist_env.device)
-        draw(session, result, reader)
+        index = open_index(args, loaded, features_of, embeddings, reader) if args.index == "faiss" else None
+        began = time.perf_counter()
+        vectors = features_of(queries, args.prompts)
+        encoded = time.perf_counter()
+        hits, search_s = search(args, vectors, embeddings, index, reader, dist_env.device)
+        among = f"among {len(embeddings.keys)} pictures, by {loaded.label}"
+        result = SearchResult(queries, hits, among, index, sheet, page)
+        draw(result, reader)
     finally:
         reader.close()
-    print_result(session, result)
-    times = {"import_s": import_s, "encode_s": result.encode_s, "search_s": result.search_s}
+    print_result(result)
+    left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
+    record = as_record(args, result) | {"model": loaded.label, "pictures": len(embeddings.keys), "left_out": left_out}
+    if index:
+        record["index"] = dataclasses.asdict(index.facts)
+    times = {"import_s": import_s, "encode_s": encoded - began, "search_s": search_s}
     rounded = {name: round(seconds, 4) for name, seconds in times.items()}
-    front.finish(args, None, "search_images", as_record(session, result) | {"kept": kept} | rounded)
+    front.finish(args, record | {"kept": kept} | rounded)
 
 
-def prepare(args: argparse.Namespace, catalog: Catalog, device: Any) -> Session:
-    """Check everything that can be wrong before the long work."""
-    from clipdist.evals.embed import model_encoder
-    from clipdist.evals.search import read_queries, read_query
-
-    queries = [read_query(words) for words in args.query] + (read_queries(args.queries) if args.queries else [])
-    loaded = front.load(args, args.run)
-    sheet = args.out or default_sheet(loaded.run_dir, [query.text for query in queries])
-    page = args.page or sheet.with_suffix(".html")
-    front.require_writable(sheet, "--out")
-    front.require_writable(page, "--page")
-    return Session(args, loaded, catalog, model_encoder(loaded.model, device), queries, sheet, page)
-
-
-def search(session: Session, embeddings: Embeddings, reader: Reader, device: Any) -> SearchResult:
+def open_index(
+    args: argparse.Namespace,
+    loaded: LoadedModel,
+    features_of: Callable[[list[Query]], Tensor],
+    embeddings: Embeddings,
+    reader: Reader,
+) -> ApproximateIndex:
     from clipdist.evals.approximate import kept_index, spread
-    from clipdist.evals.prompts import SLOT
-    from clipdist.evals.search import Query, cache_file, describe_hits, encode_queries, nearest
+    from clipdist.evals.search import Query, cache_file
     from clipdist.evals.sheet import first_caption
-
-    args, loaded = session.args, session.loaded
-
-    def features_of(queries: Sequence[Query], prompts: Sequence[str]) -> Any:
-        size = loaded.model.spec.image_size
-        return encode_queries(session.encode, loaded.tokenizer, size, queries, prompts, args.batch)
 
     def captions() -> list[str]:
         found = [first_caption(reader, sample_id) for sample_id in spread(embeddings.sample_ids.tolist())]
         return [caption for caption in found if caption]
 
-    def encode_captions(sentences: Sequence[str]) -> Any:
-        return features_of(list(map(Query, sentences)), [SLOT])
+    def encode(sentences: Sequence[str]) -> Tensor:
+        return features_of(list(map(Query, sentences)))
 
-    index = None
-    if args.index == "faiss":
-        path = cache_file(loaded, session.catalog).with_suffix(".faiss")
-        index = kept_index(path, embeddings.image, captions, encode_captions, not args.no_cache, front.tell)
+    path = cache_file(loaded, reader.catalog).with_suffix(".faiss")
+    return kept_index(path, embeddings.image, captions, encode, not args.no_cache)
+
+
+def search(
+    args: argparse.Namespace,
+    vectors: Tensor,
+    embeddings: Embeddings,
+    index: ApproximateIndex | None,
+    reader: Reader,
+    device: Any,
+) -> tuple[list[list[Hit]], float]:
+    """Return every query's hits, and the seconds that finding them took."""
+    from clipdist.evals.search import describe_hits, nearest
+
     began = time.perf_counter()
-    vectors = features_of(session.queries, args.prompts)
-    encoded = time.perf_counter()
     found = index.nearest(vectors, args.top_k) if index else nearest(embeddings.image, vectors, args.top_k, device)
-    ended = time.perf_counter()
+    seconds = time.perf_counter() - began
     hits = []
     for rows, scores in zip(*found):
         there = rows >= 0  # an index may find fewer than were asked for
         hits.append(describe_hits(reader, embeddings.sample_ids[rows[there]].tolist(), scores[there].tolist()))
-    left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
-    return SearchResult(hits, len(embeddings.keys), left_out, index, encoded - began, ended - encoded)
+    return hits, seconds
 
 
-def draw(session: Session, result: SearchResult, reader: Reader) -> None:
+def draw(result: SearchResult, reader: Reader) -> None:
     """Write the contact sheet and the page.
 
     Raises:
@@ -157,22 +155,22 @@ def draw(session: Session, result: SearchResult, reader: Reader) -> None:
     from clipdist.evals.sheet import SheetRow, contact_sheet
     from clipdist.report.search_page import search_page
 
-    answers = [answer_of(reader, query, hits) for query, hits in zip(session.queries[:SHOWN], result.hits)]
+    answers = [answer_of(reader, query, hits) for query, hits in zip(result.queries[:SHOWN], result.hits)]
     rows = []
     for answer in answers:
         images, labels = list(answer.pixels), [f"{hit.rank}.  {hit.score:.3f}\n{hit.caption}" for hit in answer.hits]
         if answer.query_pixels is not None:
             images, labels = [answer.query_pixels, *images], ["the query", *labels]
         rows.append(SheetRow(answer.query, images, labels))
-    remarks = [about(session, result), *([f"index: {result.index.facts}"] if result.index else [])]
-    if session.queries[SHOWN:]:
-        remarks.append(f"the first {SHOWN} of {len(session.queries)} queries")
-    title = f'"{answers[0].query}"' if len(answers) == 1 else f"{len(session.queries)} queries"
+    remarks = [result.among, *([f"index: {result.index.facts}"] if result.index else [])]
+    if result.queries[SHOWN:]:
+        remarks.append(f"the first {SHOWN} of {len(result.queries)} queries")
+    title = f'"{answers[0].query}"' if len(answers) == 1 else f"{len(result.queries)} queries"
     try:
-        contact_sheet(rows).save(session.sheet)
-        session.page.write_text(search_page(title, remarks, answers), encoding="utf-8")
+        contact_sheet(rows).save(result.sheet)
+        result.page.write_text(search_page(title, remarks, answers), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{error.filename or session.sheet}: cannot be written ({error.strerror}); see --out") from None
+        raise UserError(f"{error.filename or result.sheet}: cannot be written ({error.strerror}); see --out") from None
 
 
 def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
@@ -196,13 +194,9 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
     return Answer(query.text, hits, pixels, decode_pixels(query.image) if query.image else None)
 
 
-def about(session: Session, result: SearchResult) -> str:
-    return f"among {result.images} pictures, by {session.loaded.label}"
-
-
-def print_result(session: Session, result: SearchResult) -> None:
-    for query, hits in zip(session.queries, result.hits):
-        print(f'"{query.text}" {about(session, result)}')
+def print_result(result: SearchResult) -> None:
+    for query, hits in zip(result.queries, result.hits):
+        print(f'"{query.text}" {result.among}')
         key = max(map(len, ["key", *(hit.key for hit in hits)]))
         name = max(map(len, ["filename", *(hit.filename for hit in hits)]))
         print(f"{'rank':>4}  {'score':>6}  {'key':{key}}  {'filename':{name}}  first caption")
@@ -210,27 +204,20 @@ def print_result(session: Session, result: SearchResult) -> None:
             print(f"{hit.rank:4}  {hit.score:6.3f}  {hit.key:{key}}  {hit.filename:{name}}  {hit.caption}")
     if result.index:
         print(f"index: {result.index.facts}")
-    print(f"contact sheet: {session.sheet}")
-    print(f"page: {session.page}")
+    print(f"contact sheet: {result.sheet}")
+    print(f"page: {result.page}")
 
 
-def as_record(session: Session, result: SearchResult) -> dict[str, Any]:
-    """Return what --json prints: query and hits, or "queries" where --query or --queries asked."""
+def as_record(args: argparse.Namespace, result: SearchResult) -> dict[str, Any]:
+    """Return query and hits, or "queries" where --query or --queries asked, and the files that show them."""
     listed: list[dict[str, Any]] = []
-    for query, hits in zip(session.queries, result.hits):
+    for query, hits in zip(result.queries, result.hits):
         records = [dataclasses.asdict(hit) for hit in hits]
         for record in records:
             del record["sample_id"]  # of this catalog alone; shard and key say it to others
         listed.append({"query": query.text, "hits": records})
-    return {
-        **({"queries": listed} if session.args.several else listed[0]),
-        "sheet": str(session.sheet),
-        "page": str(session.page),
-        "model": session.loaded.label,
-        "pictures": result.images,
-        "left_out": result.left_out,
-        **({"index": dataclasses.asdict(result.index.facts)} if result.index else {}),
-    }
+    shown = {"sheet": str(result.sheet), "page": str(result.page)}
+    return ({"queries": listed} if args.several else listed[0]) | shown
 
 
 def default_sheet(run_dir: Path | None, queries: Sequence[str]) -> Path:
@@ -255,7 +242,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--queries", type=Path, metavar="FILE", help="a file with a query a line")
     what = "what a sentence is put into, at {}; their mean"
     parser.add_argument("--prompts", nargs="+", default=["{}"], metavar="TEXT", help=what)
-    parser.add_argument("--top-k", type=int, default=8, help="how many pictures (8)")
+    front.add_number(parser, "--top-k", 8, "how many pictures (8)")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="the contact sheet (RUN/search/<sentence>.png)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="the page (beside the contact sheet)")
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep the pictures' features")
@@ -275,8 +262,6 @@ def parse_args() -> argparse.Namespace:
     for prompt in args.prompts:
         if "{}" not in prompt:
             parser.error(f'--prompts "{prompt}": holds no {{}}, where the sentence goes; name the sentence first')
-    if args.top_k < 1 or args.batch < 1:
-        parser.error("--top-k and --batch must be at least 1")
     return args
 
 

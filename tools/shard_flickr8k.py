@@ -17,10 +17,10 @@ from clipdist.datasets.flickr8k import (
     random_splits,
     read_source,
 )
-from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.images import CheckedImage, check_images, write_splits
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, ShardFacts, is_whole, publish, read_own, staging, write_json
 from clipdist.errors import UserError, run_main
+from clipdist.evals import front
 
 FORMAT = 1  # of what is written: raise it when the same source would give other bytes
 NAMES = {split: f"flickr8k-{split}" for split in SPLITS}
@@ -33,7 +33,7 @@ docs/data.md says where the data set comes from."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(__doc__, EXAMPLE)
+    parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="folder, zip or file; the layout is detected")
     parser.add_argument("--out", required=True, type=Path, help="folder for train/, val/, test/, extra/ and stats.json")
     parser.add_argument("--images", metavar="DIR", help="take the pictures from this folder or zip")
@@ -41,17 +41,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--splits", metavar="official|random:SEED", help="default: the lists' or the JSON's; required without either"
     )
-    parser.add_argument("--shard-size", type=int, default=500, metavar="N", help="samples per shard at most (500)")
-    parser.add_argument(
-        "--resize", type=int, default=0, metavar="PIXELS", help="shrink to this shorter side; default: bytes untouched"
-    )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default: one per core")
+    front.add_number(parser, "--shard-size", 500, "samples per shard at most (500)", "N", most=MAX_SHARD_SIZE)
+    shrink = "shrink to this shorter side; default: bytes untouched"
+    front.add_number(parser, "--resize", 0, shrink, "PIXELS", 0, 65_500)
+    front.add_number(parser, "--workers", 0, "processes; default: one per core", "N", 0, 1024)
     parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
     parser.add_argument("--overwrite", action="store_true", help="write anew, in place of what an earlier run wrote")
     arguments = parser.parse_args()
     if arguments.splits and not re.fullmatch(r"official|random:\d+", arguments.splits):
         parser.error(f"--splits {arguments.splits}: expected official, or random: and a whole number (random:0)")
-    require_ranges(parser, arguments, shard_size=(1, MAX_SHARD_SIZE), resize=(0, 65_500), workers=(0, 1024))
     if arguments.lists and (arguments.splits or "").startswith("random:"):
         parser.error("--lists and --splits random: exclude one another")
     if arguments.resize and arguments.no_verify:
@@ -72,7 +70,7 @@ def main() -> int:
         stats = build(source, split_source, identity, arguments, defects)
     else:
         print(f"{arguments.out} is there already, from this source and with these options: nothing to do")
-    finish(arguments, table(stats, arguments.out), {**stats, "out": str(arguments.out)})
+    front.finish(arguments, {**stats, "out": str(arguments.out)}, table(stats, arguments.out))
     return 0
 
 
@@ -196,7 +194,7 @@ def table(stats: dict, out: Path) -> list[str]:
         megabytes = count["bytes"] / 1e6
         lines.append(f"{split:<8}{count['pictures']:>10}{count['captions']:>10}{count['shards']:>8}{megabytes:>10.1f}")
     for group, title in (("skipped", "left out"), ("noted", "kept, worth knowing")):
-        lines += count_lines(f"{title} (names in {out / 'report.json'}):", stats[group])
+        lines += front.count_lines(f"{title} (names in {out / 'report.json'}):", stats[group])
     return lines
 
 

@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from clipdist.datasets.front import count_lines, finish, require_ranges, shard_parser
 from clipdist.datasets.pair_lists import PairList, open_list, survey
 from clipdist.datasets.pair_shards import PackCaptions, ShardPlan, write_pairs
 from clipdist.datasets.shard_writer import MAX_SHARD_SIZE, hold_folder
 from clipdist.errors import run_main
+from clipdist.evals import front
 
 EXAMPLE = """examples:
   python tools/shard_pairs.py captions.csv --images-root Images --out data/mine
@@ -23,7 +23,7 @@ A run that was cut off is finished by the same command. docs/data.md says more."
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = shard_parser(__doc__, EXAMPLE)
+    parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help=".csv, .tsv, .parquet, .jsonl, or a folder of pairs"
     )
@@ -33,18 +33,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--images-root", type=Path, metavar="DIR", help="where relative file names start; default: the list's folder"
     )
-    parser.add_argument(
-        "--per-shard", type=int, default=1000, metavar="N", help="pictures of the list per shard (1000)"
-    )
-    parser.add_argument(
-        "--shrink", type=int, default=0, metavar="PIXELS", help="shrink to this shorter side; default: bytes untouched"
-    )
+    front.add_number(parser, "--per-shard", 1000, "pictures of the list per shard (1000)", "N", most=MAX_SHARD_SIZE)
+    shrink = "shrink to this shorter side; default: bytes untouched"
+    front.add_number(parser, "--shrink", 0, shrink, "PIXELS", 0, 65_500)
     parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
     parser.add_argument("--no-quotes", action="store_true", help="quotation marks of a CSV or TSV are plain characters")
     parser.add_argument("--tokens", metavar="MODEL", help="store token ids for this model (open_clip name or JSON) too")
-    parser.add_argument("--processes", type=int, default=0, metavar="N", help="default: one per core")
+    front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
     arguments = parser.parse_args()
-    require_ranges(parser, arguments, per_shard=(1, MAX_SHARD_SIZE), shrink=(0, 65_500), processes=(0, 1024))
     if arguments.shrink and arguments.no_verify:
         parser.error("--shrink decodes every picture: it does not go with --no-verify")
     return arguments
@@ -88,7 +84,7 @@ def main() -> int:
         "tokens": kind,
         "seconds": round(seconds, 3),
     }
-    finish(arguments, table(record, seconds), record)
+    front.finish(arguments, record, table(record, seconds))
     return 0
 
 
@@ -123,11 +119,11 @@ def table(record: dict, seconds: float) -> list[str]:
         else f"{out}: all shards are there already: nothing to do",
         f"{'samples':>10}{'captions':>10}{'shards':>8}{'MB':>10}",
         f"{record['samples']:>10}{record['captions']:>10}{record['shards']:>8}{record['bytes'] / 1e6:>10.1f}",
-        *count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
+        *front.count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
     ]
     if record["repeated"]:
         reason = "pictures repeated elsewhere in the list (sort it to join their captions)"
-        lines += count_lines("kept, worth knowing:", {reason: record["repeated"]})
+        lines += front.count_lines("kept, worth knowing:", {reason: record["repeated"]})
     return lines
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipdist.datasets.labelled import LabelledSet, Split
-    from clipdist.evals.perturb import Classify, UniversalPerturbation
+    from clipdist.evals.embed import WorkShare
+    from clipdist.evals.perturb import Classify
     from clipdist.models.dual_encoder import DualEncoder
 
 EXAMPLES = """examples:
@@ -28,23 +31,27 @@ def main() -> None:
     args = parse_args()
     templates, data, names = front.open_classes(args)
 
+    from safetensors.torch import save_file
+
     from clipdist.distributed.rank import resolve_device
     from clipdist.evals.embed import model_encoder
-    from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation
+    from clipdist.evals.perturb import default_xi, feature_classifier, measure_perturbation, universal_perturbation
     from clipdist.evals.zero_shot import zero_shot_classifier
 
-    device = resolve_device(args.device)
+    device, share = resolve_device(args.device), front.share_of_work(args)
     loaded = front.load(args, args.model)
     model, size = loaded.model.to(device), loaded.model.spec.image_size
     xi = default_xi(args.norm, size) if args.xi is None else args.xi
-    (train, train_labels), (images, labels) = choose_images(data, size, args)
+    (train, train_labels), (images, labels) = choose_images(data, size, args, share)
     if args.classifier == "probe":
-        classify = probe_of_training_images(model, data, device, args.batch)
+        classify = probe_of_training_images(model, data, device, share)
     else:
         encode = model_encoder(model, device)
-        prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch).to(device)
+        prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share).to(device)
         classify = feature_classifier(model, model.logit_scale.detach().exp() * prompts)
-    found = search(classify, train, xi, device, args)
+    settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
+    with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:
+        found = universal_perturbation(classify, train, xi, device=device, on_images=bar.update, **settings)
     v = found.v.to(device)
     measured = measure_perturbation(classify, v, images, labels, data.classes, args.norm, args.batch)
     record = measured | {
@@ -60,12 +67,16 @@ def main() -> None:
     print_table(record, f"{loaded.label}, {args.classifier} classifier on {data.name}", len(train_labels))
     if args.out:
         draw(args, classify, v, images[:SHOWN], data.classes)
-        print(f"{args.out}: the perturbation, and pictures with it; the numbers: {save(args.out, found.v, record)}")
+        numbers = args.out.with_suffix(".safetensors")  # v as it is, fp32 [3, S, S]
+        save_file({"v": found.v.contiguous()}, numbers, {"perturbation": json.dumps(record)})
+        print(f"{args.out}: the perturbation, and pictures with it; the numbers: {numbers}")
     record |= {"data": data.name, "model": loaded.label, "step": loaded.step, "pictures": len(train_labels)}
-    front.finish(args, loaded.run_dir, "universal_perturbation", record)
+    front.finish(args, record, run_dir=loaded.run_dir, tool="universal_perturbation")
 
 
-def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+def choose_images(
+    data: LabelledSet, size: int, args: argparse.Namespace, share: WorkShare
+) -> list[tuple[Tensor, Tensor]]:
     """Choose random images to find v on, and others to try it on; a set without a training part is halved.
 
     Returns:
@@ -82,20 +93,20 @@ def choose_images(data: LabelledSet, size: int, args: argparse.Namespace) -> lis
     if not train:
         raise UserError(f"{args.data}: {len(data.test)} pictures are too few to find a perturbation and to try it")
     chosen = ((data.train or data.test, train[: args.pictures]), (data.test, held_out[: args.held_out]))
-    return [decode(split, rows, size, args) for split, rows in chosen]
+    return [decode(split, rows, size, args, share) for split, rows in chosen]
 
 
-def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def decode(
+    split: Split, rows: list[int], size: int, args: argparse.Namespace, share: WorkShare
+) -> tuple[Tensor, Tensor]:
     import torch
-    from tqdm import tqdm
 
-    from clipdist.data.loader import default_threads
     from clipdist.evals.features import decode_split
 
     bad: dict[int, str] = {}
-    calls = -(-len(rows) // args.batch)
-    batches = decode_split(split, rows, size, args.batch, calls, default_threads(), bad)
-    images = torch.cat(list(tqdm(batches, "pictures", calls, disable=None)))[: len(rows)]
+    _, calls = share.of(len(rows))
+    batches = decode_split(split, rows, size, share.batch, calls, share.threads, bad)
+    images = torch.cat(list(share.bar(batches, "pictures", calls)))[: len(rows)]
     kept = [place for place, row in enumerate(rows) if row not in bad]
     if bad:
         front.tell(f"left out, cannot be decoded: {len(bad)} of {len(rows)} pictures")
@@ -104,34 +115,17 @@ def decode(split: Split, rows: list[int], size: int, args: argparse.Namespace) -
     return images[kept], torch.from_numpy(split.labels[rows])[kept]
 
 
-def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str, batch: int) -> Classify:
-    from tqdm import tqdm
-
-    from clipdist.data.loader import default_threads
+def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str, share: WorkShare) -> Classify:
     from clipdist.evals.features import embed_split, frozen_encoder
     from clipdist.evals.fractions import require_classes
     from clipdist.evals.perturb import probe_classifier
-    from clipdist.evals.probe import most_fits
 
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures: DIR/train beside DIR/test")
     require_classes(data.train, data.classes)
     encode = frozen_encoder(model, device, "projected")
-    train = embed_split(encode, data.train, model.spec.image_size, batch, default_threads())
-    with tqdm(total=most_fits("lbfgs"), desc="fit", disable=None) as bar:
-        return probe_classifier(model, train.image, train.labels, data.classes, device, bar.update)
-
-
-def search(
-    classify: Classify, train: Tensor, xi: float, device: str, args: argparse.Namespace
-) -> UniversalPerturbation:
-    from tqdm import tqdm
-
-    from clipdist.evals.perturb import universal_perturbation
-
-    settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
-    with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:
-        return universal_perturbation(classify, train, xi, device=device, on_images=bar.update, **settings)
+    train = embed_split(encode, data.train, model.spec.image_size, share)
+    return probe_classifier(model, train.image, train.labels, data.classes, device, "fit")
 
 
 def print_table(record: dict[str, Any], title: str, train: int) -> None:
@@ -168,15 +162,6 @@ def draw(args: argparse.Namespace, classify: Classify, v: Tensor, images: Tensor
     contact_sheet(rows).save(args.out)
 
 
-def save(out: Path, v: Tensor, record: dict[str, Any]) -> Path:
-    """Write v as it is, fp32 [3, S, S], beside the sheet."""
-    from safetensors.torch import save_file
-
-    path = out.with_suffix(".safetensors")
-    save_file({"v": v.contiguous()}, path, {"perturbation": json.dumps(record)})
-    return path
-
-
 def parse_args() -> argparse.Namespace:
     parser = front.make_parser(
         "Finds one small perturbation that changes the answer to most pictures (Moosavi-Dezfooli et al.,\n"
@@ -193,14 +178,13 @@ def parse_args() -> argparse.Namespace:
     add("--norm", choices=("2", "inf"), default="inf", help="of the perturbation's bound (inf)")
     add("--xi", type=float, help="the bound (10 for inf; for 2, 2000 at 224 pixels, less for smaller)")
     add("--delta", type=float, default=0.2, help="stop when more than 1 - delta are fooled (0.2)")
-    add("--passes", type=int, default=10, help="over the training pictures, at most (10)")
-    add("--pictures", type=int, default=1000, help="training pictures to find it on (1000)")
-    add("--held-out", type=int, default=1000, help="test pictures to try it on (1000)")
+    front.add_number(parser, "--passes", 10, "over the training pictures, at most (10)")
+    front.add_number(parser, "--pictures", 1000, "training pictures to find it on (1000)")
+    front.add_number(parser, "--held-out", 1000, "test pictures to try it on (1000)")
     add("--seed", type=int, default=0, help="of the choice and order of pictures (0)")
     add("--out", type=Path, metavar="FILE.png", help="draw it, and write FILE.safetensors beside it")
     front.add_work(parser)
     args = parser.parse_args()
-    front.require_at_least(parser, args, 1, "batch", "passes", "pictures", "held_out")
     if not 0 <= args.delta < 1:
         parser.error(f"--delta {args.delta}: must be at least 0 and below 1")
     if args.xi is not None and not 0 < args.xi < float("inf"):

@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from clipdist.datasets.labelled import LabelledSet
-    from clipdist.evals.features import SplitFeatures
-    from clipdist.models.load import LoadedModel
 
 EXAMPLES = """examples:
   python tools/zero_shot.py runs/demo --data runs/demo-data/labelled --templates cifar10 --confusion demo.png
@@ -32,30 +24,16 @@ def main() -> None:
 
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.features import embed_split
-    from clipdist.evals.zero_shot import zero_shot_classifier
+    from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_classifier, zero_shot_metrics
+    from clipdist.report.confusion import confusion_image, confusion_matrix
 
     with front.joined_ranks(args) as dist_env:
         loaded = front.load(args, args.model)
         encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
-        ranks = (dist_env.rank, dist_env.world_size)
-        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, args.batch, *ranks)
-        test = embed_split(encode, data.test, loaded.model.spec.image_size, **share)
-    if dist_env.rank == 0:
-        report(args, data, loaded, test, classifier, len(templates))
-
-
-def report(
-    args: argparse.Namespace,
-    data: LabelledSet,
-    loaded: LoadedModel,
-    test: SplitFeatures,
-    classifier: Tensor,
-    templates: int,
-) -> None:
-    """Print the table, draw the confusion matrix and keep the result; `templates` is their number."""
-    from clipdist.evals.zero_shot import class_accuracy, classify, zero_shot_metrics
-    from clipdist.report.confusion import confusion_image, confusion_matrix
-
+        classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share)
+        test = embed_split(encode, data.test, loaded.model.spec.image_size, share)
+    if dist_env.rank:
+        return
     if test.left_out:
         front.tell(f"left out, cannot be decoded: {test.left_out} of {len(data.test)} pictures")
     labels, scale = test.labels, loaded.model.logit_scale
@@ -64,14 +42,14 @@ def report(
     accuracies = class_accuracy(predictions, labels, len(data.classes))
     per_class = {data.classes[label]: accuracy for label, accuracy in accuracies.items()}
     print(f"{loaded.label}, zero-shot on {data.name}: {len(labels)} pictures, {len(data.classes)} classes,", end=" ")
-    print(f"{templates} template{'s' if templates > 1 else ''}; percent")
+    print(f"{len(templates)} template{'s' if len(templates) > 1 else ''}; percent")
     print_table(metrics, per_class)
     if args.confusion:
         confusion_image(confusion_matrix(labels, predictions, len(data.classes)), data.classes).save(args.confusion)
         print(f"confusion matrix: {args.confusion}")
-    facts = {"templates": templates, "data": data.name, "model": loaded.label, "step": loaded.step}
+    facts = {"templates": len(templates), "data": data.name, "model": loaded.label, "step": loaded.step}
     record = {**metrics, "per_class": per_class, "left_out": test.left_out, **facts}
-    front.finish(args, loaded.run_dir, "zero_shot", record)
+    front.finish(args, record, run_dir=loaded.run_dir, tool="zero_shot")
 
 
 def print_table(metrics: dict[str, float], per_class: dict[str, float]) -> None:
@@ -112,9 +90,7 @@ def parse_args() -> argparse.Namespace:
     front.add_prompts(parser)
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="write a picture of the confusion matrix")
     front.add_work(parser)
-    args = parser.parse_args()
-    front.require_at_least(parser, args, 1, "batch")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

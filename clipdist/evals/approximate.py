@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from clipdist.errors import UserError
 from clipdist.evals.search import nearest
+from clipdist.evals.store import read_kept, write_kept
 from clipdist.storage import replacing
 
 AGREE = 95.0  # percent of the exact ten best that an index must find
@@ -112,7 +114,6 @@ def kept_index(
     captions: Callable[[], Sequence[str]],
     encode: Callable[[Sequence[str]], Tensor],
     keep: bool,
-    tell: Callable[[str], None],
 ) -> ApproximateIndex:
     """Return the index that was kept in `path`, or build one, tuned with captions or with images where there are none.
 
@@ -121,19 +122,15 @@ def kept_index(
         encode: captions -> unit vectors.
         keep: read and write the file.
     """
-    index = read_index(path, images, tell) if keep else None
-    if index:
-        return index
+    if keep and (kept := read_kept(path, partial(read_index, images=images))):
+        return kept
     sentences = captions()
     if len(sentences) > 1:
         index = build_index(images, encode(sentences), "captions")
     else:
         index = build_index(images, spread(images), "pictures of its own")
     if keep:
-        try:
-            write_index(path, index)
-        except UserError as error:
-            tell(f"not kept for the next search: {error}")
+        write_kept(partial(write_index, path, index))
     return index
 
 
@@ -160,11 +157,13 @@ def write_index(path: Path, index: ApproximateIndex) -> None:
         raise UserError(f"{path}: the index cannot be written ({error}); is there room on the disk?") from None
 
 
-def read_index(path: Path, images: Tensor, tell: Callable[[str], None]) -> ApproximateIndex | None:
-    """Return the kept index over these images, or None; `tell` gets a line where there is one of no use."""
+def read_index(path: Path, images: Tensor) -> ApproximateIndex:
+    """Return the kept index over these images.
+
+    Raises:
+        UserError: it is not whole, or of others.
+    """
     facts = path.with_name(f"{path.name}.json")
-    if not path.exists():
-        return None
     try:
         record = json.loads(facts.read_text())
         if record.pop("bytes") != path.stat().st_size:
@@ -173,8 +172,7 @@ def read_index(path: Path, images: Tensor, tell: Callable[[str], None]) -> Appro
         if (index.index.ntotal, index.index.d) != tuple(images.shape):
             raise ValueError("of other pictures")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        tell(f"{path}: cannot be used ({' '.join(str(error).split())[:100]}): made again")
-        return None
+        raise UserError(f"{path}: cannot be used ({' '.join(str(error).split())[:100]})") from None
     return index
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.models.dual_encoder import DualEncoder
 
+T = TypeVar("T")
 # encode(uint8 [b,3,S,S] or None, tokens int64 [b,L] or None) -> (image features [b,D] or None, text features or None)
 Encode = Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 IN_FLIGHT = 2  # batches whose features may still be under way on the device, so that it never waits for the next
@@ -36,6 +39,28 @@ class Embeddings:
     keys: list[str]  # n
     sample_ids: Tensor  # int64 [n], of the catalog
     bad: dict[str, list[str]]  # reason -> keys of the samples that are left out
+
+
+@dataclass(frozen=True)
+class WorkShare:
+    """How much of a set is computed here: a contiguous slice by each rank, in forward passes of `batch` rows."""
+
+    rank: int = 0
+    world: int = 1
+    batch: int = 64
+    threads: int = 2  # that decode images
+    progress: bool = True  # a progress bar on rank 0, where stderr is a terminal
+
+    def of(self, count: int) -> tuple[range, int]:
+        """Return this rank's rows, and how many batches the rank with most of them needs."""
+        mine = range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+        return mine, _ceil(count, self.world * self.batch)
+
+    def bar(self, batches: Iterable[T], what: str, calls: int) -> tqdm[T]:
+        return tqdm(batches, what, calls, disable=None if self.progress and self.rank == 0 else True)
+
+
+ALONE = WorkShare()
 
 
 def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
@@ -62,11 +87,7 @@ def embed_catalog(
     catalog: Catalog,
     tokenizer: Callable[[list[str]], Tensor],
     image_size: int,
-    batch: int = 64,
-    threads: int = 2,
-    progress: bool = True,
-    rank: int = 0,
-    world: int = 1,
+    share: WorkShare = ALONE,
     texts: bool = True,
     data: config.Data | None = None,
     samples: Sequence[int] | None = None,
@@ -74,15 +95,13 @@ def embed_catalog(
 ) -> Embeddings:
     """Embed this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
-    `encode` always gets `batch` rows (the last ones padded with zeros), first images, then captions, and is called
+    `encode` always gets share.batch rows (the last ones padded with zeros), first images, then captions, and is called
     the same number of times on every rank, since under ZeRO-3 a forward pass is collective. A sample whose image
     cannot be decoded, or that lacks captions where they are asked for, is left out and named in `bad`.
 
     Args:
         tokenizer: captions -> int64 [b, L].
         image_size: side of the square that the model takes, pixels.
-        threads: decoding threads.
-        progress: a progress bar on rank 0, where stderr is a terminal.
         texts: False embeds images alone; `text` and `captions` are then empty.
         data: the cache for remote shards, and the pixel limit; None: as by default.
         samples: which samples, each once, in which order; None: all of the catalog.
@@ -90,23 +109,21 @@ def embed_catalog(
     """
     data = data or config.Data()
     wanted = range(len(catalog)) if samples is None else samples
-    slices = [wanted[len(wanted) * r // world : len(wanted) * (r + 1) // world] for r in range(world)]
-    mine = slices[rank]
-    hide = None if progress and rank == 0 else True  # None: shown where stderr is a terminal
+    rows, image_calls = share.of(len(wanted))
+    mine = wanted[rows.start : rows.stop]
     reader = open_reader(catalog, data)
 
     def load(sample_id: int) -> Tensor:
         return eval_image(reader.image(sample_id), image_size, data.max_pixels)
 
     try:
-        captions, text_calls = _plan_captions(reader, slices, rank, batch, most_captions) if texts else ({}, 0)
-        image_calls = _ceil(max(map(len, slices)), batch)
+        captions, text_calls = _plan_captions(reader, wanted, share, most_captions) if texts else ({}, 0)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
-        decoded = decode_ahead(load, mine, image_size, batch, image_calls, threads, bad)
-        image = encode_images(encode, (images for images, _ in tqdm(decoded, "pictures", image_calls, disable=hide)))
+        decoded = decode_ahead(load, mine, image_size, share.batch, image_calls, share.threads, bad)
+        image = encode_images(encode, (images for images, _ in share.bar(decoded, "pictures", image_calls)))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
-        encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], batch, text_calls)
-        parts = list(tqdm(encoded, "captions", text_calls, disable=hide))
+        encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], share.batch, text_calls)
+        parts = list(share.bar(encoded, "captions", text_calls))
         text = torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
         keys = {sample_id: reader.key(sample_id) for sample_id in mine}
     finally:
@@ -147,22 +164,18 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         all_gather_uneven(tensor, process_group)
         for tensor in (embeddings.image, embeddings.text, embeddings.text_image, embeddings.sample_ids)
     )
-    strings = [embeddings.captions, embeddings.keys, embeddings.bad]
-    captions: list[str] = []
-    keys: list[str] = []
+    strings = gather_json([embeddings.captions, embeddings.keys, embeddings.bad], process_group)
+    captions, keys, bad_of_ranks = zip(*strings)
     bad: dict[str, list[str]] = {}
-    for part_captions, part_keys, part_bad in gather_json(strings, process_group):
-        captions += part_captions
-        keys += part_keys
-        for reason, names in part_bad.items():
-            bad[reason] = bad.get(reason, []) + names
+    for reason, names in chain.from_iterable(part.items() for part in bad_of_ranks):
+        bad.setdefault(reason, []).extend(names)
     firsts = torch.tensor([0, *(len(part) for part in image[:-1])]).cumsum(0)  # a rank counted its images from 0
     return Embeddings(
         image=torch.cat(image),
         text=torch.cat(text),
         text_image=torch.cat([part + first for part, first in zip(text_image, firsts)]),
-        captions=captions,
-        keys=keys,
+        captions=list(chain.from_iterable(captions)),
+        keys=list(chain.from_iterable(keys)),
         sample_ids=torch.cat(sample_ids),
         bad=bad,
     )
@@ -191,7 +204,7 @@ def _without_bad(
 
 
 def _plan_captions(
-    reader: Reader, slices: Sequence[Sequence[int]], rank: int, batch: int, most: int | None
+    reader: Reader, wanted: Sequence[int], share: WorkShare, most: int | None
 ) -> tuple[dict[int, list[str]], int]:
     """Return this rank's captions by sample, and the number of text batches of the rank that has most.
 
@@ -199,17 +212,18 @@ def _plan_captions(
     """
     mine: dict[int, list[str]] = {}
     counts = []
-    for r, part in enumerate(slices):
+    for rank in range(share.world):
         counts.append(0)
-        for sample_id in part:
+        rows, _ = replace(share, rank=rank).of(len(wanted))
+        for sample_id in wanted[rows.start : rows.stop]:
             try:
                 captions = reader.captions(sample_id)[:most]
             except BadSample:
                 captions = []
-            counts[r] += len(captions)
-            if r == rank:
+            counts[rank] += len(captions)
+            if rank == share.rank:
                 mine[sample_id] = captions
-    return mine, _ceil(max(counts), batch)
+    return mine, _ceil(max(counts), share.batch)
 
 
 @torch.no_grad()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +13,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from clipdist.data.decode import eval_pixels
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
-from clipdist.evals.embed import Encode, encode_images
-from clipdist.evals.store import load_tensors, save_tensors
+from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_images
+from clipdist.evals.store import load_tensors, read_kept, save_tensors
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.weights import weights_checksum
 
@@ -70,30 +68,23 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
-    with without_projection(model.visual):
-        return model.encode_image(image)
-
-
-@contextmanager
-def without_projection(tower: nn.Module) -> Iterator[None]:
-    """Take an image tower's projection out while the block runs; the tower is then as it was.
-
-    Of CLIP's ResNets this leaves what attention pools, before the pooling's own projection.
-
-    Raises:
-        UserError: the tower has none that is known.
-    """
-    owner, name, stand_in = _projection(tower)
+    owner, name, stand_in = _projection(model.visual)
     projection = getattr(owner, name)
     setattr(owner, name, stand_in)
     try:
-        yield
+        return model.encode_image(image)
     finally:
         setattr(owner, name, projection)
 
 
 def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
-    """Return (module, attribute, what to put there instead) of an image tower's projection."""
+    """Return (module, attribute, what to put there instead) of an image tower's projection.
+
+    Of CLIP's ResNets, of the projection that belongs to attention pooling.
+
+    Raises:
+        UserError: the tower has none that is known.
+    """
     if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
         return tower, "proj", None
     pool: Any = getattr(tower, "attnpool", None)
@@ -127,32 +118,21 @@ def random_twin(model: DualEncoder) -> DualEncoder:
         return assemble(model.spec, tower_weights=False).eval()
 
 
-def embed_split(
-    encode: Encode,
-    split: Split,
-    image_size: int,
-    batch: int = 64,
-    threads: int = 2,
-    rank: int = 0,
-    world: int = 1,
-    progress: bool = True,
-) -> SplitFeatures:
+def embed_split(encode: Encode, split: Split, image_size: int, share: WorkShare = ALONE) -> SplitFeatures:
     """Return the features of all images on every rank; each computes a contiguous slice, in full batches. Collective.
 
     Args:
         image_size: side of the square that the model takes, pixels.
-        threads: decoding threads.
 
     Raises:
         UserError: not one image can be decoded.
     """
-    mine, calls = share_of(len(split), batch, rank, world)
+    mine, calls = share.of(len(split))
     if not calls:
         raise UserError("no pictures to classify")
     bad: dict[int, str] = {}
-    images = decode_split(split, mine, image_size, batch, calls, threads, bad)
-    bar = tqdm(images, "pictures", calls, disable=None if progress and rank == 0 else True)
-    features = encode_images(encode, bar)[: len(mine)]
+    images = decode_split(split, mine, image_size, share.batch, calls, share.threads, bad)
+    features = encode_images(encode, share.bar(images, "pictures", calls))[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
     every[mine.start : mine.stop] = features
     good = torch.zeros(len(split), dtype=torch.int64)
@@ -164,15 +144,7 @@ def embed_split(
 
 
 def embed_set(
-    encode: Encode,
-    data: LabelledSet,
-    size: int,
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    progress: bool = True,
-    cache: Path | None = None,
+    encode: Encode, data: LabelledSet, size: int, share: WorkShare = ALONE, cache: Path | None = None
 ) -> Features:
     """Return the features of both splits, from the cache where it has them. Collective: each rank computes a slice.
 
@@ -186,14 +158,12 @@ def embed_set(
     """
     if data.train is None:
         raise UserError(f"{data.name}: the probe needs training pictures as well: DIR/train beside DIR/test")
-    found = load_features(cache) if cache and rank == 0 else None
+    found = read_kept(cache, load_features) if cache and share.rank == 0 else None
     if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
-    train, test = (
-        embed_split(encode, split, size, batch, threads, rank, world, progress) for split in (data.train, data.test)
-    )
-    if cache and rank == 0:
+    train, test = (embed_split(encode, split, size, share) for split in (data.train, data.test))
+    if cache and share.rank == 0:
         with suppress(UserError):  # a full disk or a run that may not be written to: they are computed again next time
             save_features(cache, Features(train, test))
     return Features(train, test)
@@ -225,20 +195,20 @@ def save_features(path: Path, features: Features) -> None:
     save_tensors(path, FORMAT, tensors, {"left_out": {name: part.left_out for name, part in parts.items()}})
 
 
-def load_features(path: Path) -> Features | None:
-    """Return what save_features wrote; None where there is no such file. A file of no use costs a line on stderr."""
-    if not path.exists():
-        return None
+def load_features(path: Path) -> Features:
+    """Return what save_features wrote.
+
+    Raises:
+        UserError: as load_tensors; a damaged file.
+    """
+    tensors, head = load_tensors(path, FORMAT)
     try:
-        tensors, head = load_tensors(path, FORMAT)
         train, test = (
             SplitFeatures(tensors[f"{name}.image"], tensors[f"{name}.labels"], int(head["left_out"][name]))
             for name in ("train", "test")
         )
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        reason = error if isinstance(error, UserError) else f"{path}: damaged"
-        print(f"{reason}: made again", file=sys.stderr)
-        return None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: damaged") from None
     return Features(train, test)
 
 
@@ -251,9 +221,3 @@ def decode_split(
         return eval_pixels(split.read(row), size)
 
     return (images for images, _ in decode_ahead(load, rows, size, batch, calls, threads, bad))
-
-
-def share_of(count: int, batch: int, rank: int, world: int) -> tuple[range, int]:
-    """Return this rank's rows, and how many batches the rank with most of them needs."""
-    mine = range(count * rank // world, count * (rank + 1) // world)
-    return mine, -(-count // (world * batch))

@@ -24,6 +24,7 @@ from clipdist.data.decode import resize
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.decode_ahead import decode_ahead
+from clipdist.evals.embed import WorkShare
 from clipdist.evals.features import Kind, embed_split, image_features
 from clipdist.evals.probe import Probe, statistics
 from clipdist.models.dual_encoder import DualEncoder
@@ -81,7 +82,8 @@ def finetune(
         assert image is not None
         return network(image.to(device, non_blocking=True)), None
 
-    tested = embed_split(encode, data.test, model.spec.image_size, schedule.batch, threads, progress=progress)
+    share = WorkShare(batch=schedule.batch, threads=threads, progress=progress)
+    tested = embed_split(encode, data.test, model.spec.image_size, share)
     if not torch.isfinite(tested.image).all():
         raise Fault(f"fine-tuning with learning rate {schedule.lr:g} has diverged; give a smaller --batch")
     return Probe(tested.image, tested.labels, data.classes, lr=schedule.lr)

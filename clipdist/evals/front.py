@@ -1,4 +1,4 @@
-"""The command line that the offline tools share: arguments, labelled data, ranks, the model, results.
+"""The command line that the tools share: arguments, labelled data, ranks, the model, results.
 
 Nothing here imports torch before it is needed: a misspelt word is reported before that takes its seconds.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,45 @@ from clipdist.errors import UserError
 if TYPE_CHECKING:
     from clipdist.datasets.labelled import LabelledSet
     from clipdist.distributed.rank import DistEnv
+    from clipdist.evals.embed import WorkShare
     from clipdist.models.load import LoadedModel
 
 
 def make_parser(description: str, examples: str, usage: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser whose help shows both texts with their line breaks."""
-    return argparse.ArgumentParser(
-        description=description,
-        epilog=examples,
-        usage=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return a parser with --json, whose help shows both texts with their line breaks."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=examples, usage=usage, formatter_class=form)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+class _Number(argparse.Action):
+    """The action of an option that takes a number in least .. most."""
+
+    def __init__(self, *args: Any, least: float = 1, most: float = math.inf, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.least, self.most = least, most
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        if not self.least <= value <= self.most:
+            allowed = f"be at least {self.least}" if self.most == math.inf else f"lie in {self.least} .. {self.most}"
+            parser.error(f"{self.option_strings[0]} {value}: must {allowed}")
+        setattr(namespace, self.dest, value)
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    default: float | None,
+    text: str,
+    metavar: str | None = None,
+    least: float = 1,
+    most: float = math.inf,
+) -> None:
+    """Add an option that takes a number of the default's type (None: an integer) in least .. most."""
+    limits: dict[str, Any] = {"action": _Number, "least": least, "most": most}
+    kind = float if isinstance(default, float) else int
+    parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text, **limits)
 
 
 def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool = False) -> None:
@@ -53,22 +82,9 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:
-    """Add what every tool that computes features takes: --batch, --device, --json."""
-    parser.add_argument("--batch", type=int, default=64, help="pictures or sentences per forward pass (64)")
+    """Add what every tool that computes features takes: --batch, --device."""
+    add_number(parser, "--batch", 64, "pictures or sentences per forward pass (64)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_json(parser)
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-
-
-def require_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, least: int, *names: str) -> None:
-    """End the program where one of these options, as argparse names them, is below `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def require_writable(path: Path | None, option: str) -> None:
@@ -111,12 +127,13 @@ def joined_ranks(args: argparse.Namespace) -> Iterator[DistEnv]:
         yield dist_env
 
 
-def share_of_work(args: argparse.Namespace, dist_env: DistEnv) -> dict[str, Any]:
-    """Return the arguments of embed_catalog, embed_split and embed_set that say who computes how much."""
+def share_of_work(args: argparse.Namespace, dist_env: DistEnv | None = None) -> WorkShare:
+    """Return what this rank computes; without ranks, all."""
     from clipdist.data.loader import default_threads
+    from clipdist.evals.embed import WorkShare
 
-    ranks = {"rank": dist_env.rank, "world": dist_env.world_size}
-    return {"batch": args.batch, "threads": default_threads(), **ranks}
+    rank, world = (dist_env.rank, dist_env.world_size) if dist_env else (0, 1)
+    return WorkShare(rank, world, args.batch, default_threads())
 
 
 def load(args: argparse.Namespace, source: str, step: int | None = None) -> LoadedModel:
@@ -126,10 +143,23 @@ def load(args: argparse.Namespace, source: str, step: int | None = None) -> Load
     return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step)
 
 
-def finish(args: argparse.Namespace, run_dir: Path | None, tool: str, record: dict[str, Any]) -> None:
-    """Keep a result for the report, and print it as the last line where --json asks for it."""
+def count_lines(title: str, counts: Mapping[str, int]) -> list[str]:
+    """Return a title and a line for every count; nothing where there are none."""
+    return [title, *(f"{count:>10}  {reason}" for reason, count in counts.items())] if counts else []
+
+
+def finish(
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    lines: Sequence[str] = (),
+    run_dir: Path | None = None,
+    tool: str = "",
+) -> None:
+    """Print a table's lines, keep the record for the report, and print it as the last line where --json asks for it."""
     from clipdist.evals.results import keep_result
 
+    for line in lines:
+        print(line)
     keep_result(run_dir, tool, record)
     if args.json:
         print(json.dumps(record))

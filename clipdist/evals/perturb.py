@@ -71,14 +71,14 @@ def probe_classifier(
     labels: Tensor,
     classes: Sequence[str],
     device: str | torch.device,
-    on_fit: Callable[[], object] | None = None,
+    title: str = "",
 ) -> Classify:
     """Return the layer that evals.probe fits to projected features, behind the tower.
 
     Args:
         features: of the training images, fp32 [n, D]; normalised here.
         labels: int64 [n].
-        on_fit: as fit_probe.
+        title: of a progress bar, as fit_probe.
 
     Raises:
         UserError: as fit_probe.
@@ -86,7 +86,7 @@ def probe_classifier(
     # Standardising and the layer are one affine map: its answers to the origin and to the unit vectors define it.
     asked = torch.cat([torch.zeros(1, features.shape[1]), torch.eye(features.shape[1])])
     unasked = torch.zeros(len(asked), dtype=torch.int64)
-    scores = fit_probe(F.normalize(features, dim=1), labels, asked, unasked, classes, on_fit).scores
+    scores = fit_probe(F.normalize(features, dim=1), labels, asked, unasked, classes, title=title).scores
     return feature_classifier(model, (scores[1:] - scores[0]).T.contiguous().to(device), scores[0].to(device))
 
 

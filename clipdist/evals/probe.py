@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -22,12 +23,14 @@ from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.errors import Fault, UserError
-from clipdist.evals.embed import Encode
+from clipdist.evals.embed import ALONE, Encode, WorkShare
 from clipdist.evals.features import Features, embed_set
 from clipdist.evals.zero_shot import class_accuracy
 from clipdist.models.weights import weights_checksum
 
 Solver = Literal["lbfgs", "sgd"]
+# fit(features [n, D], labels [n], penalty or learning rate, the layer of the fit before) -> a layer
+Fit = Callable[[Tensor, Tensor, float, nn.Linear], nn.Linear]
 
 L2_GRID = tuple(10.0 ** (-half / 2) for half in range(-4, 11))  # 100 to 1e-5, two a decade, strong to weak
 LR_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of SGD, cautious to bold
@@ -77,29 +80,17 @@ def require_unchanged(module: nn.Module, before: str) -> None:
         raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
 
-# The layer
-
-
-def probe_of(
-    encode: Encode,
-    data: LabelledSet,
-    image_size: int,
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    threads: int = 2,
-    progress: bool = False,
-) -> dict[str, float]:
+def probe_of(encode: Encode, data: LabelledSet, image_size: int, share: WorkShare = ALONE) -> dict[str, float]:
     """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
 
-    Every rank computes a slice of the features, always `batch` images a call and equally often; rank 0 fits the
+    Every rank computes a slice of the features, always share.batch images a call and equally often; rank 0 fits the
     layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
 
     Raises:
         UserError: as embed_set and fit_probe.
     """
-    features = embed_set(encode, data, image_size, batch, rank, world, threads, progress)
-    if rank:
+    features = embed_set(encode, data, image_size, share)
+    if share.rank:
         return {}
     train, test = (F.normalize(part.image, dim=1) for part in (features.train, features.test))
     probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes)
@@ -115,19 +106,12 @@ def fit_features(
     solver: Solver = "lbfgs",
     seed: int = 0,
     epochs: int = EPOCHS,
-    rows: np.ndarray | None = None,
+    rows: np.ndarray | slice = slice(None),
 ) -> Probe:
-    """Fit the layer to a set's features under a progress bar; see fit_probe.
-
-    Args:
-        rows: of the training images; None: all.
-    """
-    train, labels = features.train.image, features.train.labels
-    if rows is not None:
-        train, labels = train[rows], labels[rows]
-    train, labels, test = train.to(device), labels.to(device), features.test.image.to(device)
-    with tqdm(total=most_fits(solver), desc=title, disable=None) as bar:
-        return fit_probe(train, labels, test, features.test.labels, classes, bar.update, solver, seed, epochs)
+    """Fit the layer to a set's features, or to some rows of its training images; see fit_probe."""
+    train, labels = features.train.image[rows].to(device), features.train.labels[rows].to(device)
+    test = features.test.image.to(device)
+    return fit_probe(train, labels, test, features.test.labels, classes, solver, seed, epochs, title)
 
 
 def fit_probe(
@@ -136,17 +120,17 @@ def fit_probe(
     test: Tensor,
     test_labels: Tensor,
     classes: Sequence[str],
-    on_fit: Callable[[], object] | None = None,
     solver: Solver = "lbfgs",
     seed: int = 0,
     epochs: int = EPOCHS,
+    title: str = "",
 ) -> Probe:
     """Train the layer on features fp32 [n, D] and labels int64 [n], and classify the test set.
 
     Args:
-        on_fit: called after each fit, of which there are at most most_fits(solver).
         solver: "lbfgs": the penalised optimum; "sgd": `epochs` of momentum SGD with a cosine schedule, unpenalised.
         seed: of the held-out part, and of SGD's order.
+        title: of a progress bar; "": none is shown.
 
     Raises:
         UserError: features that are not finite, or fewer than two training images.
@@ -155,54 +139,43 @@ def fit_probe(
         raise UserError("the image features are not finite: the weights have diverged")
     if len(train) < 2:
         raise UserError(f"the probe needs at least 2 training pictures; got {len(train)}")
-    mean, scale = statistics(train)
-    if solver == "lbfgs":
-        chosen = _choose_l2(train, train_labels, len(classes), on_fit, seed)
-        layer = _fit((train - mean) / scale, train_labels, chosen, _zero_layer(train, len(classes)))
-    else:
-        chosen = _choose_lr(train, train_labels, len(classes), on_fit, seed, epochs)
-        layer = _fit_sgd((train - mean) / scale, train_labels, len(classes), chosen, seed, epochs)
-    if on_fit:
-        on_fit()
+    grid, fit, rise = L2_GRID, _fit_lbfgs, RISE
+    if solver == "sgd":
+        grid, fit, rise = LR_GRID, partial(_fit_sgd, seed=seed, epochs=epochs), float("inf")
+    with tqdm(total=len(grid) + 1, desc=title, disable=None if title else True) as bar:
+        chosen = _choose(grid, fit, rise, train, train_labels, len(classes), seed, bar)
+        mean, scale = statistics(train)
+        layer = fit((train - mean) / scale, train_labels, chosen, _zero_layer(train, len(classes)))
+        bar.update()
     scores = _scores(layer, (test - mean) / scale)
-    l2, lr = (chosen, None) if solver == "lbfgs" else (None, chosen)
-    return Probe(scores, test_labels.cpu(), tuple(classes), l2, lr)
+    return Probe(scores, test_labels.cpu(), tuple(classes), **{"l2" if solver == "lbfgs" else "lr": chosen})
 
 
-def most_fits(solver: Solver) -> int:
-    """Return how many fits fit_probe makes at most."""
-    return len(L2_GRID if solver == "lbfgs" else LR_GRID) + 1
-
-
-def _choose_l2(
-    features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int = 0
+def _choose(
+    grid: Sequence[float],
+    fit: Fit,
+    rise: float,
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    bar: tqdm,
 ) -> float:
-    """Return the penalty with the lowest cross-entropy on the held-out part, too small for exact accuracies."""
+    """Return the setting with the lowest cross-entropy on the held-out part, too small for exact accuracies.
+
+    Args:
+        rise: over the lowest loss so far, beyond which no further settings are tried.
+    """
     kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
-    layer = _zero_layer(features, classes)
-    losses: list[float] = []
-    for l2 in L2_GRID:
-        layer = _fit(kept, kept_labels, l2, layer)  # begins where the stronger penalty ended
-        losses.append(_loss(layer, held, held_labels))
-        if on_fit:
-            on_fit()
-        if losses[-1] > RISE * min(losses):
+    layer, losses = _zero_layer(features, classes), list[float]()
+    for setting in grid:
+        layer = fit(kept, kept_labels, setting, layer)  # begins where the stronger penalty ended
+        loss = _loss(layer, held, held_labels)
+        losses.append(loss if np.isfinite(loss) else float("inf"))  # a learning rate too bold: diverged
+        bar.update()
+        if losses[-1] > rise * min(losses):
             break
-    return L2_GRID[losses.index(min(losses))]
-
-
-def _choose_lr(
-    features: Tensor, labels: Tensor, classes: int, on_fit: Callable[[], object] | None, seed: int, epochs: int
-) -> float:
-    """Return the learning rate with the lowest cross-entropy on the held-out part."""
-    kept, kept_labels, held, held_labels = _hold_out(features, labels, seed)
-    losses: list[float] = []
-    for lr in LR_GRID:
-        loss = _loss(_fit_sgd(kept, kept_labels, classes, lr, seed, epochs), held, held_labels)
-        losses.append(loss if np.isfinite(loss) else float("inf"))  # too bold: diverged
-        if on_fit:
-            on_fit()
-    return LR_GRID[losses.index(min(losses))]
+    return grid[losses.index(min(losses))]
 
 
 def _hold_out(features: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,7 +204,7 @@ def _loss(layer: nn.Linear, features: Tensor, labels: Tensor) -> float:
     return F.cross_entropy(layer(features), labels).item()
 
 
-def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
+def _fit_lbfgs(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
     """Minimise mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
     optimiser = torch.optim.LBFGS(
         layer.parameters(),
@@ -252,9 +225,9 @@ def _fit(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Li
     return layer
 
 
-def _fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, seed: int, epochs: int) -> nn.Linear:
-    """Train `epochs` in random order, the learning rate falling from `lr` to 0 along a cosine."""
-    layer = _zero_layer(features, classes)
+def _fit_sgd(features: Tensor, labels: Tensor, lr: float, layer: nn.Linear, seed: int, epochs: int) -> nn.Linear:
+    """Train a layer like this one, from 0, in random order; the learning rate falls from `lr` to 0 along a cosine."""
+    layer = _zero_layer(features, layer.out_features)
     steps = epochs * -(-len(features) // SGD_BATCH)
     optimiser = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

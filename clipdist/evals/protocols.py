@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,42 +28,29 @@ MOST_SPLIT_BYTES = 1 << 30  # dataset_coco.json has 0.15e9
 
 @dataclass(frozen=True)
 class RetrievalProtocol:
-    """What is published: `pictures` of the test split of `dataset`, in `folds` of equal size."""
+    """What is published: `images` of the test split of `dataset`, in `folds` of equal size."""
 
     name: str
     dataset: str
     images: int
     folds: int
-    files: str  # the split files that name them
+
+    @property
+    def files(self) -> str:
+        """The split files that name the images."""
+        text = " or Flickr_8k.testImages.txt" if self.dataset == "flickr8k" else ""
+        return f"Karpathy's dataset_{self.dataset}.json{text}"
 
 
-_KARPATHY = "Karpathy's dataset_{}.json"
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        RetrievalProtocol(
-            "flickr8k-1k", "flickr8k", 1000, 1, f"{_KARPATHY.format('flickr8k')} or Flickr_8k.testImages.txt"
-        ),
-        RetrievalProtocol("flickr30k-1k", "flickr30k", 1000, 1, _KARPATHY.format("flickr30k")),
-        RetrievalProtocol("coco-5k", "coco", 5000, 1, _KARPATHY.format("coco")),
-        RetrievalProtocol("coco-1k-folds", "coco", 5000, 5, _KARPATHY.format("coco")),
+        RetrievalProtocol("flickr8k-1k", "flickr8k", 1000, 1),
+        RetrievalProtocol("flickr30k-1k", "flickr30k", 1000, 1),
+        RetrievalProtocol("coco-5k", "coco", 5000, 1),
+        RetrievalProtocol("coco-1k-folds", "coco", 5000, 5),
     )
 }
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The samples of a protocol that a catalog has.
-
-    Attributes:
-        sample_ids: of the catalog, in the order of the split file.
-        positions: the place of each in the split file, from 0.
-        missing: the file names that no sample has.
-    """
-
-    sample_ids: list[int]
-    positions: list[int]
-    missing: list[str]
 
 
 def read_test_names(path: Path, protocol: RetrievalProtocol) -> list[str]:
@@ -90,8 +77,8 @@ def read_test_names(path: Path, protocol: RetrievalProtocol) -> list[str]:
     return names
 
 
-def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
-    """Find the samples whose "filename" or key is among the names.
+def select_samples(catalog: Catalog, names: Sequence[str]) -> dict[int, int]:
+    """Find the samples whose "filename" or key is among the names: {sample id: its place there}, in that order.
 
     Raises:
         UserError: two samples have the same name.
@@ -116,14 +103,12 @@ def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
             found[position] = sample_id
     finally:
         reader.close()
-    positions = sorted(found)
-    missing = [name for position, name in enumerate(names) if position not in found]
-    return Selection([found[position] for position in positions], positions, missing)
+    return {found[position]: position for position in sorted(found)}
 
 
-def require_whole(protocol: RetrievalProtocol, missing: Sequence[str], where: str) -> None:
-    """Raise UserError where images are missing: numbers over fewer candidates are not the published ones."""
-    if missing:
+def require_whole(protocol: RetrievalProtocol, names: Sequence[str], positions: Collection[int], where: str) -> None:
+    """Raise UserError where names have no sample: numbers over fewer candidates are not the published ones."""
+    if missing := [name for position, name in enumerate(names) if position not in positions]:
         shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
         raise UserError(
             f"{where}: {len(missing)} of the {protocol.images} pictures of {protocol.name} are missing or unusable"

@@ -56,10 +56,8 @@ def distributed_retrieval(
     The features are gathered; each rank then scores its share of the captions, on `device`.
     """
     whole = gather_embeddings(own, process_group)
-    together = rank_and_world(process_group)[1] > 1
     features = (whole.image.to(device), whole.text.to(device), whole.text_image.to(device))
-    ranks = retrieval_ranks(*features, together=together, process_group=process_group)
-    return summarise(ranks), whole
+    return summarise(retrieval_ranks(*features, together=True, process_group=process_group)), whole
 
 
 def retrieval_ranks(

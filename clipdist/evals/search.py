@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from clipdist.errors import UserError
 from clipdist.evals.embed import (
     Embeddings,
     Encode,
+    WorkShare,
     embed_catalog,
     encode_images,
     encode_texts,
@@ -32,7 +32,7 @@ from clipdist.evals.embed import (
 )
 from clipdist.evals.prompts import SLOT
 from clipdist.evals.sheet import first_caption
-from clipdist.evals.store import load_embeddings, save_embeddings
+from clipdist.evals.store import load_embeddings, read_kept, save_embeddings, write_kept
 from clipdist.models.load import LoadedModel
 
 TILE_IMAGES, TILE_QUERIES = 65_536, 256  # scored at a time: 64 MiB of scores
@@ -174,61 +174,47 @@ def cache_file(loaded: LoadedModel, catalog: Catalog) -> Path:
     return folder / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.safetensors"
 
 
-def read_cache(path: Path, loaded: LoadedModel, catalog: Catalog, tell: Callable[[str], None]) -> Embeddings | None:
-    """Return the kept features, or None where there are none; `tell` gets a line where there is a file of no use."""
-    if not path.exists():
-        return None
-    try:
+def read_cache(path: Path, loaded: LoadedModel, catalog: Catalog) -> Embeddings | None:
+    """Return the kept features, or None where there are none of use; see read_kept."""
+
+    def read(path: Path) -> Embeddings:
         embeddings, facts = load_embeddings(path)
-    except UserError as error:
-        tell(f"{error}: made again")
-        return None
-    if facts != _facts(loaded, catalog):
-        tell(f"{path}: of another model or other shards: made again")
-        return None
-    return embeddings
+        if facts != _facts(loaded, catalog):
+            raise UserError(f"{path}: of another model or other shards")
+        return embeddings
+
+    return read_kept(path, read)
 
 
-def write_cache(
-    path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: Embeddings, tell: Callable[[str], None]
-) -> None:
-    """Keep features of unit length; where they cannot be written, `tell` gets a line and the search goes on."""
-    try:
-        save_embeddings(path, embeddings, _facts(loaded, catalog))
-    except UserError as error:
-        tell(f"not kept for the next search: {error}")
+def write_cache(path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: Embeddings) -> None:
+    """Keep features of unit length; see write_kept."""
+    write_kept(lambda: save_embeddings(path, embeddings, _facts(loaded, catalog)))
 
 
 def image_embeddings(
-    loaded: LoadedModel,
-    encode: Encode,
-    catalog: Catalog,
-    share: dict[str, Any],
-    keep: bool,
-    tell: Callable[[str], None],
+    loaded: LoadedModel, encode: Encode, catalog: Catalog, share: WorkShare, keep: bool
 ) -> tuple[Embeddings | None, bool]:
     """Return the images' features, of unit length, on rank 0, and whether they were kept from an earlier search.
 
     Rank 0 alone looks for the file, so that all ranks agree on whether there is work to share. Collective.
 
     Args:
-        share: rank, world, batch and threads, as embed_catalog takes them.
         keep: read the file that keeps them, or write it.
 
     Raises:
         UserError: no image can be decoded, or features that are not finite.
     """
-    path, asked = cache_file(loaded, catalog), keep and share["rank"] == 0
-    kept = read_cache(path, loaded, catalog, tell) if asked else None
+    path, asked = cache_file(loaded, catalog), keep and share.rank == 0
+    kept = read_cache(path, loaded, catalog) if asked else None
     if gather_json(kept is not None)[0]:
         return kept, True
     size = loaded.model.spec.image_size
-    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, texts=False, **share))
+    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, share, texts=False))
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
     embeddings = replace(embeddings, image=unit(embeddings.image))
     if asked:
-        write_cache(path, loaded, catalog, embeddings, tell)
+        write_cache(path, loaded, catalog, embeddings)
     return embeddings, False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -170,7 +171,8 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
                 line = ""
             line = f"{line} {word}" if line else word
             while font.getlength(line) > width and len(line) > 1:
-                head = _longest_head(line, font, width)
+                heads = [line[: count + 1] for count in range(len(line))]
+                head = max(1, bisect_right(heads, float(width), key=font.getlength))  # characters
                 lines.append(line[:head])
                 line = line[head:]
         if line:
@@ -181,14 +183,6 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
             last = last[:-4] + "..."
         lines = [*lines[: most - 1], last]
     return lines
-
-
-def _longest_head(word: str, font: Font, width: int) -> int:
-    """Return how many characters of a word fit on a line, at least one."""
-    head = 1
-    while head < len(word) and font.getlength(word[: head + 1]) <= width:
-        head += 1
-    return head
 
 
 def _line(size: int) -> int:

@@ -7,9 +7,10 @@ safetensors file's head must stay below 100 MB, which a million captions exceed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,26 @@ from clipdist.evals.embed import Embeddings
 from clipdist.storage import replacing
 
 FORMAT = "clipdist embeddings 1"
+T = TypeVar("T")
+
+
+def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
+    """Return what `read` makes of a file; None where there is none, or, with a line on stderr, one of no use."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except UserError as error:
+        print(f"{error}: made again", file=sys.stderr)
+        return None
+
+
+def write_kept(write: Callable[[], None]) -> None:
+    """Call `write`; where the file cannot be written, a line on stderr says so and the search goes on."""
+    try:
+        write()
+    except UserError as error:
+        print(f"not kept for the next search: {error}", file=sys.stderr)
 
 
 def save_tensors(path: Path, form: str, tensors: Mapping[str, Tensor], head: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ The same code as the offline tools, on all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
@@ -17,7 +17,7 @@ from clipdist.data.tokens import Tokenizer
 from clipdist.datasets.labelled import open_labelled
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
-from clipdist.evals.embed import Embeddings, embed_catalog
+from clipdist.evals.embed import Embeddings, WorkShare, embed_catalog
 from clipdist.evals.probe import probe_of
 from clipdist.evals.prompts import find_templates
 from clipdist.evals.retrieval import distributed_retrieval
@@ -72,13 +72,11 @@ class Validation:
     def run(self, model: Encoder) -> Findings:
         """Collective: every rank must call it."""
         env = self._dist_env
-        where: dict[str, Any] = {"rank": env.rank, "world": env.world_size, "batch": self._cfg.batch}
+        share = WorkShare(env.rank, env.world_size, self._cfg.batch, progress=False)
         values: dict[str, float] = {}
         embeddings = None
         if self._val is not None:
-            own = embed_catalog(
-                model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **where
-            )
+            own = embed_catalog(model.encode, self._val, self._tokenizer, self._size, share, data=self._data)
             measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
             values |= measured
         if self._labelled is not None:
@@ -89,12 +87,11 @@ class Validation:
                 self._templates,
                 self._size,
                 model.logit_scale(),
-                progress=False,
-                **where,
+                share,
             )
             values |= {f"zero_shot/{name}": value for name, value in measured.items()}
             if self._cfg.probe:
-                measured = probe_of(model.encode, self._labelled, self._size, **where)
+                measured = probe_of(model.encode, self._labelled, self._size, share)
                 values |= {f"probe/{name}": value for name, value in measured.items()}
         return Findings(values, embeddings)
 

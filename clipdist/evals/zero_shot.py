@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.distributed.collectives import sum_over_ranks
 from clipdist.errors import UserError
-from clipdist.evals.embed import Encode, encode_texts
-from clipdist.evals.features import embed_split, share_of
+from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_texts
+from clipdist.evals.features import embed_split
 from clipdist.evals.prompts import write_prompts
 
 TOP = 5
@@ -46,19 +45,15 @@ def zero_shot_of(
     templates: Sequence[str],
     image_size: int,
     logit_scale: Tensor | float,
-    rank: int = 0,
-    world: int = 1,
-    batch: int = 64,
-    threads: int = 2,
-    progress: bool = True,
+    share: WorkShare = ALONE,
 ) -> dict[str, float]:
     """Return zero_shot_metrics of the set's test images under its own class names, on every rank. Collective.
 
-    `encode` is called equally often on every rank, always with `batch` rows, first for sentences, then for images.
+    `encode` is called equally often on every rank, always with share.batch rows, first for sentences, then for images.
     """
     names = [name.replace("_", " ") for name in data.classes]
-    classifier = zero_shot_classifier(encode, tokenizer, names, templates, batch, rank, world, progress)
-    test = embed_split(encode, data.test, image_size, batch, threads, rank, world, progress)
+    classifier = zero_shot_classifier(encode, tokenizer, names, templates, share)
+    test = embed_split(encode, data.test, image_size, share)
     return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
 
 
@@ -67,10 +62,7 @@ def zero_shot_classifier(
     tokenizer: Callable[[list[str]], Tensor],
     classes: Sequence[str],
     templates: Sequence[str],
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    progress: bool = True,
+    share: WorkShare = ALONE,
 ) -> Tensor:
     """Return one unit-length row per class, fp32 [c, D], on the CPU and on every rank. Collective.
 
@@ -84,10 +76,10 @@ def zero_shot_classifier(
         UserError: no classes, no templates, or features that are not finite.
     """
     prompts = write_prompts(classes, templates)
-    mine, calls = share_of(len(prompts), batch, rank, world)
-    encoded = encode_texts(encode, tokenizer, prompts[mine.start : mine.stop], batch, calls)
+    mine, calls = share.of(len(prompts))
+    encoded = encode_texts(encode, tokenizer, prompts[mine.start : mine.stop], share.batch, calls)
     sums, row = torch.zeros(0), mine.start
-    for features in tqdm(encoded, "prompts", calls, disable=None if progress and rank == 0 else True):
+    for features in share.bar(encoded, "prompts", calls):
         if not len(sums):
             sums = torch.zeros(len(classes), features.shape[1])
         sums.index_add_(0, torch.arange(row, row + len(features)) // len(templates), F.normalize(features, dim=1))
@@ -117,7 +109,9 @@ def zero_shot_metrics(
         UserError: no images, a label that is no class, or features that are not finite.
     """
     answers = classify(features, classifier, logit_scale)
-    check_labels(labels, len(classifier))
+    strangers = labels[(labels < 0) | (labels >= len(classifier))]
+    if len(strangers):
+        raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {len(classifier) - 1}")
     per_class = class_accuracy(answers.predictions, labels, len(classifier)).values()
     right = answers.best == labels[:, None]
     return {
@@ -169,10 +163,3 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> fl
     gap = confidence.double() - right.double()
     # |accuracy - confidence| of a bin times its share of all images is |sum of gaps in it| / n.
     return torch.zeros(bins, dtype=torch.float64).index_add_(0, which, gap).abs().sum().item() / len(confidence)
-
-
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise UserError where a label is no class."""
-    strangers = labels[(labels < 0) | (labels >= classes)]
-    if len(strangers):
-        raise UserError(f"label {int(strangers[0])} is unknown: the classes are 0 to {classes - 1}")

@@ -90,7 +90,9 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_weights(model, out, facts or {})
         if description:
-            description.write_text(json.dumps(_open_clip_description(spec, biased), indent=4) + "\n", encoding="utf-8")
+            bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
+            described = {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
+            description.write_text(json.dumps(described, indent=4) + "\n", encoding="utf-8")
         if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
             merges = out.with_suffix(".bpe.txt.gz")
             merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
@@ -99,7 +101,12 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     if description:
         open_clip.add_model_config(description)
     name = name or out.stem
-    worst = largest_difference(model, _open_clip_encoder(spec, name, out), str(out))
+    theirs = open_clip.create_model(name, pretrained=str(out)).eval()
+
+    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens)
+
+    worst = largest_difference(model, encode, str(out))
     files = tuple(path for path in (out, description, merges) if path)
     return Exported(files, _open_clip_lines(spec, name, out, description, merges), worst, name, description, merges)
 
@@ -123,40 +130,23 @@ def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
     """Return the name under which open_clip builds exactly this model: its own, or its QuickGELU variant's."""
     for name in (spec.name, f"{spec.name}-quickgelu"):
         known = open_clip.get_model_config(name)
-        if known is None:
-            continue
-        if (known.pop("init_logit_bias", None) is not None) != biased:
+        if known is None or (known.pop("init_logit_bias", None) is not None) != biased:
             continue
         if bool(known.pop("quick_gelu", False)) == spec.quick_gelu and known == spec.model:
             return name
     return None
 
 
-def _open_clip_description(spec: ModelSpec, biased: bool) -> dict:
-    bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
-    return {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
-
-
 def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
     """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in _tensors(model).items():
-        tensors[name.removeprefix("text.") if model.spec.clip_class else name] = value
+    prefix = "text." if model.spec.clip_class else ""
+    tensors = {name.removeprefix(prefix): value for name, value in _tensors(model).items()}
     for name in ("logit_scale", "logit_bias"):
         if name in tensors:
             tensors[name] = tensors[name].reshape([])
     metadata = {"format": "pt", "clipdist": json.dumps({**model.spec.to_dict(), **facts})}
     with replacing(out) as temporary:
         _save(tensors, temporary, metadata)
-
-
-def _open_clip_encoder(spec: ModelSpec, name: str, out: Path) -> Encoder:
-    theirs = open_clip.create_model(name, pretrained=str(out)).eval()
-
-    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens)
-
-    return encode
 
 
 # Hugging Face
@@ -278,7 +268,8 @@ def export_programs(model: DualEncoder, out: Path) -> Exported:
             files = [Path(scratch) / target.name for target in targets]
             for tower, example, file in zip(towers, sample_inputs(model), files):
                 _write_program(model.spec, tower, example, file)
-            worst = largest_difference(model, _programs_encoder(files), str(out))
+            image_tower, text_tower = (torch.export.load(file).module() for file in files)
+            worst = largest_difference(model, lambda image, ids: (image_tower(image), text_tower(ids)), str(out))
             for file, target in zip(files, targets):
                 os.replace(file, target)
     except OSError as error:
@@ -304,15 +295,6 @@ def _write_program(spec: ModelSpec, tower: nn.Module, example: torch.Tensor, fil
         ) from error
     program._example_inputs = None  # they would be pickled into the file; nothing else is
     torch.export.save(program, file)
-
-
-def _programs_encoder(files: list[Path]) -> Encoder:
-    image_tower, text_tower = (torch.export.load(file).module() for file in files)
-
-    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return image_tower(image), text_tower(tokens)
-
-    return encode
 
 
 # Writing and comparing

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError
+from clipdist.models.open_clip_files import check_channels
 
 if TYPE_CHECKING:  # a model's description is read where torch is not imported
     import torch
@@ -242,12 +243,9 @@ def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
     said = _read_json(path) if path.is_file() else {}
     found: dict[str, tuple[float, ...]] = {}
     for key in ("image_mean", "image_std"):
-        values = said.get(key)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, (int, float)) for v in values):
-            raise UserError(f"{path}: {key} takes three numbers, one per channel")
-        found[key] = tuple(values)
+        if (values := said.get(key)) is not None:
+            check_channels(f"{path}: {key}", values)
+            found[key] = tuple(values)
     return found
 
 

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from clipdist.errors import UserError
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, on the scale 0..1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -37,6 +39,13 @@ def config_fields(class_name: str) -> frozenset[str]:
             fields = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
             return frozenset(target.id for target in fields if isinstance(target, ast.Name))
     raise LookupError(f"open_clip.model has no class {class_name}")
+
+
+def check_channels(what: str, values: Any) -> None:
+    """Raise UserError, which names `what`, unless these are three numbers."""
+    numbers = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+    if not numbers or len(values) != 3:
+        raise UserError(f"{what} takes three numbers, one per channel")
 
 
 def _package() -> Path:

@@ -19,7 +19,14 @@ from typing import Any
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.errors import UserError
-from clipdist.models.open_clip_files import OPENAI_MEAN, OPENAI_STD, config_fields, model_config, model_names
+from clipdist.models.open_clip_files import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    check_channels,
+    config_fields,
+    model_config,
+    model_names,
+)
 
 DEFAULT_CONTEXT = 77
 
@@ -308,6 +315,5 @@ def _pixel_statistics(
     mean = description.get("image_mean") or weights.get("mean") or OPENAI_MEAN
     std = description.get("image_std") or weights.get("std") or OPENAI_STD
     for key, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
-            raise UserError(f"model.name={name}: {key} takes three numbers, one per channel")
+        check_channels(f"model.name={name}: {key}", values)
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

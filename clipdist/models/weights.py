@@ -42,7 +42,11 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
     else:
         path = path if path.is_file() else _download(spec.name, weights)
         found = read_state_dict(path, trust)
-        _refuse_hugging_face_names(path, found)
+        if any(name.startswith("vision_model.") for name in found):
+            raise UserError(
+                f"model.weights={path}: a file of a Hugging Face model; name its folder, whose config.json says what"
+                " the tensors do not"
+            )
     tensors = _to_dual_encoder(found, model)
     _check_fit(model, spec.name, tensors, path)
     model.load_state_dict(tensors)
@@ -131,14 +135,6 @@ def _read_torchscript(path: Path, trust: bool) -> dict[str, torch.Tensor]:
 
 def _without_facts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in tensors.items() if name not in OPENAI_FACTS}
-
-
-def _refuse_hugging_face_names(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    if any(name.startswith("vision_model.") for name in tensors):
-        raise UserError(
-            f"model.weights={path}: a file of a Hugging Face model; name its folder, whose config.json says what the"
-            " tensors do not"
-        )
 
 
 def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +86,8 @@ def test_a_part_that_fails_is_exit_1_but_a_peers_is_not(capsys):
 
     fine, wrong = (compare(measured, right, "fp32", step=1, part_of=part_of) for measured in (right, half))
     peer = compare(half, right, "fp32", step=1, part_of=part_of, impl="open_clip")
-    assert report(stub, [*fine, *peer], "drawn", as_json=False) == 0
-    assert report(stub, wrong, "drawn", as_json=True) == 1
+    assert report(Namespace(json=False), stub, [*fine, *peer], "drawn") == 0
+    assert report(Namespace(json=True), stub, wrong, "drawn") == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["part"] for row in result["rows"] if not row["passed"]] == ["text"]
     assert not result["pass"]

@@ -42,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_options_have_a_least_value(capsys: pytest.CaptureFixture[str]) -> None:
-    args = parser().parse_args(["RN50", "--batch", "0"])
-    assert (args.model, args.weights, args.device, args.json) == ("RN50", "", "auto", False)
+    args = parser().parse_args(["RN50", "--batch", "1"])
+    assert (args.model, args.weights, args.device, args.batch, args.json) == ("RN50", "", "auto", 1, False)
     with pytest.raises(SystemExit, match="2"):
-        front.require_at_least(parser(), args, 1, "batch")
+        parser().parse_args(["RN50", "--batch", "0"])
     assert "--batch 0: must be at least 1" in capsys.readouterr().err
 
 
@@ -61,8 +61,8 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
 
 def test_a_result_is_kept_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = parser().parse_args(["RN50", "--json"])
-    front.finish(args, tmp_path, "zero_shot", {"top1": 50.0})
+    front.finish(args, {"top1": 50.0}, run_dir=tmp_path, tool="zero_shot")
     assert json.loads(capsys.readouterr().out) == {"top1": 50.0}
     assert json.loads((tmp_path / "results/zero_shot.json").read_text()) == {"top1": 50.0}
-    front.finish(parser().parse_args(["RN50"]), None, "zero_shot", {"top1": 50.0})
+    front.finish(parser().parse_args(["RN50"]), {"top1": 50.0})
     assert capsys.readouterr().out == ""

@@ -371,6 +371,7 @@ def test_unknown_names(name: str, complaint: str) -> None:
         ),
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "img_mean": 1}', "unknown key img_mean"),
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "image_mean": [1, 2]}', "image_mean takes three numbers"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "image_std": 5}', "image_std takes three numbers"),
         ('{"embed_dim": 8, "vision_cfg": {"image_size": [32, 64]}, "text_cfg": {}}', "only square pictures"),
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"cbow": {"width": 8}}}', "text_cfg.cbow takes exactly"),
     ],

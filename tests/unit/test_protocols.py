@@ -22,7 +22,7 @@ from clipdist.evals.protocols import (
     select_samples,
 )
 
-SMALL = RetrievalProtocol("small", "small", 4, 2, "a list")
+SMALL = RetrievalProtocol("small", "small", 4, 2)
 NAMES = ["9.jpg", "2.jpg", "5.jpg", "7.jpg"]
 
 
@@ -83,10 +83,8 @@ def test_a_split_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_samples_are_found_by_name_and_key(tmp_path: Path) -> None:
     catalog = catalog_of(tmp_path / "shards", ["7.jpg", "val2014/5.jpg", None, "other.jpg", "2.png"])
-    selection = select_samples(catalog, NAMES)
-    assert selection.sample_ids == [2, 1, 0]  # in the split file's order; key 2 stands for 2.jpg
-    assert selection.positions == [1, 2, 3]
-    assert selection.missing == ["9.jpg"]
+    found = select_samples(catalog, NAMES)
+    assert list(found.items()) == [(2, 1), (1, 2), (0, 3)]  # in the split file's order; key 2 stands for 2.jpg
 
 
 def test_a_name_twice(tmp_path: Path) -> None:
@@ -95,11 +93,11 @@ def test_a_name_twice(tmp_path: Path) -> None:
 
 
 def test_missing_pictures_are_refused() -> None:
-    require_whole(SMALL, [], "shards")
-    with pytest.raises(UserError, match=r"shards: 2 of the 4 pictures of small .* \(a, b\); --allow-missing"):
-        require_whole(SMALL, ["a", "b"], "shards")
-    with pytest.raises(UserError, match=r"\(a, b, c, \.\.\.\)"):
-        require_whole(SMALL, ["a", "b", "c", "d"], "shards")
+    require_whole(SMALL, NAMES, range(4), "shards")
+    with pytest.raises(UserError, match=r"shards: 2 of the 4 pictures of small .* \(9.jpg, 5.jpg\); --allow-missing"):
+        require_whole(SMALL, NAMES, [1, 3], "shards")
+    with pytest.raises(UserError, match=r"\(9.jpg, 2.jpg, 5.jpg, \.\.\.\)"):
+        require_whole(SMALL, NAMES, [], "shards")
 
 
 def some(pictures: int) -> Embeddings:

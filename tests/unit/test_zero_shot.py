@@ -22,6 +22,7 @@ from clipdist.data.decode import BadSample
 from clipdist.datasets.cifar import LabelledImages
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
+from clipdist.evals.embed import WorkShare
 from clipdist.evals.features import embed_split
 from clipdist.evals.prompts import CIFAR10_TEMPLATES, find_classes, find_templates, write_prompts
 from clipdist.evals.zero_shot import (
@@ -146,7 +147,7 @@ def colour_set(n: int = 23, broken: tuple[int, ...] = ()) -> LabelledSet:
 def test_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
     encode = Colours()
     for batch in (1, 4, 64):
-        classifier = zero_shot_classifier(encode, tokenizer, COLOURS, TEMPLATES, batch, progress=False)
+        classifier = zero_shot_classifier(encode, tokenizer, COLOURS, TEMPLATES, WorkShare(batch=batch))
         for row, name in enumerate(COLOURS):
             with torch.no_grad():
                 features = encode(None, tokenizer([template.replace("{}", name) for template in TEMPLATES]))[1]
@@ -159,19 +160,19 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
 
 def test_pictures_that_cannot_be_decoded_are_left_out_and_counted() -> None:
     data = colour_set(10, broken=(2, 9))
-    found = embed_split(Colours(), data.test, 16, batch=4, progress=False)
+    found = embed_split(Colours(), data.test, 16, WorkShare(batch=4))
     kept = [0, 1, 3, 4, 5, 6, 7, 8]
     assert found.left_out == 2
     assert found.labels.tolist() == data.test.labels[kept].tolist()
     assert found.image.argmax(1).tolist() == data.test.labels[kept].tolist()
     with pytest.raises(UserError, match="not one of 3 pictures"):
-        embed_split(Colours(), colour_set(3, broken=(0, 1, 2)).test, 16, progress=False)
+        embed_split(Colours(), colour_set(3, broken=(0, 1, 2)).test, 16)
     with pytest.raises(UserError, match="no pictures"):
-        embed_split(Colours(), colour_set(0).test, 16, progress=False)
+        embed_split(Colours(), colour_set(0).test, 16)
 
 
 def test_a_model_that_knows_the_classes_and_one_that_has_diverged() -> None:
-    metrics = zero_shot_of(Colours(), tokenizer, colour_set(), TEMPLATES, 16, 2.0, progress=False)
+    metrics = zero_shot_of(Colours(), tokenizer, colour_set(), TEMPLATES, 16, 2.0)
     assert (metrics["top1"], metrics["mean_per_class"], metrics["pictures"]) == (100, 100, 23)
     assert metrics["chance"] == pytest.approx(100 / 3)
 
@@ -179,7 +180,7 @@ def test_a_model_that_knows_the_classes_and_one_that_has_diverged() -> None:
         return None, torch.full((64, 3), torch.nan)
 
     with pytest.raises(UserError, match="text features are not finite"):
-        zero_shot_of(diverged, tokenizer, colour_set(), TEMPLATES, 16, 2.0, progress=False)
+        zero_shot_of(diverged, tokenizer, colour_set(), TEMPLATES, 16, 2.0)
 
 
 # Numbers
@@ -238,7 +239,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     encode = Colours()
     data = colour_set(11, broken=(4,))
-    metrics = zero_shot_of(encode, tokenizer, data, TEMPLATES, 16, 2.0, rank, world, batch=2, progress=False)
+    metrics = zero_shot_of(encode, tokenizer, data, TEMPLATES, 16, 2.0, WorkShare(rank, world, batch=2))
     (Path(folder) / f"{rank}.json").write_text(json.dumps([metrics, encode.calls]))
     dist.destroy_process_group()
 
@@ -249,7 +250,7 @@ def test_ranks_share_the_work_with_equal_calls_and_agree_with_one_process(tmp_pa
         port = probe.getsockname()[1]
     mp.spawn(run_rank, (2, port, str(tmp_path)), nprocs=2)
     answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    alone = zero_shot_of(Colours(), tokenizer, colour_set(11, broken=(4,)), TEMPLATES, 16, 2.0, progress=False)
+    alone = zero_shot_of(Colours(), tokenizer, colour_set(11, broken=(4,)), TEMPLATES, 16, 2.0)
     for metrics, calls in answers:
         assert metrics == pytest.approx(alone, rel=1e-5)
         assert calls == [["text", 2]] * 2 + [["image", 2]] * 3  # of 6 prompts and 11 pictures
@@ -279,9 +280,7 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     from clipdist.evals.embed import model_encoder
 
     encode, data = model_encoder(model, "cpu"), open_labelled(folder)
-    expected = zero_shot_of(
-        encode, loaded.tokenizer, data, CIFAR10_TEMPLATES, 32, model.logit_scale, batch=64, progress=False
-    )
+    expected = zero_shot_of(encode, loaded.tokenizer, data, CIFAR10_TEMPLATES, 32, model.logit_scale)
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert (record["pictures"], record["templates"], record["left_out"]) == (40, 18, 0)
     assert set(record["per_class"]) == set(COLOURS)

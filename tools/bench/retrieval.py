@@ -22,7 +22,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.loader import default_threads
 from clipdist.distributed.rank import resolve_device
 from clipdist.errors import run_main
-from clipdist.evals.embed import Encode, embed_catalog, model_encoder
+from clipdist.evals.embed import Encode, WorkShare, embed_catalog, model_encoder
 from clipdist.evals.retrieval import TIE, Ranks, retrieval_metrics, retrieval_ranks
 from clipdist.models.load import load_model
 from clipdist.monitor.provenance import commit, hardware
@@ -190,8 +190,8 @@ def measure_embedding(args: argparse.Namespace) -> dict[str, object]:
     samples = range(min(args.limit, len(catalog)))
 
     def whole_pass(encode: Encode) -> None:
-        size, threads = loaded.model.spec.image_size, default_threads()
-        embed_catalog(encode, catalog, loaded.tokenizer, size, args.batch, threads, progress=False, samples=samples)
+        share = WorkShare(batch=args.batch, threads=default_threads(), progress=False)
+        embed_catalog(encode, catalog, loaded.tokenizer, loaded.model.spec.image_size, share, samples=samples)
 
     batches: list[tuple[Tensor | None, Tensor | None]] = []
 

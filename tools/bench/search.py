@@ -119,11 +119,7 @@ def keep_random_features(run: Path, shards: Path) -> None:
         sample_ids=torch.from_numpy(np.arange(len(catalog))),
         bad={},
     )
-    write_cache(cache_file(loaded, catalog), loaded, catalog, embeddings, tell=_fail)
-
-
-def _fail(line: str) -> None:
-    raise Fault(line)
+    write_cache(cache_file(loaded, catalog), loaded, catalog, embeddings)
 
 
 def search(folder: Path, number: int, device: str) -> dict[str, float]:
