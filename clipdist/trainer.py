@@ -156,8 +156,8 @@ class Trainer:
                 self._between_steps(common)
             assert batch is not None
             self._train(batch, timer)
-            if self.guard.trouble is not None:
-                return Outcome("rollback", self.step, self.guard.trouble)
+            if self.guard.rollback_start is not None:
+                return Outcome("rollback", self.step, self.guard.rollback_start)
         self._finish()
         return Outcome("finished", self.step)
 

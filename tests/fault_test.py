@@ -47,7 +47,7 @@ ELASTIC_STEPS = 40
 KILLED = -signal.SIGKILL
 POINTS = (
     Point("waiting for data", "clipdist.data.loader:Loader", "next", rank=1, call=4),
-    Point("in the step, before the forward pass", "clipdist.engine.step:Engine", "_whole", rank=0, call=4),
+    Point("in the step, before the forward pass", "clipdist.engine.step:Engine", "_forward_whole", rank=0, call=4),
     Point("before the optimiser's step", "clipdist.checkpoint.saver:Saver", "wait_copied", rank=1, call=5),
     Point("after the optimiser's step", "clipdist.engine.zero:Zero", "clamp", rank=0, call=5),
     Point(
