@@ -87,7 +87,7 @@ class Trainer:
             self.tokenizer,
             config.data,
             views=[image_view(config.data, self.spec.image_size)],
-            images_alone=any("text" not in objective.modalities for objective in self.engine.objectives),
+            images_only=any("text" not in objective.modalities for objective in self.engine.objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
             start=self.step,

@@ -1,4 +1,4 @@
-"""A recipe in; out comes how close the engine's loss and gradients are to those of one process on the whole batch."""
+"""Compare the engine's loss and gradients with those of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipdist.config.batches import check_ranks
 from clipdist.errors import UserError, run_main
 
 if TYPE_CHECKING:
-    from clipdist.evals.audit import Audit, Row
+    from clipdist.evals.audit import Audit, AuditRow
 
 EXAMPLES = """examples:
   python tools/audit_gradients.py --config configs/demo.yaml --ranks 2
@@ -35,6 +35,7 @@ POLL_S = 0.1
 
 
 def main() -> int:
+    """Parse the command line and run the audit. Return the exit code."""
     args = parse_args()
     config = load_config(args.config, args.overrides)
     given = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else args.ranks
@@ -47,15 +48,15 @@ def main() -> int:
 
 
 def run_rank(config: Config, args: argparse.Namespace) -> int:
-    """One rank of the audit. Rank 0 prints and returns 1 where a part fails."""
+    """Run one rank of the audit. Rank 0 prints the result. Return the exit code: 1 if a part fails."""
     from clipdist.distributed.rank import joined_ranks, resolve_device
-    from clipdist.evals.audit import Audit, open_source
+    from clipdist.evals.audit import Audit, open_batches
     from tools.bench.peers.audit import audit_peers
 
     with joined_ranks(resolve_device(config.device)) as dist_env:
         audit = Audit(config, dist_env)
-        source = open_source(config, audit.spec, dist_env)
-        rows: list[Row] = []
+        source = open_batches(config, audit.spec, dist_env)
+        rows: list[AuditRow] = []
         if dist_env.rank == 0:
             print_head(audit, source.note)
         for step in range(args.steps):
@@ -72,10 +73,11 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
         return report(audit, rows, source.note, args.json) if dist_env.rank == 0 else 0
 
 
-# What the audit prints
+# Output
 
 
 def print_head(audit: Audit, data: str) -> None:
+    """Print what is audited."""
     cfg, dist_env = audit.cfg, audit.dist_env
     micro = f"micro-batches of {audit.micro}" if cfg.train.micro_batch else "no micro-batches"
     print(
@@ -85,8 +87,8 @@ def print_head(audit: Audit, data: str) -> None:
     )
 
 
-def print_step(rows: list[Row], steps: int) -> None:
-    """One step of the engine beside one process on the whole batch."""
+def print_step(rows: list[AuditRow], steps: int) -> None:
+    """Print the table of one step."""
     loss = next(row for row in rows if row.part == "loss")
     print(f"\nstep {loss.step} of {steps}, loss {loss.reference_norm:.6g}")
     print(f"{'part':13}{'norm ratio':>12}{'cosine':>11}{'largest diff.':>15}{'error':>10}{'limit':>10}")
@@ -96,11 +98,11 @@ def print_step(rows: list[Row], steps: int) -> None:
     sys.stdout.flush()
 
 
-def print_peers(rows: list[Row]) -> None:
-    """All implementations side by side, in the first step."""
+def print_peers(rows: list[AuditRow]) -> None:
+    """Print the table of all implementations in the first step."""
     impls = list(dict.fromkeys(row.impl for row in rows))
     width = max(map(len, impls)) + 1
-    rows = [row for row in rows if row.part != "evaluation"]  # of one's own step alone
+    rows = [row for row in rows if row.part != "evaluation"]  # the peers have no such row
     parts = [row.part for row in rows if row.impl == impls[0]]
     print(f"\nstep 1, norm ratio and error by implementation\n{'':{width}}" + "".join(f"{part:>24}" for part in parts))
     for impl in impls:
@@ -108,12 +110,12 @@ def print_peers(rows: list[Row]) -> None:
         print(f"{impl:{width}}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: AuditRow) -> str:
     return "PASS" if row.passed else "FAIL"
 
 
-def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
-    """Notes and verdict. Returns the exit code."""
+def report(audit: Audit, rows: list[AuditRow], data: str, as_json: bool) -> int:
+    """Print notes and verdict. Return the exit code."""
     from clipdist.evals.audit import IMPL
 
     passed = all(row.passed for row in rows if row.impl == IMPL)
@@ -127,7 +129,7 @@ def report(audit: Audit, rows: list[Row], data: str, as_json: bool) -> int:
     return 0 if passed else 1
 
 
-def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed: bool) -> dict[str, Any]:
+def _summary(audit: Audit, rows: list[AuditRow], data: str, notes: list[str], passed: bool) -> dict[str, Any]:
     cfg = audit.cfg
     return {
         "pass": passed,
@@ -148,7 +150,11 @@ def _summary(audit: Audit, rows: list[Row], data: str, notes: list[str], passed:
 
 
 def check_device(config: Config, ranks: int) -> str:
-    """Returns the device. Raises UserError for what cannot run here."""
+    """Return the device.
+
+    Raises:
+        UserError: the device, the precision or so many ranks are not available.
+    """
     from clipdist.distributed.rank import resolve_device, resolve_precision
 
     device = resolve_device(config.device)
@@ -164,7 +170,7 @@ def check_device(config: Config, ranks: int) -> str:
 
 
 def default_ranks(config: Config, device: str) -> int:
-    """All GPUs; on a CPU the recipe's ranks, but 2 at least and no more than there are cores, and a divisor."""
+    """Return the number of GPUs; on a CPU the recipe's ranks, at least 2, at most the cores, and dividing the batch."""
     if device == "cuda":
         import torch
 
@@ -174,6 +180,7 @@ def default_ranks(config: Config, device: str) -> int:
 
 
 def _fits(config: Config, ranks: int) -> bool:
+    """Return whether the ranks divide the batch; True for 1."""
     try:
         check_ranks(config, ranks)
     except UserError:
@@ -182,7 +189,7 @@ def _fits(config: Config, ranks: int) -> bool:
 
 
 def spawn(ranks: int) -> int:
-    """Runs this command once more as every rank; rank 0 prints. The first that fails ends the others."""
+    """Run this command in a process per rank; a failing rank ends the others. Return the exit code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -206,7 +213,7 @@ def spawn(ranks: int) -> int:
 
 
 def _exit_code(failed: list[int]) -> int:
-    """A process that a signal ended is a fault: 1."""
+    """Return the first failure's exit code, 1 for a process that a signal ended; 0 without failures."""
     return next((code if code > 0 else 1 for code in failed), 0)
 
 

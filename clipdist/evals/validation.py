@@ -1,6 +1,6 @@
-"""What a run asks its model between steps: retrieval on the validation shards, and questions about labelled pictures.
+"""Validate the model during training: retrieval on the validation shards, zero-shot classification, linear probe.
 
-The same code as the offline tools, on all ranks.
+It runs the code of the offline tools, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from clipdist.evals.zero_shot import zero_shot_of
 
 
 class Encoder(Protocol):
+    """The part of Engine that validation uses."""
+
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]: ...
 
     def logit_scale(self) -> float: ...
@@ -33,11 +35,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Findings:
-    """One validation.
+    """Result of one validation.
 
     Attributes:
-        values: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (rank 0 alone has the probe's).
-        embeddings: of the validation shards, for the picture sheet.
+        values: metrics by name: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (only on rank 0).
+        embeddings: of the validation shards, for the contact sheet; None: there are none.
     """
 
     values: dict[str, float]
@@ -45,9 +47,11 @@ class Findings:
 
 
 class Validation:
-    """
+    """Runs the validations of a run.
+
     Args:
         val: the validation shards, if any.
+        size: side of the model's images in pixels.
 
     Raises:
         UserError: eval.labelled cannot be read, or a setting needs it.
@@ -70,14 +74,14 @@ class Validation:
             raise UserError("eval.probe: needs eval.labelled with training pictures")
 
     def run(self, model: Encoder) -> Findings:
-        """Collective: every rank must call it."""
+        """Validate the model. Collective."""
         env = self._dist_env
-        where: dict[str, Any] = {"rank": env.rank, "world": env.world_size, "batch": self._cfg.batch}
+        shares: dict[str, Any] = {"rank": env.rank, "world": env.world_size, "batch": self._cfg.batch}
         values: dict[str, float] = {}
         embeddings = None
         if self._val is not None:
             own = embed_catalog(
-                model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **where
+                model.encode, self._val, self._tokenizer, self._size, progress=False, data=self._data, **shares
             )
             measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
             values |= measured
@@ -90,16 +94,16 @@ class Validation:
                 self._size,
                 model.logit_scale(),
                 progress=False,
-                **where,
+                **shares,
             )
             values |= {f"zero_shot/{name}": value for name, value in measured.items()}
             if self._cfg.probe:
-                measured = probe_of(model.encode, self._labelled, self._size, **where)
+                measured = probe_of(model.encode, self._labelled, self._size, **shares)
                 values |= {f"probe/{name}": value for name, value in measured.items()}
         return Findings(values, embeddings)
 
     def sheet(self, findings: Findings) -> Image.Image | None:
-        """The picture sheet: captions with the pictures that they find."""
+        """Draw a contact sheet of captions with the images that they retrieve; None if it is not configured."""
         if self._val is None or findings.embeddings is None or not self._cfg.sheet:
             return None
         return retrieval_sheet(findings.embeddings, self._val, self._cfg.sheet)
