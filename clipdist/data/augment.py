@@ -189,7 +189,7 @@ def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """Do the work of apply_colour on a chunk of images, with parameters on the CPU."""
+    """Compute apply_colour for a chunk of images, with parameters on the CPU."""
     shift, order, grey = parameters[:, _HUE], parameters[:, 4:8], parameters[:, 8] > 0
     blended, shifted = bool((parameters[:, :_HUE] != 1).any()), shift != 0
     colours = images.float()

@@ -28,7 +28,7 @@ from clipdist.objectives.objective import Objective, Term
 
 
 class StepGuard(Protocol):
-    """Decides which steps to skip, equally on all ranks. See clipdist.fault_tolerance.guard."""
+    """Decides which steps to skip, equally on all ranks. See clipdist.fault_tolerance.guard.Guard."""
 
     @property
     def wants_sizes(self) -> bool: ...
@@ -79,6 +79,7 @@ class _Forward:
     backward: Callable[[], None]
 
     def result(self, applied: bool, skipped: str, loss: float, gradients: GradientStatistics | None) -> StepResult:
+        """Return the result of the step, with detached tensors."""
         terms = {name: Term(t.sum.detach(), t.count, t.weight, t.statistics) for name, t in self.terms.items()}
         outputs = {name: output.detach() for name, output in self.outputs.items()}
         norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})

@@ -50,7 +50,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def exponential_sums(
     logits: Logits, shift: float, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do the same as clipdist.losses.tiles.exponential_sums, for one shift.
+    """Compute clipdist.losses.tiles.exponential_sums for one shift.
 
     Args:
         row_valid, column_valid: fp32 [b], [N].
@@ -78,7 +78,7 @@ def exponential_sums(
 def softmax_gradients(
     logits: Logits, shift: float, row_inverse: torch.Tensor, column_inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do the same as clipdist.losses.tiles.softmax_gradients, for one shift; rows whose factor is 0 get zeros.
+    """Compute clipdist.losses.tiles.softmax_gradients for one shift; rows whose factor is 0 get zeros.
 
     Args:
         row_inverse, column_inverse: fp32 [b], [N]; with fp16 features no weight of valid rows may exceed 2.
@@ -97,7 +97,7 @@ def softmax_gradients(
 def sigmoid_sweep(
     logits: Logits, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do the same as clipdist.losses.tiles.sigmoid_sweep; rows whose factor is 0 get zeros.
+    """Compute clipdist.losses.tiles.sigmoid_sweep; rows whose factor is 0 get zeros.
 
     Args:
         row_valid, column_valid: fp32 [b], [N].
