@@ -1,6 +1,6 @@
-"""Runs that are killed in; how they end beside an undisturbed one, out: sample order, losses, weights, memory, files.
+"""Kill runs and compare them with an uninterrupted one: sample order, losses, weights, memory and open files.
 
-A killed process gets SIGKILL; the others must end by themselves; then the same command goes on, until the run is
+A killed process gets SIGKILL; the other ranks must end by themselves; then the same command resumes, until the run is
 finished.
 """
 

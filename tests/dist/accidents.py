@@ -1,4 +1,4 @@
-"""Names of accidents in; each happens to whole runs of two ranks, and one JSON line {name, ok, detail} of it comes out.
+"""Run named accidents on whole runs of two ranks. Print one JSON line {name, ok, detail} for each.
 
     python tests/dist/accidents.py SHARDS FOLDER [NAME ...]        SHARDS: as conftest.py makes them; FOLDER: for runs
 
