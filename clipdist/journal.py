@@ -1,6 +1,6 @@
-"""What a run says and writes down of itself: results of steps in; lines, metrics.jsonl and TensorBoard out.
+"""Log a run: progress lines, metrics.jsonl and TensorBoard.
 
-Collective where it says so: the ranks' numbers are brought together before rank 0 writes them.
+Collective methods reduce the numbers of all ranks, then rank 0 writes them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """
+    """Writes the logs of a run.
+
     Attributes:
-        results: the newest value of every measure, for the table of hyper-parameters.
+        results: the newest value of every metric, for TensorBoard's table of hyper-parameters.
+        bad: counts samples that cannot be used.
+        metrics: writes metrics.jsonl and TensorBoard.
+        progress: writes progress lines.
     """
 
     def __init__(self, config: Config, plan: RunPlan, dist_env: DistEnv) -> None:
@@ -47,8 +51,11 @@ class Journal:
         self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step)
         self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
 
-    def announce(self, engine: Engine, model: str, loader: Any) -> None:
-        """How the run begins.
+    def log_start(self, engine: Engine, model: str, loader: Any) -> None:
+        """Write config.yaml and environment.json, and log the start of the run.
+
+        Args:
+            model: name of the model.
 
         Raises:
             Fault: the run folder cannot be written.
@@ -65,28 +72,34 @@ class Journal:
                 ) from None
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
-            self.say(f"note: {note}")
+            self.log(f"note: {note}")
         parameters = sum(engine.zero.numel().values())
-        self.say(
+        self.log(
             f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
         how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
-            self.say(f"goes on from {plan.resume.folder}")
+            self.log(f"goes on from {plan.resume.folder}")
             self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)
         else:
             self.event(plan.start_step, "start", **how)
 
-    def say(self, text: str) -> None:
-        self.progress.say(text)
+    def log(self, text: str) -> None:
+        """Print a line on rank 0."""
+        self.progress.log(text)
 
     def event(self, step: int, event: str, **values: Any) -> None:
+        """Write an event to metrics.jsonl."""
         self.metrics.write("event", step, self._samples(step), event=event, **values)
 
     def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, timer: StepTimer) -> None:
-        """Collective: the numbers of a logged step. `step` counts the steps that are done."""
+        """Write the metrics of a logged step. Collective.
+
+        Args:
+            step: steps done, this one included.
+        """
         values: dict[str, Any] = self._losses(result)
         for objective in engine.objectives:
             values |= objective.metrics(result.outputs, batch, result.terms[objective.name])
@@ -109,17 +122,20 @@ class Journal:
         self.progress.show(step, {name: values[name] for name in shown})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
-        """Collective: the global loss, and its parts where there are several."""
+        """Return the global loss, and its terms if there are several. Collective."""
         values = {"loss": result.value / self.dist_env.world_size}
         if len(result.terms) > 1:
             values |= {f"loss/{name}": term.sum / term.count for name, term in result.terms.items()}
         return dict(zip(values, all_reduce_sum(torch.stack(list(values.values()))).tolist()))
 
     def bad_samples(self, step: int, reader: Any) -> None:
-        """Collective: counts and names the samples that no rank could use since the last call.
+        """Count and log the samples of all ranks that could not be used since the last call. Collective.
+
+        Args:
+            step: steps done.
 
         Raises:
-            UserError: they are more than data.max_bad_share.
+            UserError: their share exceeds data.max_bad_share.
         """
         new, named = self.bad.share(self.dist_env.device)
         for sample_id, reason in named if self.dist_env.rank == 0 else ():
@@ -129,9 +145,9 @@ class Journal:
         if new:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.totals.items())
             self.event(step, "bad_samples", new=new, total=total, counts=self.bad.totals)
-            self.say(f"note: {new} samples could not be used, named in metrics.jsonl (in all: {reasons})")
+            self.log(f"note: {new} samples could not be used, named in metrics.jsonl (in all: {reasons})")
         seen = (step - self.plan.start_step) * self.plan.order.global_batch
-        share = total / max(seen, min(len(self.plan.catalog), 1000))  # a few samples say nothing of the rest
+        share = total / max(seen, min(len(self.plan.catalog), 1000))  # the share of a few samples is not representative
         if share > self.config.data.max_bad_share:
             raise UserError(
                 f"{100 * share:.2g} % of the samples cannot be used, more than data.max_bad_share="
@@ -139,25 +155,26 @@ class Journal:
             )
 
     def validation(self, step: int, findings: Findings, validation: Validation) -> None:
-        """On rank 0: the numbers of a validation, and its picture sheet."""
+        """Write the metrics and the contact sheet of a validation, on rank 0."""
         if not findings.values or self.dist_env.rank:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
         self.results |= findings.values
         names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
-        self.say(f"validation at step {step}: {shown}")
+        self.log(f"validation at step {step}: {shown}")
         try:
             self._show_sheet(step, findings, validation)
-        except (OSError, BadSample, UserError) as error:  # storage that is away for a moment must not end the run
-            self.say(f"note: the picture sheet of step {step} is left out ({error})")
+        except (OSError, BadSample, UserError) as error:  # temporarily unavailable storage must not end the run
+            self.log(f"note: the picture sheet of step {step} is left out ({error})")
 
     def _show_sheet(self, step: int, findings: Findings, validation: Validation) -> None:
+        """Write the contact sheet to TensorBoard and to validation.png."""
         sheet = validation.sheet(findings)
         if sheet is None:
             return
         self.metrics.image("val/retrieval", sheet, step)
-        temporary = self.config.run.dir / "validation.tmp"  # a full disk leaves the last whole one
+        temporary = self.config.run.dir / "validation.tmp"  # on a full disk the previous sheet remains
         try:
             sheet.save(temporary, format="PNG")
             temporary.replace(self.config.run.dir / "validation.png")
@@ -166,9 +183,11 @@ class Journal:
                 temporary.unlink()
 
     def finished(self) -> None:
+        """Write the final results."""
         self.metrics.outcome(self.results)
 
     def close(self) -> None:
+        """Close all logs."""
         self.metrics.close()
         self.progress.close()
 
@@ -176,21 +195,21 @@ class Journal:
         return step * self.plan.order.global_batch
 
     def _batch_hash(self, batch: Batch) -> str:
-        """Of the sample ids of the global batch and their rows: the same for any number of ranks."""
+        """Return a hash of the sample ids and rows of the global batch, for any number of ranks. Collective."""
         own = ids_hash(batch.sample_id.cpu(), self.dist_env.rank * len(batch.sample_id))
         total = all_reduce_sum(own.reshape(1).to(self.dist_env.device))
         return f"{int(total) % HASH_MODULUS:012x}"
 
 
 class StepTimer:
-    """Seconds of training and of waiting for data; validation and checkpoints stop it."""
+    """Measures seconds of training and of waiting for data, without validation and checkpoints."""
 
     def __init__(self, loader: Any, step: int) -> None:
         self._loader, self._step = loader, step
         self._began, self._waited, self._pause = time.perf_counter(), loader.waited_s, 0.0
 
     def lap(self, step: int) -> tuple[int, float, float]:
-        """(steps, seconds, seconds waited) since the lap before."""
+        """Return (steps, seconds, seconds waited for data) since the previous lap."""
         now = time.perf_counter()
         lap = step - self._step, max(1e-9, now - self._began - self._pause), self._loader.waited_s - self._waited
         self._began, self._waited, self._pause, self._step = now, self._loader.waited_s, 0.0, step
@@ -198,13 +217,14 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Exclude the time inside the context."""
         began = time.perf_counter()
         yield
         self._pause += time.perf_counter() - began
 
 
 def _key(reader: Any, sample_id: int) -> str:
-    """A sample's key in its shard, or its number where the shard's table cannot be read now."""
+    """Return a sample's key in its shard, or its number if the index cannot be read."""
     try:
         return reader.key(sample_id)
     except (OSError, UserError):
@@ -212,7 +232,7 @@ def _key(reader: Any, sample_id: int) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and command line of this process."""
+    """Return versions, commit and command line of this process."""
     packages = ("clipdist", "torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
     return {
         "command": sys.argv,

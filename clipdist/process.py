@@ -1,5 +1,4 @@
-"""What a training process is besides training: its command line, signals, file limits, garbage collection, and the lock
-on its run folder."""
+"""Prepare a training process: command line, signals, file limit, garbage collection, and the lock on its run folder."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from clipdist.errors import UserError
 from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.storage import lock
 
-LOCK_S = 150.0  # that a requeued job waits for the run folder: file systems hold the lock of a lost node for so long
-BRIEFLY_S = 1.0  # launch/status.py looks at the lock
+REQUEUED_LOCK_WAIT_S = 150.0  # of a requeued job: file systems release the lock of a lost node after some time
+LOCK_WAIT_S = 1.0  # launch/status.py holds the lock briefly
 
 
 def command_line(words: list[str]) -> str:
@@ -36,8 +35,8 @@ def command_line(words: list[str]) -> str:
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
-    """Suspend garbage collection: nothing of what imports make is garbage, and the search is a tenth of their time."""
+def without_garbage_collection() -> Iterator[None]:
+    """Disable garbage collection, which would take a tenth of the time of imports and find nothing."""
     gc.disable()
     try:
         yield
@@ -45,40 +44,40 @@ def without_collection() -> Iterator[None]:
         gc.enable()
 
 
-def end_of_imports() -> None:
-    """Collect again, but never look through what was imported: in training, one rank's pause is a pause of all."""
+def freeze_imported_objects() -> None:
+    """Enable garbage collection except for imported objects: a pause of one rank stops all ranks."""
     gc.freeze()
     gc.enable()
 
 
 @contextmanager
 def listening_to_signals() -> Iterator[StopFlag]:
-    """Until training begins a signal ends the process at once; afterwards `on_stop` of the flag is the caller's."""
+    """Install signal handlers. A signal ends the process at once until the caller sets `on_stop` of the flag."""
     stop = StopFlag()
-    stop.on_stop = leave_before_training
+    stop.on_stop = exit_before_training
     try:
         yield stop
     finally:
         stop.restore()
 
 
-def leave_before_training(reason: str) -> None:
-    """End this process as the signal alone would: the ranks may wait for one another for long, and nothing is lost."""
+def exit_before_training(reason: str) -> None:
+    """Exit as the signal itself would: before training there is nothing to save, and ranks may wait for one another."""
     print(f"{reason} before training began", file=sys.stderr, flush=True)
     os._exit(128 + signal.Signals[reason])
 
 
 def allow_many_files() -> None:
-    """Raise the soft limit of open files: connections between ranks, and shards."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raise the soft limit of open files to the hard limit, for connections between ranks and for shards."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
-def lock_run_folder(folder: Path, wait_s: float = BRIEFLY_S) -> IO[str]:
-    """Keep other runs out of the folder while the returned file stays open.
+def lock_run_folder(folder: Path, wait_s: float = LOCK_WAIT_S) -> IO[str]:
+    """Lock the run folder while the returned file stays open.
 
     Raises:
-        UserError: another run writes to it, and still does after `wait_s`.
+        UserError: another run still holds the lock after `wait_s`.
     """
     file = open(folder / ".lock", "w")  # noqa: SIM115  held for the run
     try:

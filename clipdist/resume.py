@@ -1,4 +1,4 @@
-"""Find what a run starts from, and have all ranks start from the same. Imports torch only when a checkpoint is read."""
+"""Find the checkpoint that a run starts from, the same on all ranks. Imports torch only to read a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = MappingProxyType({})) -> RunPlan:
-    """Return this rank's plan, with the checkpoint that it starts from.
+    """Return this rank's plan, with the checkpoint to start from.
 
     Args:
-        passed_over: checkpoints that were found to be damaged, and how.
+        passed_over: damaged checkpoints, and the reasons.
 
     Raises:
         UserError: see check_launch, find_start and make_plan.
@@ -40,8 +40,8 @@ def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = Map
     return replace(plan, notes=tuple(notes))
 
 
-def plan_again(config: Config, plan: RunPlan, world: int) -> RunPlan:
-    """Return the plan once the run folder is this run's: whoever held it until now may have saved meanwhile."""
+def replan(config: Config, plan: RunPlan, world: int) -> RunPlan:
+    """Return the plan after the run folder was locked: its previous owner may have saved in the meantime."""
     newest = newest_checkpoint(config.run.dir)
     if newest is None or (plan.resume is not None and plan.resume.folder == newest):
         return plan
@@ -49,28 +49,27 @@ def plan_again(config: Config, plan: RunPlan, world: int) -> RunPlan:
 
 
 def find_start(config: Config, passed_over: Mapping[Path, str], notes: list[str]) -> CheckpointReader | None:
-    """Return the checkpoint to start from; None: new weights. The rule, whatever ended the last run:
+    """Return the checkpoint to start from; None: new weights. The rule of train.resume:
 
-    auto: the newest checkpoint of the run folder whose files have their sizes, else none.
-    FOLDER: that checkpoint to begin with; once the run folder has checkpoints of its own they count as with auto, so
-        that the same command continues. A checkpoint of the run folder itself must be its newest: going back would lose
-        or hide what came after.
-    never: none, and a run folder that holds checkpoints is refused rather than overwritten.
-    A job that was requeued continues as with auto.
+    auto: the newest checkpoint of the run folder whose files have the right sizes, else none.
+    FOLDER: that checkpoint; once the run folder has checkpoints of its own, as with auto, so that the same command
+        resumes. A checkpoint of the run folder itself must be its newest: later ones would be lost or hidden.
+    never: none; a run folder that has checkpoints is refused instead of overwritten.
+    A requeued job resumes as with auto.
 
     Args:
         passed_over: see plan_start.
-        notes: gets a line for every damaged checkpoint that is passed over.
+        notes: appends a line for every damaged checkpoint.
 
     Raises:
-        UserError: the named checkpoint is unfit, or the setting would overwrite others.
-        Fault: the storage refuses.
+        UserError: the named checkpoint cannot be used, or the setting would overwrite others.
+        Fault: the storage cannot be read.
     """
     wanted, run_dir = config.train.resume, config.run.dir
     retry_s = config.data.retry_s
     folders = list_checkpoints(run_dir, retry_s)
     if restarts() and folders:
-        wanted = "auto"  # what was asked for was done at the job's first start
+        wanted = "auto"  # the setting was applied at the job's first start
     if wanted not in ("auto", "never"):
         own = Path(wanted).resolve().parent == (run_dir / "checkpoints").resolve()
         if own and folders and (step_of(Path(wanted)) or 0) < (step_of(folders[-1]) or 0):
@@ -93,7 +92,7 @@ def find_start(config: Config, passed_over: Mapping[Path, str], notes: list[str]
             if folder in passed_over:
                 raise UserError(passed_over[folder])
             return _open(folder, retry_s)
-        except Fault:  # storage that refuses is no damage
+        except Fault:  # unavailable storage, not a damaged checkpoint
             raise
         except UserError as error:
             notes.append(f"passed over a damaged checkpoint: {error}")
@@ -103,6 +102,7 @@ def find_start(config: Config, passed_over: Mapping[Path, str], notes: list[str]
 
 
 def _open(folder: Path, retry_s: float) -> CheckpointReader:
+    """Open a checkpoint and check the sizes of its files."""
     from clipdist.checkpoint.reader import CheckpointReader
 
     reader = CheckpointReader(folder, retry_s)
@@ -110,24 +110,25 @@ def _open(folder: Path, retry_s: float) -> CheckpointReader:
     return reader
 
 
-def settle(config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus) -> RunPlan:
-    """Return the plan to start with, the same on all ranks: from rank 0's checkpoint, or an older one if it is damaged.
+def agree_on_plan(config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus) -> RunPlan:
+    """Return the common plan of all ranks: from rank 0's checkpoint, or an older one if that is damaged. Collective.
 
-    Each rank verifies some of the files: together they read the checkpoint once. Collective.
+    Every rank verifies a share of the files, so that the checkpoint is read once.
 
     Raises:
-        UserError: a checkpoint that was asked for by name is damaged, or none is whole.
+        UserError: a checkpoint that was given by name is damaged, or all are.
     """
-    plan = _verified(config, plan, dist_env, consensus)
-    # A network file system may show RUN/skipped.json late.
+    plan = _verified_plan(config, plan, dist_env, consensus)
+    # On a network file system, other ranks may not see rank 0's changes to RUN/skipped.json yet.
     return replace(plan, skipped=json.loads(consensus.broadcast(json.dumps(plan.skipped))))
 
 
-def _verified(config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus) -> RunPlan:
+def _verified_plan(config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus) -> RunPlan:
+    """Return the plan from the newest checkpoint without damage, chosen by rank 0. Collective."""
     passed_over: dict[Path, str] = {}
     while True:
-        told = consensus.broadcast(str(plan.resume.folder) if plan.resume else "")
-        chosen = Path(told) if told else None
+        name = consensus.broadcast(str(plan.resume.folder) if plan.resume else "")
+        chosen = Path(name) if name else None
         if chosen is None or not consensus.all(plan.resume is not None and plan.resume.folder == chosen):
             plan = _plan_from(chosen, config, dist_env.world_size, passed_over)
         if plan.resume is None:
@@ -142,14 +143,18 @@ def _verified(config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Conse
         damage = consensus.first_text(damage)
         if not damage:
             if dist_env.rank == 0 and config.run.dir.resolve() in plan.resume.folder.resolve().parents:
-                set_aside(config.run.dir, plan.start_step)  # newer ones are damaged, or they would have been chosen
+                set_aside(config.run.dir, plan.start_step)  # newer ones are damaged
             return plan
         passed_over[plan.resume.folder] = damage
         plan = plan_start(config, dist_env.world_size, passed_over)
 
 
 def _plan_from(chosen: Path | None, config: Config, world: int, passed_over: dict[Path, str]) -> RunPlan:
-    """Return this rank's plan as soon as it sees rank 0's checkpoint: network file systems show new folders late."""
+    """Return this rank's plan from rank 0's checkpoint, once the file system shows it.
+
+    Raises:
+        UserError: it does not appear within data.retry_s.
+    """
     deadline = time.monotonic() + config.data.retry_s
     while True:
         plan = plan_start(config, world, passed_over)
@@ -164,30 +169,30 @@ def _plan_from(chosen: Path | None, config: Config, world: int, passed_over: dic
         time.sleep(1)
 
 
-def go_back(config: Config, trainer: Trainer, outcome: Outcome) -> RunPlan:
-    """Close the trainer and plan the run anew from a checkpoint before the trouble, without the data of the trouble.
+def roll_back(config: Config, trainer: Trainer, outcome: Outcome) -> RunPlan:
+    """Close the trainer, and return a plan from a checkpoint before the skipped steps, without their data. Collective.
 
     Raises:
-        Fault: the run went back guard.rollbacks times already.
+        Fault: the run was rolled back guard.rollbacks times already, or ZeRO 3 needs a new process.
     """
     dist_env, consensus = trainer.dist_env, trainer.consensus
     times = int(consensus.broadcast(str(rollbacks(config.run.dir))))
-    trouble = f"data steps {outcome.since} to {outcome.step - 1}: {trainer.last_skip}"
+    reason = f"data steps {outcome.first_skipped} to {outcome.step - 1}: {trainer.last_skip}"
     if times >= config.guard.rollbacks:
-        trainer.journal.event(outcome.step, "fault", error=trouble)
+        trainer.journal.event(outcome.step, "fault", error=reason)
         trainer.close()
         raise Fault(
-            f"{trouble}. The run went back to a checkpoint already (guard.rollbacks={times}): lower optim.lr, or"
+            f"{reason}. The run went back to a checkpoint already (guard.rollbacks={times}): lower optim.lr, or"
             " look at the data of these steps"
         )
-    trainer.journal.event(outcome.step, "rollback", first=outcome.since, end=outcome.step, reason=trouble)
-    trainer.journal.say(f"note: {trouble}; going back to the checkpoint before, and leaving this data out")
+    trainer.journal.event(outcome.step, "rollback", first=outcome.first_skipped, end=outcome.step, reason=reason)
+    trainer.journal.log(f"note: {reason}; going back to the checkpoint before, and leaving this data out")
     trainer.close()
     if dist_env.rank == 0:
-        record_rollback(config.run.dir, outcome.since, outcome.step)
+        record_rollback(config.run.dir, outcome.first_skipped, outcome.step)
     consensus.barrier()
-    if config.engine.zero_stage == 3:  # DeepSpeed never gives an engine's memory back
-        raise Fault(f"{trouble}. With ZeRO 3 going back takes a new process: the same command goes back")
+    if config.engine.zero_stage == 3:  # DeepSpeed never releases the memory of such an engine
+        raise Fault(f"{reason}. With ZeRO 3 going back takes a new process: the same command goes back")
     trainer.engine.close()
     again = replace(config, train=replace(config.train, resume="auto"))
-    return settle(again, plan_start(again, dist_env.world_size), dist_env, consensus)
+    return agree_on_plan(again, plan_start(again, dist_env.world_size), dist_env, consensus)

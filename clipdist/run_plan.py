@@ -1,4 +1,4 @@
-"""Plan a run before a model is built: data, order and length, or the error that a user can mend. No torch.
+"""Plan a run before a model is built: check data, order and length. No torch.
 
 The launcher calls check_launch before it queues a job; every rank calls clipdist.resume.plan_start when it starts.
 """
@@ -25,18 +25,19 @@ if TYPE_CHECKING:
 class RunPlan:
     """Data, order, length and starting point of a run."""
 
-    catalog: Catalog
+    catalog: Catalog  # of the training data
     val: Catalog | None
     order: OrderKey
-    steps: int
+    steps: int  # of the whole run
     steps_per_epoch: int
     resume: CheckpointReader | None
-    order_record: dict[str, Any]  # what the checkpoint keeps, to go on with the same order or refuse
-    skipped: list[list[int]]  # ranges of data steps that this run leaves out: see clipdist.fault_tolerance.rollback
-    notes: tuple[str, ...] = ()  # for the user, such as a damaged checkpoint that was passed over
+    order_record: dict[str, Any]  # saved in checkpoints, to resume with the same order
+    skipped: list[list[int]]  # ranges [first, end) of skipped data steps: see clipdist.fault_tolerance.rollback
+    notes: tuple[str, ...] = ()  # for the user, such as a damaged checkpoint
 
     @property
     def start_step(self) -> int:
+        """The data step that the run starts at."""
         return self.resume.manifest.step if self.resume else 0
 
 
@@ -47,7 +48,7 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
         The catalogs of the training and of the validation data.
 
     Raises:
-        UserError: what would make every rank stop at its start.
+        UserError: the run could not start.
     """
     check_ranks(config, world)
     catalogs = check_data(config)
@@ -59,7 +60,7 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
     """Open the training and the validation shards. Return their catalogs.
 
     Raises:
-        UserError: there are none, or fewer samples than a global batch.
+        UserError: data.train is empty, has fewer samples than a global batch, or a weighted source without samples.
     """
     batch = config.train.global_batch
     if not config.data.train:
@@ -98,7 +99,7 @@ def make_plan(
     """Return the plan of a run that starts from `resume`, or from new weights.
 
     Args:
-        catalogs: of the training and the validation data, as `check_launch` returns them.
+        catalogs: see check_launch.
 
     Raises:
         UserError: a checkpoint of another model, other data or another order; an unknown model.
@@ -122,10 +123,10 @@ def make_plan(
 
 
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:
-    """Return the order that a checkpoint was made with, V and w as the first start chose them.
+    """Return the order of a checkpoint, with the number of streams and window that the first start chose.
 
     Raises:
-        UserError: another model, other data, or another order.
+        UserError: the checkpoint is of another model, other data, or another order.
     """
     manifest, where = reader.manifest, reader.folder
     _check_model(config, reader)
@@ -151,6 +152,7 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
 
 
 def _check_model(config: Config, reader: CheckpointReader) -> None:
+    """Raise UserError if the checkpoint is of another model."""
     from clipdist.models.spec import resolve_spec
 
     theirs, ours = reader.manifest.config["model"]["name"], config.model.name
@@ -162,6 +164,6 @@ def _check_model(config: Config, reader: CheckpointReader) -> None:
     try:
         described = resolve_spec(config.model).model
     except UserError:
-        return  # the JSON or the weights of the first start are gone: the checkpoint has all that is needed
+        return  # the model JSON or weights file is gone: the checkpoint suffices
     if described != reader.manifest.state["model"]["model"]:
         raise UserError(f"{reader.folder}: a checkpoint of another model ({ours} has changed); choose another run.name")

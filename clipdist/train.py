@@ -1,7 +1,7 @@
 """Train a model: configuration -> plan -> data -> model -> engine -> loop -> save.
 
-This is the table of contents: what is known before a model is built (run_plan.py, resume.py), the ranks that join, and
-the Trainer, which builds data, model and engine and loops. Signals, locks and limits of the process are in process.py.
+Plan the run before a model is built (run_plan.py, resume.py), join the ranks, then let the Trainer build data, model
+and engine, and loop. Signals, locks and limits of the process are in process.py.
 
 deepspeed clipdist/train.py --config configs/flickr8k_rn50.yaml optim.lr=1e-3
 torchrun --nproc-per-node 2 clipdist/train.py ...
@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a launcher puts clipdist/ itself first on the path, where its rooms would shadow others
+if __name__ == "__main__":  # a launcher puts clipdist/ first on the path, where its packages would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -27,16 +27,16 @@ from clipdist.errors import EXIT_INTERRUPTED, run_main
 from clipdist.fault_tolerance.signals import StopFlag, die_with_launcher
 from clipdist.fault_tolerance.slurm import note_start, restarts
 from clipdist.process import (
-    BRIEFLY_S,
-    LOCK_S,
+    LOCK_WAIT_S,
+    REQUEUED_LOCK_WAIT_S,
     allow_many_files,
     command_line,
-    end_of_imports,
+    freeze_imported_objects,
     listening_to_signals,
     lock_run_folder,
-    without_collection,
+    without_garbage_collection,
 )
-from clipdist.resume import go_back, plan_again, plan_start, settle
+from clipdist.resume import agree_on_plan, plan_start, replan, roll_back
 
 if TYPE_CHECKING:
     from clipdist.distributed.rank import DistEnv
@@ -67,17 +67,20 @@ def main(argv: list[str] | None = None) -> int:
 def train(config: Config, resume_command: str = "") -> int:
     """Train as configured, from the newest good checkpoint if there is one.
 
+    Args:
+        resume_command: printed if a signal interrupts the run.
+
     Returns:
-        0, or 75 where a signal ended the run after a checkpoint.
+        the exit code: 0, or 75 if a signal interrupted the run after a checkpoint.
 
     Raises:
-        UserError: bad input; before any model is built where that can be known then.
-        Fault: what ended the run although its input was good.
+        UserError: bad input; raised before a model is built if possible.
+        Fault: the run failed although its input was good.
     """
     first_rank = int(os.environ.get("RANK", "0")) == 0
     if first_rank:
         note_start(config.run.dir)
-    with without_collection():
+    with without_garbage_collection():
         from clipdist.distributed.rank import joined_ranks, resolve_device, resolve_precision, world_size
 
         device = resolve_device(config.device)
@@ -95,8 +98,7 @@ def train(config: Config, resume_command: str = "") -> int:
 
 
 def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: StopFlag, resume_command: str) -> int:
-    """From the first collective to the last: one Trainer after another, where numbers that do not recover send the run
-    back to a checkpoint."""
+    """Join the consensus and the watchdog, then train; after a rollback train again with a new Trainer."""
     from clipdist.distributed.consensus import Consensus
     from clipdist.engine.setup import prepare_deepspeed
     from clipdist.fault_tolerance.consistency import compare, facts
@@ -104,18 +106,18 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
     from clipdist.trainer import Trainer
 
     prepare_deepspeed()
-    end_of_imports()
+    freeze_imported_objects()
     consensus = Consensus(dist_env, config.train.hang_s)
-    with open_watchdog(dist_env, consensus, config.run.dir, config.train.hang_s) as watchdog, ExitStack() as held:
-        # Even a rank that waits in a collective for ever ends within this time of a signal.
+    with open_watchdog(dist_env, consensus, config.run.dir, config.train.hang_s) as watchdog, ExitStack() as stack:
+        # Bounds the time from a signal to the exit even if a rank hangs in a collective.
         stop.on_stop = lambda _: watchdog.stopping(config.launch.signal_s)
         if stop.set:
             watchdog.stopping(config.launch.signal_s)
         if dist_env.rank == 0:
-            held.enter_context(lock_run_folder(config.run.dir, LOCK_S if restarts() else BRIEFLY_S))
-            plan = plan_again(config, plan, dist_env.world_size)
+            stack.enter_context(lock_run_folder(config.run.dir, REQUEUED_LOCK_WAIT_S if restarts() else LOCK_WAIT_S))
+            plan = replan(config, plan, dist_env.world_size)
         with watchdog.phase("start"):
-            plan = settle(config, plan, dist_env, consensus)
+            plan = agree_on_plan(config, plan, dist_env, consensus)
             compare(facts(config, plan.order_record, plan.val, plan.skipped, plan.resume), dist_env)
         while True:
             with watchdog.phase("start"):
@@ -123,14 +125,14 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
             outcome = trainer.run(stop)
             if outcome.kind != "rollback":
                 break
-            plan = go_back(config, trainer, outcome)
+            plan = roll_back(config, trainer, outcome)
             del trainer
-            gc.collect()  # the engine's tensors hang in cycles
+            gc.collect()  # the engine's tensors are in reference cycles
     if outcome.kind == "finished":
-        trainer.journal.say(f"finished {plan.steps} steps; see {config.run.dir}, tensorboard --logdir runs")
+        trainer.journal.log(f"finished {plan.steps} steps; see {config.run.dir}, tensorboard --logdir runs")
         return 0
     again = "the job is queued again" if outcome.queued else f"go on with: {resume_command}"
-    trainer.journal.say(f"interrupted at step {outcome.step}, checkpoint written; {again}")
+    trainer.journal.log(f"interrupted at step {outcome.step}, checkpoint written; {again}")
     return EXIT_INTERRUPTED
 
 

@@ -1,7 +1,7 @@
-"""One process of a run: a configuration and a plan in; steps, metrics, validations and checkpoints out.
+"""Train: loop over steps, log metrics, validate and save checkpoints.
 
-Between two steps all ranks settle together whether to stop, to save or to go on; within a step only the training's own
-collectives run. "step" counts positions of the data order: a step that is left out has passed, too.
+Between two steps all ranks decide together whether to stop, to save or to continue; within a step there are only the
+collectives of training. "step" is a position in the data order: skipped steps count.
 """
 
 from __future__ import annotations
@@ -43,27 +43,35 @@ from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
 from clipdist.run_plan import RunPlan
 
-RETRY_SAVE_S = 60  # after a checkpoint that could not be written
-LAST_PARTS_S = 20  # that a run which ends in a fault waits for the checkpoint that is being written
+RETRY_SAVE_S = 60  # until the next attempt after a checkpoint that could not be written
+LAST_SAVE_S = 20  # timeout for the checkpoint that is being written when a fault ends the run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `Trainer.run` ended.
+    """Result of `Trainer.run`.
 
     Attributes:
-        since: of a rollback, the first data step of the trouble.
-        queued: of an interruption, whether the job will be queued again by itself.
+        kind: how training ended.
+        step: the data step that would be next.
+        first_skipped: the data step to roll back to (kind "rollback").
+        queued: whether the job will be requeued automatically (kind "interrupted").
     """
 
     kind: Literal["finished", "interrupted", "rollback"]
     step: int
-    since: int = 0
+    first_skipped: int = 0
     queued: bool = False
 
 
 class Trainer:
-    """Builds the parts, then steps, logs, validates and saves."""
+    """Builds model, engine, loader, validation and checkpoint writer of one rank, and runs the training loop.
+
+    Attributes:
+        step: data steps done: the position of the next batch.
+        applied: optimiser steps done.
+        last_skip: why the last skipped step was skipped.
+    """
 
     def __init__(
         self, config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus, watchdog: Watchdog
@@ -76,7 +84,7 @@ class Trainer:
             watchdog,
         )
         state = plan.resume.manifest.state if plan.resume else {}
-        self.step = plan.start_step  # steps that have passed: the position of the next batch
+        self.step = plan.start_step
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
         self.engine, self.spec = self._build_engine()
@@ -87,7 +95,7 @@ class Trainer:
             self.tokenizer,
             config.data,
             views=[image_view(config.data, self.spec.image_size)],
-            images_alone=any("text" not in objective.modalities for objective in self.engine.objectives),
+            images_only=any("text" not in objective.modalities for objective in self.engine.objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
             start=self.step,
@@ -96,23 +104,24 @@ class Trainer:
         )
         self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, dist_env)
         self.guard = Guard(config.guard, state.get("guard"))
-        self.last_skip = ""  # why a step was left out
-        back = config.guard.window if config.guard.patience else 0
-        keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, back)
+        self.last_skip = ""
+        window = config.guard.window if config.guard.patience else 0
+        keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, window)
         self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
         self.saver.prepare(*self.engine.zero.save_numel())
         self.engine.before_update = self.saver.wait_copied
-        watchdog.linger = self._linger
+        watchdog.linger = self._wait_for_writer
         self.journal = Journal(config, plan, dist_env)
         own = plan.resume is not None and plan.resume.folder.resolve().parent.parent == config.run.dir.resolve()
-        self._on_disk = self.step if own else -1  # step of the newest checkpoint that this run has or tried to have
-        self._save_from = self.step
-        self._save_by = self._deadline(60 * config.train.save_minutes)
-        # A checkpoint comes before the validation of its step, which may have been cut short.
+        self._saved_step = self.step if own else -1  # of this run's newest checkpoint; -1: none, or it failed
+        self._save_interval_start = self.step
+        self._save_deadline = self._deadline(60 * config.train.save_minutes)
+        # A step is saved before it is validated: a resumed run may have to repeat its validation.
         self._validated_at = int(consensus.broadcast(str(self.journal.metrics.validated_at)))
-        self._newest_metrics: dict[str, float] = {}  # of the validation at this very step
+        self._newest_metrics: dict[str, float] = {}  # of the validation at step _validated_at
 
     def _build_engine(self) -> tuple[Engine, ModelSpec]:
+        """Build the engine with new weights or those of the checkpoint. Return it with the model's description."""
         config, resume = self.config, self.plan.resume
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume else None
         with NothingDrawn() if resume else nullcontext():
@@ -128,67 +137,72 @@ class Trainer:
         return engine, model.spec
 
     def run(self, stop: StopFlag) -> Outcome:
-        """Trains to the end, to a signal, or to trouble that going back may heal.
+        """Train until the end, a signal, or a rollback.
+
+        Args:
+            stop: set when a signal arrives.
 
         Raises:
-            Fault: data that cannot be read, numbers that do not recover, ranks that differ, a last save that failed.
+            Fault: data cannot be read, loss or gradients are not finite, ranks differ, or the last save failed.
         """
         try:
             with self.watchdog.phase("between steps"):
                 return self._loop(stop)
         except UserError as error:
             self.journal.event(self.step, "fault", error=str(error))
-            self._linger(LAST_PARTS_S)
+            self._wait_for_writer(LAST_SAVE_S)
             self.journal.close()
             raise
 
     def _loop(self, stop: StopFlag) -> Outcome:
-        self.journal.announce(self.engine, self.spec.name, self.loader)
+        self.journal.log_start(self.engine, self.spec.name, self.loader)
         timer = StepTimer(self.loader, self.step)
-        while self._leap() < self.plan.steps:
-            batch, trouble = self._next_batch(stop)
-            common = self._agree(stop, trouble)
-            if common.trouble is not None:
-                self._leave_in_trouble(common.trouble, trouble)
-            if common.stop:
-                return self._leave_interrupted(stop)
+        while self._next_step() < self.plan.steps:
+            batch, fault = self._next_batch(stop)
+            flags = self._exchange_flags(stop, fault)
+            if flags.trouble is not None:
+                self._stop_on_fault(flags.trouble, fault)
+            if flags.stop:
+                return self._stop_on_signal(stop)
             with timer.paused():
-                self._between_steps(common)
+                self._between_steps(flags)
             assert batch is not None
             self._train(batch, timer)
-            if self.guard.trouble is not None:
-                return Outcome("rollback", self.step, self.guard.trouble)
+            if self.guard.rollback_start is not None:
+                return Outcome("rollback", self.step, self.guard.rollback_start)
         self._finish()
         return Outcome("finished", self.step)
 
-    def _leap(self) -> int:
-        """Passes over the data steps that are left out. Returns the step that is next."""
+    def _next_step(self) -> int:
+        """Advance past the data steps that a rollback skips. Return the next step."""
         self.step = next_position(self.step, self.plan.skipped)
         return self.step
 
     # One step
 
     def _next_batch(self, stop: StopFlag) -> tuple[Batch | None, Fault | None]:
-        """The batch of this step; none where a signal came first, or with the reason why there will be none."""
+        """Return the batch of this step, or (None, None) after a signal, or (None, the fault of the loader)."""
         with self.watchdog.phase("data"):
             try:
                 return self.loader.next(interrupted=lambda: stop.set).to(self.dist_env.device), None
             except Interrupted:
                 return None, None
-            except UserError as error:  # of a file that was good when the run began
+            except UserError as error:  # of a file that was valid when the run started
                 return None, Fault(str(error))
 
-    def _agree(self, stop: StopFlag, trouble: Fault | None) -> Flags:
+    def _exchange_flags(self, stop: StopFlag, fault: Fault | None) -> Flags:
+        """Exchange the state of all ranks and return the common flags. Collective."""
         with self.watchdog.phase("waiting for the other ranks"):
             return self.consensus.agree(
                 stop=stop.set,
-                trouble=trouble is not None,
-                overdue=self.dist_env.rank == 0 and time.monotonic() > self._save_by,
+                trouble=fault is not None,
+                overdue=self.dist_env.rank == 0 and time.monotonic() > self._save_deadline,
                 busy=self.saver.busy,
                 failed=bool(self.saver.failed),
             )
 
     def _train(self, batch: Batch, timer: StepTimer) -> None:
+        """Train one step, log it, and compare replicas if due."""
         self.journal.bad.add(batch.bad)
         done = self.step + 1
         log = done % self.config.train.log_every == 0 or done == self.plan.steps
@@ -203,10 +217,10 @@ class Trainer:
         if not result.applied:
             self.last_skip = result.skipped
             self.journal.event(done, "skip", reason=result.skipped)
-            self.journal.say(f"note: data step {done - 1} is left out: {result.skipped or 'the gradients overflow'}")
+            self.journal.log(f"note: data step {done - 1} is left out: {result.skipped or 'the gradients overflow'}")
         elif log:
             self.journal.step(done, result, batch, self.engine, timer)
-        if self._passes(self.config.train.compare_every):
+        if self._is_due_every(self.config.train.compare_every):
             with self.watchdog.phase("comparison of the ranks"):
                 compare_replicas(self.engine.zero, self.dist_env, done)
 
@@ -219,15 +233,19 @@ class Trainer:
             guard=self.guard,
         )
 
-    def _passes(self, every: int) -> bool:
+    def _is_due_every(self, every: int) -> bool:
+        """Return whether this step is a multiple of `every`; 0: never."""
         return every > 0 and self.step % every == 0
 
     # Between steps: validation, checkpoints
 
-    def _between_steps(self, common: Flags) -> None:
-        """What is due now, the same on all ranks. The checkpoint comes first, so that a validation that is cut short
-        costs nothing; unless checkpoints are kept by what the validation finds."""
-        parts: list[Callable[[], None]] = [lambda: self._save_if_due(common), self._validate_if_due]
+    def _between_steps(self, flags: Flags) -> None:
+        """Save and validate if due, equally on all ranks.
+
+        Save first, so that an interruption of the validation loses no steps; except with train.keep_best, which needs
+        the metrics.
+        """
+        parts: list[Callable[[], None]] = [lambda: self._save_if_due(flags), self._validate_if_due]
         for part in reversed(parts) if self.config.train.keep_best else parts:
             part()
 
@@ -236,13 +254,13 @@ class Trainer:
             self._validate()
 
     def _due(self, every: int, last: int) -> bool:
-        """Whether a multiple of `every` steps (0: of an epoch) was reached since step `last`."""
+        """Return whether a multiple of `every` steps (0: of an epoch) was reached since step `last`."""
         every = every or self.plan.steps_per_epoch
         return self.step // every > last // every
 
     def _validate(self) -> None:
         with self.watchdog.phase("validation"):
-            findings = self.validation.run(_Watched(self.engine, self.watchdog))
+            findings = self.validation.run(_WatchedEncoder(self.engine, self.watchdog))
         best = self.config.train.keep_best
         if best and self.dist_env.rank == 0 and best not in findings.values:
             names = ", ".join(findings.values) or "nothing (data.val and eval.labelled are empty)"
@@ -251,24 +269,26 @@ class Trainer:
         self._newest_metrics = findings.values
         self.journal.validation(self.step, findings, self.validation)
 
-    def _save_if_due(self, common: Flags) -> None:
-        if common.failed and self._on_disk >= 0:
+    def _save_if_due(self, flags: Flags) -> None:
+        """Start a checkpoint if due; postpone it while another is being written, unless this step must be kept."""
+        if flags.failed and self._saved_step >= 0:
             self._report_failed_save()
-        due = common.overdue or self._due(self.config.train.save_every, self._save_from)
-        if not (due or self._measured()) or self._save_from == self.step:
+        due = flags.overdue or self._due(self.config.train.save_every, self._save_interval_start)
+        if not (due or self._may_be_best()) or self._save_interval_start == self.step:
             return
-        if not common.busy or self._stays():  # else at the next step: training does not wait for a disk
+        if not flags.busy or self._keeps_this_step():
             self._save()
 
-    def _measured(self) -> bool:
-        """Whether this step may turn out to be the best."""
+    def _may_be_best(self) -> bool:
+        """Return whether this step was validated for train.keep_best."""
         return bool(self.config.train.keep_best) and self._validated_at == self.step
 
-    def _stays(self) -> bool:
-        """Whether a checkpoint of this very step is wanted: one of the next step would not be kept in its place."""
-        return self._measured() or self._passes(self.config.train.keep_every)
+    def _keeps_this_step(self) -> bool:
+        """Return whether the retention policy would keep a checkpoint of this step, but not of the next."""
+        return self._may_be_best() or self._is_due_every(self.config.train.keep_every)
 
     def _save(self) -> None:
+        """Start to write a checkpoint of this step."""
         manifest = Manifest(
             step=self.step,
             optimizer_step=self.applied,
@@ -286,34 +306,35 @@ class Trainer:
         )
         with self.watchdog.phase("checkpoint"):
             self.saver.save(list(self.engine.zero.live_pieces()), list(self.engine.zero.buffer_pieces()), manifest)
-        self._on_disk = self._save_from = self.step
-        self._save_by = self._deadline(60 * self.config.train.save_minutes)
+        self._saved_step = self._save_interval_start = self.step
+        self._save_deadline = self._deadline(60 * self.config.train.save_minutes)
 
     @staticmethod
     def _deadline(seconds: float) -> float:
         return time.monotonic() + (seconds or math.inf)
 
     def _report_failed_save(self) -> None:
-        """The run goes on without that checkpoint, and tries again a minute later."""
+        """Log that a checkpoint could not be written, and schedule the next attempt."""
         reason = self.consensus.first_text(self.saver.failed)
         self.journal.event(self.step, "save_failed", reason=reason)
-        self.journal.say(f"note: a checkpoint could not be written ({reason}); the run goes on")
-        self._save_by = self._deadline(RETRY_SAVE_S)
-        self._on_disk = -1
+        self.journal.log(f"note: a checkpoint could not be written ({reason}); the run goes on")
+        self._save_deadline = self._deadline(RETRY_SAVE_S)
+        self._saved_step = -1
 
-    # The end
+    # The end of the run
 
-    def _leave_interrupted(self, stop: StopFlag) -> Outcome:
+    def _stop_on_signal(self, stop: StopFlag) -> Outcome:
+        """Save, log the signal, and requeue the job if it was requested."""
         reason = self.consensus.first_text(stop.reason)
-        self.journal.say(f"{reason}: writing a checkpoint at step {self.step}")
+        self.journal.log(f"{reason}: writing a checkpoint at step {self.step}")
         self._save_last()
         self.journal.event(self.step, "interrupted", reason=reason)
-        queued = self.dist_env.rank == 0 and requeue(reason)  # before any rank leaves: see there
+        queued = self.dist_env.rank == 0 and requeue(reason)  # before any rank exits
         self.close()
         return Outcome("interrupted", self.step, queued=queued)
 
-    def _leave_in_trouble(self, rank: int, fault: Fault | None) -> None:
-        """Saves what was done so far, and ends all ranks with the reason of the first that cannot go on."""
+    def _stop_on_fault(self, rank: int, fault: Fault | None) -> None:
+        """Save, then raise the fault of `rank`, the first that cannot continue, on all ranks."""
         reason = self.consensus.broadcast(
             f"rank {rank}: {fault}" if self.dist_env.world_size > 1 else str(fault), source=rank
         )
@@ -324,6 +345,7 @@ class Trainer:
         raise Fault(f"{reason}; the checkpoint of step {self.step} was written: the same command goes on from there")
 
     def _finish(self) -> None:
+        """Validate and save the last step, and close."""
         if self._validated_at != self.step:
             self._validate()
         self._save_last()
@@ -331,41 +353,41 @@ class Trainer:
         self.close()
 
     def _save_last(self) -> None:
-        """Returns when all ranks' parts of a checkpoint of this step are on disk.
+        """Write a checkpoint of this step, if there is none, and wait until it is complete on all ranks. Collective.
 
         Raises:
-            Fault: they could not be written.
+            Fault: it could not be written.
         """
         with self.watchdog.phase("checkpoint"):
-            written = self._on_disk == self.step and self._written()
+            written = self._saved_step == self.step and self._wait_saved()
             if not written:
                 self._save()
-                written = self._written()
+                written = self._wait_saved()
         if not written:
             reason = self.consensus.first_text(self.saver.failed)
             raise Fault(f"run folder {self.config.run.dir}: no checkpoint of step {self.step} ({reason})")
 
-    def _written(self) -> bool:
-        """Whether the last save succeeded on all ranks, once it has ended on all."""
+    def _wait_saved(self) -> bool:
+        """Wait until the last save has ended on all ranks. Return whether it succeeded on all. Collective."""
         with suppress(Fault):
             self.saver.wait()
         return self.consensus.all(not self.saver.failed)
 
     def close(self) -> None:
-        """Ends threads, closes files; nothing is lost of a checkpoint that is being written."""
-        self._written()
-        self.watchdog.linger = None  # it holds this trainer, and with it the engine, beside the next one
+        """Stop threads and close files, after the checkpoint that is being written. Collective."""
+        self._wait_saved()
+        self.watchdog.linger = None  # it references this trainer, whose engine would stay in memory
         self.loader.close()
         self.journal.close()
 
-    def _linger(self, seconds: float) -> None:
-        """Before a forced end: the writer may finish."""
+    def _wait_for_writer(self, seconds: float) -> None:
+        """Wait for the checkpoint writer before the process is killed."""
         with suppress(Exception):
             self.saver.wait(seconds)
 
 
-class _Watched:
-    """An engine whose every encoding is progress: a validation may be long."""
+class _WatchedEncoder:
+    """An encoder that reports progress to the watchdog at every call, since validation may take long."""
 
     def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
         self._engine, self._watchdog = engine, watchdog
@@ -379,6 +401,11 @@ class _Watched:
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Load the weights of checkpoint `where`.
+
+    Raises:
+        UserError: they are those of another model.
+    """
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
-"""A seed and a number in, one damaged sample, shard or index file out, and what may become of it.
+"""Make damaged samples, shards and index files, with the results that are allowed for each.
 
-Every mutation is a function of its case's own random generator: the case "3/17" is the same whenever it is made.
+A mutation depends only on the random generator of its case, which is seeded by seed and number: case "3/17" is always
+the same.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def picture_kind(members: Members) -> str:
     return next(iter(members))
 
 
-# --- mutations of a sample: members in; changed members and the outcomes that are right
+# --- mutations of a sample: return the changed members and the allowed outcomes
 
 
 def truncated(rng: random.Random, members: Members) -> tuple[Members, set[str]]:
@@ -365,7 +366,7 @@ def sample_case(seed: int, number: int, ids_kind: str = "") -> Case:
     return Case(mutate.__name__, members, frozenset(outcomes), original, same)
 
 
-# --- mutations of a shard: its bytes in; changed bytes out
+# --- mutations of a shard: return the changed bytes
 
 
 def tar_cut(rng: random.Random, tar: bytes, headers: list[int]) -> bytes:

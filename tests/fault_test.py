@@ -1,6 +1,6 @@
-"""Runs that are killed in; how they end beside an undisturbed one, out: sample order, losses, weights, memory, files.
+"""Kill runs and compare them with an uninterrupted one: sample order, losses, weights, memory and open files.
 
-A killed process gets SIGKILL; the others must end by themselves; then the same command goes on, until the run is
+A killed process gets SIGKILL; the other ranks must end by themselves; then the same command resumes, until the run is
 finished.
 """
 
@@ -47,7 +47,7 @@ ELASTIC_STEPS = 40
 KILLED = -signal.SIGKILL
 POINTS = (
     Point("waiting for data", "clipdist.data.loader:Loader", "next", rank=1, call=4),
-    Point("in the step, before the forward pass", "clipdist.engine.step:Engine", "_whole", rank=0, call=4),
+    Point("in the step, before the forward pass", "clipdist.engine.step:Engine", "_forward_whole", rank=0, call=4),
     Point("before the optimiser's step", "clipdist.checkpoint.saver:Saver", "wait_copied", rank=1, call=5),
     Point("after the optimiser's step", "clipdist.engine.zero:Zero", "clamp", rank=0, call=5),
     Point(

@@ -1,4 +1,4 @@
-"""Accidents on purpose: a command line and an accident in; a real run of it, its exit codes and what it left, out.
+"""Run a command line with an intentional accident. Return the exit codes and results of the run.
 
 The ranks are forked from a process that has imported everything, so that a start costs a second or two instead of ten.
 They run clipdist.train.main as the launchers' processes do.

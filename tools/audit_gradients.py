@@ -1,4 +1,4 @@
-"""A recipe in; out comes how close the engine's loss and gradients are to those of one process on the whole batch."""
+"""Compare the engine's loss and gradients with those of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 
 if TYPE_CHECKING:
-    from clipdist.evals.audit import Audit, Row
+    from clipdist.evals.audit import Audit, AuditRow
 
 EXAMPLES = """examples:
   python tools/audit_gradients.py --config configs/demo.yaml --ranks 2
@@ -46,15 +46,15 @@ def main() -> int:
 
 
 def run_rank(config: Config, args: argparse.Namespace) -> int:
-    """One rank of the audit. Rank 0 prints and returns 1 where a part fails."""
+    """Run one rank of the audit. Rank 0 prints the result. Return the exit code: 1 if a part fails."""
     from clipdist.distributed.rank import joined_ranks, resolve_device
-    from clipdist.evals.audit import Audit, open_source
+    from clipdist.evals.audit import Audit, open_batches
     from tools.bench.peers.audit import audit_peers
 
     with joined_ranks(resolve_device(config.device)) as dist_env:
         audit = Audit(config, dist_env)
-        source = open_source(config, audit.spec, dist_env)
-        rows: list[Row] = []
+        source = open_batches(config, audit.spec, dist_env)
+        rows: list[AuditRow] = []
         if dist_env.rank == 0:
             print_head(audit, source.note)
         for step in range(args.steps):
@@ -71,7 +71,7 @@ def run_rank(config: Config, args: argparse.Namespace) -> int:
         return report(args, audit, rows, source.note) if dist_env.rank == 0 else 0
 
 
-# What the audit prints
+# Output
 
 
 def print_head(audit: Audit, data: str) -> None:
@@ -84,7 +84,7 @@ def print_head(audit: Audit, data: str) -> None:
     )
 
 
-def print_step(rows: list[Row], steps: int) -> None:
+def print_step(rows: list[AuditRow], steps: int) -> None:
     """One step of the engine beside one process on the whole batch."""
     loss = next(row for row in rows if row.part == "loss")
     print(f"\nstep {loss.step} of {steps}, loss {loss.reference_norm:.6g}")
@@ -95,7 +95,7 @@ def print_step(rows: list[Row], steps: int) -> None:
     sys.stdout.flush()
 
 
-def print_peers(rows: list[Row]) -> None:
+def print_peers(rows: list[AuditRow]) -> None:
     """All implementations side by side, in the first step."""
     impls = list(dict.fromkeys(row.impl for row in rows))
     width = max(map(len, impls)) + 1
@@ -107,12 +107,12 @@ def print_peers(rows: list[Row]) -> None:
         print(f"{impl:{width}}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
 
 
-def _verdict(row: Row) -> str:
+def _verdict(row: AuditRow) -> str:
     return "PASS" if row.passed else "FAIL"
 
 
-def report(args: argparse.Namespace, audit: Audit, rows: list[Row], data: str) -> int:
-    """Notes and verdict. Returns the exit code."""
+def report(args: argparse.Namespace, audit: Audit, rows: list[AuditRow], data: str) -> int:
+    """Print notes and verdict. Return the exit code."""
     from clipdist.evals.audit import IMPL
 
     passed = all(row.passed for row in rows if row.impl == IMPL)
@@ -175,7 +175,7 @@ def _fits(config: Config, ranks: int) -> bool:
 
 
 def spawn(ranks: int) -> int:
-    """Runs this command once more as every rank; rank 0 prints. The first that fails ends the others."""
+    """Run this command in a process per rank; a failing rank ends the others. Return the exit code."""
     from tools.bench.processes import rank_environments
 
     processes: list[subprocess.Popen] = []

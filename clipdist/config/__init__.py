@@ -1,4 +1,4 @@
-"""The configuration of a run. Imports no torch."""
+"""Define, load and check the configuration of a run. Imports no torch."""
 
 from clipdist.config.load import flat, load_config, to_dict, to_yaml
 from clipdist.config.schema import (

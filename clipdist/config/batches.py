@@ -1,4 +1,4 @@
-"""Arithmetic of the global batch: how ranks share it, and how many of them a run has."""
+"""Compute how ranks share the global batch, and the number of steps of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def check_ranks(config: Config, world: int) -> None:
     """Check that `world` ranks divide the global batch, and micro-batches a rank's share of it.
 
     Raises:
-        UserError: they do not; names a value that fits.
+        UserError: they do not; suggests a value that does.
     """
     batch = config.train.global_batch
     if batch % world:

@@ -1,4 +1,4 @@
-"""Check what a configuration must satisfy beyond its types; the error names the first key that is wrong."""
+"""Check the values of a configuration beyond their types; the error names the first invalid key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Objectives, Optim, Run, Train
 from clipdist.errors import UserError
 
-# Key -> bounds, by what the error says of them.
+# Keys by section, for each bound.
 NOT_NEGATIVE = {
     "data": ("cache_gb", "retry_s", "threads", "streams", "window"),
     "optim": ("warmup_steps", "weight_decay", "grad_clip", "min_lr"),
@@ -29,7 +29,7 @@ SEEDS = {"data": ("seed",), "train": ("seed",)}
 
 
 def check(config: Config) -> None:
-    """Raise UserError for the first value that is out of its range or does not go with another one."""
+    """Raise UserError for the first value that is out of range or inconsistent with another one."""
     _check_ranges(config)
     _check_run(config.run)
     _check_data(config.data, config.train)
@@ -42,6 +42,7 @@ def check(config: Config) -> None:
 
 
 def _need(ok: bool, key: str, value: object, must: str) -> None:
+    """Raise UserError unless `ok`: "KEY=VALUE: must MUST"."""
     if not ok:
         raise UserError(f"{key}={value}: must {must}")
 
@@ -114,7 +115,7 @@ def _check_launch(launch: Launch) -> None:
 
 
 def _check_deepspeed(engine: Engine) -> None:
-    """Refuse what the trainer owns, and what it could not save."""
+    """Raise UserError for keys that the trainer owns, and for offloading that it does not support."""
     for key, hint in _OWNED_BY_TRAINER.items():
         if key in engine.deepspeed:
             raise UserError(f"engine.deepspeed.{key}: the trainer owns this key; {hint}")
@@ -136,7 +137,7 @@ def _check_deepspeed(engine: Engine) -> None:
             raise UserError(f"engine.deepspeed.zero_optimization.{part}.device=nvme: not supported; set cpu")
 
 
-_OWNED_BY_TRAINER = {  # key -> what to do instead
+_OWNED_BY_TRAINER = {  # key -> advice in the error
     "train_batch_size": "set train.global_batch",
     "train_micro_batch_size_per_gpu": "set train.micro_batch",
     "gradient_accumulation_steps": "set train.micro_batch, which keeps the loss that of the global batch",

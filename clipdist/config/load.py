@@ -1,4 +1,4 @@
-"""A recipe and key=value overrides, merged onto the defaults and checked. Imports no torch."""
+"""Load a configuration: merge a recipe and key=value overrides onto the defaults, and check it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def load_config(
     *,
     of_run: bool = False,
 ) -> Config:
-    """Read a recipe and the overrides on top of the defaults, and check what can be checked without data.
+    """Read a recipe and overrides on top of the defaults, and check all that does not depend on data.
 
-    A recipe that has a section `objectives` trains exactly what that lists; without it, CLIP.
+    A recipe with a section `objectives` trains only the objectives in it; a recipe without one trains CLIP.
 
     Args:
-        path: YAML with differences from the defaults; None: the defaults alone.
-        overrides: "section.key=value" words, as on a command line; values are YAML.
-        site: YAML of a site's own defaults, below the recipe; a launch section and nothing else.
-        of_run: the file is the config.yaml of a run folder, perhaps of an earlier version: its old keys are understood.
+        path: YAML file with differences from the defaults; None: only the defaults.
+        overrides: "section.key=value" arguments, as on a command line; values are YAML.
+        site: YAML file with defaults of a site, overridden by the recipe; only a launch section.
+        of_run: the file is the config.yaml of a run folder, possibly of an earlier version: upgrade its keys.
 
     Raises:
-        UserError: a misspelt key, a wrong type, or values that do not go together.
+        UserError: a misspelt key, a wrong type, or inconsistent values.
     """
     where = str(path) if path else "the defaults"
     try:
@@ -61,16 +61,17 @@ def load_config(
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, all keys, in the order of the dataclasses."""
+    """Return the resolved configuration as YAML, with all keys in the order of the dataclasses."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dicts."""
     return dataclasses.asdict(config)
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Flat {"section.key": value}, the form that hyper-parameter tables take."""
+    """Return the configuration as {"section.key": value}."""
     return _flatten(to_dict(config))
 
 
@@ -85,6 +86,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_recipe(path: Path, of_run: bool) -> Any:
+    """Read a recipe; refuse or upgrade the keys of earlier versions."""
     tree = _read_yaml(path)
     if not OmegaConf.is_dict(tree):
         raise UserError(f"--config {path}: must hold sections of settings, such as train:")
@@ -95,7 +97,8 @@ def _read_recipe(path: Path, of_run: bool) -> Any:
 
 
 def _read_yaml(path: Path) -> Any:
-    given, path = path, path if path.is_file() else REPOSITORY / path  # recipes are found from any folder
+    """Read a YAML file; a relative path may also start at the repository."""
+    given, path = path, path if path.is_file() else REPOSITORY / path
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
@@ -104,17 +107,17 @@ def _read_yaml(path: Path) -> Any:
         return OmegaConf.load(path)
     except OmegaConfBaseException:
         raise
-    except Exception as error:  # the YAML parser's own errors: they carry line and column
+    except Exception as error:  # errors of the YAML parser, with line and column
         raise UserError(f"--config {path}: not YAML: {error}") from None
 
 
 def _read_site(path: Path) -> Any:
-    """A site's own defaults: how jobs are launched there, and nothing that changes what is trained."""
+    """Read a site's defaults, which may only contain a launch section."""
     try:
         tree = OmegaConf.load(path)
     except OmegaConfBaseException:
         raise
-    except Exception as error:  # no such file, or the YAML parser's own
+    except Exception as error:  # no such file, or an error of the YAML parser
         raise UserError(f"site file {path}: cannot be read: {error}") from None
     if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
         raise UserError(f"site file {path}: must hold a launch section and nothing else")
@@ -123,12 +126,13 @@ def _read_site(path: Path) -> Any:
     launch = plain.get("launch") if isinstance(plain, dict) else None
     if isinstance(launch, dict) and isinstance(launch.get("setup"), (str, list)):
         lines = [launch["setup"]] if isinstance(launch["setup"], str) else launch["setup"]
-        # ${HOME} is for the shell; to OmegaConf it would be one of its own keys.
+        # Escape ${HOME} and the like, which OmegaConf would interpolate as keys.
         launch["setup"] = [re.sub(r"(?<!\\)\$\{", r"\\${", str(line)) for line in lines]
     return OmegaConf.create(plain)
 
 
 def _parse_override(word: str) -> Any:
+    """Parse "section.key=value"."""
     key, equals, _ = word.partition("=")
     if not equals or not key:
         raise UserError(f"{word!r} on the command line: expected section.key=value, such as optim.lr=1e-3")
@@ -141,7 +145,7 @@ def _parse_override(word: str) -> Any:
 
 
 def _scalars_to_lists(tree: Any) -> Any:
-    """Lets `data.train=PATH` stand for `data.train=[PATH]`, and `data.val=` for `[]`, in all lists."""
+    """Turn scalars of list-valued keys into lists: data.train=PATH means data.train=[PATH], data.val= means []."""
     for section in dataclasses.fields(Config):
         if not dataclasses.is_dataclass(section.default_factory):
             continue

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: what they are called now, or why they are gone."""
+"""Refuse or upgrade configuration keys of earlier versions."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ REMOVED = {
 
 
 def refuse_old_keys(tree: Any, where: str) -> None:
-    """
-    Args:
-        tree: what a recipe or an override sets.
+    """Raise UserError for the first key of an earlier version, with the key to use instead.
 
-    Raises:
-        UserError: it sets a key of an earlier version; says what to write instead.
+    Args:
+        tree: the settings of a recipe or an override.
+        where: their origin, for the error.
     """
     for old in _old_keys(tree):
         if old in MOVED:
@@ -48,19 +47,20 @@ def refuse_old_keys(tree: Any, where: str) -> None:
 
 
 def upgrade(tree: Any) -> Any:
-    """The resolved configuration that an earlier version wrote into a run folder, with today's keys."""
+    """Rename the keys of a resolved configuration that an earlier version wrote into a run folder."""
     for old in _old_keys(tree):
         section, key = old.split(".")
         value = tree[section].pop(key)
         if old == "loss.implementation" and value == "compiled":
             value = "auto"
-        if old in MOVED and value not in ("", None):  # an option of Slurm that was not set
+        if old in MOVED and value not in ("", None):  # else a Slurm option that was not set
             OmegaConf.update(tree, MOVED[old], value, force_add=True)
     tree.pop("loss", None)
     return tree
 
 
 def _old_keys(tree: Any) -> list[str]:
+    """Return the keys of earlier versions that the tree sets."""
     found = []
     for old in (*MOVED, *REMOVED):
         section, key = old.split(".")

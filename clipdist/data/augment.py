@@ -1,7 +1,7 @@
-"""Training augmentation: crops and flips of one image at a time, colour changes of a whole batch.
+"""Augment training images: crop and flip one image at a time, change the colours of a whole batch.
 
-An image is decoded once for all its views. Colours change afterwards, on the batch's device. Everything is a pure
-function of the uniform numbers of a sample: the same numbers give the same pixels.
+An image is decoded once for all its views. Colours are changed later, on the batch's device. All randomness comes from
+the uniform numbers of a sample: the same numbers give the same pixels.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch import Tensor
 from clipdist.data.decode import MAX_PIXELS, decode_jpeg, decode_pixels, jpeg_shape, resize
 from clipdist.errors import UserError
 
-_ATTEMPTS = 10  # at a crop, as torchvision's RandomResizedCrop
-# Where the uniform numbers of a sample go: area and aspect of every attempt, then these.
+_ATTEMPTS = 10  # at a crop, as in torchvision's RandomResizedCrop
+# Positions in the uniform numbers of a sample: area and aspect ratio of every attempt, then these.
 _TOP, _LEFT, _FLIP, _JITTER, _FACTORS, _ORDER, _GREY = (2 * _ATTEMPTS + i for i in (0, 1, 2, 3, 4, 8, 9))
 UNIFORMS = _GREY + 1
 _LOG_ASPECT = math.log(4 / 3)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
-_HUE = 3  # operations are numbered as ColorJitter's arguments: brightness, contrast, saturation, hue
+_HUE = 3  # number of the operation, in the order of ColorJitter's arguments: brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)
-_CHUNK = 64  # images that are coloured at once: bounds the memory of float32 copies
+_CHUNK = 64  # images whose colours are changed at once: bounds the memory of float32 copies
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images vary.
+    """Parameters of the random augmentation of training images.
 
     Raises:
         UserError: a value outside its range.
     """
 
     crop_scale_min: float  # the crop's share of the area is drawn from [crop_scale_min, 1]
-    dct_scaling: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where the crop has pixels to spare
+    dct_scaling: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the crop still has enough pixels
     flip: float = 0.0  # probability of a left-right flip
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # as ColorJitter's arguments
     jitter_probability: float = 0.0
-    grayscale: float = 0.0  # probability of all three channels showing the luma
+    grayscale: float = 0.0  # probability of replacing all three channels by the luma
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale_min <= 1:
@@ -58,7 +58,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class View:
-    """One view of an image: how it is cropped and changed, and its side in pixels."""
+    """One view of an image: name, side in pixels, and augmentation."""
 
     name: str
     size: int
@@ -68,18 +68,19 @@ class View:
 def train_views(
     data: bytes, views: Sequence[View], uniforms: np.ndarray, outs: Sequence[Tensor], max_pixels: int = MAX_PIXELS
 ) -> None:
-    """All views of one encoded image, from one decode: each a random crop, resized, perhaps flipped.
+    """Write all views of one encoded image: random crops, resized, and flipped at random.
 
     Args:
+        data: the encoded image, decoded once.
         uniforms: float64 [len(views), UNIFORMS], numbers in [0, 1).
-        outs: of every view uint8 [3, size, size] or [1, 3, size, size] to write into; as decode.resize.
+        outs: the output of every view, uint8 [3, size, size] or [1, 3, size, size]; see decode.resize.
 
     Raises:
-        BadSample: as decode_pixels. `outs` are then as they were.
+        BadSample: see decode_pixels. `outs` are then unchanged.
     """
-    drawn = uniforms.tolist()
-    pixels, factor, boxes = decode_for(data, views, drawn, max_pixels)
-    for view, numbers, box, out in zip(views, drawn, boxes, outs, strict=True):
+    numbers_of_views = uniforms.tolist()
+    pixels, factor, boxes = decode_for(data, views, numbers_of_views, max_pixels)
+    for view, numbers, box, out in zip(views, numbers_of_views, boxes, outs, strict=True):
         top, left, height, width = (side // factor for side in box)
         image = resize(pixels[top : top + height, left : left + width], view.size, view.size, out)
         if numbers[_FLIP] < view.augmentation.flip:
@@ -87,62 +88,74 @@ def train_views(
 
 
 def decode_for(
-    data: bytes, views: Sequence[View], drawn: list[list[float]], max_pixels: int
+    data: bytes, views: Sequence[View], uniforms: list[list[float]], max_pixels: int
 ) -> tuple[np.ndarray, int, list[tuple[int, int, int, int]]]:
     """Decode an image once for the crops of all its views.
 
+    Args:
+        uniforms: UNIFORMS numbers in [0, 1) for every view.
+
     Returns:
-        pixels uint8 [h, w, 3], the factor by which they were reduced, and the crops (top, left, height, width) at full
-        size.
+        pixels uint8 [h, w, 3], the factor by which their sides were reduced, and the crops (top, left, height, width)
+        in pixels of the full size.
+
+    Raises:
+        BadSample: see decode_pixels.
     """
 
     def crops(height: int, width: int) -> list[tuple[int, int, int, int]]:
-        return [random_crop(height, width, n, v.augmentation.crop_scale_min) for v, n in zip(views, drawn, strict=True)]
+        return [
+            random_crop(height, width, numbers, view.augmentation.crop_scale_min)
+            for view, numbers in zip(views, uniforms, strict=True)
+        ]
 
     scaling = all(view.augmentation.dct_scaling for view in views)
     shape = jpeg_shape(data, max_pixels) if scaling else None
     if shape is not None:
         boxes = crops(*shape)
         factor = min(dct_factor(box, view.size) for box, view in zip(boxes, views, strict=True))
-        # whole blocks of factor x factor, or the crop would lie between pixels
+        # train_views then cuts crops to whole pixels of the reduced image
         if factor > 1 and (reduced := decode_jpeg(data, shape, factor)) is not None:
             return reduced, factor, boxes
     pixels = decode_pixels(data, max_pixels)
     return pixels, 1, crops(*pixels.shape[:2])
 
 
-def random_crop(height: int, width: int, drawn: list[float], scale_min: float) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop of [scale_min, 1] of the area and of aspect 3/4 to 4/3.
+def random_crop(height: int, width: int, uniforms: list[float], scale_min: float) -> tuple[int, int, int, int]:
+    """Return a random crop (top, left, height, width) of [scale_min, 1] of the area and aspect ratio 3/4 to 4/3.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al., arXiv:1409.4842): ten attempts, then
-    the largest central crop of a legal aspect.
+    the largest central crop of an allowed aspect ratio.
+
+    Args:
+        uniforms: UNIFORMS numbers in [0, 1).
     """
     area = height * width
     for attempt in range(0, 2 * _ATTEMPTS, 2):
-        target = area * (scale_min + (1 - scale_min) * drawn[attempt])
-        aspect = math.exp(_LOG_ASPECT * (2 * drawn[attempt + 1] - 1))
+        target = area * (scale_min + (1 - scale_min) * uniforms[attempt])
+        aspect = math.exp(_LOG_ASPECT * (2 * uniforms[attempt + 1] - 1))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(drawn[_TOP] * (height - h + 1)), int(drawn[_LEFT] * (width - w + 1)), h, w
+            return int(uniforms[_TOP] * (height - h + 1)), int(uniforms[_LEFT] * (width - w + 1)), h, w
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def dct_factor(box: tuple[int, int, int, int], size: int) -> int:
-    """The largest reduction, of 8, 4, 2 and 1, that leaves a crop (top, left, height, width) `size` pixels a side."""
+    """Return the largest of 8, 4, 2 and 1 by which a crop (top, left, height, width) can shrink to >= `size` pixels."""
     short = min(box[2:])
     return next((factor for factor in (8, 4, 2) if short // factor >= size), 1)
 
 
 def colour_parameters(uniforms: np.ndarray, augmentation: Augmentation) -> Tensor | None:
-    """What apply_colour is to do to every sample; None where it would have nothing to do.
+    """Return the parameters of apply_colour for every sample; None if the augmentation changes no colours.
 
     Args:
-        uniforms: float64 [n, UNIFORMS], as train_views took them for one view.
+        uniforms: float64 [n, UNIFORMS], those of train_views for one view.
 
     Returns:
-        float32 [n, 9] on the CPU: factors of brightness, contrast and saturation, shift of the hue in turns, the four
-        operations in the order in which they come, 1 for grayscale. Without a jitter: factors 1 and shift 0.
+        float32 [n, 9] on the CPU: factors of brightness, contrast and saturation, hue shift in turns, the numbers of
+        the four operations in the order of application, 1 for grayscale. Without jitter factors are 1 and the shift 0.
     """
     jitter = np.array(augmentation.jitter) * (augmentation.jitter_probability > 0)
     if not jitter.any() and not augmentation.grayscale:
@@ -157,14 +170,14 @@ def colour_parameters(uniforms: np.ndarray, augmentation: Augmentation) -> Tenso
 
 
 def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """Jitters colours as torchvision's ColorJitter, each sample with factors and an order of its own.
+    """Jitter colours as torchvision's ColorJitter, with factors and an order per sample.
 
-    Between the operations values stay float32 (torchvision cuts them to integers): at most 2 grey levels from it for
-    one operation.
+    Values stay float32 between operations (torchvision truncates them to integers): one operation differs from it by at
+    most 2 grey levels.
 
     Args:
         images: uint8 [b, 3, H, W] on any device.
-        parameters: float32 [b, 9] of colour_parameters, best left on the CPU: the device is then never waited for.
+        parameters: float32 [b, 9] of colour_parameters, preferably on the CPU, to avoid synchronising with the device.
 
     Returns:
         uint8 [b, 3, H, W]: a new tensor.
@@ -176,18 +189,18 @@ def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """apply_colour on a few images: uint8 [b, 3, H, W]; parameters float32 [b, 9] on the CPU."""
+    """Compute apply_colour for a chunk of images, with parameters on the CPU."""
     shift, order, grey = parameters[:, _HUE], parameters[:, 4:8], parameters[:, 8] > 0
     blended, shifted = bool((parameters[:, :_HUE] != 1).any()), shift != 0
     colours = images.float()
-    for place in range(4):
+    for position in range(4):
         if blended:
-            colours = _blend(colours, parameters[:, :_HUE], order[:, place])
-        rows = torch.nonzero(shifted & (order[:, place] == _HUE))[:, 0]
+            colours = _blend(colours, parameters[:, :_HUE], order[:, position])
+        rows = torch.nonzero(shifted & (order[:, position] == _HUE))[:, 0]
         if len(rows):
-            here = rows.to(images.device, non_blocking=True)
+            device_rows = rows.to(images.device, non_blocking=True)
             turns = shift[rows].to(images.device, non_blocking=True)
-            colours.index_copy_(0, here, _shift_hue(colours[here], turns))
+            colours.index_copy_(0, device_rows, _shift_hue(colours[device_rows], turns))
     rows = torch.nonzero(grey)[:, 0].to(images.device, non_blocking=True)
     if len(rows):
         colours.index_copy_(0, rows, _luma(colours[rows]).expand(-1, 3, -1, -1))
@@ -195,11 +208,11 @@ def _colour(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _blend(colours: Tensor, factors: Tensor, operation: Tensor) -> Tensor:
-    """One operation a sample, of brightness, contrast and saturation: f * colours + (1 - f) * (0, mean luma, luma).
+    """Change brightness, contrast or saturation of every sample: f * colours + (1 - f) * (0, mean luma, luma).
 
     Args:
         colours: float32 [b, 3, H, W], 0 to 255.  factors: float32 [b, 3].
-        operation: float32 [b], the number of the operation; hue leaves a sample as it is.
+        operation: float32 [b], the number of the operation; samples with that of hue are unchanged.
     """
     factor = torch.where(operation == _HUE, 1.0, factors.gather(1, operation.long().clamp(max=2)[:, None])[:, 0])
     weights = torch.stack([factor, (1 - factor) * (operation == 1), (1 - factor) * (operation == 2)])
@@ -210,11 +223,11 @@ def _blend(colours: Tensor, factors: Tensor, operation: Tensor) -> Tensor:
 
 
 def _shift_hue(colours: Tensor, turns: Tensor) -> Tensor:
-    """Turns the hue of the HSV hexcone: colours float32 [b, 3, H, W], 0 to 255; turns float32 [b], -0.5 to 0.5."""
+    """Shift the hue of HSV: colours float32 [b, 3, H, W], 0 to 255; turns float32 [b], -0.5 to 0.5."""
     red, green, blue = colours.unbind(1)
     value, low = colours.amax(1), colours.amin(1)
     chroma = value - low
-    divisor = chroma.clamp(min=1e-3)  # grey has no hue and no chroma: any will do
+    divisor = chroma.clamp(min=1e-3)  # the hue of grey, whose chroma is 0, has no effect
     hue = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -226,6 +239,6 @@ def _shift_hue(colours: Tensor, turns: Tensor) -> Tensor:
 
 
 def _luma(colours: Tensor) -> Tensor:
-    """[b, 3, H, W] to [b, 1, H, W]."""
+    """Return the luma [b, 1, H, W] of colours [b, 3, H, W]."""
     red, green, blue = colours.unbind(1)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]

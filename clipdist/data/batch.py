@@ -1,4 +1,4 @@
-"""One rank's rows of a global batch: tensors that can be sliced by rows and moved to a device."""
+"""Define the batch: one rank's rows of a global batch, which can be sliced by rows and moved to a device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipdist.data.augment import apply_colour
 
-IMAGE = "image"  # the one view that CLIP sees
+IMAGE = "image"  # the only view of CLIP
 MODALITIES = ("image", "text")
 
 
@@ -19,17 +19,17 @@ MODALITIES = ("image", "text")
 class Batch:
     """The rows of one rank, in the order of the global batch.
 
-    A row whose image cannot be used has zero pixels in every view.
+    A row whose image cannot be decoded has zero pixels in every view.
 
     Attributes:
-        images: a view's name -> uint8 [b, 3, H, W].
+        images: uint8 [b, 3, H, W] by the name of the view.
         tokens: int64 [b, L].
-        valid: a modality's name -> bool [b], whether a row has a usable image, or a usable caption.
+        valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
         sample_id: int64 [b].
-        group_id: int64 [b]; equal captions are one group.
+        group_id: int64 [b]; pairs with equal captions form a group.
         position: the number of the global batch, counted over all epochs.
         bad: (sample id, reason) of the rows that no objective can use.
-        colour: a view's name -> float32 [b, C] on the CPU: colour changes that are still to be applied (to() does).
+        colour: float32 [b, C] on the CPU by the name of the view: colour changes that to() will apply.
     """
 
     images: dict[str, Tensor]
@@ -45,29 +45,29 @@ class Batch:
         return len(self.tokens)
 
     def inputs(self) -> dict[str, Tensor]:
-        """What the model's forward pass takes, by name: every view, and the tokens."""
+        """Return the inputs of the model's forward pass by name: every view, and the tokens."""
         return {**self.images, "tokens": self.tokens}
 
     def valid_in(self, modalities: tuple[str, ...]) -> Tensor:
-        """bool [b]: the rows that have all of these modalities."""
+        """Return which rows have all of these modalities, bool [b]."""
         return torch.stack([self.valid[modality] for modality in modalities]).all(0)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Rows start .. stop of every tensor, as views. `bad` stays with the whole batch."""
+        """Return rows start .. stop of every tensor, as views, without `bad`."""
         return self.each(lambda tensor: tensor[start:stop], bad=[])
 
     def split(self, rows: int) -> list[Batch]:
-        """Pieces of `rows` rows; the last may have fewer."""
+        """Split into batches of `rows` rows; the last may have fewer."""
         return [self.rows(start, start + rows) for start in range(0, len(self), rows)]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, its images' colours changed there."""
+        """Return the batch on a device, with the colour changes applied there."""
         moved = self.each(lambda tensor: tensor.to(device, non_blocking=True), colour={})
         coloured = {view: apply_colour(moved.images[view], parameters) for view, parameters in self.colour.items()}
         return replace(moved, images=moved.images | coloured)
 
     def each(self, change: Callable[[Tensor], Tensor], **fixed: Any) -> Batch:
-        """`change` applied to every tensor but those of the fields in `fixed`."""
+        """Return the batch with `change` applied to every tensor; fields in `fixed` get the given values instead."""
         changed: dict[str, Any] = {}
         for name in ("images", "valid", "colour"):
             if name not in fixed:
@@ -77,7 +77,11 @@ class Batch:
         return replace(self, **changed, **fixed)
 
 
-def pairs(image: Tensor, tokens: Tensor, valid: Tensor, group_id: Tensor) -> Batch:
-    """A batch of one view, made of tensors: see Batch. A row is valid in both modalities or in none."""
+def pair_batch(image: Tensor, tokens: Tensor, valid: Tensor, group_id: Tensor) -> Batch:
+    """Return a batch of one view whose rows are valid in both modalities or in neither.
+
+    Args:
+        image: uint8 [b, 3, H, W].  tokens: int64 [b, L].  valid: bool [b].  group_id: int64 [b].
+    """
     both = dict.fromkeys(MODALITIES, valid)
     return Batch({IMAGE: image}, tokens, both, torch.arange(len(tokens)), group_id)

@@ -1,6 +1,7 @@
-"""Load the batches of one rank, decoded ahead in threads.
+"""Load the batches of one rank, read and decoded ahead by threads.
 
-An epoch, a restart and a change of rank counts are all the same to it: it is asked for global batch number `position`.
+Batches are addressed by their global position alone: the loader has no state that depends on epochs, restarts or rank
+counts.
 """
 
 from __future__ import annotations
@@ -34,50 +35,53 @@ from clipdist.data.workers import Workers
 from clipdist.errors import Fault
 from clipdist.storage import AWAY, reason
 
-_PARTS_PER_THREAD = 4  # a batch is cut finer than threads, so that none waits long for the slowest
-_SLICE_S = 0.1  # of a wait that may be interrupted
-_CLOSE_S = 0.8  # for decoding threads to end; one that hangs in a read is left behind
+_PARTS_PER_THREAD = 4  # parts of a batch, for load balancing
+_SLICE_S = 0.1  # interval of checks for an interruption
+_CLOSE_S = 0.8  # timeout for decoding threads to end; those that hang in a read are abandoned
 _ROW = 47  # the key of row hashes
 HASH_MODULUS = 1 << 47  # of ids_hash: the sum over 2^15 ranks fits into an int64
 
 
 class Interrupted(Exception):
-    """Somebody asked for the end while no batch was ready. The loader is as before: its next batch is the same."""
+    """Waiting for a batch was interrupted. The loader is unchanged: its next batch is the same."""
 
 
 def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
-    """A number that tells whether the same samples lie in the same rows, however these are divided among ranks.
+    """Hash the sample ids and row numbers of this rank's part of a global batch.
 
     Args:
-        sample_id: int64 [b]; best before Batch.to, since the work is done on the CPU.
-        first_row: of the global batch, that this rank's rows begin with: rank * b.
+        sample_id: int64 [b]; preferably on the CPU, where it is hashed.
+        first_row: of this rank in the global batch: rank * b.
 
     Returns:
-        int64, shape []: a sum of the rows' hashes modulo HASH_MODULUS. The sum over ranks, modulo HASH_MODULUS, does
-        not depend on their number.
+        int64, shape []: the sum of the rows' hashes modulo HASH_MODULUS. The sum over ranks, modulo HASH_MODULUS, does
+        not depend on the number of ranks.
     """
     rows = np.arange(first_row, first_row + len(sample_id), dtype=np.int64)
-    total = mix(mix(_ROW, rows), sample_id.cpu().numpy()).sum(dtype=np.uint64)  # wraps at 2^64, a multiple
+    total = mix(mix(_ROW, rows), sample_id.cpu().numpy()).sum(dtype=np.uint64)  # wraps at a multiple of HASH_MODULUS
     return torch.tensor(int(total) % HASH_MODULUS, dtype=torch.int64)
 
 
-class _Read(NamedTuple):
+class _RawSample(NamedTuple):
+    """The encoded image of a sample, the drawn caption, and its token ids if the shard contains them."""
+
     image: bytes
-    caption: str  # empty where there is none, and the image is of use alone
-    ids: torch.Tensor | None  # int64 [L], where the shard holds them
+    caption: str  # empty if there is none and images are used without captions
+    ids: torch.Tensor | None  # int64 [L]
 
 
 class Loader:
-    """Iterates over one rank's batches from global batch `start` on, for ever.
+    """An infinite iterator over one rank's batches, from global batch `start` on.
 
     Args:
-        views: what is made of every image.
-        images_alone: whether an image without a caption is of use; else its row counts as bad.
-        skipped: ranges [first, end) of positions that are left out: neither drawn nor fetched.
-        pin: put batches into pinned memory, for copies to a GPU, and leave the colours to it.
+        views: of every image.
+        images_only: whether an image without a caption can be used; otherwise its row is bad.
+        skipped: ranges [first, end) of positions to skip: their samples are neither drawn nor fetched.
+        pin: allocate batches in pinned memory for copies to a GPU, which then applies the colour changes.
+
     Attributes:
-        waited_s: seconds that the consumer has waited for data, in total.
-        memory_bytes: of the batches that are prepared ahead.
+        waited_s: total seconds that next() has waited for data.
+        memory_bytes: of the prefetched batches.
     """
 
     def __init__(
@@ -90,13 +94,13 @@ class Loader:
         views: Sequence[View],
         rank: int,
         world: int,
-        images_alone: bool = False,
+        images_only: bool = False,
         start: int = 0,
         skipped: Sequence[Sequence[int]] = (),
         pin: bool = False,
     ) -> None:
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
-        self.views, self.images_alone = views, images_alone
+        self.views, self.images_only = views, images_only
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
@@ -113,18 +117,18 @@ class Loader:
 
     @property
     def position(self) -> int:
-        """Of the batch that next() gives next; after an error, of the batch that could not be had."""
+        """The position of the batch that next() will return; after an error, of the batch that failed."""
         return self._ahead[0][0].position if self._ahead else self._next
 
     def next(self, interrupted: Callable[[], bool] | None = None) -> Batch:
-        """The next batch. An error in a decoding thread is raised here, with its cause, and closes the loader.
+        """Return the next batch. Errors of decoding threads are raised here, and close the loader.
 
         Args:
-            interrupted: asked while the batch is waited for; one that is ready is given in any case.
+            interrupted: polled while waiting; a batch that is ready is returned in any case.
 
         Raises:
-            Interrupted: `interrupted` gave True.
-            Fault: a shard cannot be read, and patience is at its end.
+            Interrupted: `interrupted` returned True.
+            Fault: a shard cannot be read, and the retry time is over.
         """
         while len(self._ahead) < self.cfg.prefetch:
             self._submit()
@@ -134,7 +138,7 @@ class Loader:
             bad = _results(futures, interrupted)
         except Interrupted:
             raise
-        except BaseException:  # nobody will take the batches that other threads still wait for
+        except BaseException:
             self.close()
             raise
         finally:
@@ -146,12 +150,13 @@ class Loader:
 
     @property
     def memory_bytes(self) -> int:
+        """Memory of the prefetched batches in bytes."""
         rows = self.order.key.global_batch // self.world
         pixels = sum(view.size**2 for view in self.views)
         return self.cfg.prefetch * rows * (3 * pixels + 8 * self.tokenizer.context_length + 17)
 
     def close(self) -> None:
-        """Ends the threads, and closes the reader: within two seconds, threads that hang in a read are left behind."""
+        """Stop the threads and close the reader within two seconds; threads that hang in a read are abandoned."""
         if self._prefetcher is not None:
             self._prefetcher.close()
         self._pool.close(0.0)
@@ -160,6 +165,7 @@ class Loader:
         self.reader.close()
 
     def _submit(self) -> None:
+        """Submit the next batch to the threads."""
         draws = self.order.draws(self._next, self.rank, self.world)
         batch = self._empty_batch(draws)
         parts = np.array_split(np.arange(len(draws.ids)), min(len(draws.ids), self._threads * _PARTS_PER_THREAD))
@@ -173,7 +179,7 @@ class Loader:
         colour = {view.name: colour_parameters(zeros, view.augmentation) for view in self.views if self.pin}
         return Batch(
             position=self._next,
-            # channels last, as the resize gives them
+            # channels_last is fastest for resize()
             images={v.name: self._pixels((b, v.size, v.size, 3)).permute(0, 3, 1, 2) for v in self.views},
             tokens=torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin),
             valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
@@ -183,49 +189,54 @@ class Loader:
         )
 
     def _pixels(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for images, uint8, into which the threads write. What nobody holds any more is taken again.
+        """Return uninitialised memory for images, uint8; reuse that of earlier batches that is no longer referenced.
 
-        Fresh memory costs a page fault every 4 KiB, which on large images is a tenth of the time.
+        The page faults of new memory (one per 4 KiB) would take 10 % of the time for large images.
         """
         if self.pin:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch keeps pinned memory for the next one
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch caches pinned memory
         for memory, references in zip(self._memory, _references(self._memory)):
             if references == _UNUSED and memory.shape == shape:
-                return torch.from_numpy(memory)  # every tensor on it, views included, holds a reference to it
+                return torch.from_numpy(memory)  # every tensor on it, views included, references it
         self._memory.append(np.empty(shape, dtype=np.uint8))
         return torch.from_numpy(self._memory[-1])
 
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:
-        """Runs in a thread: reads, decodes and tokenises some rows. Returns what could not be used, and why."""
+        """Read, decode and tokenise some rows in a thread. Return (sample id, reason) of bad samples."""
         ids = draws.ids[rows].tolist()
-        count = 1 + UNIFORMS * len(self.views)  # more views change nothing in the numbers of the first ones
+        count = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], count)
-        of_view = uniforms[:, 1:].reshape(len(ids), len(self.views), UNIFORMS)
-        read: list[_Read | str] = [self._read(sample_id, u) for sample_id, u in zip(ids, uniforms[:, 0].tolist())]
+        view_uniforms = uniforms[:, 1:].reshape(len(ids), len(self.views), UNIFORMS)
+        samples: list[_RawSample | str] = [
+            self._read(sample_id, u) for sample_id, u in zip(ids, uniforms[:, 0].tolist())
+        ]
         images = list(zip(*(batch.images[view.name][rows].split(1) for view in self.views)))
-        for row, found in enumerate(read):
-            if isinstance(found, _Read):
+        for row, sample in enumerate(samples):
+            if isinstance(sample, _RawSample):
                 try:
-                    train_views(found.image, self.views, of_view[row], images[row], self.cfg.max_pixels)
+                    train_views(sample.image, self.views, view_uniforms[row], images[row], self.cfg.max_pixels)
                 except BadSample as error:
-                    read[row] = error.reason
-            if isinstance(read[row], str):
+                    samples[row] = error.reason
+            if isinstance(samples[row], str):
                 for pixels in images[row]:
                     pixels.zero_()
-        captions = [found.caption if isinstance(found, _Read) else "" for found in read]
-        batch.tokens[rows] = self._tokens(captions, read)
-        batch.valid["image"][rows] = torch.tensor([isinstance(found, _Read) for found in read])
+        captions = [sample.caption if isinstance(sample, _RawSample) else "" for sample in samples]
+        batch.tokens[rows] = self._tokens(captions, samples)
+        batch.valid["image"][rows] = torch.tensor([isinstance(sample, _RawSample) for sample in samples])
         batch.valid["text"][rows] = torch.tensor([bool(caption) for caption in captions])
         batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
         for number, view in enumerate(self.views):
-            self._change_colour(batch, view, rows, of_view[:, number])
-        return [(sample_id, found) for sample_id, found in zip(ids, read) if isinstance(found, str)]
+            self._change_colour(batch, view, rows, view_uniforms[:, number])
+        return [(sample_id, sample) for sample_id, sample in zip(ids, samples) if isinstance(sample, str)]
 
-    def _read(self, sample_id: int, uniform: float) -> _Read | str:
-        """A sample's image and the caption that is drawn for it, or why it cannot be used.
+    def _read(self, sample_id: int, uniform: float) -> _RawSample | str:
+        """Read a sample and draw one of its captions; return the reason if it cannot be used.
+
+        Args:
+            uniform: number in [0, 1) that selects the caption.
 
         Raises:
-            Fault: the shard cannot be read any more.
+            Fault: the shard cannot be read.
         """
         try:
             sample = self.reader.sample(sample_id)
@@ -233,44 +244,48 @@ class Loader:
             chosen = int(uniform * len(captions)) if self.cfg.caption == "random" else 0
             data = sample.read(self._token_kind)
             ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
-            return _Read(sample.image(), captions[chosen], None if ids is None else ids[chosen])
+            return _RawSample(sample.image(), captions[chosen], None if ids is None else ids[chosen])
         except BadSample as error:
             return error.reason
-        except AWAY as error:  # of a reader without patience
+        except AWAY as error:  # of a reader that does not retry
             tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
 
     def _captions(self, sample: StoredSample) -> list[str]:
-        """
+        """Return the captions of a sample; [""] if it has none and its image can be used without.
+
         Raises:
-            BadSample: there are none, and an image is of no use alone.
+            BadSample: it has none, and needs one.
         """
         try:
             return sample.captions()
         except BadSample:
-            if not self.images_alone:
+            if not self.images_only:
                 raise
             return [""]
 
-    def _tokens(self, captions: list[str], read: list[_Read | str]) -> torch.Tensor:
-        """int64 [len(captions), L]: the ids that the shard holds for this very tokenizer, else made here."""
+    def _tokens(self, captions: list[str], samples: list[_RawSample | str]) -> torch.Tensor:
+        """Return token ids, int64 [len(captions), L]: those stored in the shard for this tokenizer, else computed."""
         stored = {
-            row: found.ids for row, found in enumerate(read) if isinstance(found, _Read) and found.ids is not None
+            row: sample.ids
+            for row, sample in enumerate(samples)
+            if isinstance(sample, _RawSample) and sample.ids is not None
         }
-        # An embedding fails on ids that a damaged member may hold where no checksum tells.
-        sound = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
-        if not sound:
+        # A damaged member without a checksum may contain ids outside the vocabulary.
+        usable = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
+        if not usable:
             return self.tokenizer(captions)
-        missing = [row for row in range(len(captions)) if row not in sound]
+        missing = [row for row in range(len(captions)) if row not in usable]
         tokens = torch.empty(len(captions), self.tokenizer.context_length, dtype=torch.int64)
         if missing:
             tokens[missing] = self.tokenizer([captions[row] for row in missing])
-        for row, ids in sound.items():
+        for row, ids in usable.items():
             tokens[row] = ids
         return tokens
 
     @staticmethod
     def _change_colour(batch: Batch, view: View, rows: slice, uniforms: np.ndarray) -> None:
+        """Change the colours of some rows of a view, or store the parameters for Batch.to."""
         parameters = colour_parameters(uniforms, view.augmentation)
         if parameters is None:
             return
@@ -290,12 +305,12 @@ def open_loader(
     views: Sequence[View],
     rank: int,
     world: int,
-    images_alone: bool = False,
+    images_only: bool = False,
     start: int = 0,
     skipped: Sequence[Sequence[int]] = (),
     pin: bool = False,
 ) -> Loader:
-    """A loader with its order and reader. See Loader.
+    """Return a loader with its order and reader. Arguments: see Loader.
 
     Raises:
         UserError: the cache of remote shards cannot be written, or is too small.
@@ -312,7 +327,7 @@ def open_loader(
         views=views,
         rank=rank,
         world=world,
-        images_alone=images_alone,
+        images_only=images_only,
         start=start,
         skipped=skipped,
         pin=pin,
@@ -320,7 +335,7 @@ def open_loader(
 
 
 def _results(futures: list[Future], interrupted: Callable[[], bool] | None) -> list[tuple[int, str]]:
-    """What all of them give, in order; or the first error, without waiting for the others. See Loader.next."""
+    """Return the results of all futures in order, or raise the first error at once. See Loader.next."""
     while True:
         done, waiting = wait(futures, _SLICE_S if interrupted else None, FIRST_EXCEPTION)
         for future in done:
@@ -332,15 +347,18 @@ def _results(futures: list[Future], interrupted: Callable[[], bool] | None) -> l
     return [pair for future in futures for pair in future.result()]
 
 
-def _references(kept: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(memory) for memory in kept]
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    """Return the reference counts of arrays in a list."""
+    return [sys.getrefcount(memory) for memory in arrays]
 
 
-_UNUSED = _references([np.empty(0)])[0]  # of what only a list holds; how many that is differs among Python's versions
+_UNUSED = _references([np.empty(0)])[
+    0
+]  # the count of an array that only a list references; depends on Python's version
 
 
 def image_view(cfg: config.Data, size: int) -> View:
-    """The view that CLIP trains on: a square of `size` pixels."""
+    """Return the view that CLIP trains on, `size` pixels a side."""
     brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
     augmentation = Augmentation(
         crop_scale_min=cfg.crop_scale_min,
@@ -354,11 +372,11 @@ def image_view(cfg: config.Data, size: int) -> View:
 
 
 def group_id(caption: str) -> int:
-    """int64 hash of a caption without regard to case, spacing and closing punctuation."""
+    """Hash a caption to an int64, ignoring case, spacing and closing punctuation."""
     normal = " ".join(unicodedata.normalize("NFKC", caption).lower().split()).rstrip(" .!?,;:")
     return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def default_threads() -> int:
-    """Cores of this process divided among the ranks on this machine; at most 8."""
+    """Return this process' CPU cores divided by the ranks of this machine, at most 8."""
     return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_per_node()))

@@ -1,1 +1,1 @@
-"""The training engine: the only room that imports deepspeed."""
+"""Train a model by DeepSpeed; the only package that imports it."""

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimiser, and the learning rate as a pure function of the step."""
+"""Make the optimiser with its parameter groups, and compute the learning rate of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from clipdist import config
 
-# Positions and marks that are matrices: open_clip's, timm's and Hugging Face's names.
+# Matrices that do not decay: position embeddings and special tokens, by the names of open_clip, timm and Hugging Face.
 NO_DECAY = (
     "positional_embedding",
     "pos_embed",
@@ -22,7 +22,12 @@ NO_DECAY = (
 
 
 def learning_rate(cfg: config.Optim, step: int, steps: int) -> float:
-    """Linear warm-up over cfg.warmup_steps, then half a cosine down to cfg.min_lr at `steps` (arXiv:1608.03983)."""
+    """Return the learning rate of a step: linear warm-up, then half a cosine (Loshchilov and Hutter, arXiv:1608.03983).
+
+    Args:
+        step: from 0.
+        steps: of the whole run; the rate is cfg.min_lr there.
+    """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
@@ -30,22 +35,22 @@ def learning_rate(cfg: config.Optim, step: int, steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and filters decay; gains, biases, positions and the temperature do not."""
+    """Return the groups of trained parameters: matrices and filters decay; gains, biases, positions, scalars do not."""
     decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            no_decay = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
-            (keep if no_decay else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+            exempt = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
+            (no_decay if exempt else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, cfg: config.Optim, cpu_offload: bool) -> torch.optim.Optimizer:
-    """torch's fused AdamW (one pass over a tensor; nothing to compile), or DeepSpeed's CPU Adam for ZeRO-Offload.
+    """Return torch's fused AdamW, or DeepSpeed's CPU Adam for ZeRO-Offload.
 
     The learning rate starts at 0 and is set before every step: DeepSpeed's half-precision wrapper for stage 0 takes a
-    step with zero gradients when it is built, which must change nothing.
+    step with zero gradients when it is built, which must not change the weights.
     """
     groups = parameter_groups(model, cfg.weight_decay)
     settings: dict[str, Any] = {"lr": 0.0, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}

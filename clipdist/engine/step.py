@@ -1,7 +1,7 @@
-"""One training step: forward over all rows of this rank or in micro-batches, the objectives' loss, backward, update.
+"""Train a model step by step: forward pass, whole or in micro-batches, loss of the objectives, backward pass, update.
 
-Gradients are averaged over ranks, and every term of the loss is exact under that mean. A step either changes weights,
-moments and running statistics together, or leaves all of them as they were.
+Gradients are averaged over ranks, and every term of the loss is exact under that mean. A step either updates weights,
+moments and running statistics together or changes none of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
-from clipdist.models.norms import RunningStatistics, statistics_once, statistics_still
+from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_updated_once
 from clipdist.objectives.objective import Objective, Term
 
 
 class StepGuard(Protocol):
-    """Says which steps to leave out; the same on all ranks. See clipdist.fault_tolerance.guard."""
+    """Decides which steps to skip, equally on all ranks. See clipdist.fault_tolerance.guard.Guard."""
 
     @property
     def wants_sizes(self) -> bool: ...
@@ -39,24 +39,24 @@ class StepGuard(Protocol):
 
     def accepted(self, step: int, loss: float, sizes: dict[str, float]) -> None: ...
 
-    def left_out(self, step: int, reason: str) -> None: ...
+    def skipped(self, step: int, reason: str) -> None: ...
 
     def overflowed(self, step: int, reason: str, scale_is_lowest: bool) -> None: ...
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step tells.
+    """Result of one step.
 
     Attributes:
-        value: this rank's loss; its mean over ranks is the global loss. nan where features were not finite.
-        terms: the objectives' parts of it, by name, detached.
-        outputs: the features [b, D] that the objectives read, and the model's scalars, detached.
-        grad_norms: by part of the model, before clipping; empty unless asked for or measured for a guard.
-        applied: False where the optimiser took no step: weights, moments and running statistics are as before.
-        skipped: why not, the same on all ranks; empty where only DeepSpeed knows (fp16 without a guard).
+        value: this rank's loss, a scalar whose mean over ranks is the global loss; nan if features were not finite.
+        terms: the terms of the loss by objective, detached.
+        outputs: the features [b, D] that the objectives use, and the model's scalars [1], detached.
+        grad_norms: L2 norms by part of the model, before clipping; empty unless requested or measured for a guard.
+        applied: whether the optimiser took a step; otherwise weights, moments and running statistics are unchanged.
+        skipped: the reason why it did not, the same on all ranks; empty if only DeepSpeed knows (fp16 without a guard).
         loss: the global loss; nan without a guard.
-        update_sizes: by tower, as clipdist.engine.gradients has them; empty without a guard that looks at them.
+        update_sizes: by tower, see clipdist.engine.gradients; empty unless a guard uses them.
     """
 
     value: Tensor
@@ -71,7 +71,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Forward:
-    """What the forward pass gave, and the backward pass that is still to come."""
+    """Result of a forward pass, and the function that runs its backward pass."""
 
     value: Tensor
     terms: dict[str, Term]
@@ -79,6 +79,7 @@ class _Forward:
     backward: Callable[[], None]
 
     def result(self, applied: bool, skipped: str, loss: float, gradients: GradientStatistics | None) -> StepResult:
+        """Return the result of the step, with detached tensors."""
         terms = {name: Term(t.sum.detach(), t.count, t.weight, t.statistics) for name, t in self.terms.items()}
         outputs = {name: output.detach() for name, output in self.outputs.items()}
         norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})
@@ -89,14 +90,15 @@ class Engine:
     """Trains one model by its objectives on all ranks.
 
     Args:
-        model: called by the names of the batch's inputs, it gives a dict of outputs; it tells its `scalars` and the
-            `part_of` a parameter. See clipdist.models.dual_encoder.DualEncoder.
+        model: takes the inputs of a batch by name, returns outputs by name, and has `scalars` and `part_of`: see
+            clipdist.models.dual_encoder.DualEncoder.
+        objectives: whose weighted sum is the loss.
 
     Attributes:
-        zero: the weights, their optimiser, and how they are sharded.
-        before_update: called in every step that changes weights, right before: who copies them in the background must
-            be done when it returns. (Running statistics of BatchNorm change earlier, in the forward pass.)
-        scalars: the fp32 masters of the model's scalars, [1], on every rank.
+        zero: the weights and optimiser states under ZeRO.
+        before_update: called right before weights change; a background copy of them must have ended when it returns.
+            (BatchNorm's running statistics change earlier, in the forward pass.)
+        scalars: fp32 master weights of the model's scalars, [1], on every rank.
     """
 
     def __init__(self, model: nn.Module, objectives: Sequence[Objective], config: Config, dist_env: DistEnv) -> None:
@@ -115,63 +117,63 @@ class Engine:
     def train_step(
         self, batch: Batch, *, step: int, lr: float, want_norms: bool = False, guard: StepGuard | None = None
     ) -> StepResult:
-        """One optimiser step on this rank's rows of global batch `step`.
+        """Train on this rank's rows of global batch `step`. Collective.
 
         Args:
             batch: on this rank's device.
             lr: the learning rate of this step.
-            want_norms: also measure the gradients' norms (one pass over them and a small collective).
-            guard: judges the global loss before backward and the gradients after it, and is told what came of the
-                step; all ranks give one of the same state. Without one only the features are looked at.
+            want_norms: whether to measure gradient norms (one pass over the gradients and a small collective).
+            guard: judges the global loss before the backward pass and the gradients after it, and records the result
+                of the step; it has the same state on all ranks. Without one only the features are checked.
 
         Raises:
-            Fault: features, or with a guard the loss or gradients, that are not finite, unless the configuration wants
-                such steps skipped.
+            Fault: features, or with a guard the loss or gradients, are not finite, unless guard.nonfinite=skip.
         """
         self.zero.train()
         self.zero.set_lr(lr)
-        self._statistics.keep()
-        forward = self._whole if self.micro_batch >= len(batch) else self._cached
+        self._statistics.save()
+        run_forward = self._forward_whole if self.micro_batch >= len(batch) else self._forward_cached
         try:
-            done = forward(batch, step)
+            forward = run_forward(batch, step)
         except NonFiniteFeatures as error:
             nothing = _Forward(torch.full((), torch.nan, device=self.dist_env.device), {}, {}, lambda: None)
-            return self._left_out(nothing, step, guard, str(error), finite=False)
+            return self._skip_step(nothing, step, guard, str(error), finite=False)
         if guard is None:
-            done.backward()
+            forward.backward()
             norms = gradient_statistics(self.zero, self.grad_clip, want_sizes=False) if want_norms else None
-            return self._update(done, step, None, math.nan, norms)
-        loss = float(all_reduce_sum(done.value.double())) / self.dist_env.world_size
+            return self._update(forward, step, None, math.nan, norms)
+        loss = float(all_reduce_sum(forward.value.double())) / self.dist_env.world_size
         if reason := guard.judge_loss(loss):
-            return self._left_out(done, step, guard, reason, loss, finite=math.isfinite(loss))
-        done.backward()
+            return self._skip_step(forward, step, guard, reason, loss, finite=math.isfinite(loss))
+        forward.backward()
         gradients = gradient_statistics(self.zero, self.grad_clip, guard.wants_sizes)
         if gradients.not_finite and not self.zero.fp16:
-            self.zero.drop_gradients()
-            return self._left_out(done, step, guard, _not_finite(gradients.not_finite), loss, finite=False)
+            self.zero.discard_gradients()
+            return self._skip_step(forward, step, guard, _not_finite(gradients.not_finite), loss, finite=False)
         if not gradients.not_finite and (reason := guard.judge_updates(gradients.sizes)):
-            self.zero.drop_gradients()
-            return self._left_out(done, step, guard, reason, loss, gradients)
-        return self._update(done, step, guard, loss, gradients)
+            self.zero.discard_gradients()
+            return self._skip_step(forward, step, guard, reason, loss, gradients)
+        return self._update(forward, step, guard, loss, gradients)
 
     # Forward and backward
 
-    def _whole(self, batch: Batch, step: int) -> _Forward:
-        """Forward over all rows of this rank at once."""
+    def _forward_whole(self, batch: Batch, step: int) -> _Forward:
+        """Run the forward pass over all rows of this rank at once."""
         seed_step(self.seed, step, self.dist_env.rank)
         outputs = self._forward(batch)
         value, terms = self._loss(outputs, batch)
         return _Forward(value, terms, outputs, partial(self.zero.backward, value))
 
-    def _cached(self, batch: Batch, step: int) -> _Forward:
-        """The same in micro-batches, exactly: features of all without gradients, the loss' gradient towards them, then
-        each micro-batch once more, its random state replayed, against its share (Gao et al., arXiv:2101.06983, 3).
+    def _forward_cached(self, batch: Batch, step: int) -> _Forward:
+        """Run the forward pass in micro-batches by gradient caching (Gao et al., arXiv:2101.06983, section 3).
 
-        Memory grows with the features, b x D, and one micro-batch's activations.
+        First the features of all micro-batches without gradients, then the gradients of the loss with respect to them;
+        the backward pass repeats each micro-batch with its random state. Memory: the features [b, D] and the
+        activations of one micro-batch.
         """
         pieces = batch.split(self.micro_batch)
         cached = []
-        with torch.no_grad(), statistics_still(self._statistics.norms):
+        with torch.no_grad(), statistics_frozen(self._statistics.norms):
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
                 cached.append(self._forward(piece))
@@ -179,25 +181,25 @@ class Engine:
         outputs |= {name: cached[0][name].detach().requires_grad_() for name in self.scalars}
         del cached
         value, terms = self._loss(outputs, batch)
-        return _Forward(value, terms, outputs, partial(self._backward_again, pieces, step, value, outputs))
+        return _Forward(value, terms, outputs, partial(self._backward_cached, pieces, step, value, outputs))
 
-    def _backward_again(self, pieces: list[Batch], step: int, value: Tensor, outputs: dict[str, Tensor]) -> None:
-        """The second half of _cached."""
-        scale = self.zero.loss_scale  # fp16 features have fp16 gradients, which vanish without it
+    def _backward_cached(self, pieces: list[Batch], step: int, value: Tensor, outputs: dict[str, Tensor]) -> None:
+        """Repeat each micro-batch of _forward_cached and propagate the gradients of its features."""
+        scale = self.zero.loss_scale  # fp16 features have fp16 gradients, which underflow without it
         found = torch.autograd.grad(value * scale, list(outputs.values()))
         gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
         shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
-        with statistics_once(self._statistics.norms):
+        with statistics_updated_once(self._statistics.norms):
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
                 again = self._forward(piece)
                 parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
-                # Every micro-batch carries an equal part of a scalar's: a reduction may wait for all parameters.
+                # Divide a scalar's gradient among all micro-batches: a reduction may wait for all parameters.
                 parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
                 self.zero.accumulate(torch.stack(parts).sum(), last=micro == len(pieces) - 1)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The features that the objectives read, and the scalars, with their masters' values."""
+        """Return the features that the objectives use, and the scalars with the values of their fp32 masters."""
         outputs = self.zero.forward(**batch.inputs())
         kept = {name: outputs[name] for name in self._features}
         for name, master in self.scalars.items():
@@ -206,7 +208,7 @@ class Engine:
         return kept
 
     def _loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Term]]:
-        """The weighted sum of the terms, whose mean over ranks is the global loss, and the terms by name."""
+        """Return the weighted sum of the terms, whose mean over ranks is the global loss, and the terms by name."""
         terms = {objective.name: objective.loss(outputs, batch) for objective in self.objectives}
         world = self.dist_env.world_size
         values = [term.weight * (world / term.count) * term.sum for term in terms.values()]
@@ -215,31 +217,31 @@ class Engine:
     # Update
 
     def _update(
-        self, done: _Forward, step: int, guard: StepGuard | None, loss: float, gradients: GradientStatistics | None
+        self, forward: _Forward, step: int, guard: StepGuard | None, loss: float, gradients: GradientStatistics | None
     ) -> StepResult:
-        """The optimiser's step, and what belongs to it. In fp16 DeepSpeed leaves it out where gradients overflowed."""
+        """Take the optimiser step with clamping, running statistics and guard. In fp16 DeepSpeed skips overflows."""
         if self.before_update is not None:
             self.before_update()
         scale, lowest = self.zero.loss_scale, self.zero.loss_scale_is_lowest
         applied, skipped = self.zero.step(), ""
         if applied:
             for objective in self.objectives:
-                for name, most in objective.upper_bounds.items():
-                    self.zero.clamp(name, most)
+                for name, maximum in objective.upper_bounds.items():
+                    self.zero.clamp(name, maximum)
             self.refresh_scalars()
             self._statistics.average()
             if guard:
                 guard.accepted(step, loss, gradients.sizes if gradients else {})
         else:
-            self._statistics.put_back()
+            self._statistics.restore()
             if guard:
                 skipped = f"the gradients overflow at a loss scale of {scale:g}"
                 guard.overflowed(step, skipped, lowest)
-        return done.result(applied, skipped, loss, gradients)
+        return forward.result(applied, skipped, loss, gradients)
 
-    def _left_out(
+    def _skip_step(
         self,
-        done: _Forward,
+        forward: _Forward,
         step: int,
         guard: StepGuard | None,
         reason: str,
@@ -248,46 +250,58 @@ class Engine:
         *,
         finite: bool = True,
     ) -> StepResult:
-        """The result of a step that was not taken. The gradients, where there were any, are dropped already."""
-        self._statistics.put_back()
+        """Restore the running statistics, inform the guard, and return the result of a skipped step.
+
+        Raises:
+            Fault: `finite` is False, and the configuration does not skip such steps.
+        """
+        self._statistics.restore()
         if not finite and not self.skip_nonfinite:
             raise Fault(
                 f"step {step}: {reason}; nothing was changed. Lower optim.lr, look at the data of this step, or set"
                 " guard.nonfinite=skip"
             )
         if guard is not None:
-            guard.left_out(step, reason)
-        return done.result(False, reason, loss, gradients)
+            guard.skipped(step, reason)  # the caller has discarded the gradients
+        return forward.result(False, reason, loss, gradients)
 
     # Between steps
 
     @torch.no_grad()
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Features in evaluation mode, unnormalised. With ZeRO-3 every rank must make the same calls."""
+        """Return features in evaluation mode, not normalised. With ZeRO-3 collective.
+
+        Args:
+            image: uint8 [b, 3, H, W] or None.  tokens: int64 [b, L] or None.
+
+        Returns:
+            image and text features [b, D]; None where the input is None.
+        """
         self.zero.train(False)
-        given = {name: x.to(self.dist_env.device) for name, x in ((IMAGE, image), ("tokens", tokens)) if x is not None}
-        outputs = self.zero.forward(**given)
+        inputs = {name: x.to(self.dist_env.device) for name, x in ((IMAGE, image), ("tokens", tokens)) if x is not None}
+        outputs = self.zero.forward(**inputs)
         return outputs.get(IMAGE), outputs.get("text")
 
     def logit_scale(self) -> float:
-        """The log scale t of the fp32 master weights, on every rank."""
+        """Return the log scale t of the fp32 master weights."""
         return float(self.scalars["logit_scale"])
 
     def refresh_scalars(self) -> None:
-        """Reads the scalars from the master weights: to be called when those were changed from outside. Collective."""
+        """Read the scalars from the master weights; call it after those were changed from outside. Collective."""
         self.scalars = self.zero.scalars(self.zero.module.scalars)
 
     def close(self) -> None:
-        """Gives the memory back; at stage 3 some of it stays."""
+        """Release the memory; at stage 3 some of it stays allocated."""
         self.zero.close()
 
 
 def _not_finite(names: tuple[str, ...]) -> str:
+    """Return the reason for skipping a step whose gradients of these parameters are not finite."""
     more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
     return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"
 
 
 def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:
-    """Dropout's random numbers are a function of (seed, step, rank, micro-batch): nothing to store, all to replay."""
+    """Seed torch for a forward pass: dropout is a function of (seed, step, rank, micro-batch) and can be repeated."""
     mixed = ((seed * 1_000_003 + step) * 65_537 + rank) * 8_191 + micro
     torch.manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)

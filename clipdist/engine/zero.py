@@ -1,8 +1,8 @@
-"""All that knows DeepSpeed's insides: one view of a DeepSpeed engine for every ZeRO stage and precision.
+"""Wrap a DeepSpeed engine: one interface to weights, moments and gradients for every ZeRO stage and precision.
 
-No other file touches DeepSpeed's objects (a test holds that). A fragment names the run of elements of a flattened
-parameter whose fp32 master weights, moments and gradients this rank holds. Stages 1 and 2 hold a run that may begin
-inside a parameter, stage 3 an equal share of each, stage 0 everything.
+No other file uses DeepSpeed's internals (a test checks that). A fragment is the contiguous range of elements of a
+flattened parameter whose fp32 master weights, moments and gradients this rank holds: at stages 1 and 2 a range that may
+begin inside the parameter, at stage 3 an equal share of it, at stage 0 the whole parameter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start .. start+numel of parameter `name`, at `offset` of `flat`, the tensor that the optimiser steps."""
+    """Elements start .. start+numel of parameter `name`, at `offset` of `flat`, a tensor that the optimiser updates."""
 
     name: str
     parameter: Any  # an nn.Parameter with DeepSpeed's attributes
@@ -42,26 +42,31 @@ class Fragment:
     flat: Tensor
     offset: int
     trained: bool
-    own: tuple[int, int]  # the part of start .. start+numel that no other rank writes to a checkpoint
+    own: tuple[int, int]  # the part of start .. start+numel that this rank writes to a checkpoint
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This fragment's elements of a tensor laid out like `flat`, as a writable 1-D view."""
+        """Return this fragment's elements of a tensor laid out like `flat`, as a writable 1-D view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
     @property
     def master(self) -> Tensor:
-        """The fp32 weights, as a writable 1-D view."""
+        """The fp32 master weights, as a writable 1-D view."""
         return self.of(self.flat)
 
 
 class Zero:
-    """A model that DeepSpeed trains.
+    """A model and its optimiser in a DeepSpeed engine.
 
     Args:
         model: on its device, fp32.
 
     Attributes:
-        stage: of ZeRO.  fp16: whether gradients carry a loss scale.  device: of the model.
+        stage: the ZeRO stage.
+        fp16: whether gradients are multiplied by a loss scale.
+        device: of the model.
+
+    Raises:
+        UserError: DeepSpeed refuses engine.deepspeed.
     """
 
     def __init__(self, model: nn.Module, config: Config, dist_env: DistEnv) -> None:
@@ -82,45 +87,48 @@ class Zero:
         self.stage: int = self._deepspeed.zero_optimization_stage()
         self.fp16: bool = self._deepspeed.fp16_enabled()
         self.device: torch.device = self._deepspeed.device
-        self._base_optimizer.state.clear()  # see make_optimizer: nothing of a step at construction stays
+        self._base_optimizer.state.clear()  # of a step at construction: see make_optimizer
         self._set_masters(originals)
-        # Stage 0 in half precision would add micro-batches in half precision: see accumulate.
-        self._accumulates_here = bool(half) and self.stage == 0
+        # DeepSpeed at stage 0 in half precision accumulates in half precision: see accumulate.
+        self._accumulates_in_fp32 = bool(half) and self.stage == 0
         scaler = self._scaler
-        if hasattr(scaler, "raise_error_at_min_scale"):  # with a traceback; what is to be done then, a guard says
+        if hasattr(scaler, "raise_error_at_min_scale"):  # the guard handles overflows at the lowest scale
             scaler.raise_error_at_min_scale = False
 
     @property
     def module(self) -> Any:
-        """The model, its weights in the run's precision. At stage 3 they are there in a forward pass alone."""
+        """The model, with weights in the precision of the run; at stage 3 they exist during a forward pass only."""
         return self._deepspeed.module
 
     def numel(self, trained_only: bool = False) -> dict[str, int]:
-        """Elements of every parameter, whole, by name."""
+        """Return the number of elements of every whole parameter, by name."""
         named = self.module.named_parameters()
         return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad or not trained_only}
 
     def close(self) -> None:
-        """Gives the memory back: DeepSpeed's hooks on the weights hold it otherwise. At stage 3 some of it stays."""
+        """Release the memory, which DeepSpeed's hooks on the weights hold. At stage 3 some of it stays allocated."""
         self._deepspeed.destroy()
 
     # One step
 
     def train(self, mode: bool = True) -> None:
+        """Set training or evaluation mode."""
         self._deepspeed.train(mode)
 
     def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all parameter groups."""
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of the model."""
         return self._deepspeed(**inputs)
 
     def backward(self, value: Tensor) -> None:
-        """DeepSpeed's backward pass, with the loss scale that its step divides by.
+        """Run DeepSpeed's backward pass with the loss scale that its step divides by.
 
-        In fp16 at stage 0 it divides and does not multiply (0.19.8; upstream PR 8393). Whatever it multiplies by there,
-        the gradient that enters the graph is set to the scale.
+        DeepSpeed 0.19.8 in fp16 at stage 0 divides by it without multiplying (upstream PR 8393): the gradient of
+        `value` is set to the scale here.
         """
         if self.fp16 and self.stage == 0:
             scale = self.loss_scale
@@ -128,13 +136,17 @@ class Zero:
         self._deepspeed.backward(value, scale_wrt_gas=False)
 
     def accumulate(self, value: Tensor, last: bool) -> None:
-        """Adds one micro-batch's gradients, in fp32; after the last one they are reduced over ranks.
+        """Run one micro-batch's backward pass and accumulate its gradients in fp32; reduce over ranks after the last.
 
-        DeepSpeed's own accumulation does it, but for stage 0 in half precision, where it would add in half precision:
-        there the sum is kept here and handed over before the reduction.
+        DeepSpeed accumulates in fp32 except at stage 0 in half precision, where this function keeps the sums and
+        assigns them before the reduction.
+
+        Args:
+            value: of this micro-batch.
+            last: whether it is the last micro-batch of the step.
         """
         engine = self._deepspeed
-        if not self._accumulates_here:
+        if not self._accumulates_in_fp32:
             self.backward(value)
             if not last:
                 engine.step()  # counts the micro-batch; the optimiser steps at the boundary alone
@@ -155,30 +167,30 @@ class Zero:
             engine.allreduce_gradients()
 
     def step(self) -> bool:
-        """The optimiser's step. Returns whether it was taken: in fp16 it is left out where gradients overflowed."""
+        """Take an optimiser step. Return False if it was skipped because gradients overflowed (fp16)."""
         self._deepspeed.step()
         return self._deepspeed.was_step_applied()
 
-    def drop_gradients(self) -> None:
-        """DeepSpeed's own step with an optimiser that does nothing.
+    def discard_gradients(self) -> None:
+        """Discard the gradients of a step by DeepSpeed's step function with an optimiser that does nothing.
 
-        Each stage then clears its gradients, buffers and counters as after any step, and copies masters that have not
-        changed. (Where it finds the gradients not finite itself, it leaves the step out in the same way.)
+        Every stage then clears its gradients, buffers and counters as after any step, and copies unchanged master
+        weights. (If DeepSpeed itself finds the gradients not finite, it skips the step in the same way.)
         """
-        optimizers = [self._base_optimizer, getattr(self._deepspeed.optimizer, "backup_optimizer", None)]
-        held = [optimizer for optimizer in optimizers if optimizer is not None]
-        for optimizer in held:
+        candidates = [self._base_optimizer, getattr(self._deepspeed.optimizer, "backup_optimizer", None)]
+        optimizers = [optimizer for optimizer in candidates if optimizer is not None]
+        for optimizer in optimizers:
             optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
         try:
             self._deepspeed.step()
         finally:
-            for optimizer in held:
+            for optimizer in optimizers:
                 del optimizer.step
 
     # Weights, moments, gradients
 
     def fragments(self) -> Iterator[Fragment]:
-        """All fragments of this rank, in the module's order of parameters."""
+        """Iterate over all fragments of this rank, in the module's order of parameters."""
         masters = self._half_precision_masters()
         for name, parameter in self.module.named_parameters():
             if hasattr(parameter, "ds_id"):
@@ -189,21 +201,21 @@ class Zero:
                 yield _replicated(name, parameter, masters.get(id(parameter), parameter))
 
     def moments(self, fragment: Fragment) -> dict[str, Tensor]:
-        """The optimiser's moments of a fragment, by MOMENTS' names, 1-D; empty before its first step."""
+        """Return the optimiser's moments of a fragment by the names in MOMENTS, 1-D; empty before its first step."""
         state = self._base_optimizer.state.get(fragment.flat) or {}
         return {moment: fragment.of(state[moment]) for moment in MOMENTS if moment in state}
 
     def optimizer_steps(self, fragment: Fragment) -> Tensor | int:
-        """How many steps the optimiser has taken with a fragment that has moments."""
+        """Return how many steps the optimiser has taken with a fragment that has moments."""
         return self._base_optimizer.state[fragment.flat]["step"]
 
     @property
     def optimizer_settings(self) -> dict[str, Any]:
-        """betas and eps, among others."""
+        """The optimiser's settings: betas, eps and others."""
         return self._base_optimizer.param_groups[0]
 
     def gradient(self, fragment: Fragment) -> Tensor:
-        """The reduced gradient of a trained fragment, 1-D, loss scale included; valid between backward and step."""
+        """Return the reduced gradient of a trained fragment, 1-D, loss scale included; valid from backward to step."""
         parameter = fragment.parameter
         if hasattr(parameter, "ds_id"):
             from deepspeed.utils import safe_get_local_grad
@@ -211,7 +223,7 @@ class Zero:
             return safe_get_local_grad(parameter).view(-1)[: fragment.numel]
         if hasattr(parameter, "_hp_mapping"):
             piece = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-            if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps the whole sum on every rank
+            if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps whole gradients on every rank
                 piece = piece.narrow(0, fragment.start, fragment.numel)
             return piece
         if parameter.grad is None:
@@ -220,7 +232,7 @@ class Zero:
 
     @torch.no_grad()
     def scalars(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """The fp32 masters of parameters of one element, [1], on every rank. Collective."""
+        """Return the fp32 master weights of parameters with one element, [1], on every rank. Collective."""
         found = {name: torch.zeros(1, device=self.device) for name in names}
         for fragment in self.fragments():
             if fragment.name in found and fragment.own[0] < fragment.own[1]:
@@ -228,15 +240,15 @@ class Zero:
         return dict(zip(found, all_reduce_sum(torch.stack(list(found.values())))))
 
     @torch.no_grad()
-    def clamp(self, name: str, most: float) -> None:
-        """Bounds a parameter's fp32 master and the weights that the module reads: clamping only one is undone."""
+    def clamp(self, name: str, maximum: float) -> None:
+        """Bound a parameter's fp32 master weights and the module's weights: either would overwrite the other."""
         for fragment in self.fragments():
             if fragment.name == name:
-                fragment.master.clamp_(max=most)
+                fragment.master.clamp_(max=maximum)
         parameter = self.module.get_parameter(name)
-        # Stage 3 keeps a small parameter gathered beside its partition: both are read.
+        # Stage 3 keeps small parameters gathered beside their partition, and uses both.
         for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
-            tensor.data.clamp_(max=most)
+            tensor.data.clamp_(max=maximum)
 
     @property
     def loss_scale(self) -> float:
@@ -245,7 +257,7 @@ class Zero:
 
     @property
     def loss_scale_is_lowest(self) -> bool:
-        """Whether fp16's loss scale cannot fall any further; so in other precisions, which have none."""
+        """Whether fp16's loss scale is at its minimum; True in other precisions, which have none."""
         scaler = self._scaler
         lowest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
         return lowest is None or self.loss_scale <= float(lowest)
@@ -253,7 +265,7 @@ class Zero:
     # Checkpoints, and the comparison of ranks
 
     def live_pieces(self) -> Iterator[Piece]:
-        """What this rank writes of the fp32 weights and moments: views that stay as they are until step()."""
+        """Iterate over this rank's checkpoint pieces of fp32 weights and moments: views, valid until step()."""
         for fragment in self.fragments():
             first, last = fragment.own
             if first == last:
@@ -264,7 +276,7 @@ class Zero:
                 yield Piece(f"{kind}/{fragment.name}", fragment.shape, first, tensor[own])
 
     def buffer_pieces(self) -> Iterator[Piece]:
-        """Copies of the buffers, which the next forward pass may change; rank 0 writes them."""
+        """Iterate over copies of the buffers, on rank 0 only: the next forward pass may change them."""
         parameters = {name for name, _ in self.module.named_parameters()}
         for name, buffer in self.module.state_dict().items() if dist.get_rank() == 0 else ():
             if name not in parameters:
@@ -272,22 +284,22 @@ class Zero:
                 yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, copy)
 
     def save_numel(self) -> tuple[int, bool]:
-        """Elements that live_pieces() has once there are moments, and whether they lie on a GPU."""
+        """Return the number of elements of live_pieces() once moments exist, and whether they are on a GPU."""
         sizes = [(f.own[1] - f.own[0]) * (1 + len(MOMENTS) if f.trained else 1) for f in self.fragments()]
         return sum(sizes), any(fragment.flat.is_cuda for fragment in self.fragments())
 
     def scaler_state(self) -> dict[str, float]:
-        """fp16's loss scale and its counters; empty in other precisions."""
+        """Return fp16's loss scale and its counters; empty in other precisions."""
         return {name: getattr(self._scaler, name) for name in _SCALER if hasattr(self._scaler, name)}
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Takes the fp32 weights, moments and counters of a checkpoint, whatever rank count and ZeRO stage wrote it.
+        """Load fp32 weights, moments and counters of a checkpoint of any rank count and ZeRO stage. Close the reader.
 
-        The module's own weights and buffers must have been loaded before this was built. The reader is closed.
+        The module's weights and buffers must have been loaded before this object was made.
 
         Raises:
             UserError: a parameter is missing or has another shape.
-            Fault: the storage refuses.
+            Fault: the storage cannot be read.
         """
         step = reader.manifest.optimizer_step
         for fragment in self.fragments():
@@ -300,7 +312,7 @@ class Zero:
         for name, value in reader.manifest.state.get("scaler", {}).items():
             if hasattr(self._scaler, name):
                 setattr(self._scaler, name, value)
-        reader.close()  # the run would keep the checkpoint's room on the disk, even when it is pruned
+        reader.close()  # open files would keep a pruned checkpoint's space on the disk
 
     def _restore_moments(self, fragment: Fragment, reader: CheckpointReader, step: int) -> None:
         optimizer = self._base_optimizer
@@ -309,18 +321,18 @@ class Zero:
             if moment not in state:
                 state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
             saved = f"{moment}/{fragment.name}"
-            if saved in reader.manifest.tensors:  # not where the parameter was locked until now: it begins with zeros
+            if saved in reader.manifest.tensors:  # else the parameter was locked until now
                 reader.read_into(fragment.of(state[moment]), saved, fragment.start)
-        # torch's fused AdamW counts steps in a tensor beside the weights, DeepSpeed's CPU Adam in an int
+        # torch's fused AdamW counts steps in a tensor on the weights' device, DeepSpeed's CPU Adam in an int
         counted = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=fragment.flat.device) if counted else step
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of all that every rank holds in full, between steps.
+        """Iterate over (name, tensor) of all tensors that are replicated on every rank, between steps.
 
         Stage 0: weights, fp32 masters and moments. Stages 1 and 2: the module's weights. Stage 3: the small weights
-        that stay gathered. Always: buffers (BatchNorm's running statistics are averaged each step), counters, the loss
-        scale.
+        that stay gathered. Always: buffers (BatchNorm's running statistics are averaged each step), counters and the
+        loss scale.
         """
         for name, parameter in self.module.named_parameters():
             if not hasattr(parameter, "ds_id") or (parameter.ds_persist and parameter.ds_status.name == "AVAILABLE"):
@@ -336,14 +348,14 @@ class Zero:
             yield name, torch.tensor(int(getattr(self._deepspeed, name)))
         for name in _SCALER:
             value = getattr(self._scaler, name, None)
-            if value is not None:  # a scaler may have a field without a number
+            if value is not None:
                 yield f"loss scaler/{name}", torch.tensor(float(value))
 
-    # DeepSpeed's insides
+    # DeepSpeed's internals
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser itself, without DeepSpeed's wrapper."""
+        """The optimiser without DeepSpeed's wrapper."""
         return getattr(self._deepspeed.optimizer, "optimizer", self._deepspeed.optimizer)
 
     @property
@@ -354,12 +366,13 @@ class Zero:
 
     @torch.no_grad()
     def _set_masters(self, originals: dict[str, Tensor]) -> None:
-        """The fp32 masters begin with the weights as given: DeepSpeed takes them after rounding to half precision."""
+        """Set the fp32 masters to the original weights: DeepSpeed copies them after rounding to half precision."""
         for fragment in self.fragments():
             if fragment.trained and fragment.name in originals:
                 fragment.master.copy_(originals[fragment.name].view(-1).narrow(0, fragment.start, fragment.numel))
 
     def _stage_3(self, name: str, parameter: Any) -> Iterator[Fragment]:
+        """Yield this rank's fragment of a parameter at stage 3, if any."""
         share = parameter.ds_tensor.numel()
         start = dist.get_rank() * share
         numel = min(share, parameter.ds_numel - start)  # the last shares are padded
@@ -374,6 +387,7 @@ class Zero:
         yield Fragment(name, parameter, shape, start, numel, flat, offset, parameter.requires_grad, (start, end))
 
     def _stage_1_2(self, name: str, parameter: Any) -> Iterator[Fragment]:
+        """Yield this rank's fragment of a parameter at stage 1 or 2, if any."""
         mapping = parameter._hp_mapping
         if mapping is None:
             return
@@ -384,7 +398,7 @@ class Zero:
         yield Fragment(name, parameter, tuple(parameter.shape), start, numel, flat, offset, True, own)
 
     def _half_precision_masters(self) -> dict[int, Tensor]:
-        """Stage 0 in bf16 or fp16: id of a parameter -> its fp32 master."""
+        """Return {id of a parameter: its fp32 master} at stage 0 in bf16 or fp16; else {}."""
         optimizer = self._deepspeed.optimizer
         if self.stage > 0 or not hasattr(optimizer, "fp32_groups") or not hasattr(optimizer, "fp16_groups"):
             return {}
@@ -393,13 +407,14 @@ class Zero:
 
 
 def _replicated(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
+    """Return the fragment of a replicated parameter: all of it, of which this rank writes an equal share."""
     numel, rank, world = parameter.numel(), dist.get_rank(), dist.get_world_size()
     own = (rank * numel // world, (rank + 1) * numel // world)
     return Fragment(name, parameter, tuple(parameter.shape), 0, numel, master, 0, parameter.requires_grad, own)
 
 
 def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the trainer owns, on top of engine.deepspeed."""
+    """Return DeepSpeed's configuration: engine.deepspeed and the keys that the trainer owns."""
     batch = config.train.global_batch
     micro = config.train.micro_batch or batch // world
     precision = resolve_precision(config.train.precision, device)
@@ -420,6 +435,7 @@ def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`, nested dicts merged."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -1,5 +1,4 @@
-"""The proof of exactness in a user's own setting: loss, gradients and the evaluated model beside those of a reference
-(clipdist.evals.reference)."""
+"""Audit a configuration: compare loss, gradients and features of the engine with those of clipdist.evals.reference."""
 
 from __future__ import annotations
 
@@ -14,14 +13,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist.config import Config
-from clipdist.data.batch import IMAGE, Batch, pairs
+from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.distributed.collectives import all_gather, all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import Fragment, Zero
 from clipdist.errors import UserError
-from clipdist.evals.reference import Measured, Reference, stacked
+from clipdist.evals.reference import LossAndGradients, Reference, concatenate_normalised
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.clip import ClipObjective
@@ -29,54 +28,61 @@ from clipdist.objectives.objective import Objective
 
 PARTS = ("image", "text", "temperature", "bias")
 IMPL = "clipdist"
-# Relative L2 error of a part's gradient that still passes.
+# Largest relative L2 error of a part's gradient that passes.
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
-DENSE_MARGIN = 1.5  # where the loss is so low that fp32 ends: a multiple of the dense fp32 code's own error passes, too
+DENSE_MARGIN = 1.5  # below LOW_LOSS this multiple of the dense fp32 formula's error passes as well
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FP16_ATTEMPTS = 24  # steps that may overflow before the loss scale fits: it halves from 2^16
-PartOf = Callable[[str], str]  # a parameter's part of the model
+FP16_ATTEMPTS = 24  # steps until the loss scale, halved from 2^16 at each overflow, fits
+PartOf = Callable[[str], str]  # name of a parameter -> part of the model
 
 
 @dataclass(frozen=True)
-class Row:
-    """One part of the model in one step: an implementation's gradient g beside the reference's r."""
+class AuditRow:
+    """Comparison of one part of the model in one step: an implementation's gradient g, the reference's r."""
 
-    step: int  # as training logs it, from 1
+    step: int  # from 1, as in training logs
     impl: str
-    part: str  # image, text, temperature, bias; loss, where g and r are the values; evaluation, where they are features
+    part: str  # image, text, temperature, bias; loss: g and r are the values; evaluation: g and r are features
     norm_ratio: float  # |g| / |r|
     cosine: float
-    max_diff: float  # largest |g - r| of an element, relative to the largest |r|
+    max_diff: float  # max |g - r| over elements, relative to max |r|
     error: float  # |g - r| / |r|
     limit: float  # of the error
     passed: bool
     reference_norm: float
 
 
-def made_whole(zero: Zero, read: Callable[[Fragment], torch.Tensor], trained_only: bool) -> dict[str, torch.Tensor]:
-    """fp32 [numel] of every parameter, the same on all ranks, from the elements that each rank holds.
+def gather_full(zero: Zero, read: Callable[[Fragment], torch.Tensor], trained_only: bool) -> dict[str, torch.Tensor]:
+    """Gather a full tensor for every parameter from the fragments of all ranks. Collective.
 
     Args:
-        read: a fragment's elements, 1-D.
+        read: returns the elements of a fragment, 1-D.
+        trained_only: whether to omit frozen parameters.
+
+    Returns:
+        fp32 [numel] by the name of the parameter, the same on all ranks.
     """
     sizes = zero.numel(trained_only)
     flat = torch.zeros(sum(sizes.values()), device=zero.device)
-    whole = dict(zip(sizes, flat.split(list(sizes.values()))))
+    full = dict(zip(sizes, flat.split(list(sizes.values()))))
     for fragment in zero.fragments():
-        if fragment.name in whole:
+        if fragment.name in full:
             start, stop = fragment.own
-            whole[fragment.name][start:stop] = read(fragment)[start - fragment.start : stop - fragment.start]
+            full[fragment.name][start:stop] = read(fragment)[start - fragment.start : stop - fragment.start]
     return dict(zip(sizes, all_reduce_sum(flat).split(list(sizes.values()))))
 
 
 class Audit:
-    """A training engine and its reference, side by side.
+    """A training engine and its reference, trained on the same batches.
 
     Args:
-        objective: what the engine trains; None: the configuration's own CLIP.
+        objective: the objective of the engine; None: CLIP as configured.
+
     Attributes:
-        precision: fp32, bf16 or fp16.  micro: m.
-        reported: the engine's own gradient norms of the last step, relative to those of the gradients that were read.
+        precision: "fp32", "bf16" or "fp16".
+        micro: rows of a micro-batch.
+        locked: names of the frozen towers.
+        reported: gradient norms that the engine reported in the last step, divided by those of its gradients, by part.
     """
 
     def __init__(self, cfg: Config, dist_env: DistEnv, objective: Objective | None = None) -> None:
@@ -94,59 +100,68 @@ class Audit:
         self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env)
         self.reported: dict[str, float] = {}
 
-    def step(self, batch: Batch, step: int) -> list[Row]:
-        """One training step on a global batch, and the same by the reference, which then takes the weights over.
+    def step(self, batch: Batch, step: int) -> list[AuditRow]:
+        """Train one step on a global batch with the engine and the reference, which then loads the engine's weights.
+
+        Collective.
+
+        Args:
+            batch: the global batch, on every rank.
+            step: from 0.
 
         Returns:
-            on rank 0 a row for every part that is trained, one for the loss, and one for what the model then gives in
-            evaluation mode, running statistics included; elsewhere nothing.
+            on rank 0 a row for every trained part, one for the loss, and one for the features in evaluation mode after
+            the step; [] on other ranks.
         """
-        ours, scale = self._engine_step(batch, step)
-        rows: list[Row] = []
+        measured, scale = self._engine_step(batch, step)
+        rows: list[AuditRow] = []
         if self.dist_env.rank == 0:
-            theirs, dense = self.reference.measure(batch, step, micro=self.micro, scale=scale)
-            rows = compare(ours, theirs, self.precision, step=step + 1, part_of=self.part_of, dense=dense)
+            reference, dense = self.reference.measure(batch, step, micro=self.micro, scale=scale)
+            rows = compare(measured, reference, self.precision, step=step + 1, part_of=self.part_of, dense=dense)
         zero = self.engine.zero
-        self.reference.take_over(made_whole(zero, lambda fragment: fragment.master.float(), trained_only=False))
+        self.reference.load_weights(gather_full(zero, lambda fragment: fragment.master.float(), trained_only=False))
         evaluated = self._evaluate(batch)
         if self.dist_env.rank == 0:
             rows.append(
                 compare_features(evaluated, self.reference.evaluate(batch, self.micro), self.precision, step + 1)
             )
-        self.reference.take_over_buffers(dict(zero.module.named_buffers()))
+        self.reference.load_buffers(dict(zero.module.named_buffers()))
         return rows
 
     def part_of(self, parameter: str) -> str:
+        """Return the part of the model that a parameter belongs to."""
         return self.reference.model.part_of(parameter)
 
     def _evaluate(self, batch: Batch) -> torch.Tensor:
-        """As Reference.evaluate, by the engine. Collective."""
+        """Return what Reference.evaluate returns, computed by the engine. Collective."""
         encoded = (self.engine.encode(piece.images[IMAGE], piece.tokens) for piece in batch.split(self.micro))
-        return stacked([(image, text) for image, text in encoded if image is not None and text is not None])
+        return concatenate_normalised(
+            [(image, text) for image, text in encoded if image is not None and text is not None]
+        )
 
-    def _engine_step(self, batch: Batch, step: int) -> tuple[Measured, float]:
-        """The engine's loss and gradients; and the factor that brought the feature gradients through fp16."""
+    def _engine_step(self, batch: Batch, step: int) -> tuple[LossAndGradients, float]:
+        """Return the engine's loss and gradients, and the loss scale of its feature gradients (1 but for fp16)."""
         share = len(batch) // self.dist_env.world_size
-        mine = batch.rows(self.dist_env.rank * share, (self.dist_env.rank + 1) * share).to(self.dist_env.device)
+        own = batch.rows(self.dist_env.rank * share, (self.dist_env.rank + 1) * share).to(self.dist_env.device)
         for _ in range(FP16_ATTEMPTS):
             self.engine.before_update = self._read_gradients
-            result = self.engine.train_step(mine, step=step, lr=self.cfg.optim.lr, want_norms=True)
+            result = self.engine.train_step(own, step=step, lr=self.cfg.optim.lr, want_norms=True)
             if result.applied or result.skipped:
                 break
         loss = float(all_reduce_sum(result.value)) / self.dist_env.world_size
         gradients, scale = self._read
-        measured = Measured(loss, gradients)
+        measured = LossAndGradients(loss, gradients)
         norms = {part: _norm(measured, part, self.part_of) for part in result.grad_norms}
         self.reported = {part: norm / (norms[part] or 1.0) for part, norm in result.grad_norms.items()}
         return measured, scale * self.dist_env.world_size if self.precision == "fp16" else 1.0
 
     def _read_gradients(self) -> None:
-        """Between backward and update: the gradients, whole, and the loss scale that they carried."""
+        """Store the full gradients and their loss scale, between backward pass and update."""
         zero, scale = self.engine.zero, self.engine.zero.loss_scale
-        self._read = made_whole(zero, lambda piece: zero.gradient(piece).float() / scale, trained_only=True), scale
+        self._read = gather_full(zero, lambda piece: zero.gradient(piece).float() / scale, trained_only=True), scale
 
     def notes(self) -> list[str]:
-        """What differs from one process on the whole batch by nature, or is left out. Known after the first step."""
+        """Return notes on inherent differences from one process on the whole batch; complete after the first step."""
         batch, world, m = self.cfg.train.global_batch, self.dist_env.world_size, self.micro
         notes = []
         if world == 1:
@@ -157,7 +172,7 @@ class Audit:
                 f"BatchNorm normalises over a rank's micro-batch (m={m} of {batch} batch), and so does the reference;"
                 " its running statistics are averaged over ranks"
             )
-        if self.reference.draws:
+        if self.reference.draws_random_numbers:
             notes.append(
                 "dropout: its random numbers are a function of (seed, step, rank, micro-batch); the reference draws"
                 " the same, other rank counts or micro-batches draw others"
@@ -182,82 +197,94 @@ def _frozen(tower: nn.Module) -> bool:
 
 
 def compare(
-    ours: Measured,
-    theirs: Measured,
+    measured: LossAndGradients,
+    reference: LossAndGradients,
     precision: str,
     *,
     step: int,
     part_of: PartOf,
     impl: str = IMPL,
-    dense: Measured | None = None,
-) -> list[Row]:
-    """One row for every part with trained parameters, and one for the loss.
+    dense: LossAndGradients | None = None,
+) -> list[AuditRow]:
+    """Return a row for every part with trained parameters, and one for the loss.
 
     Args:
-        theirs: the reference.
-        dense: the dense fp32 code's result where the loss is so low that its error counts.
+        impl: name of the implementation that gave `measured`.
+        dense: the result of the dense fp32 formula, if the loss is below LOW_LOSS.
     """
-    parts = [part for part in PARTS if any(part_of(name) == part for name in theirs.gradients)]
+    parts = [part for part in PARTS if any(part_of(name) == part for name in reference.gradients)]
     rows = []
     for part in (*parts, "loss"):
-        norm_ratio, cosine, max_diff, error, norm = _distance(ours, theirs, part, part_of)
+        norm_ratio, cosine, max_diff, error, norm = _distance(measured, reference, part, part_of)
         limit = LIMITS[precision]
         if dense is not None:
-            limit = max(limit, DENSE_MARGIN * _distance(dense, theirs, part, part_of)[3])
-        rows.append(Row(step, impl, part, norm_ratio, cosine, max_diff, error, limit, error <= limit, norm))
+            limit = max(limit, DENSE_MARGIN * _distance(dense, reference, part, part_of)[3])
+        rows.append(AuditRow(step, impl, part, norm_ratio, cosine, max_diff, error, limit, error <= limit, norm))
     return rows
 
 
-def compare_features(ours: torch.Tensor, theirs: torch.Tensor, precision: str, step: int) -> Row:
-    """The row "evaluation", of normalised features [rows, D] on both sides."""
-    difference, norm = ours - theirs, float(theirs.norm())
-    error, cosine = float(difference.norm()) / norm, float((ours * theirs).sum() / (ours.norm() * norm))
-    most, limit = float(difference.abs().max() / theirs.abs().max()), LIMITS[precision]
-    return Row(step, IMPL, "evaluation", float(ours.norm()) / norm, cosine, most, error, limit, error <= limit, norm)
+def compare_features(measured: torch.Tensor, reference: torch.Tensor, precision: str, step: int) -> AuditRow:
+    """Return the row "evaluation" of normalised features [rows, D]."""
+    difference, norm = measured - reference, float(reference.norm())
+    error = float(difference.norm()) / norm
+    cosine = float((measured * reference).sum() / (measured.norm() * norm))
+    max_diff, limit = float(difference.abs().max() / reference.abs().max()), LIMITS[precision]
+    norm_ratio = float(measured.norm()) / norm
+    return AuditRow(step, IMPL, "evaluation", norm_ratio, cosine, max_diff, error, limit, error <= limit, norm)
 
 
-def _distance(ours: Measured, theirs: Measured, part: str, part_of: PartOf) -> tuple[float, float, float, float, float]:
-    """norm_ratio, cosine, max_diff, error, and the reference's norm; see Row. A missing gradient is zero."""
-    gg = rr = gr = dd = most = largest = 0.0
-    for name, r in _tensors(theirs, part, part_of).items():
+def _distance(
+    measured: LossAndGradients, reference: LossAndGradients, part: str, part_of: PartOf
+) -> tuple[float, float, float, float, float]:
+    """Return norm_ratio, cosine, max_diff, error and reference_norm of AuditRow. A missing gradient counts as zero."""
+    gg = rr = gr = dd = max_difference = max_reference = 0.0
+    for name, r in _tensors(reference, part, part_of).items():
         r = r.double()
-        g = _tensors(ours, part, part_of).get(name, torch.zeros_like(r)).to(r.device).double()
+        g = _tensors(measured, part, part_of).get(name, torch.zeros_like(r)).to(r.device).double()
         difference = g - r
         gg, rr, gr = gg + float(g @ g), rr + float(r @ r), gr + float(g @ r)
         dd += float(difference @ difference)
-        most, largest = max(most, float(difference.abs().max())), max(largest, float(r.abs().max()))
-    if rr == 0:  # nothing to learn, and nothing may be learnt
-        right = gg == 0
-        return (1.0, 1.0, 0.0, 0.0, 0.0) if right else (math.inf, 0.0, math.inf, math.inf, 0.0)
+        max_difference = max(max_difference, float(difference.abs().max()))
+        max_reference = max(max_reference, float(r.abs().max()))
+    if rr == 0:
+        equal = gg == 0
+        return (1.0, 1.0, 0.0, 0.0, 0.0) if equal else (math.inf, 0.0, math.inf, math.inf, 0.0)
     cosine = gr / math.sqrt(gg * rr) if gg else 0.0
-    return math.sqrt(gg / rr), cosine, most / largest, math.sqrt(dd / rr), math.sqrt(rr)
+    return math.sqrt(gg / rr), cosine, max_difference / max_reference, math.sqrt(dd / rr), math.sqrt(rr)
 
 
-def _tensors(measured: Measured, part: str, part_of: PartOf) -> dict[str, torch.Tensor]:
+def _tensors(measured: LossAndGradients, part: str, part_of: PartOf) -> dict[str, torch.Tensor]:
+    """Return the gradients of a part by parameter; for "loss" the value."""
     if part == "loss":
         return {"loss": torch.tensor([measured.loss], dtype=torch.float64)}
     return {name: grad for name, grad in measured.gradients.items() if part_of(name) == part}
 
 
-def _norm(measured: Measured, part: str, part_of: PartOf) -> float:
+def _norm(measured: LossAndGradients, part: str, part_of: PartOf) -> float:
     return math.sqrt(sum(float(grad.double().square().sum()) for grad in _tensors(measured, part, part_of).values()))
 
 
 # The batches
 
 
-class Source(Protocol):
-    """Where global batches come from; the same on all ranks."""
+class BatchSource(Protocol):
+    """Global batches for the audit, the same on all ranks.
+
+    Attributes:
+        note: describes them to the user.
+    """
 
     note: str
 
-    def batch(self, step: int) -> Batch: ...
+    def batch(self, step: int) -> Batch:
+        """Return the next global batch, on the CPU. Collective."""
+        ...
 
     def close(self) -> None: ...
 
 
-def open_source(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> Source:
-    """The recipe's training shards through the loader; drawn batches where there are none.
+def open_batches(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> BatchSource:
+    """Return batches of the configured training shards, or random ones if these cannot be opened.
 
     Raises:
         UserError: shards that hold fewer samples than a global batch.
@@ -267,7 +294,7 @@ def open_source(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> Source:
             raise UserError("data.train is empty")
         catalog = Catalog.open(cfg.data.train, "data.train", fetcher_of(cfg.data))
     except UserError as error:
-        return DrawnBatches(cfg, spec, f"drawn random pictures and tokens, because {error}")
+        return RandomBatches(cfg, spec, f"drawn random pictures and tokens, because {error}")
     if len(catalog) < cfg.train.global_batch:
         raise UserError(
             f"data.train holds {len(catalog)} samples, fewer than train.global_batch={cfg.train.global_batch};"
@@ -277,7 +304,7 @@ def open_source(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> Source:
 
 
 class ShardBatches:
-    """Training batches as training reads them: each rank its own rows, then gathered."""
+    """Training batches, read by the loader: every rank reads its rows, then they are gathered."""
 
     def __init__(self, cfg: Config, spec: ModelSpec, dist_env: DistEnv, catalog: Catalog) -> None:
         from clipdist.data.loader import image_view, open_loader
@@ -297,7 +324,7 @@ class ShardBatches:
         )
 
     def batch(self, step: int) -> Batch:
-        """The next global batch, on the CPU."""
+        """See BatchSource.batch."""
         return self.loader.next().to(self.device).each(_gathered)
 
     def close(self) -> None:
@@ -305,27 +332,27 @@ class ShardBatches:
 
 
 def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks; NCCL and gloo gather no bool."""
+    """Gather the rows of all ranks, by way of uint8 for bool, which NCCL and gloo do not support."""
     return all_gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).cpu().to(tensor.dtype)
 
 
-class DrawnBatches:
-    """Random pixels and tokens: no picture to find, but gradients as good as any to be exact about."""
+class RandomBatches:
+    """Batches of random pixels and tokens, all valid."""
 
     def __init__(self, cfg: Config, spec: ModelSpec, note: str = "drawn random pictures and tokens") -> None:
         self.note, self.spec, self.rows, self.seed = note, spec, cfg.train.global_batch, cfg.data.seed
 
     def batch(self, step: int) -> Batch:
-        """Global batch number `step`, all of it valid."""
+        """Return global batch number `step`."""
         from clipdist.data.tokens import make_tokenizer
 
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         side = self.spec.image_size
         image = torch.randint(0, 256, (self.rows, 3, side, side), dtype=torch.uint8, generator=draw)
         numbers = torch.randint(0, 10_000, (self.rows, 3), generator=draw).tolist()
-        # Numbers as captions: every tokeniser takes them, and places its marks where the tower looks for them.
+        # Random captions instead of random ids: the tokenizer puts the special tokens where the tower expects them.
         tokens = make_tokenizer(self.spec)([" ".join(map(str, row)) for row in numbers])
-        return pairs(image, tokens, torch.ones(self.rows, dtype=torch.bool), torch.arange(self.rows))
+        return pair_batch(image, tokens, torch.ones(self.rows, dtype=torch.bool), torch.arange(self.rows))
 
     def close(self) -> None:
         pass

@@ -1,11 +1,11 @@
-"""The reference of every exactness claim: one process on the whole global batch.
+"""Compute the reference loss and gradients of the audit: one process on the whole global batch.
 
-It runs each rank's micro-batches with that rank's and micro-batch's random state and BatchNorm grouping, from the same
-weights, concatenates the features, applies the dense formula in float64 and averages over the valid rows. Its towers
-run in the training's own precision: audited is the distribution and the loss, not the rounding of a tower's products.
-It shares no code with clipdist/losses.
+It runs every rank's micro-batches from the same weights, with their random state and BatchNorm grouping, concatenates
+the features, applies the dense formula in float64 and averages over the valid rows. The towers run in the precision of
+the training: the audit measures errors of the distribution and the loss, not the rounding inside a tower. It shares no
+code with clipdist/losses.
 
-B rows of the global batch, b = B / W rows of a rank, m rows of a micro-batch, D features.
+Shapes: B rows of the global batch, b = B / W rows of a rank, m rows of a micro-batch, D features.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.models.dual_encoder import DualEncoder
 
-# Below this loss the relative error of any fp32 code grows: the dense fp32 code's own error is measured, too.
+# Below this loss the relative error of any fp32 implementation grows; the dense formula's is measured for comparison.
 LOW_LOSS = 0.1
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The global loss and the gradients of the trained parameters by name, flat, before clipping."""
+class LossAndGradients:
+    """The global loss, and the gradients of trained parameters by name, [numel], before clipping."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
@@ -50,10 +50,15 @@ def dense_loss(
     bias: torch.Tensor | None,
     batch: Batch,
 ) -> torch.Tensor:
-    """The global loss on the whole batch, all logits at once, in the dtype of its inputs.
+    """Compute the global loss with the full matrix of logits, in the dtype of its inputs.
 
     Args:
-        images, texts: [B, D], not normalised.  t, bias: [1]; the logits are exp(t) * cosine (+ bias).
+        images, texts: features [B, D], not normalised.
+        t, bias: [1]; the logits are exp(t) * cosine (+ bias).
+        batch: gives valid rows and groups.
+
+    Returns:
+        scalar.
     """
     valid = batch.valid_in(MODALITIES).to(images.device)
     group_id = batch.group_id if cfg.group_positives else torch.arange(len(valid))
@@ -69,7 +74,7 @@ def dense_loss(
 
 
 def _info_nce(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Cross-entropy of rows and of columns against (1 - e) * uniform over the group + e / N (arXiv:1807.03748)."""
+    """Return the cross-entropy of rows and columns; targets (1 - e) * uniform over the group + e / N."""
     target = (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(logits)
     rows = -(target * logits.log_softmax(1)).sum(1)
     columns = -(target * logits.T.log_softmax(1)).sum(1)
@@ -77,7 +82,7 @@ def _info_nce(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> tor
 
 
 def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """1/N sum_ij softplus(s_ij) - y_ij s_ij, y = (1 - e) * same + e / 2 (arXiv:2303.15343, algorithm 1)."""
+    """Return 1/N sum_ij softplus(s_ij) - y_ij s_ij, y = (1 - e) * same + e / 2 (arXiv:2303.15343, algorithm 1)."""
     target = (1 - smoothing) * same + smoothing / 2
     return (F.softplus(logits) - target * logits).sum() / len(logits)
 
@@ -86,12 +91,16 @@ def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torc
 
 
 class Reference:
-    """One process with the whole batch. It keeps one micro-batch in memory at a time, as a rank does.
+    """A model trained by one process on the whole global batch, with one micro-batch in memory at a time.
 
     Args:
-        model: the model before the engine took it, fp32; taken over and cast to `dtype`.
-        dist_env: its world gives the ranks whose rows and random states are followed.
-        dtype: what the towers compute in.
+        model: a copy of the engine's model before training, fp32; modified and cast to `dtype`.
+        dist_env: gives the number of ranks to reproduce, and the device.
+        dtype: of the towers.
+
+    Attributes:
+        scalars: fp32 values of the model's scalars, [1].
+        draws_random_numbers: whether a forward pass has drawn random numbers (dropout).
     """
 
     def __init__(self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype) -> None:
@@ -103,56 +112,62 @@ class Reference:
             if name in model.scalars
         }
         self.model = model.to(self.device).to(dtype).train()
-        self.draws = False  # whether a forward pass has drawn random numbers (dropout and the like)
+        self.draws_random_numbers = False
 
     @torch.no_grad()
-    def take_over(self, weights: dict[str, torch.Tensor]) -> None:
-        """Goes on from the engine's weights: its fp32 masters, rounded as the engine rounds them for its module."""
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Copy the engine's fp32 master weights [numel], rounded to `dtype` as the engine does."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(weights[name].view_as(parameter))
             if name in self.scalars:
                 self.scalars[name] = weights[name].clone()
 
     @torch.no_grad()
-    def take_over_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+    def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Copy buffers by name."""
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
     def measure(
         self, batch: Batch, step: int, *, micro: int, scale: float = 1.0, clip: config.Clip | None = None
-    ) -> tuple[Measured, Measured | None]:
-        """Loss and gradients of the global batch, in float64 but for the towers.
+    ) -> tuple[LossAndGradients, LossAndGradients | None]:
+        """Compute loss and gradients of the global batch, in float64 except for the towers.
 
         Args:
+            batch: the global batch.
+            step: from 0; determines dropout.
             micro: m, rows of one forward pass.
-            scale: what the feature gradients are multiplied with on their way through the towers (fp16).
-            clip: another formula than the configuration's.
+            scale: the loss scale of feature gradients in the towers (fp16).
+            clip: settings of the loss; None: as configured.
 
         Returns:
-            the reference; and where fp32 is near its end (see LOW_LOSS), what the dense formula gives in fp32.
+            the reference, and the result of the dense formula in fp32 if the loss is below LOW_LOSS.
+
+        Raises:
+            RuntimeError: the model draws random numbers outside torch's generators.
         """
         cfg = clip or self.clip
-        with torch.no_grad(), self._statistics_once():
-            cached = [self._features(batch, step, where) for where in self._places(batch, micro)]
+        with torch.no_grad(), self._update_statistics_once():
+            cached = [self._features(batch, step, where) for where in self._micro_batches(batch, micro)]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         images, texts = (torch.cat(side) for side in zip(*cached))
         heads = [self._head(cfg, images, texts, batch, torch.float64)]
         if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
             heads.append(self._head(cfg, images, texts, batch, torch.float32))
-        for where, before in zip(self._places(batch, micro), cached):
+        for where, before in zip(self._micro_batches(batch, micro), cached):
             features = self._features(batch, step, where)
             _check_replay(features, before)
             for head in heads:
                 self._through_towers(head, features, where[2], scale)
-        self.take_over_buffers(buffers)  # the second pass has moved the running statistics again
-        measured = [Measured(head.loss, head.gradients) for head in heads]
+        self.load_buffers(buffers)  # the second pass has updated the running statistics again
+        measured = [LossAndGradients(head.loss, head.gradients) for head in heads]
         return measured[0], (measured[1] if len(measured) > 1 else None)
 
     @contextmanager
-    def _statistics_once(self) -> Iterator[None]:
-        """The running statistics of BatchNorm move once, by the mean of those of the forward passes in between.
+    def _update_statistics_once(self) -> Iterator[None]:
+        """Update BatchNorm's running statistics once, by the mean over the forward passes inside.
 
-        Each pass leaves its own statistics behind (momentum 1); a hook adds them up.
+        With momentum 1 the buffers hold the statistics of the last pass, which a hook collects.
         """
         norms: list[Any] = [
             norm
@@ -160,12 +175,12 @@ class Reference:
             if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
         ]
         before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-        seen: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
+        collected: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
 
-        def note(norm: Any, *_: Any) -> None:
-            seen[norm].append((norm.running_mean.double(), norm.running_var.double()))
+        def collect(norm: Any, *_: Any) -> None:
+            collected[norm].append((norm.running_mean.double(), norm.running_var.double()))
 
-        hooks = [norm.register_forward_hook(note) for norm in norms]
+        hooks = [norm.register_forward_hook(collect) for norm in norms]
         counts = [norm.num_batches_tracked.clone() for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
@@ -175,19 +190,19 @@ class Reference:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count + 1)
             share = 1 / (int(count) + 1) if momentum is None else momentum
-            for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*seen[norm])):
+            for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*collected[norm])):
                 running.copy_(old.double().lerp(torch.stack(new).mean(0), share))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro: int) -> torch.Tensor:
-        """Image and text features in evaluation mode, normalised: float64 [2 B, D]."""
+        """Return image and text features in evaluation mode, normalised: float64 [2 B, D]."""
         self.model.eval()
         outputs = [self.model(**piece.to(self.device).inputs()) for piece in batch.split(micro)]
         self.model.train()
-        return stacked([(output[IMAGE], output["text"]) for output in outputs])
+        return concatenate_normalised([(output[IMAGE], output["text"]) for output in outputs])
 
-    def _places(self, batch: Batch, micro: int) -> Iterator[tuple[int, int, slice]]:
-        """Rank, micro-batch and rows of every forward pass, in the order of the global batch."""
+    def _micro_batches(self, batch: Batch, micro: int) -> Iterator[tuple[int, int, slice]]:
+        """Iterate over (rank, number of the micro-batch, rows) of all forward passes, in the order of the batch."""
         share = len(batch) // self.world
         for rank in range(self.world):
             for k in range(share // micro):
@@ -195,17 +210,18 @@ class Reference:
                 yield rank, k, slice(start, start + micro)
 
     def _features(self, batch: Batch, step: int, where: tuple[int, int, slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return image and text features [m, D] of one of _micro_batches, with that rank's random state."""
         rank, k, rows = where
         seed_step(self.seed, step, rank, k)
         before = _random_state(self.device)
         outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs())
-        self.draws = self.draws or not torch.equal(before, _random_state(self.device))
+        self.draws_random_numbers = self.draws_random_numbers or not torch.equal(before, _random_state(self.device))
         return outputs[IMAGE], outputs["text"]
 
     def _head(
         self, cfg: config.Clip, images: torch.Tensor, texts: torch.Tensor, batch: Batch, dtype: torch.dtype
     ) -> _Head:
-        """The formula in `dtype`, and its gradients with respect to what it is given."""
+        """Compute the dense formula in `dtype`, and its gradients with respect to features and scalars."""
         leaves = {"images": images, "texts": texts, **self.scalars}
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
         value = dense_loss(
@@ -225,7 +241,7 @@ class Reference:
     def _through_towers(
         self, head: _Head, features: tuple[torch.Tensor, torch.Tensor], rows: slice, scale: float
     ) -> None:
-        """Adds what one micro-batch's share of the feature gradients gives for the towers' parameters."""
+        """Propagate feature gradients of one micro-batch through the towers; add up their parameters' gradients."""
         towers = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.scalars}
         sides = [(f, g[rows]) for f, g in zip(features, (head.image_grad, head.text_grad)) if f.requires_grad]
         if not sides:
@@ -235,12 +251,17 @@ class Reference:
         grads = torch.autograd.grad(outputs, list(towers.values()), weights, allow_unused=True, retain_graph=True)
         for name, grad in zip(towers, grads):
             if grad is not None:
-                head.gradients[name] += grad.double().reshape(-1) / scale  # convolutions may have theirs channels last
+                head.gradients[name] += grad.double().reshape(-1) / scale  # may be channels_last, which view() rejects
 
 
 @dataclass(frozen=True)
 class _Head:
-    """The dense formula's value and gradients: of features [B, D], and of parameters by name as they come in."""
+    """Value and gradients of the dense formula.
+
+    Attributes:
+        image_grad, text_grad: of the features, [B, D].
+        gradients: of the parameters by name, float64 [numel]; _through_towers adds to them.
+    """
 
     loss: float
     image_grad: torch.Tensor
@@ -249,6 +270,7 @@ class _Head:
 
 
 def _check_replay(features: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Raise RuntimeError if a repeated forward pass gave other features."""
     for again, first in zip(features, before):
         if (again.detach() - first).double().norm() > 1e-3 * first.double().norm():
             raise RuntimeError("the model draws random numbers outside torch's generators: no pass can be repeated")
@@ -258,7 +280,7 @@ def _random_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def stacked(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Image and text features of micro-batches, normalised: float64 [2 B, D], all images first."""
+def concatenate_normalised(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Concatenate and normalise (image, text) features of micro-batches: float64 [2 B, D], all images first."""
     images, texts = (F.normalize(torch.cat(side).double(), dim=1) for side in zip(*rows))
     return torch.cat([images, texts])

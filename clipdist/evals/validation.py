@@ -70,7 +70,7 @@ class Validation:
             raise UserError("eval.probe: needs eval.labelled with training pictures")
 
     def run(self, model: Encoder) -> Findings:
-        """Collective: every rank must call it."""
+        """Validate the model. Collective."""
         env = self._dist_env
         share = WorkShare(env.rank, env.world_size, self._cfg.batch, progress=False)
         values: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Which code runs the sweeps over the tiles: plain torch, or the fused kernels."""
+"""Choose the implementation of the sweeps over the tiles: plain torch or the fused kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from clipdist.losses import tiles
 
 
 def sweeps(implementation: str, features: torch.Tensor) -> ModuleType:
-    """The module with the sweeps.
+    """Return the module that implements the sweeps.
 
     Args:
-        implementation: auto: the fused kernels where they run, else the tiles of plain torch, which are their
-            reference; tiles; kernel.
+        implementation: "tiles": plain torch, the reference; "kernel": the fused kernels; "auto": the kernels where they
+            run, else the tiles.
+        features: their device and dtype decide.
 
     Raises:
-        UserError: kernel is asked for where it cannot run, or there is no such implementation.
+        UserError: the kernels are requested where they cannot run, or the implementation is unknown.
     """
     if implementation == "tiles" or (implementation == "auto" and features.device.type != "cuda"):
         return tiles

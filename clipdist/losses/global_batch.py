@@ -1,13 +1,13 @@
-"""What both losses share: the global batch as every rank sees it, positives, and gradients by closed form.
+"""Gather the global batch, and compute the parts and gradients that InfoNCE and the sigmoid loss share.
 
-A loss is the end of its graph and its gradient is always wanted, so it is computed with the value, tile by tile, and
-backward only multiplies it by the gradient that arrives. Nothing of the size b x N exists; docs/loss.md derives it all.
+The gradient is computed together with the value, tile by tile; the backward pass only multiplies it by the incoming
+gradient. No b x N matrix is stored. docs/loss.md has the derivation.
 
-The parts that do not look at all pairs stand outside the tiles, in closed form:
+Three parts of the loss need no sweep over all logits and are computed in closed form:
 
-    own pairs    s_ii, whose slope is computed without the difference p_ii - 1 that would lose its digits
-    group        sum_ij w_ij s_ij      where i and j are different valid pairs of one group, instead of their own alone
-    smoothing    sum_ij s_ij           = exp(t) (sum_i x_i/|x_i|) . (sum_j y_j/|y_j|) + bias * pairs
+    own pairs    s_ii; its gradient avoids the difference p_ii - 1, which cancels
+    group        sum_ij w_ij s_ij      over different valid pairs i, j of one group, which are positives too
+    smoothing    sum_ij s_ij           = exp(t) (sum_i x_i/|x_i|) . (sum_j y_j/|y_j|) + bias * number of logits
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class NonFiniteFeatures(RuntimeError):
-    """A tower gave inf or nan; raised on every rank, before any gradient exists.
+    """Features with inf or nan; raised on every rank, before any gradient exists.
 
     Attributes:
-        where: (rank, tower, rows) of every tower of every rank that is hit.
+        where: (rank, tower, number of rows) of every affected tower of every rank.
     """
 
     def __init__(self, where: list[tuple[int, str, int]]) -> None:
@@ -46,7 +46,12 @@ class NonFiniteFeatures(RuntimeError):
 
 @dataclass(frozen=True)
 class FeatureGradients:
-    """Of this rank's value: fp32, towards the unnormalised features [b, D], and towards t and the bias, scalars."""
+    """Gradients of this rank's value.
+
+    Attributes:
+        image, text: fp32 [b, D], with respect to the unnormalised features.
+        scale, bias: float64 scalars, with respect to the log scale t and the bias.
+    """
 
     image: torch.Tensor
     text: torch.Tensor
@@ -55,13 +60,25 @@ class FeatureGradients:
 
 
 class GlobalBatch:
-    """The global batch from the side of one rank.
+    """This rank's b rows of the global batch, and of all N rows what the losses need. Collective.
+
+    Args:
+        images, texts: unnormalised features [b, D], any float dtype.
+        log_scale: t.  bias: of the logits.
+        valid: bool [b]; None: all rows.
+        group_id: int64 [b]; None: every row is a group of its own.
+        group: the process group.
 
     Attributes:
-        images, texts: raw features [b, D] of this rank.  all_texts: [N, D], those of all ranks.
+        images, texts: as given, detached.  all_texts: [N, D], those of all ranks.
         valid: fp32 [b], 1 or 0.  all_valid: fp32 [N].  count: valid pairs of all ranks, at least 1.
         scale: exp(t), a Python float.  bias: a Python float.
-        image_inverse, text_inverse, all_text_inverse: 1 / |features|, fp32, 0 where not valid.
+        image_inverse, text_inverse, all_text_inverse: 1 / |features|, fp32 [b], [b] and [N], 0 where not valid.
+        all_groups: int64 [N].  duplicates: the groups of more than one pair; None: there are none.
+        own: this rank's slice of the N rows.
+
+    Raises:
+        UserError, NonFiniteFeatures: see check_agreement.
     """
 
     def __init__(
@@ -96,22 +113,25 @@ class GlobalBatch:
         self.duplicates = None if group_id is None else _Duplicates.find(self.all_groups, self.all_valid, self.own)
 
     def logits(self, tile: Tile | None) -> Logits:
+        """Return the logits of this rank's images against all texts."""
         row_factor = self.image_inverse * self.scale
         tile = choose_tile(self.images.device, tile)
         return Logits(self.images, self.all_texts, row_factor, self.all_text_inverse, self.bias, self.own.start, tile)
 
     def unit_images(self, rows: slice) -> torch.Tensor:
-        """fp32 [R, D], normalised; 0 where not valid."""
+        """Return normalised image features of this rank, fp32 [R, D]; 0 where not valid."""
         return self.images[rows].float() * self.image_inverse[rows, None]
 
     def unit_texts(self, rows: slice) -> torch.Tensor:
+        """Return normalised text features of this rank, fp32 [R, D]; 0 where not valid."""
         return self.texts[rows].float() * self.text_inverse[rows, None]
 
     def all_unit_texts(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return normalised text features of the global batch at int64 rows [R], fp32 [R, D]; 0 where not valid."""
         return self.all_texts[rows].float() * self.all_text_inverse[rows, None]
 
     def own_logits(self) -> torch.Tensor:
-        """fp32 [b]: s_ii of this rank's pairs; the bias alone where not valid."""
+        """Return s_ii of this rank's pairs, fp32 [b]; only the bias where not valid."""
         products = (self.unit_images(rows) * self.unit_texts(rows) for rows in self._chunks())
         cosines = torch.cat([product.sum(1, dtype=torch.float64) for product in products])
         return (cosines * self.scale + self.bias).float()
@@ -120,52 +140,54 @@ class GlobalBatch:
         self,
         image_sums: torch.Tensor,
         text_sums: torch.Tensor,
-        own_slopes: torch.Tensor,
+        own_logit_gradients: torch.Tensor,
         *,
-        pair_weight: float,
+        tile_weight: float,
         group_weight: float,
         uniform_groups: bool,
         all_weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor, FeatureGradients]:
-        """From what the tiles gave to the gradients towards unnormalised features, and the closed-form parts.
+        """Add the closed-form parts to the sums over tiles, and return the gradients of the features. Collective.
 
-        For a loss (1/N) [ f(tiles) + h(s_ii) - group_weight * sum_ij w_ij s_ij - all_weight * sum_ij s_ij ] with
-        df/ds_ij = pair_weight * G_ij. Within a group of g pairs, w_ij moves a pair's weight 1 from itself to 1/g on
-        everyone (uniform_groups), or adds 1 on every other one.
+        The loss is (1/N) [ f(tiles) + h(s_ii) - group_weight * sum_ij w_ij s_ij - all_weight * sum_ij s_ij ] with
+        df/ds_ij = tile_weight * G_ij. Within a group of g pairs, w_ij moves a pair's weight 1 from itself to 1/g on
+        each member (uniform_groups), or adds 1 on each other member.
 
         Args:
             image_sums: fp32 [b, D], sum_j G_ij y_j/|y_j|; overwritten.
             text_sums: fp32 [N, D], exp(t) sum_i G_ij x_i/|x_i| over this rank's rows; overwritten.
-            own_slopes: fp32 [b], dh/ds_ii.
+            own_logit_gradients: fp32 [b], dh/ds_ii.
 
         Returns:
-            float64 scalars sum_ij w_ij s_ij and sum_ij s_ij over this rank's rows, and the gradients of this rank's
-            value, which is W times its share; the bias' is for the caller, who knows what the tiles gave.
+            group_sum, logit_sum: float64 scalars, sum_ij w_ij s_ij and sum_ij s_ij over this rank's rows.
+            gradients: of this rank's value, which is W times its share of the loss. The bias gradient is 0: the caller
+                sets it.
         """
         weight = self.world * self.scale / self.count
         own_text_sums = text_sums[self.own]
         text_total = _weighted_sum(self.all_texts, self.all_text_inverse) if all_weight else None
         image_total = _weighted_sum(self.images, self.image_inverse) if all_weight else None
-        image_sums *= pair_weight
-        text_sums *= pair_weight
+        image_sums *= tile_weight
+        text_sums *= tile_weight
         for rows in self._chunks():
-            own_text_sums[rows] += (own_slopes[rows, None] * self.scale) * self.unit_images(rows)
-            image_sums[rows] += own_slopes[rows, None] * self.unit_texts(rows)
-        grouped = self.valid.new_zeros((), dtype=torch.float64)
+            own_text_sums[rows] += (own_logit_gradients[rows, None] * self.scale) * self.unit_images(rows)
+            image_sums[rows] += own_logit_gradients[rows, None] * self.unit_texts(rows)
+        group_sum = self.valid.new_zeros((), dtype=torch.float64)
         if self.duplicates is not None:
-            grouped = self._group_terms(self.duplicates, image_sums, text_sums, group_weight, uniform_groups)
-        pairs = torch.zeros_like(grouped)
+            group_sum = self._group_terms(self.duplicates, image_sums, text_sums, group_weight, uniform_groups)
+        logit_sum = torch.zeros_like(group_sum)
         if text_total is not None and image_total is not None:
             image_sums -= all_weight * text_total
             text_sums -= (all_weight * self.scale) * image_total
-            pairs = self.scale * image_total.double().dot(text_total.double())
-            pairs += self.bias * self.valid.double().sum() * self.count
-        text_own = reduce_scatter_sum(text_sums, self.texts.dtype, self.process_group)
-        scale_gradient = torch.zeros_like(grouped)
+            logit_sum = self.scale * image_total.double().dot(text_total.double())
+            logit_sum += self.bias * self.valid.double().sum() * self.count
+        text_gradient = reduce_scatter_sum(text_sums, self.texts.dtype, self.process_group)
+        scale_gradient = torch.zeros_like(group_sum)
         for rows in self._chunks():
             scale_gradient += _project(image_sums, self.unit_images(rows), self.image_inverse, rows, weight)
-            _project(text_own, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
-        return grouped, pairs, FeatureGradients(image_sums, text_own, scale_gradient, torch.zeros_like(scale_gradient))
+            _project(text_gradient, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
+        gradients = FeatureGradients(image_sums, text_gradient, scale_gradient, torch.zeros_like(scale_gradient))
+        return group_sum, logit_sum, gradients
 
     def _chunks(self) -> list[slice]:
         return _chunks(len(self.images))
@@ -173,7 +195,11 @@ class GlobalBatch:
     def _group_terms(
         self, dup: _Duplicates, image_sums: torch.Tensor, text_sums: torch.Tensor, weight: float, uniform: bool
     ) -> torch.Tensor:
-        """sum_ij w_ij s_ij over this rank's rows; its gradient, times -weight, is added to the sums."""
+        """Return sum_ij w_ij s_ij over this rank's rows, a float64 scalar; add -weight times its gradient to the sums.
+
+        Args:
+            image_sums, text_sums, weight, uniform: see finish.
+        """
         size = dup.counts[:, None] if uniform else 1.0
         members = self.all_unit_texts(dup.members)
         text_means = members.new_zeros(len(dup.counts), members.shape[1]).index_add_(0, dup.group, members) / size
@@ -188,17 +214,20 @@ class GlobalBatch:
         return (images * spread).sum(dtype=torch.float64) * self.scale + biases
 
     def others_in_group(self) -> torch.Tensor:
-        """float64 [b]: how many other valid pairs of all ranks are of a row's group."""
+        """Return how many other valid pairs of all ranks belong to each row's group, float64 [b]."""
         return torch.zeros_like(self.valid, dtype=torch.float64) if self.duplicates is None else self.duplicates.others
 
 
 @dataclass(frozen=True)
 class _Duplicates:
-    """The valid pairs of all ranks whose group has more than one: usually few.
+    """The M valid pairs of all ranks, usually few, whose group has more than one member.
 
     Attributes:
-        members: int64 [M], their columns.  group: int64 [M], 0 .. G-1.  counts: fp32 [G], pairs of each group.
-        local: bool [M], whether a member is a row of this rank.  others: float64 [b], own rows' other members.
+        members: int64 [M], their rows in the global batch.
+        group: int64 [M], 0 .. G-1.
+        counts: fp32 [G], members of each group.
+        local: bool [M], whether a member is a row of this rank.
+        others: float64 [b], the number of other members of each row's group.
     """
 
     members: torch.Tensor
@@ -209,6 +238,12 @@ class _Duplicates:
 
     @classmethod
     def find(cls, groups: torch.Tensor, valid: torch.Tensor, own: slice) -> _Duplicates | None:
+        """Find groups of more than one valid pair; None: there are none.
+
+        Args:
+            groups: int64 [N].  valid: fp32 [N].
+            own: this rank's rows.
+        """
         present = valid.nonzero()[:, 0]
         _, inverse, counts = torch.unique(groups[present], return_inverse=True, return_counts=True)
         several = counts[inverse] > 1
@@ -223,13 +258,13 @@ class _Duplicates:
 
 
 def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGroup | None) -> None:
-    """One small collective before the large ones: do all ranks come with the same shapes, and with finite features?
+    """Check that all ranks have features of the same shape and dtype, and that they are finite. Collective.
 
     Raises:
-        UserError: shapes or dtypes that differ, on every rank (a collective would hang or mix rows up).
+        UserError: shapes or dtypes differ; on every rank (the next collective would hang or mix up rows).
         NonFiniteFeatures: on every rank.
     """
-    # A mistake of this rank's own is told as a shape that cannot agree: the others must not wait for it in vain.
+    # A local error is sent as a shape that cannot agree, because the other ranks wait in the collective.
     fits = images.ndim == 2 and images.shape == texts.shape and images.dtype == texts.dtype
     shape = [*images.shape, _DTYPES.index(images.dtype)] if fits else [-1, -1, -1]
     bad = [(~torch.isfinite(features)).any(dim=-1).sum() for features in (images, texts)]
@@ -247,25 +282,31 @@ def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGro
 
 
 def _inverse_norms(features: torch.Tensor) -> torch.Tensor:
-    """fp32 [rows]; as torch.nn.functional.normalize for features of no length."""
+    """Return 1 / |x| of every row, fp32 [rows]; norms are at least 1e-12, as in torch.nn.functional.normalize."""
     return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
 
 
 def _chunks(b: int, rows: int = 1024) -> list[slice]:
-    """Slices of 0 .. b: what is done chunk by chunk needs no second copy of the features."""
+    """Return slices of 0 .. b: work in chunks avoids a second copy of the features."""
     return [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
 
 
 def _weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """fp32 [D]: the sum over rows of weight * features."""
+    """Return the sum over rows of weight * features, fp32 [D]."""
     parts = [torch.mv(features[rows].float().T, weights[rows]) for rows in _chunks(len(features))]
     return torch.stack(parts).sum(0)
 
 
 def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows: slice, weight: float) -> torch.Tensor:
-    """Turns gradients g towards unit features into those towards the features themselves, in place.
+    """Replace gradients g of unit features u by those of the unnormalised features, weight * (g - (g.u) u) / |x|.
 
-    (g - (g.u) u) / |x|, times weight. Returns the float64 sum of weight * g.u, which is the gradient towards t.
+    Args:
+        sums: fp32 [b, D], g; `rows` of it are overwritten.
+        unit: fp32 [R, D], u of these rows.
+        inverse: fp32 [b], 1 / |x|.
+
+    Returns:
+        float64 scalar, the sum of weight * g.u: the gradient of t.
     """
     along = (sums[rows] * unit).sum(1, keepdim=True)
     sums[rows].sub_(along * unit).mul_(inverse[rows, None] * weight)
@@ -276,7 +317,7 @@ Compute = Callable[[GlobalBatch], tuple[torch.Tensor, FeatureGradients]]
 
 
 class _ValueAndGradients(torch.autograd.Function):
-    """value = compute(batch), with the gradients that came with it."""
+    """Autograd function of a loss whose `compute` returns the value together with its gradients."""
 
     @staticmethod
     def forward(
@@ -285,13 +326,13 @@ class _ValueAndGradients(torch.autograd.Function):
         texts: torch.Tensor,
         log_scale: torch.Tensor,
         bias: torch.Tensor | None,
-        most: float,
+        log_scale_max: float,
         valid: torch.Tensor | None,
         group_id: torch.Tensor | None,
         group: ProcessGroup | None,
         compute: Compute,
     ) -> torch.Tensor:
-        t = min(float(log_scale), most)
+        t = min(float(log_scale), log_scale_max)
         value, ctx.gradients = compute(
             GlobalBatch(images, texts, t, 0.0 if bias is None else float(bias), valid, group_id, group)
         )
@@ -319,20 +360,25 @@ def value_and_gradients(
     texts: torch.Tensor,
     log_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    most: float,
+    log_scale_max: float,
     *,
     valid: torch.Tensor | None,
     group_id: torch.Tensor | None,
     group: ProcessGroup | None,
     compute: Compute,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What a loss returns: a differentiable scalar, and {"valid": this rank's valid rows}.
+    """Compute a loss over the global batch. Collective.
 
     Args:
-        most: t is read as at most that, with the gradient of the identity.
-        compute: the global batch in; this rank's value and its gradients out.
+        log_scale_max: t is clamped to this maximum; its gradient is that of the identity.
+        compute: computes this rank's value and its gradients from the global batch.
+        The others: see clipdist.losses.infonce.info_nce.
+
+    Returns:
+        value: fp32 scalar, differentiable.
+        statistics: {"valid": the number of this rank's valid rows}, an fp32 scalar.
     """
-    value = _ValueAndGradients.apply(images, texts, log_scale, bias, most, valid, group_id, group, compute)
+    value = _ValueAndGradients.apply(images, texts, log_scale, bias, log_scale_max, valid, group_id, group, compute)
     rows = torch.ones(len(images), device=images.device) if valid is None else valid
     return value, {"valid": rows.detach().sum().float()}
 
@@ -340,7 +386,7 @@ def value_and_gradients(
 def global_statistics(
     statistics: dict[str, torch.Tensor], process_group: ProcessGroup | None = None
 ) -> dict[str, float]:
-    """One collective: the number of valid pairs, and in-batch accuracies (percent) where measured."""
+    """Return the number of valid pairs and the in-batch accuracies (percent), where measured. Collective."""
     names = sorted(statistics)
     sums = all_reduce_sum(torch.stack([statistics[name] for name in names]), process_group).tolist()
     found = dict(zip(names, sums))

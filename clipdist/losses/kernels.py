@@ -1,14 +1,14 @@
-"""The sweeps of clipdist.losses.tiles as fused Triton kernels: raw features in; exponential sums and gradients out.
+"""Compute the sweeps of clipdist.losses.tiles by fused Triton kernels.
 
-Meaning and arguments are those of clipdist.losses.tiles, the reference. A logit lives in registers only. Programs of
-one launch compute blocks of a super-tile and give back, per block,
+The functions and arguments are those of clipdist.losses.tiles, the reference. Logits stay in registers. The programs of
+one launch compute blocks of a super-tile and write, per block,
 
-    sums       partial sums along rows and columns, reduced after the launch in a fixed order: no atomics, so that the
-               result is the same bits every time. They take 1/40 of the room of weights.
-    gradients  the weights, rounded to the features' dtype, which cuBLAS multiplies with the raw features while they are
-               in the L2 cache. A product of half features is exact in fp32; only its weight has been rounded.
+    sums       partial sums along rows and columns, reduced after the launch in a fixed order instead of by atomics:
+               the result is deterministic. They take 1/40 of the memory of weights.
+    gradients  the weights, rounded to the features' dtype, which cuBLAS multiplies with the features while they are in
+               the L2 cache. Products of half-precision features are exact in fp32; only the weights are rounded.
 
-Own pairs, whose weight p - 1 would suffer from that rounding, are not among the weights.
+Own pairs are excluded: that rounding would spoil their weight p - 1.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from clipdist.losses.tiles import Logits, Tile
 try:
     import triton
     import triton.language as tl
-except ImportError:  # the tiles of plain torch take over: see available()
+except ImportError:  # then available() is False
     triton = None
 
-# fp16 weights: at most 2 * 2^14 = 32768 fits below 65504, and 1e-6 (a million equal candidates) keeps all its digits.
+# fp16 weights: at most 2 * 2^14 = 32768 is below 65504, and 1e-6 (a million equal candidates) is a normal number.
 _FP16_SCALE = 2.0**14
-# Sums take so many super-tiles of columns in one launch, so that it lasts longer than it takes to issue. What they
-# keep is still less than the weights of one super-tile.
+# Super-tiles of columns per launch of the sums' kernel, so that a launch runs longer than it takes to issue. The
+# partial sums still take less memory than the weights of one super-tile.
 _STRIP = 16
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run here: Triton, an NVIDIA GPU from Ampere on, fp32, bf16 or fp16 features, and a trial."""
+    """Return whether the kernels run: Triton, an NVIDIA GPU from Ampere on, fp32, bf16 or fp16, a successful test."""
     if triton is None or device.type != "cuda" or torch.version.cuda is None:
         return False
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return _tried(torch.cuda.current_device() if device.index is None else device.index, dtype)
+    return _agrees_with_tiles(torch.cuda.current_device() if device.index is None else device.index, dtype)
 
 
 def exponential_sums(
     logits: Logits, shift: float, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As clipdist.losses.tiles.exponential_sums, for one shift.
+    """Compute clipdist.losses.tiles.exponential_sums for one shift.
 
     Args:
         row_valid, column_valid: fp32 [b], [N].
@@ -62,10 +62,10 @@ def exponential_sums(
     column_sums = torch.zeros_like(column_valid, dtype=torch.float64)
     size = _super_tile(logits)
     left = logits.x.contiguous(), logits.row_factor
-    for columns in _spans(len(logits.y), _STRIP * size.columns):
+    for columns in _slices(len(logits.y), _STRIP * size.columns):
         right = logits.y[columns].contiguous(), logits.column_factor[columns]
-        for rows in _spans(len(logits.x), size.rows):
-            part = _cut(logits, left, right, rows, columns, _blocks(logits.x, 256))
+        for rows in _slices(len(logits.x), size.rows):
+            part = _make_operands(logits, left, right, rows, columns, _blocks(logits.x, 256))
             row_blocks, column_blocks = part.grid
             along_rows = row_sums.new_empty(column_blocks, len(part.x), dtype=torch.float32)
             along_columns = row_sums.new_empty(row_blocks, len(part.y), dtype=torch.float32)
@@ -78,26 +78,26 @@ def exponential_sums(
 def softmax_gradients(
     logits: Logits, shift: float, row_inverse: torch.Tensor, column_inverse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As clipdist.losses.tiles.softmax_gradients, for one shift; rows whose factor is 0 get zeros.
+    """Compute clipdist.losses.tiles.softmax_gradients for one shift; rows whose factor is 0 get zeros.
 
     Args:
-        row_inverse, column_inverse: fp32 [b], [N]; no weight of valid rows may exceed 2 (fp16 features).
+        row_inverse, column_inverse: fp32 [b], [N]; with fp16 features no weight of valid rows may exceed 2.
 
     Returns:
         fp32 [b, D] and [N, D].
     """
 
-    def weigh(part: _Operands, weights: torch.Tensor) -> None:
+    def write_weights(part: _Operands, weights: torch.Tensor) -> None:
         inverses = row_inverse[part.rows], column_inverse[part.columns]
         _launch(_softmax_kernel, part, *inverses, weights, weights.stride(0), float(shift), _scale(logits.x))
 
-    return _weighted_sums(logits, weigh)
+    return _weighted_sums(logits, write_weights)
 
 
 def sigmoid_sweep(
     logits: Logits, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As clipdist.losses.tiles.sigmoid_sweep; rows whose factor is 0 get zeros.
+    """Compute clipdist.losses.tiles.sigmoid_sweep; rows whose factor is 0 get zeros.
 
     Args:
         row_valid, column_valid: fp32 [b], [N].
@@ -107,19 +107,19 @@ def sigmoid_sweep(
     """
     totals = torch.zeros(2, dtype=torch.float64, device=logits.x.device)
 
-    def weigh(part: _Operands, weights: torch.Tensor) -> None:
+    def write_weights(part: _Operands, weights: torch.Tensor) -> None:
         valid = row_valid[part.rows], column_valid[part.columns]
         partial = weights.new_empty(2, math.prod(part.grid), dtype=torch.float32)
         _launch(_sigmoid_kernel, part, *valid, partial, weights, weights.stride(0), _scale(logits.x))
         totals.add_(partial.sum(1, dtype=torch.float64))
 
-    x_grad, y_grad = _weighted_sums(logits, weigh)
+    x_grad, y_grad = _weighted_sums(logits, write_weights)
     return totals[0], totals[1], x_grad, y_grad
 
 
 @dataclass(frozen=True)
 class _Blocks:
-    """What one program computes at a time, and how."""
+    """Block size and launch parameters of one program."""
 
     rows: int
     columns: int
@@ -130,7 +130,7 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class _Operands:
-    """The operands of one launch, cut out for rows and columns."""
+    """The operands of one launch: slices of the logits' rows and columns."""
 
     rows: slice
     columns: slice
@@ -144,44 +144,51 @@ class _Operands:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks of rows, blocks of columns."""
+        """Number of blocks along rows and along columns."""
         return -(-len(self.x) // self.blocks.rows), -(-len(self.y) // self.blocks.columns)
 
 
 def _weighted_sums(
-    logits: Logits, weigh: Callable[[_Operands, torch.Tensor], None]
+    logits: Logits, write_weights: Callable[[_Operands, torch.Tensor], None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [b, D] sum_j P_ij column_factor_j y_j and fp32 [N, D] sum_i P_ij row_factor_i x_i, super-tile by super-tile.
+    """Return fp32 [b, D] sum_j P_ij column_factor_j y_j and fp32 [N, D] sum_i P_ij row_factor_i x_i.
 
-    `weigh` writes Q_ij = P_ij * row_factor_i * column_factor_j to [R, C] of the features' dtype. One such tile serves
-    both products: of its two factors one belongs inside the sum, the other is divided out of the result in fp32.
+    Works super-tile by super-tile. The same weights serve both products: of their two factors one belongs inside the
+    sum, the other is divided out of the result in fp32.
+
+    Args:
+        write_weights: writes Q_ij = P_ij * row_factor_i * column_factor_j to its second argument, [R, C] in the
+            features' dtype.
     """
     x_grad = torch.zeros_like(logits.x, dtype=torch.float32, memory_format=torch.contiguous_format)
     y_grad = torch.zeros_like(logits.y, dtype=torch.float32, memory_format=torch.contiguous_format)
     size = _super_tile(logits)
-    # Every row starts at a multiple of 128 bytes, whatever the size, as cuBLAS wants it.
+    # cuBLAS is faster if every row starts at a multiple of 128 bytes.
     scratch = logits.x.new_empty(size.rows, -(-size.columns // 64) * 64)
     scale = _scale(logits.x)
     left = _balanced(logits.x, logits.row_factor)
-    for columns in _spans(len(logits.y), size.columns):
+    for columns in _slices(len(logits.y), size.columns):
         right = _balanced(logits.y[columns], logits.column_factor[columns])
         y_sum = y_grad[columns]
-        for rows in _spans(len(logits.x), size.rows):
-            part = _cut(logits, left, right, rows, columns, _blocks(logits.x, 128))
+        for rows in _slices(len(logits.x), size.rows):
+            part = _make_operands(logits, left, right, rows, columns, _blocks(logits.x, 128))
             weights = scratch[: len(part.x), : len(part.y)]
-            weigh(part, weights)
+            write_weights(part, weights)
             _add_product(x_grad[rows], weights, part.y)
             _add_product(y_sum, weights.T, part.x)
-        y_sum *= _undo(right[1], scale)
-    x_grad *= _undo(left[1], scale)
+        y_sum *= _inverse_factor(right[1], scale)
+    x_grad *= _inverse_factor(left[1], scale)
     return x_grad, y_grad
 
 
 def _balanced(features: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp16: moves the power of two of a row's factor into its features, so that what is left lies in [0.5, 1), or is 0.
+    """Move the power of two of each row's factor into its features (fp16 only): factors in [0.5, 1), or 0, remain.
 
-    With factors all of one size, weights times factors keep within fp16 however much the rows' norms differ. No digit
-    changes. The other dtypes have the exponents of fp32 and stay as they are.
+    Weights times factors then stay within fp16's range however much the norms of rows differ. Mantissas do not change.
+    bf16 and fp32 have a wider range of exponents and are returned as they are.
+
+    Args:
+        features: [rows, D].  factor: fp32 [rows].
     """
     if features.dtype != torch.float16:
         return features.contiguous(), factor
@@ -191,26 +198,27 @@ def _balanced(features: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _scale(features: torch.Tensor) -> float:
+    """Return the scale of the weights: 1 but for fp16."""
     return _FP16_SCALE if features.dtype == torch.float16 else 1.0
 
 
-def _undo(factor: torch.Tensor, scale: float) -> torch.Tensor:
-    """fp32 [rows, 1]: 1 / (factor * scale), and 0 for a row that is not valid."""
+def _inverse_factor(factor: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return 1 / (factor * scale), or 0 for a row that is not valid: fp32 [rows, 1]."""
     return torch.where(factor != 0, factor.reciprocal() / scale, 0.0)[:, None]
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, accumulated in fp32."""
+    """Compute total += left @ right, accumulated in fp32."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:  # torch has this product of half matrices on GPUs only; here it serves the interpreter
+    else:  # torch has this product of half-precision matrices on GPUs only; Triton's interpreter runs on the CPU
         total.addmm_(left.float(), right.float())
 
 
 def _super_tile(logits: Logits) -> Tile:
-    """At most logits.tile. On a GPU the weights fit the L2 cache, unless products that small would leave it idle."""
+    """Return a super-tile of at most logits.tile, whose weights fit a GPU's L2 cache unless it would then be idle."""
     x, tile = logits.x, logits.tile
     rows, columns = min(tile.rows, len(x)), min(tile.columns, len(logits.y))
     if x.is_cuda:
@@ -225,9 +233,11 @@ def _super_tile(logits: Logits) -> Tile:
 
 
 def _blocks(x: torch.Tensor, columns: int) -> _Blocks:
-    """Fixed rather than tuned: every rank and every run sums in the same order.
+    """Return the block sizes: fixed instead of auto-tuned, so that every rank and every run sums in the same order.
 
-    columns: 256 where registers are left for so many, which the sums' kernel has; 128 for the others.
+    Args:
+        x: its device and dtype decide.
+        columns: of a block; 256 for the sums' kernel, 128 for the others, which use more registers.
     """
     if not x.is_cuda:
         return _Blocks(32, 32, 64, warps=4, stages=1)
@@ -239,15 +249,15 @@ def _blocks(x: torch.Tensor, columns: int) -> _Blocks:
     return _Blocks(128, 128, 32, warps=8, stages=4)
 
 
-def _spans(length: int, step: int) -> Iterator[slice]:
+def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 Side = tuple[torch.Tensor, torch.Tensor]  # features and their factors
 
 
-def _cut(logits: Logits, left: Side, right: Side, rows: slice, columns: slice, blocks: _Blocks) -> _Operands:
-    """Of the left side, which has all rows, those of `rows`; the right side has been cut to `columns` already."""
+def _make_operands(logits: Logits, left: Side, right: Side, rows: slice, columns: slice, blocks: _Blocks) -> _Operands:
+    """Return the operands of one launch; `left` has all rows, `right` already only those of `columns`."""
     (x, row_factor), (y, column_factor) = left, right
     offset = logits.first + rows.start - columns.start
     return _Operands(rows, columns, x[rows], y, row_factor[rows], column_factor, logits.bias, offset, blocks)
@@ -273,11 +283,10 @@ def _launch(kernel: Any, part: _Operands, *arguments: Any) -> None:
 
 
 @lru_cache
-def _tried(index: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels agree with the tiles on a small problem.
+def _agrees_with_tiles(index: int, dtype: torch.dtype) -> bool:
+    """Return whether the kernels compile and agree with the tiles on a small problem; warn once if not.
 
-    Triton compiles with this machine's C compiler and Python headers. Where those are missing, training goes on without
-    the kernels, and says so once.
+    Triton needs a C compiler and Python headers. Without them training continues on the tiles.
     """
     device = torch.device("cuda", index)
     x, y = (torch.sin(torch.arange(n * 160.0, device=device) ** 2).view(n, 160).to(dtype) for n in (150, 300))
@@ -301,13 +310,13 @@ def _tried(index: int, dtype: torch.dtype) -> bool:
 
 
 def _kernel(function: Any) -> Any:
-    """Sizes and offsets that differ from part to part must not be compiled for one by one."""
+    """Compile with Triton, without a specialisation for every value of the sizes and offsets that vary by launch."""
     return triton.jit(function, do_not_specialize=["height", "count", "offset"]) if triton else function
 
 
 @_kernel
-def _place(height, count, block_rows: tl.constexpr, block_columns: tl.constexpr):
-    """Block of rows, block of columns: 8 blocks of rows go through all columns together and share them in the cache."""
+def _block_index(height, count, block_rows: tl.constexpr, block_columns: tl.constexpr):
+    """Return this program's row block and column block: 8 row blocks traverse the columns together, for the cache."""
     program = tl.program_id(0)
     row_blocks = tl.cdiv(height, block_rows)
     together = 8 * tl.cdiv(count, block_columns)
@@ -330,9 +339,9 @@ def _dot(
     depth: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """fp32 [block_rows, block_columns]: x_i . y_j. Past the end it reads other rows, of which nothing is stored."""
+    """Return x_i . y_j, fp32 [block_rows, block_columns]. Rows past the end wrap around; the callers mask them."""
     feature = tl.arange(0, depth)
-    # 64 bits: a million rows of 4096 features are more than 32 bits can count.
+    # 64 bits: a million rows of 4096 features exceed 32.
     left = x + (row % height).to(tl.int64)[:, None] * width + feature[None, :]
     right = y + (column % count).to(tl.int64)[None, :] * width + feature[:, None]
     dot = tl.zeros((block_rows, block_columns), dtype=tl.float32)
@@ -351,7 +360,7 @@ def _dot(
 
 @_kernel
 def _scaled(dot, row_factor, column_factor, row, column, height, count, offset, bias):
-    """fp32 [block_rows, block_columns]: logits, -inf for own pairs; and the factors' products, 0 past the end."""
+    """Return logits, -inf for own pairs, and products of factors, 0 past the end; fp32 [block_rows, block_columns]."""
     left = tl.load(row_factor + row, mask=row < height, other=0.0)
     right = tl.load(column_factor + column, mask=column < count, other=0.0)
     factor = left[:, None] * right[None, :]
@@ -361,7 +370,7 @@ def _scaled(dot, row_factor, column_factor, row, column, height, count, offset, 
 
 @_kernel
 def _store(weights, stride, q, row, column, height, count):
-    """q, rounded, to weights [height, count]."""
+    """Store q, rounded, in weights [height, count]."""
     at = weights + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(at, q.to(weights.dtype.element_ty), mask=(row[:, None] < height) & (column[None, :] < count))
 
@@ -387,8 +396,8 @@ def _sums_kernel(
     depth: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """Sums of exp(s - shift) over one block: along_rows [column blocks, height], along_columns [row blocks, count]."""
-    row_block, column_block = _place(height, count, block_rows, block_columns)
+    """Sum exp(s - shift) over one block: along_rows [column blocks, height], along_columns [row blocks, count]."""
+    row_block, column_block = _block_index(height, count, block_rows, block_columns)
     row = row_block * block_rows + tl.arange(0, block_rows)
     column = column_block * block_columns + tl.arange(0, block_columns)
     dot = _dot(x, y, row, column, height, count, width, block_rows, block_columns, depth, whole)
@@ -424,8 +433,8 @@ def _softmax_kernel(
     depth: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """weights = scale * factors * exp(s - shift) * (row_inverse + column_inverse)."""
-    row_block, column_block = _place(height, count, block_rows, block_columns)
+    """Compute weights = scale * factors * exp(s - shift) * (row_inverse + column_inverse)."""
+    row_block, column_block = _block_index(height, count, block_rows, block_columns)
     row = row_block * block_rows + tl.arange(0, block_rows)
     column = column_block * block_columns + tl.arange(0, block_columns)
     dot = _dot(x, y, row, column, height, count, width, block_rows, block_columns, depth, whole)
@@ -433,7 +442,7 @@ def _softmax_kernel(
     left = tl.load(row_inverse + row, mask=row < height, other=0.0)
     right = tl.load(column_inverse + column, mask=column < count, other=0.0)
     p = tl.exp(s - shift) * (left[:, None] + right[None, :])
-    # A pair that is not valid may have a large p: nothing, rather than nothing times infinity.
+    # p may be inf where a row is not valid, and 0 * inf is nan.
     q = tl.where(factor != 0, p * (factor * scale), 0.0)
     _store(weights, stride, q, row, column, height, count)
 
@@ -460,23 +469,23 @@ def _sigmoid_kernel(
     depth: tl.constexpr,
     whole: tl.constexpr,
 ):
-    """weights = scale * factors * sigmoid(s); partial [2, programs]: sums of softplus(s) and of sigmoid(s)."""
-    row_block, column_block = _place(height, count, block_rows, block_columns)
+    """Compute weights = scale * factors * sigmoid(s), and partial [2, programs]: sums of softplus(s) and sigmoid(s)."""
+    row_block, column_block = _block_index(height, count, block_rows, block_columns)
     row = row_block * block_rows + tl.arange(0, block_rows)
     column = column_block * block_columns + tl.arange(0, block_columns)
     dot = _dot(x, y, row, column, height, count, width, block_rows, block_columns, depth, whole)
     s, factor = _scaled(dot, row_factor, column_factor, row, column, height, count, offset, bias)
     z = tl.exp(-tl.abs(s))
     sigmoid = tl.where(s >= 0, 1.0, z) / (1.0 + z)
-    # log(1 + z) = 2 artanh(z / (2 + z)): log itself would lose the digits of a small z, which is what most pairs have.
+    # log(1 + z) = 2 artanh(z / (2 + z)): log(1 + z) itself is inexact for small z, which most logits have.
     w = z / (2.0 + z)
     v = w * w
     series = 1.0 + v * (1 / 3 + v * (1 / 5 + v * (1 / 7 + v * (1 / 9 + v * (1 / 11 + v * (1 / 13))))))
     softplus = tl.maximum(s, 0.0) + 2.0 * w * series
     row_weight = tl.load(row_valid + row, mask=row < height, other=0.0)
     column_weight = tl.load(column_valid + column, mask=column < count, other=0.0)
-    values = tl.sum(tl.sum(softplus * column_weight[None, :], axis=1) * row_weight, axis=0)
-    slopes = tl.sum(tl.sum(sigmoid * column_weight[None, :], axis=1) * row_weight, axis=0)
-    tl.store(partial + tl.program_id(0), values)
-    tl.store(partial + tl.num_programs(0) + tl.program_id(0), slopes)
+    softplus_sum = tl.sum(tl.sum(softplus * column_weight[None, :], axis=1) * row_weight, axis=0)
+    sigmoid_sum = tl.sum(tl.sum(sigmoid * column_weight[None, :], axis=1) * row_weight, axis=0)
+    tl.store(partial + tl.program_id(0), softplus_sum)
+    tl.store(partial + tl.num_programs(0) + tl.program_id(0), sigmoid_sum)
     _store(weights, stride, sigmoid * (factor * scale), row, column, height, count)

@@ -1,13 +1,13 @@
-"""The logits of a batch, one tile at a time: their exponential sums and gradients. No matrix is kept.
+"""Compute the logits of a batch tile by tile, with their exponential sums and gradients, in plain torch.
 
 A tile of logits is s_ij = row_factor_i * column_factor_j * (x_i . y_j) + bias, in fp32 whatever the features' dtype;
-the factors hold exp(t) / |x_i| and 1 / |y_j|, or 0 for a row that is not valid. Four sweeps over the tiles are all that
-the losses need: `exponential_sums` and `softmax_gradients` (InfoNCE), `sigmoid_sweep`, and `best` (accuracy).
+the factors are exp(t) / |x_i| and 1 / |y_j|, or 0 for a row that is not valid. The losses use four sweeps over the
+tiles: `exponential_sums` and `softmax_gradients` (InfoNCE), `sigmoid_sweep`, and `largest_logits` (accuracy).
 
-A row's own pair is left out of all of them (its logit is -inf here): the losses add it in closed form. Were it among
-the others, its weight p - 1 would be a difference of two numbers near 1 as soon as training succeeds.
+All sweeps exclude own pairs (i, first + i), whose logit is -inf here: the losses add them in closed form, because the
+gradient p - 1 of an own pair cancels as training succeeds.
 
-b rows of this rank, N columns of all ranks, D features. Everything here is local; collectives are the callers'.
+Shapes: b rows of this rank, N columns of all ranks, D features. Nothing here is collective.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SAFE_EXPONENT = 70.0
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of logits that exist at one time."""
+    """Number of rows and columns of logits in memory at one time."""
 
     rows: int
     columns: int
 
 
 def choose_tile(device: torch.device, tile: Tile | None = None) -> Tile:
-    """The tile given, or one for the device: with its features it fits the cache, or a sliver of a GPU's memory."""
+    """Return `tile`, or by default one that fits the CPU's cache with its features, or a small part of GPU memory."""
     return tile or _default_tile(device.type, device.index or 0)
 
 
@@ -45,7 +45,7 @@ def _default_tile(kind: str, index: int) -> Tile:
         elements = torch.cuda.get_device_properties(index).total_memory // (256 * 4 * 2)
         side = 1 << (max(elements, 1 << 20).bit_length() - 1) // 2
         return Tile(min(side, 8192), min(side, 8192))
-    # On 2 cores of an EPYC with 32 MiB of third-level cache all of 256 x 256 to 4096 x 512 are within 20 %.
+    # On 2 cores of an EPYC with 32 MiB of L3 cache, times of 256 x 256 to 4096 x 512 differ by less than 20 %.
     cache = 0
     if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names:
         cache = os.sysconf("SC_LEVEL3_CACHE_SIZE")
@@ -54,14 +54,14 @@ def _default_tile(kind: str, index: int) -> Tile:
 
 @dataclass(frozen=True)
 class Logits:
-    """What the tiles are computed from.
+    """A matrix of logits [b, N], described by its factors and computed in tiles.
 
     Attributes:
-        x, y: raw features [b, D] and [N, D], any float dtype.
+        x, y: unnormalised features [b, D] and [N, D], any float dtype.
         row_factor, column_factor: fp32 [b], [N].
         bias: a Python float.
         first: the own pair of row i is column first + i.
-        tile: how much exists at one time.
+        tile: size of the part in memory at one time.
     """
 
     x: torch.Tensor
@@ -73,7 +73,12 @@ class Logits:
     tile: Tile
 
     def sweep(self) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Tile by tile: rows, columns, scaled rows [R, D], scaled columns [C, D], logits [R, C] (overwritten next)."""
+        """Iterate over the tiles.
+
+        Yields:
+            rows, columns, row_factor * x fp32 [R, D], column_factor * y fp32 [C, D], and logits fp32 [R, C], -inf for
+            own pairs; the last two are overwritten by the next tile.
+        """
         (b, width), n = self.x.shape, self.y.shape[0]
         rows, columns = min(self.tile.rows, b), min(self.tile.columns, n)
         buffer = self.x.new_empty(rows * columns, dtype=torch.float32)
@@ -101,15 +106,15 @@ def exponential_sums(
     row_valid: torch.Tensor,
     column_valid: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of exp(s - shift) along rows and along columns, from the same tile.
+    """Sum exp(s - shift) along rows and along columns.
 
     Args:
-        shift: one number for all, or fp32 ([b], [N]): the largest logit of every row and every column, over valid
-            partners. (One that is not valid may lie above it, and must weigh nothing, not nothing times infinity.)
-        row_valid, column_valid: fp32 [b], [N], 1 or 0: the weight of a row in the columns' sums, and vice versa.
+        shift: one number for all logits, or fp32 ([b], [N]): the largest logit of every row and every column over valid
+            candidates. (A logit that is not valid may be larger; it is clamped, because 0 * inf is nan.)
+        row_valid, column_valid: fp32 [b], [N], 1 or 0: the weight of a row in the column sums, and vice versa.
 
     Returns:
-        fp32 [b] and [N].
+        row sums fp32 [b], column sums fp32 [N].
     """
     row_sums = torch.zeros_like(row_valid, dtype=torch.float64)
     column_sums = torch.zeros_like(column_valid, dtype=torch.float64)
@@ -131,11 +136,12 @@ def softmax_gradients(
     row_inverse: torch.Tensor,
     column_inverse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tiles again, weighted by P = softmax over rows + softmax over columns, against the other side's features.
+    """Recompute the tiles and return the gradients of InfoNCE, with P = softmax over rows + softmax over columns.
 
     Args:
-        shift: as for exponential_sums.
-        row_inverse, column_inverse: fp32 [b], [N]: 1 / the sums that belong to `shift`, 0 where not valid.
+        shift: see exponential_sums.
+        row_inverse, column_inverse: fp32 [b], [N]: 1 / the sums of exp(s - shift), own pairs included; 0 where not
+            valid.
 
     Returns:
         fp32 [b, D]: sum_j P_ij column_factor_j y_j, and fp32 [N, D]: sum_i P_ij row_factor_i x_i.
@@ -156,54 +162,58 @@ def softmax_gradients(
 def sigmoid_sweep(
     logits: Logits, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Everything of the sigmoid loss that looks at all pairs, in one sweep.
+    """Compute the parts of the sigmoid loss and its gradients that depend on all logits, in one sweep.
+
+    Args:
+        row_valid, column_valid: fp32 [b], [N], 1 or 0.
 
     Returns:
-        float64 scalar: sum of softplus(s) over valid pairs; float64 scalar: sum of sigmoid(s) over them;
+        float64 scalars: sum of softplus(s) and sum of sigmoid(s) over valid rows and columns;
         fp32 [b, D]: sum_j sigmoid(s_ij) column_factor_j y_j; fp32 [N, D]: sum_i sigmoid(s_ij) row_factor_i x_i.
     """
     x_grad, y_grad = _zeros(logits)
-    total = torch.zeros((), dtype=torch.float64, device=x_grad.device)
-    slope = torch.zeros_like(total)
+    softplus_sum = torch.zeros((), dtype=torch.float64, device=x_grad.device)
+    sigmoid_sum = torch.zeros_like(softplus_sum)
     for row, column, left, right, s in logits.sweep():
-        values = torch.mv(F.softplus(s), column_valid[column])
+        softplus = torch.mv(F.softplus(s), column_valid[column])
         p = s.sigmoid_()
-        slopes = torch.mv(p, column_valid[column])
+        sigmoid = torch.mv(p, column_valid[column])
         weights = row_valid[row].double()
-        total += weights.dot(values.double())
-        slope += weights.dot(slopes.double())
+        softplus_sum += weights.dot(softplus.double())
+        sigmoid_sum += weights.dot(sigmoid.double())
         x_grad[row].addmm_(p, right)
         y_grad[column].addmm_(p.T, left)
-    return total, slope, x_grad, y_grad
+    return softplus_sum, sigmoid_sum, x_grad, y_grad
 
 
-def best(
+def largest_logits(
     logits: Logits, row_valid: torch.Tensor, column_valid: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The largest logit of every row and column over valid partners but the own, and where it is; -inf: there is none.
+    """Return the largest logit of every row and column over its valid negatives, and its position; -inf: there is none.
 
     Returns:
         fp32 [b], int64 [b] (columns), fp32 [N], int64 [N] (rows of this rank).
     """
-    row_best = torch.full_like(row_valid, -torch.inf)
-    column_best = torch.full_like(column_valid, -torch.inf)
-    row_at = torch.zeros_like(row_best, dtype=torch.int64)
-    column_at = torch.zeros_like(column_best, dtype=torch.int64)
+    row_max = torch.full_like(row_valid, -torch.inf)
+    column_max = torch.full_like(column_valid, -torch.inf)
+    row_argmax = torch.zeros_like(row_max, dtype=torch.int64)
+    column_argmax = torch.zeros_like(column_max, dtype=torch.int64)
     no_row, no_column = (row_valid == 0)[:, None], (column_valid == 0)[None, :]
     for row, column, _, _, s in logits.sweep():
         s.masked_fill_(no_row[row] | no_column[:, column], -torch.inf)
-        for dim, here, most, at, start in (
-            (1, row, row_best, row_at, column.start),
-            (0, column, column_best, column_at, row.start),
+        for dim, part, maximum, argmax, start in (
+            (1, row, row_max, row_argmax, column.start),
+            (0, column, column_max, column_argmax, row.start),
         ):
             value, index = s.max(dim=dim)
-            better = value > most[here]
-            most[here] = torch.where(better, value, most[here])
-            at[here] = torch.where(better, index + start, at[here])
-    return row_best, row_at, column_best, column_at
+            larger = value > maximum[part]
+            maximum[part] = torch.where(larger, value, maximum[part])
+            argmax[part] = torch.where(larger, index + start, argmax[part])
+    return row_max, row_argmax, column_max, column_argmax
 
 
 def _zeros(logits: Logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return zeros of the shapes of x and y, fp32."""
     return (
         torch.zeros_like(logits.x, dtype=torch.float32, memory_format=torch.contiguous_format),
         torch.zeros_like(logits.y, dtype=torch.float32, memory_format=torch.contiguous_format),

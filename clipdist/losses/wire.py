@@ -1,12 +1,13 @@
-"""What a step of a loss puts on the wire: world size and batch in, bytes that a rank sends out; modelled and measured.
+"""Model and measure the bytes that a rank sends in one step of a loss.
 
-W ranks with b pairs each, N = W b, D features of s bytes. Every collective is taken at its optimum, which rings reach:
+W ranks with b pairs each, N = W b, D features of s bytes. Every collective counts at its optimum, which the ring
+algorithms of gloo and NCCL reach:
 
-    all-gather of a part of p bytes per rank           (W - 1) p
-    sum of N rows, a W-th of them left to each rank    (W - 1) / W of its input: a reduce-scatter, or an all-to-all
+    all-gather of p bytes per rank                     (W - 1) p
+    reduce-scatter (or all-to-all) of n bytes          (W - 1) / W n
     all-reduce of a bytes                              2 (W - 1) / W a
 
-It holds for gloo and for NCCL's rings. Gradients of parameters are the engine's, and are not counted.
+The all-reduce of parameter gradients belongs to the engine and is not counted.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 AGREEMENT_BYTES = 5 * 8  # per rank: shape, dtype and the number of rows that are not finite
 ROW_BYTES = 2 * 8  # per pair: group id, valid
 
-# struct tcp_info of linux/tcp.h: where what this program needs lies in it
+# Fields of struct tcp_info in linux/tcp.h, by their offsets.
 _NOTSENT_BYTES = struct.Struct("=144xI")
-_BYTES_SENT = struct.Struct("=200xQQ")  # and how much of it was sent again
+_BYTES_SENT = struct.Struct("=200xQQ")  # and bytes retransmitted
 
 
 def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:
-    """Sent per rank and step by clipdist.losses: info_nce (op infonce) or sigmoid_loss (op sigmoid).
+    """Return the bytes that info_nce (op "infonce") or sigmoid_loss (op "sigmoid") sends per rank and step.
 
-    (W-1) b D s            the text features, gathered
-    (W-1) b D s            their gradient, summed and scattered in the features' dtype
+    (W-1) b D s            all-gather of the text features
+    (W-1) b D s            reduce-scatter of their gradients in the features' dtype
     (W-1) (16 b + 40)      group ids and validity; shapes
-    2 (W-1)/W 4 (N+1)      column sums in fp32: infonce alone
-    2 (W-1)/W 4            the largest gradient, by which fp16 is scaled: fp16 alone
+    2 (W-1)/W 4 (N+1)      column sums in fp32: only infonce
+    2 (W-1)/W 4            the largest gradient, by which fp16 is scaled: only fp16
+
+    Args:
+        world: W.  b: pairs per rank.  width: D.
+        dtype: of the features, a key of BYTES.
     """
     per_pair = 2 * width * BYTES[dtype] + ROW_BYTES + 4 * (op == "infonce")
     reduced = 4 * (world * b + 1) * (op == "infonce") + 4 * (dtype == "fp16")
@@ -40,18 +45,21 @@ def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float
 
 
 def open_clip_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:
-    """Sent per rank and step by open_clip 3.3 in its exact modes, in the features' dtype.
+    """Return the bytes that open_clip 3.3 sends per rank and step in its exact modes. Arguments: see clipdist_bytes.
 
-    infonce   4 (W-1) b D s    ClipLoss with gather_with_grad: both sides gathered, both gradients scattered
-    sigmoid   2 (W-1) b D s    SigLipLoss: every text block passes by once, and its gradient comes back
+    infonce   4 (W-1) b D s    ClipLoss with gather_with_grad: both features gathered, both gradients scattered
+    sigmoid   2 (W-1) b D s    SigLipLoss: every block of texts visits every rank, and its gradient returns
     """
     return (4 if op == "infonce" else 2) * (world - 1) * b * width * BYTES[dtype]
 
 
 def written_bytes() -> int:
-    """Bytes that this process has handed to its open TCP connections, in total: what is sent once, and what waits.
+    """Return the total bytes that this process has written to its open TCP connections, without retransmissions.
 
-    The difference of two calls is what was sent between them. Linux (4.19 and newer).
+    The difference of two calls is what was sent between them. Needs Linux 4.19 or newer.
+
+    Raises:
+        OSError: the kernel does not count them.
     """
     total = 0
     for name in os.listdir("/proc/self/fd"):
@@ -64,7 +72,7 @@ def written_bytes() -> int:
 
 
 def _written(fd: int) -> int:
-    """Bytes of one descriptor, which is closed; 0 of one that is no TCP connection."""
+    """Return the bytes written to one file descriptor, 0 if it is no TCP connection, and close it."""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         os.close(fd)
         return 0

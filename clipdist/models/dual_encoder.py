@@ -1,4 +1,4 @@
-"""The dual encoder: an image tower, a text tower and the temperature of their logits."""
+"""Build the dual encoder: an image tower, a text tower and the temperature of their logits."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit
 
 
 class DualEncoder(nn.Module):
-    """An image tower, a text tower and the learned log scale t of the logits (CLIP, Radford et al. 2021, figure 3).
+    """An image tower, a text tower and the learned log scale t of the logits (CLIP, Radford et al., arXiv:2103.00020).
 
-    Everything that training needs happens in one forward call, the pixels' normalisation included: ZeRO stage 3
-    gathers parameters only for the module that the engine itself calls.
+    Training uses only `forward`, which also normalises the pixels: ZeRO stage 3 gathers parameters only for the module
+    that the engine calls.
 
     Attributes:
         visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model.
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
-        logit_scale: Parameter [1] (DeepSpeed cannot hold a 0-D one), t itself; logits are exp(t) * cosine + bias.
-        logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmaxes would cancel it.
+        logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
+        logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmax would cancel it.
     """
 
     image_mean: torch.Tensor
@@ -41,7 +41,7 @@ class DualEncoder(nn.Module):
         bias = torch.full([1], clip.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
         self._locked: list[nn.Module] = []
-        # A ResNet is faster on pixels whose channels lie together; a ViT has but one convolution, and is not.
+        # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
         self._convolutional = sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 1
         self.register_buffer("image_mean", torch.empty(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.empty(1, 3, 1, 1), persistent=False)
@@ -49,74 +49,75 @@ class DualEncoder(nn.Module):
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """Parameters of one element that are outputs of the forward pass under their own names."""
+        """Names of the one-element parameters that the forward pass returns."""
         return ("logit_scale",) if self.logit_bias is None else ("logit_scale", "logit_bias")
 
     def part_of(self, parameter: str) -> str:
-        """The part of the model that a parameter belongs to, for norms and metrics: image, text, temperature, bias."""
+        """Return the part of a parameter for norms and metrics: "image", "text", "temperature" or "bias"."""
         return PARTS[parameter.partition(".")[0]]
 
     def forward(self, *, tokens: torch.Tensor | None = None, **images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features as the projections give them, not normalised.
+        """Return features, not normalised, and the scalars.
 
         Args:
-            tokens: int64 [b, L]; None leaves the text tower out.
-            images: uint8 [b, 3, H, W], by the names of the views; none leaves the image tower out.
+            tokens: int64 [b, L]; None: do not run the text tower.
+            images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
 
         Returns:
-            for every view its features [b, D], under its name; "text": [b, D]; "logit_scale": the log scale t [1] (its
-            bound is the objective's); "logit_bias": [1], where there is one.
+            features [b, D] under the name of each view; "text": features [b, D]; "logit_scale": the log scale t [1],
+            which the objective bounds; "logit_bias": [1], if there is one.
         """
         outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
         if tokens is not None:
             outputs["text"] = self.encode_text(tokens)
-        # Copies: ZeRO stage 3 takes the parameters themselves away when the forward pass ends.
+        # Copies: ZeRO stage 3 releases the parameters when the forward pass ends.
         return outputs | {name: getattr(self, name).clone() for name in self.scalars}
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 [b, 3, H, W] -> features [b, D], not normalised."""
+        """Return the features [b, D] of images uint8 [b, 3, H, W], not normalised."""
         return self.visual(self._normalise(image))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [b, L] -> features [b, D], not normalised."""
+        """Return the features [b, D] of tokens int64 [b, L], not normalised."""
         return self.text(tokens)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """As nn.Module's; what is locked stays in evaluation mode (no dropout, BatchNorm's statistics untouched)."""
+        """Set the mode as nn.Module.train; locked modules stay in evaluation mode: no dropout, no BatchNorm updates."""
         super().train(mode)
         for module in self._locked:
             module.eval()
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0) -> None:
-        """LiT (Zhai et al. 2022): freezes the image tower but for its last groups and a projection on top of timm's.
+        """Freeze the image tower except its last groups and a projection after a timm model (LiT, arXiv:2111.07991).
 
         Raises:
             UserError: the tower cannot be unlocked in part.
         """
         lock(self.visual, "model.image_unlocked_groups", unlocked_groups)
-        self._settle_locked()
+        self._update_locked()
 
     def lock_text_tower(self, unlocked_layers: int = 0) -> None:
-        """Freezes the text tower but for its last layers and a projection on top of a Hugging Face model.
+        """Freeze the text tower except its last layers and a projection after a Hugging Face model.
 
         Raises:
             UserError: the tower cannot be unlocked in part.
         """
         lock(self.text, "model.text_unlocked_layers", unlocked_layers)
-        self._settle_locked()
+        self._update_locked()
 
     def set_activation_checkpointing(self) -> None:
-        """Keeps only the residual blocks' inputs for the backward pass and computes the rest again.
+        """Keep only the inputs of residual blocks for the backward pass and recompute the other activations.
 
         Raises:
-            UserError: the image tower has no blocks that this is known to be exact for.
+            UserError: the image tower is of a kind for which this is not known to be exact.
         """
         checkpoint_image_tower(self.visual)
         if any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
 
-    def _settle_locked(self) -> None:
+    def _update_locked(self) -> None:
+        """Find the frozen modules and set them to evaluation mode."""
         self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
         self.train(self.training)
 
@@ -126,7 +127,7 @@ class DualEncoder(nn.Module):
         return pixels.to(next(self.visual.parameters()).dtype, memory_format=layout)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
-        """Behind .to(), .half(), .bfloat16(): the pixel statistics follow the device but stay fp32."""
+        """Apply .to(), .half(), .bfloat16() ...: the pixel statistics change device but stay fp32."""
         super()._apply(fn, recurse)
         self._restore_pixel_statistics()
         return self
@@ -140,16 +141,17 @@ class DualEncoder(nn.Module):
 def build_model(
     cfg: config.Model, clip: config.Clip | None = None, *, restored: ModelSpec | None = None
 ) -> DualEncoder:
-    """Assembles the model that the configuration describes, with its weights, word vectors and locks.
+    """Build the configured model, load its weights and word vectors, and lock its towers.
 
-    Random weights come from torch's global generator: seed it before.
+    Random weights are drawn from torch's global generator.
 
     Args:
-        restored: what a checkpoint says of its model. The checkpoint's own weights follow then: none are read here,
-            and neither the model JSON nor the weights file need be there any more.
+        clip: initial values of the scalars; None: the defaults.
+        restored: the description of the model in a checkpoint, whose weights the caller loads: no weights are read
+            here, and the model JSON and weights file may be gone.
 
     Raises:
-        UserError: a description that does not fit together, or weights that cannot be had.
+        UserError: the description is inconsistent, or weights cannot be read.
     """
     spec = restored or resolve_spec(cfg)
     model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
@@ -170,29 +172,30 @@ def build_model(
 
 
 def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bool = True) -> DualEncoder:
-    """Builds the towers of a resolved description.
+    """Build the model of a resolved description.
 
     Args:
-        tower_weights: False: leave out timm's and Hugging Face's pre-trained weights where the description asks for
-            them, because weights of the whole model follow.
+        clip: see build_model.
+        tower_weights: False: do not load timm's and Hugging Face's pre-trained weights even if the description asks
+            for them, because weights of the whole model follow.
 
     Raises:
-        UserError: the towers cannot be built, or their pre-trained weights cannot be had.
+        UserError: the towers cannot be built, or their pre-trained weights cannot be loaded.
     """
     import open_clip
 
     described = {**spec.model, "vision_cfg": dict(spec.model["vision_cfg"]), "text_cfg": dict(spec.model["text_cfg"])}
     described.pop("custom_text", None)
     for section in ("vision_cfg", "text_cfg"):
-        described[section]["output_tokens"] = False  # only a caption decoder wants them
+        described[section]["output_tokens"] = False  # only a caption decoder needs them
     if not tower_weights:
         described["vision_cfg"]["timm_model_pretrained"] = False
         described["text_cfg"]["hf_model_pretrained"] = False
     if spec.cbow:
-        described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # built and thrown away
+        described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced below
     try:
         towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
-    except Exception as error:  # timm, transformers and the hub raise many kinds; the description is at fault in all
+    except Exception as error:  # timm, transformers and the hub raise errors of many types for bad descriptions
         raise UserError(_cannot_build(described, spec, error)) from error
     keep_statistics_fp32(towers.visual)
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text

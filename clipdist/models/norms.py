@@ -1,7 +1,7 @@
-"""BatchNorm's running statistics when a step passes a layer more than once.
+"""Control when BatchNorm's running statistics are updated.
 
-Activation checkpointing and micro-batches run a forward pass twice: the statistics must move in one of them only. And
-however many micro-batches there are, they move once a step, by the mean of the micro-batches' own.
+Activation checkpointing and micro-batches run a forward pass twice: only one of them may update the statistics. With
+micro-batches they are updated once per step, by the mean over the micro-batches.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 
 
 def running_norms(module: nn.Module) -> list[_NormBase]:
-    """The normalisation layers whose running statistics training updates."""
+    """Return the normalisation layers that track running statistics."""
     return [layer for layer in module.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
 
 
 class RunningStatistics:
-    """The running statistics of a model over a training step, which may be left out.
+    """The running statistics of a model, saved before a step and restored if the step is skipped.
 
     Args:
-        module: layers and buffers of which are looked up once.
+        module: the model; its layers and buffers must stay the same objects.
+
+    Attributes:
+        norms: its normalisation layers with running statistics.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,20 +40,20 @@ class RunningStatistics:
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Remembers them: a step that is left out has gone through the forward pass, and may have taken inf along."""
+    def save(self) -> None:
+        """Save the statistics before the forward pass, which updates them even if the step is skipped later."""
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """As they were at keep()."""
+    def restore(self) -> None:
+        """Restore the saved statistics."""
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._before)
 
     @torch.no_grad()
     def average(self) -> None:
-        """The mean over ranks, each of which normalised over its own rows. Collective."""
+        """Average the statistics over ranks, each of which normalises over its own rows. Collective."""
         world = rank_and_world()[1]
         if not self.norms or world == 1:
             return
@@ -60,8 +63,8 @@ class RunningStatistics:
 
 
 @contextmanager
-def statistics_still(norms: list[_NormBase]) -> Iterator[None]:
-    """BatchNorm normalises by the batch, but its running statistics do not move."""
+def statistics_frozen(norms: list[_NormBase]) -> Iterator[None]:
+    """Freeze running statistics: forward passes normalise by the batch, but do not update them."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -73,16 +76,16 @@ def statistics_still(norms: list[_NormBase]) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_once(norms: list[_NormBase]) -> Iterator[None]:
-    """However many micro-batches pass, the running statistics move once, by the mean of theirs."""
-    active = [norm for norm in norms if norm.training]  # a locked tower's stay as they are
+def statistics_updated_once(norms: list[_NormBase]) -> Iterator[None]:
+    """Update running statistics once, by the mean over the forward passes of all micro-batches."""
+    active = [norm for norm in norms if norm.training]  # not those of a locked tower
     before = []
     for norm in active:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
         before.append((norm.momentum, norm.num_batches_tracked, norm.running_mean.clone(), norm.running_var.clone()))
-        norm.momentum = None  # torch's sign for a plain mean over the batches since the count was 0
+        norm.momentum = None  # torch then takes the plain mean over the batches since the count was 0
         norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
     try:
         yield

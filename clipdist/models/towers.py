@@ -1,5 +1,4 @@
-"""What is done to a tower as a whole: a tower in, the same tower out, frozen (LiT), with recomputed activations, or
-with BatchNorm that keeps fp32 statistics."""
+"""Change a whole tower in place: freeze it (LiT), checkpoint its activations, keep BatchNorm's statistics in fp32."""
 
 from __future__ import annotations
 
@@ -15,14 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clipdist.errors import UserError
-from clipdist.models.norms import running_norms, statistics_still
+from clipdist.models.norms import running_norms, statistics_frozen
 
 
 def lock(tower: nn.Module, key: str, unlocked: int) -> None:
-    """Freezes a tower but for its last `unlocked` groups, as the tower itself counts them.
+    """Freeze a tower except its last `unlocked` groups, as the tower defines them.
+
+    Args:
+        key: name of the setting, for the message.
 
     Raises:
-        UserError: this kind of tower cannot be unlocked in part; `key` names the setting.
+        UserError: `unlocked` is negative, or this kind of tower cannot be unlocked in part.
     """
     if unlocked < 0:
         raise UserError(f"{key}={unlocked}: must not be negative")
@@ -33,7 +35,7 @@ def lock(tower: nn.Module, key: str, unlocked: int) -> None:
 
 
 def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:
-    """The largest submodules that have parameters, none of which trains."""
+    """Iterate over the largest submodules that have parameters, all of them frozen."""
     parameters = list(module.parameters())
     if not parameters:
         return
@@ -45,9 +47,9 @@ def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def keep_statistics_fp32(tower: nn.Module) -> None:
-    """Lets plain BatchNorm2d layers keep fp32 running statistics when the tower is cast to bf16 or fp16.
+    """Keep the running statistics of plain BatchNorm2d layers in fp32 when the tower is cast to bf16 or fp16.
 
-    In bf16 a running mean stops moving once a batch is within 2 % of it; in fp32 nothing changes, to the bit.
+    In bf16 a running mean is no longer updated once a batch is within 2 % of it. In fp32 results are bit-identical.
     """
     for module in tower.modules():
         if type(module) is nn.BatchNorm2d:
@@ -55,22 +57,22 @@ def keep_statistics_fp32(tower: nn.Module) -> None:
 
 
 class BatchNormFp32Statistics(nn.BatchNorm2d):
-    """BatchNorm2d for low precision: activations in the input's dtype, statistics in fp32."""
+    """BatchNorm2d for low precision: activations in the dtype of the input, running statistics in fp32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, C, H, W] -> the same shape and dtype."""
+        """Normalise x [b, C, H, W]; return the same shape and dtype."""
         tracking = self.training and self.track_running_stats
         share = self.momentum or 0.0
         if tracking and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain mean over the batches so far, as nn.BatchNorm2d has it
+            if self.momentum is None:  # a plain mean over the batches so far, as in nn.BatchNorm2d
                 share = 1 / float(self.num_batches_tracked)
-        known = tracking or not self.training
-        # The kernels take low-precision inputs with fp32 affine parameters and statistics, not a mixture of the two.
+        uses_statistics = tracking or not self.training
+        # The kernels require affine parameters of the same dtype as the statistics.
         return F.batch_norm(
             x,
-            self.running_mean if known else None,
-            self.running_var if known else None,
+            self.running_mean if uses_statistics else None,
+            self.running_var if uses_statistics else None,
             self.weight.float(),
             self.bias.float(),
             self.training,
@@ -89,10 +91,10 @@ class BatchNormFp32Statistics(nn.BatchNorm2d):
 
 
 def checkpoint_image_tower(tower: nn.Module) -> None:
-    """Activation checkpointing, exact for BatchNorm as well: the second forward pass leaves the statistics alone.
+    """Checkpoint the activations of an image tower. The second forward pass does not update BatchNorm's statistics.
 
     Raises:
-        UserError: the tower's blocks are not known.
+        UserError: the tower is of a kind whose blocks are unknown.
     """
     trunk: Any = getattr(tower, "trunk", tower)  # timm's model inside open_clip's adapter, or open_clip's own
     if any(isinstance(module, _BatchNorm) for module in trunk.modules()):
@@ -109,19 +111,19 @@ def checkpoint_image_tower(tower: nn.Module) -> None:
 
 
 def _residual_blocks(trunk: nn.Module) -> list[nn.Module]:
-    """The blocks of the stages layer1, layer2 ... that every ResNet here has."""
+    """Return the blocks of a ResNet's stages layer1, layer2 ..."""
     stages = [child for name, child in trunk.named_children() if re.fullmatch(r"layer\d+", name)]
     return [block for stage in stages for block in stage.children()]
 
 
 class _Recomputed(nn.Module):
-    """Mixed in before a block's own class (parameter names and deep copies stay as they are)."""
+    """Mixin that checkpoints a block: mixed in before its class, so that parameter names and deep copies still work."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(super().forward, x, use_reentrant=False, context_fn=self._contexts)
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), statistics_still(running_norms(self))
+        return nullcontext(), statistics_frozen(running_norms(self))
 
 
 def _no_checkpointing(trunk: nn.Module) -> UserError:

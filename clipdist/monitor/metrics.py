@@ -190,9 +190,10 @@ class Progress:
         else:
             elapsed = time.monotonic() - self._began
             left = elapsed / max(1, done - self._start) * (self._total - done)
-            self.say(f"step {done}/{self._total}  {text}  eta {_clock(left)}")
+            self.log(f"step {done}/{self._total}  {text}  eta {_clock(left)}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """Print a line on rank 0."""
         if self._rank == 0:
             with suppress(OSError), tqdm.external_write_mode():
                 print(text, flush=True)

@@ -1,1 +1,1 @@
-"""What is trained: each objective is a file that can be read beside its paper."""
+"""Training objectives, one file each, following its paper."""

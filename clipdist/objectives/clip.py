@@ -1,5 +1,5 @@
-"""CLIP: images and captions contrasted over the global batch, by InfoNCE (Radford et al., arXiv:2103.00020) or by the
-sigmoid loss (SigLIP, Zhai et al., arXiv:2303.15343)."""
+"""Contrast images and captions over the global batch: CLIP's InfoNCE (Radford et al., arXiv:2103.00020) or SigLIP's
+sigmoid loss (Zhai et al., arXiv:2303.15343)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LOSSES: dict[str, LossFunction] = {"infonce": info_nce, "sigmoid": sigmoid_loss}
 
 
 class ClipObjective:
-    """See Objective.
+    """The contrastive objective of CLIP and SigLIP. See Objective.
 
     Attributes:
-        function: the loss, as clipdist.losses.infonce.info_nce.
+        function: the loss function, with the arguments of clipdist.losses.infonce.info_nce.
     """
 
     name: str = "clip"
@@ -43,15 +43,17 @@ class ClipObjective:
         )
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
+        """Return the term. See Objective.loss."""
         scalars = outputs["logit_scale"], outputs.get("logit_bias")
         value, statistics = self.function(outputs[IMAGE], outputs["text"], *scalars, **self._rows(batch))
         return Term(value, rank_and_world()[1], self.cfg.weight, statistics)
 
     def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
-        """The number of valid pairs, and how many percent of them find a positive first among the global batch."""
+        """Return the number of valid pairs and the in-batch accuracies (percent). Collective."""
         accuracy = batch_accuracy(outputs[IMAGE], outputs["text"], **self._rows(batch))
         return global_statistics({**term.statistics, **accuracy})
 
     def _rows(self, batch: Batch) -> dict[str, Any]:
+        """Return the valid rows and groups of a batch, as arguments of the loss."""
         groups = batch.group_id if self.cfg.group_positives else None
         return {"valid": batch.valid_in(self.modalities), "group_id": groups}

@@ -1,4 +1,4 @@
-"""The objectives of a run, from its configuration."""
+"""Make the objectives of a run."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ from clipdist.objectives.objective import Objective
 
 
 def make_objectives(cfg: config.Objectives) -> tuple[Objective, ...]:
+    """Return the objectives whose sections are set."""
     return tuple(make(section) for section, make in ((cfg.clip, ClipObjective),) if section is not None)

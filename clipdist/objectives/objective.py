@@ -1,7 +1,7 @@
-"""What an objective is: outputs of the model become a named term of the loss.
+"""Define the interface of objectives, which compute the terms of the loss from the model's outputs.
 
-A run is a weighted sum of objectives. The engine passes the features that an objective names, of all rows of this rank,
-so that whole batches and micro-batches look alike to it. Objectives hold no tensors of their own.
+The loss of a run is the weighted sum of its objectives. The engine passes the features of all rows of this rank, so an
+objective need not know about micro-batches. Objectives hold no tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from clipdist.data.batch import Batch
 
 @dataclass(frozen=True)
 class Term:
-    """A part of the loss. Its value over the global batch is the sum over ranks of `sum`, divided by `count`.
+    """A term of the loss. Its value over the global batch is the sum over ranks of `sum`, divided by `count`.
 
     Attributes:
-        sum: scalar with a gradient, this rank's. A loss that couples the batch has divided by its own number of rows
-            already: its count is the number of ranks.
+        sum: this rank's scalar, differentiable. A loss that couples the batch is already divided by the number of its
+            rows: its count is the number of ranks.
         count: the same on all ranks, known before the backward pass.
-        weight: in the sum of all terms.
+        weight: of this term in the loss.
         statistics: fp32 scalars of this rank, for `Objective.metrics`.
     """
 
@@ -34,13 +34,14 @@ class Term:
 
 
 class Objective(Protocol):
-    """
+    """A training objective.
+
     Attributes:
-        name: of its section in the configuration, and of its line in the metrics.
-        modalities: what a row must have to count: see clipdist.data.batch.MODALITIES.
-        features: outputs of the model, [b, D], that couple the rows of the batch. They are computed for all
-            micro-batches before `loss` is called.
-        upper_bounds: parameter -> the value that it never exceeds.
+        name: of its section in the configuration and of its term in the metrics.
+        modalities: which a valid row must have: see clipdist.data.batch.MODALITIES.
+        features: names of the outputs of the model, [b, D], that couple the rows of the batch. They are computed for
+            all micro-batches before `loss` is called.
+        upper_bounds: the maximum of a parameter by its name.
     """
 
     name: str
@@ -49,14 +50,15 @@ class Objective(Protocol):
     upper_bounds: Mapping[str, float]
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
-        """The term over all rows of this rank. Collective.
+        """Return the term over all rows of this rank. Collective.
 
         Args:
-            outputs: the features, and the model's scalars.
+            outputs: the features [b, D] and the model's scalars [1], by name.
+            batch: this rank's rows.
 
         Raises:
-            NonFiniteFeatures: on every rank.
+            NonFiniteFeatures: features contain inf or nan; on every rank.
         """
 
     def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
-        """Numbers of a logged step, by their names in metrics.jsonl. Collective."""
+        """Return the metrics of a logged step by their names in metrics.jsonl. Collective."""

@@ -1,4 +1,4 @@
-"""Names of accidents in; each happens to whole runs of two ranks, and one JSON line {name, ok, detail} of it comes out.
+"""Run named accidents on whole runs of two ranks. Print one JSON line {name, ok, detail} for each.
 
     python tests/dist/accidents.py SHARDS FOLDER [NAME ...]        SHARDS: as conftest.py makes them; FOLDER: for runs
 
@@ -194,14 +194,14 @@ def poisoned(nan: set[int], spikes: Iterable[int] = ()) -> Prepare:
     def prepare(rank: int) -> None:
         from clipdist.engine.step import Engine
 
-        real = Engine._whole
+        real = Engine._forward_whole
 
         def whole(engine: Engine, batch: Any, step: int) -> Any:
             done = real(engine, batch, step)
             factor = float("nan") if step in nan else 1000.0 if step in spikes else 1.0
             return replace(done, value=done.value * factor) if rank == 1 else done
 
-        put(Engine, "_whole", whole)
+        put(Engine, "_forward_whole", whole)
 
     return prepare
 
@@ -563,14 +563,14 @@ def hang(theatre: Theatre) -> None:
     def sleep_in_a_step(rank: int) -> None:
         from clipdist.engine.step import Engine
 
-        real = Engine._whole
+        real = Engine._forward_whole
 
         def whole(engine: Engine, batch: Any, step: int) -> Any:
             if rank == 1 and step == 4:
                 time.sleep(1000)
             return real(engine, batch, step)
 
-        put(Engine, "_whole", whole)
+        put(Engine, "_forward_whole", whole)
 
     ended = theatre.start("hang", [1, 1], {"train.hang_s": 5}, [sleep_in_a_step])
     need_error(ended, "no progress for 5 s: rank 0 on ", "rank 1 on ", "at step 4 in phase step for ", "all stacks: ")

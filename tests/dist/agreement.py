@@ -10,7 +10,7 @@ import sys
 import torch
 
 from clipdist.config import load_config
-from clipdist.data.batch import pairs
+from clipdist.data.batch import pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.errors import Fault, UserError
@@ -80,7 +80,9 @@ def trained(stage: int, precision: str, dist_env: DistEnv) -> Engine:
         torch.manual_seed(100 * step + dist_env.rank)
         image = torch.randint(0, 256, (share, 3, 32, 32), dtype=torch.uint8)
         tokens = torch.randint(1, 2000, (share, 16))
-        batch = pairs(image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share) + dist_env.rank * share)
+        batch = pair_batch(
+            image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share) + dist_env.rank * share
+        )
         engine.train_step(batch, step=step, lr=0.01)
     return engine
 

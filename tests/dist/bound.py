@@ -7,7 +7,7 @@ import math
 import torch
 
 from clipdist.config import load_config
-from clipdist.data.batch import pairs
+from clipdist.data.batch import pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.models.dual_encoder import build_model
@@ -39,7 +39,7 @@ def run(stage: int, precision: str, dist_env: DistEnv, bounded: bool) -> tuple[f
     share = 8 // dist_env.world_size
     image = torch.zeros(share, 3, 32, 32, dtype=torch.uint8)
     tokens = torch.full((share, 16), 2047)
-    batch = pairs(image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share))
+    batch = pair_batch(image, tokens, torch.ones(share, dtype=torch.bool), torch.arange(share))
     for step in range(10):
         engine.train_step(batch, step=step, lr=0.1)
     master = math.exp(engine.logit_scale())

@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from clipdist import config
 from clipdist.config import load_config
-from clipdist.data.batch import IMAGE, Batch, pairs
+from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import zero
 from clipdist.evals import audit
@@ -44,7 +44,7 @@ def make_batch(spec: ModelSpec) -> Batch:
     group_id[9], group_id[14] = group_id[1], group_id[2]
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
     image[~valid] = 0
-    return pairs(image, tokens, valid, group_id)
+    return pair_batch(image, tokens, valid, group_id)
 
 
 def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
@@ -89,7 +89,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     batch = make_batch(audited.spec)
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])
-        batch = pairs(batch.images[IMAGE], batch.tokens, valid, batch.group_id)
+        batch = pair_batch(batch.images[IMAGE], batch.tokens, valid, batch.group_id)
     rows = []
     for number in range(FIRST_STEP, FIRST_STEP + cell.get("steps", 1)):
         for row in audited.step(batch, number):

@@ -1,4 +1,4 @@
-"""Forks ranks from a process that has imported everything: one JSON request per line in, one answer per line out.
+"""Fork ranks from a process that has imported everything. Reads one JSON request per line, prints one answer per line.
 
 Request: {"script", "args", "world", "port", "folder", "timeout_s"}. Answer: {"codes": exit codes by rank}. Rank r
 prints to folder/r.out and folder/r.err.

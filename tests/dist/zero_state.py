@@ -12,7 +12,7 @@ from clipdist.config import load_config
 from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import Zero
-from clipdist.evals.audit import DrawnBatches
+from clipdist.evals.audit import RandomBatches
 from clipdist.models.dual_encoder import build_model
 from clipdist.objectives.make import make_objectives
 
@@ -45,7 +45,7 @@ def main() -> None:
             config = load_config(None, ["model.name=configs/models/tiny_vit.json", *words])
             torch.manual_seed(0)
             model = build_model(config.model, config.objectives.clip)
-            batch = DrawnBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
+            batch = RandomBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
             engine = Engine(model, make_objectives(config.objectives), config, dist_env)
             engine.train_step(batch, step=0, lr=1e-4)
             weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.zero.module.parameters())

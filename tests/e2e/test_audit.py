@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from clipdist.config import Config
-from clipdist.evals.audit import Measured, compare
+from clipdist.evals.audit import LossAndGradients, compare
 from clipdist.models.dual_encoder import PARTS
 from tools.audit_gradients import report
 
@@ -74,8 +74,8 @@ def test_bad_input_is_one_line_and_exit_2(words, named):
 
 
 def test_a_part_that_fails_is_exit_1_but_a_peers_is_not(capsys):
-    right = Measured(2.0, {"visual.w": torch.ones(8), "text.w": torch.ones(8), "logit_scale": torch.ones(1)})
-    half = Measured(2.0, right.gradients | {"text.w": torch.full([8], 0.5)})
+    right = LossAndGradients(2.0, {"visual.w": torch.ones(8), "text.w": torch.ones(8), "logit_scale": torch.ones(1)})
+    half = LossAndGradients(2.0, right.gradients | {"text.w": torch.full([8], 0.5)})
     stub = SimpleNamespace(
         cfg=Config(), spec=SimpleNamespace(name="m"), dist_env=SimpleNamespace(world_size=2), micro=1, precision="fp32"
     )

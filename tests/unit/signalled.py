@@ -1,4 +1,4 @@
-"""A process for test_signals.py: what it does in; what its flag says, line by line, out.
+"""Run a process for test_signals.py with the given behaviour, and print the state of its stop flag line by line.
 
 flag       sets up the flag and prints it whenever it changes; a line on stdin ends it well
 blocked    the same, but the main thread stays in one call of C, where no Python handler runs

@@ -1,4 +1,4 @@
-"""The checkpoint's format: pieces of any ranks in, any slice out; what a kill or a bad disk leaves behind."""
+"""The checkpoint format: read any slice of pieces that any ranks wrote; kills and bad disks."""
 
 from __future__ import annotations
 

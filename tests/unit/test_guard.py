@@ -111,19 +111,19 @@ def test_a_tower_that_has_only_begun_to_train_is_not_judged():
 def test_trouble_is_more_than_patience_within_a_window_and_begins_at_the_first():
     guard = filled(noise(3, 0.1), patience=2)
     for step in (30, 34, 40):
-        assert guard.trouble is None
-        guard.left_out(step, "a reason")
-    assert guard.trouble == 30
+        assert guard.rollback_start is None
+        guard.skipped(step, "a reason")
+    assert guard.rollback_start == 30
     guard.accepted(30 + WINDOW, 3.0, SIZES)
-    assert guard.trouble is None
-    assert guard.left_out_total == 3
+    assert guard.rollback_start is None
+    assert guard.skipped_total == 3
 
 
 def test_steps_left_out_far_apart_are_no_trouble():
     guard = filled(noise(3, 0.1), patience=2)
     for step in range(100, 100 + 50 * WINDOW, WINDOW // 2):
-        guard.left_out(step, "a reason")
-        assert guard.trouble is None
+        guard.skipped(step, "a reason")
+        assert guard.rollback_start is None
 
 
 def test_without_patience_a_run_never_goes_back_and_learns_what_is_usual_anew():
@@ -132,11 +132,11 @@ def test_without_patience_a_run_never_goes_back_and_learns_what_is_usual_anew():
     left_out = 0
     for step in steps:
         if guard.judge_loss(9.0):
-            guard.left_out(step, "a reason")
+            guard.skipped(step, "a reason")
             left_out += 1
         else:
             guard.accepted(step, 9.0, SIZES)
-        assert guard.trouble is None
+        assert guard.rollback_start is None
     assert left_out == WINDOW
 
 
@@ -146,17 +146,17 @@ def test_the_overflows_of_a_scale_that_finds_its_level_are_no_trouble():
         guard.overflowed(step, "overflow", scale_is_lowest=False)
     guard.accepted(OVERFLOWS_IN_A_ROW, 3.0, SIZES)
     guard.overflowed(OVERFLOWS_IN_A_ROW + 1, "overflow", scale_is_lowest=False)
-    assert guard.trouble is None
-    assert guard.left_out_total == OVERFLOWS_IN_A_ROW + 1
+    assert guard.rollback_start is None
+    assert guard.skipped_total == OVERFLOWS_IN_A_ROW + 1
 
 
 @pytest.mark.parametrize(("lowest", "until"), [(True, 2), (False, OVERFLOWS_IN_A_ROW + 2)])
 def test_overflows_without_end_are_trouble(lowest, until):
     guard = make_guard(patience=1, window=100)
     for step in range(until):
-        assert guard.trouble is None
+        assert guard.rollback_start is None
         guard.overflowed(step, "overflow", lowest)
-    assert guard.trouble == until - 2
+    assert guard.rollback_start == until - 2
 
 
 @settings(max_examples=40, deadline=None)
@@ -175,11 +175,11 @@ def test_a_run_that_goes_on_decides_as_one_that_was_never_interrupted(seed, cut,
             if step % 7 == 5:
                 guard.overflowed(step, "overflow", scale_is_lowest=False)
             elif reason := guard.judge_loss(loss) or guard.judge_updates(sizes):
-                guard.left_out(step, reason)
+                guard.skipped(step, reason)
                 made.append(reason)
             else:
                 guard.accepted(step, loss, sizes)
-            made.append(guard.trouble)
+            made.append(guard.rollback_start)
         return made
 
     cfg = config.Guard(window=10, patience=patience)

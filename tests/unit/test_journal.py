@@ -91,4 +91,4 @@ def test_a_bad_sample_without_its_key_is_named_by_its_number(journal, error):
 def test_a_run_folder_that_takes_nothing_at_the_start_is_a_fault(journal, monkeypatch):
     monkeypatch.setattr(Path, "write_text", raising(REFUSED))
     with pytest.raises(Fault, match=r"run folder .*run: cannot be written \(Input/output error\)"):
-        journal.announce(None, "model", None)
+        journal.log_start(None, "model", None)

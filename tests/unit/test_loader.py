@@ -36,7 +36,7 @@ class Lengths:
 def loader(
     folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), two_views=False, **settings
 ) -> Loader:
-    alone = settings.pop("images_alone", False)
+    alone = settings.pop("images_only", False)
     cfg = dataclasses.replace(Data(threads=threads), **settings)
     return open_loader(
         Catalog.open([str(folder)]),
@@ -44,7 +44,7 @@ def loader(
         tokenizer or Lengths(),
         cfg,
         views=[image_view(cfg, 24), View("small", 16, Augmentation(0.1))] if two_views else [image_view(cfg, 24)],
-        images_alone=alone,
+        images_only=alone,
         rank=rank,
         world=world,
         start=start,
@@ -146,7 +146,7 @@ def test_an_image_without_a_caption_counts_where_images_are_of_use_alone(tmp_pat
     (pairs_only,) = take(1, tmp_path)
     assert sorted(pairs_only.bad) == [(3, "missing image"), (5, "missing caption"), (9, "missing caption")]
     assert torch.equal(pairs_only.valid["image"], pairs_only.valid["text"])
-    (batch,) = take(1, tmp_path, images_alone=True)
+    (batch,) = take(1, tmp_path, images_only=True)
     assert batch.bad == [(3, "missing image")]
     assert set(batch.sample_id[~batch.valid["image"]].tolist()) == {3}
     assert set(batch.sample_id[~batch.valid["text"]].tolist()) == {3, 5, 9}

@@ -137,7 +137,7 @@ def test_a_log_that_takes_nothing_ends_no_run(monkeypatch):
     progress = Progress(10, 0, rank=0)
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        progress.say("x" * 100_000)
+        progress.log("x" * 100_000)
         progress.show(1, {"loss": 1.0})
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):

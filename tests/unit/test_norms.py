@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipdist.models.norms import running_norms, statistics_once, statistics_still
+from clipdist.models.norms import running_norms, statistics_frozen, statistics_updated_once
 from clipdist.models.towers import BatchNormFp32Statistics, keep_statistics_fp32
 
 
@@ -30,7 +30,7 @@ def test_statistics_move_once_by_the_mean_of_the_micro_batches(momentum):
     inputs = [[], []]
     for i, norm in enumerate(norms):
         norm.register_forward_pre_hook(lambda _, x, i=i: inputs[i].append(x[0].detach()))
-    with statistics_once(norms):
+    with statistics_updated_once(norms):
         for piece in pieces:
             model(piece)
     for i, norm in enumerate(norms):
@@ -45,7 +45,7 @@ def test_statistics_move_once_by_the_mean_of_the_micro_batches(momentum):
 
 def test_one_micro_batch_is_what_torch_does():
     ours, theirs, piece = make(0.1), make(0.1), torch.randn(4, 3, 8, 8)
-    with statistics_once(running_norms(ours)):
+    with statistics_updated_once(running_norms(ours)):
         ours(piece)
     theirs(piece)
     for name, value in theirs.state_dict().items():
@@ -55,11 +55,11 @@ def test_one_micro_batch_is_what_torch_does():
 def test_statistics_can_be_held_still_and_locked_layers_stay():
     model = make(0.1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with statistics_still(running_norms(model)):
+    with statistics_frozen(running_norms(model)):
         out = model(torch.randn(4, 3, 8, 8))
     assert out.mean().abs() < 1e-5  # normalised by the batch nevertheless
     model[1].eval()
-    with statistics_once(running_norms(model)):
+    with statistics_updated_once(running_norms(model)):
         model(torch.randn(4, 3, 8, 8))
     after = model.state_dict()
     assert torch.equal(after["1.running_mean"], before["1.running_mean"])

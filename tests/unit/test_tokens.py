@@ -1,4 +1,4 @@
-"""Texts in, ids out: equal to open_clip's, smaller vocabularies, Hugging Face tokenizers, threads, bad input."""
+"""Tokenizers: ids equal to open_clip's, smaller vocabularies, Hugging Face tokenizers, threads, bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank without training, for test_watch.py: where it stands and what it does, as JSON, in; a life under a watch out.
+"""Run a rank without training under a watchdog, for test_watch.py. Its address and behaviour are given as JSON.
 
 Rank 0 prints its port, every rank "ready". What it does:
     train       goes from step to step until a line comes on stdin, then ends well

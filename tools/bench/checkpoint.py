@@ -172,12 +172,14 @@ def take_step(engine: Any, spec: Any, config: Config, step: int) -> float:
     """Take one training step on drawn numbers. Return its seconds."""
     import torch
 
-    from clipdist.data.batch import pairs
+    from clipdist.data.batch import pair_batch
 
     batch, device = config.train.global_batch, engine.dist_env.device
     image = torch.randint(0, 256, (batch, 3, spec.image_size, spec.image_size), dtype=torch.uint8, device=device)
     tokens = torch.randint(1, 1000, (batch, spec.context_length), device=device)
-    drawn = pairs(image, tokens, torch.ones(batch, dtype=torch.bool, device=device), torch.arange(batch, device=device))
+    drawn = pair_batch(
+        image, tokens, torch.ones(batch, dtype=torch.bool, device=device), torch.arange(batch, device=device)
+    )
 
     def step_and_wait() -> None:
         engine.train_step(drawn, step=step, lr=1e-5)

@@ -11,7 +11,7 @@ import torch
 from clipdist.config import Config
 from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
-from clipdist.evals.audit import DrawnBatches
+from clipdist.evals.audit import RandomBatches
 from clipdist.models.dual_encoder import build_model
 from clipdist.objectives.make import make_objectives
 from tools.bench.harness import timed
@@ -32,7 +32,7 @@ class TrainingSteps:
         model = build_model(config.model, config.clip)
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        drawn = DrawnBatches(config, model.spec).batch(0)
+        drawn = RandomBatches(config, model.spec).batch(0)
         share = len(drawn) // dist_env.world_size
         mine = drawn.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
         self.batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)

@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from clipdist.config import Config
-from clipdist.data.batch import IMAGE, Batch, pairs
+from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
-from clipdist.evals.audit import Audit, Row, compare
-from clipdist.evals.reference import Measured
+from clipdist.evals.audit import Audit, AuditRow, compare
+from clipdist.evals.reference import LossAndGradients
 from clipdist.models.dual_encoder import DualEncoder
 
 Features = dict[str, torch.Tensor]
@@ -59,7 +59,7 @@ def peers_of(loss_name: str, dist_env: DistEnv) -> list[OpenClipWay]:
     return [*peers, OpenClipWay(f"open_clip {best} --accum-freq {ACCUM_FREQ}", clip[best], ACCUM_FREQ)]
 
 
-def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
+def audit_peers(audit: Audit, batch: Batch, step: int) -> list[AuditRow]:
     """Compare every way on one global batch, from the weights that the audit's reference has at this time.
 
     Returns:
@@ -68,11 +68,11 @@ def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
     dist_env, clip, rows_of_batch = audit.dist_env, audit.cfg.clip, len(batch)
     # As code sees it that knows neither bad rows nor equal captions.
     everything = torch.ones(rows_of_batch, dtype=torch.bool)
-    batch = pairs(batch.images[IMAGE], batch.tokens, everything, torch.arange(rows_of_batch))
+    batch = pair_batch(batch.images[IMAGE], batch.tokens, everything, torch.arange(rows_of_batch))
     share = rows_of_batch // dist_env.world_size
     plain = replace(clip, label_smoothing=0.0)
-    references: dict[int, Measured] = {}
-    rows: list[Row] = []
+    references: dict[int, LossAndGradients] = {}
+    rows: list[AuditRow] = []
     for peer in peers_of(clip.loss, dist_env):
         if share % peer.accum_freq:
             continue
@@ -88,7 +88,7 @@ def audit_peers(audit: Audit, batch: Batch, step: int) -> list[Row]:
     return rows
 
 
-def _measure(peer: OpenClipWay, audit: Audit, batch: Batch, step: int) -> Measured:
+def _measure(peer: OpenClipWay, audit: Audit, batch: Batch, step: int) -> LossAndGradients:
     """Return the loss of one way, and its gradients as DDP leaves them on every rank."""
     dist_env, model = audit.dist_env, audit.reference.model
     share = len(batch) // dist_env.world_size
@@ -149,10 +149,10 @@ def _scales(scalars: Features) -> Features:
     return scales | ({"logit_bias": scalars["logit_bias"]} if "logit_bias" in scalars else {})
 
 
-def _mean_over_ranks(value: torch.Tensor, gradients: Features, world: int) -> Measured:
+def _mean_over_ranks(value: torch.Tensor, gradients: Features, world: int) -> LossAndGradients:
     """Average gradients as DDP does; the loss is averaged for the table alone."""
     flat = torch.cat([value.view(1), *gradients.values()])
     dist.all_reduce(flat)
     flat /= world
     mean = flat[1:].split([grad.numel() for grad in gradients.values()])
-    return Measured(float(flat[0]), dict(zip(gradients, mean)))
+    return LossAndGradients(float(flat[0]), dict(zip(gradients, mean)))
