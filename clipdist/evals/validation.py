@@ -1,6 +1,6 @@
-"""What a run asks its model between steps: retrieval on the validation shards, and questions about labelled pictures.
+"""Validate the model during training: retrieval on the validation shards, zero-shot classification, linear probe.
 
-The same code as the offline tools, on all ranks.
+It runs the code of the offline tools, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from clipdist.evals.zero_shot import zero_shot_of
 
 
 class Encoder(Protocol):
+    """The part of Engine that validation uses."""
+
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]: ...
 
     def logit_scale(self) -> float: ...
@@ -33,11 +35,11 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Findings:
-    """One validation.
+    """Result of one validation.
 
     Attributes:
-        values: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (rank 0 alone has the probe's).
-        embeddings: of the validation shards, for the picture sheet.
+        values: metrics by name: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (only on rank 0).
+        embeddings: of the validation shards, for the contact sheet; None: there are none.
     """
 
     values: dict[str, float]
@@ -45,9 +47,11 @@ class Findings:
 
 
 class Validation:
-    """
+    """Runs the validations of a run.
+
     Args:
         val: the validation shards, if any.
+        size: side of the model's images in pixels.
 
     Raises:
         UserError: eval.labelled cannot be read, or a setting needs it.

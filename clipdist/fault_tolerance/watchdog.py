@@ -244,7 +244,7 @@ class Watchdog:
                     self._blame(Cause(0, self._own_error, code, self._own_error))
                 else:
                     self._ranks.tell({"kind": "words", "text": self._own_error, "code": code})
-                    if self._states[0].left:
+                    if self._states[0].left and not self._causes:  # it ended well; where it was lost, that is the cause
                         self._released.set()
             case "stopping" if self._stop_by is None:
                 self._stop_by = time.monotonic() + value, value
