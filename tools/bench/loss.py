@@ -20,7 +20,6 @@ import contextlib
 import importlib.util
 import math
 import multiprocessing
-import os
 import shlex
 import statistics
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.losses.wire import BYTES, clipdist_bytes, open_clip_bytes
 from tools.bench import harness
-from tools.bench.processes import BenchProcesses
+from tools.bench.processes import BenchProcesses, threads_per_rank
 
 if TYPE_CHECKING:
     from tools.bench.loss_ranks import LossJob, LossStep
@@ -108,19 +107,13 @@ def parse_args() -> argparse.Namespace:
     parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--n", 4096, "N", "pairs of the global batch")
     parser.number("--d", 512, "D", "features")
-    parser.add_argument("--dtype", default="fp32", help="of the features: fp32, bf16 or fp16 (fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=BYTES, help="of the features (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--world", type=int, nargs="+", default=[1], metavar="W", help="numbers of ranks (1)")
     parser.number("--repeats", 5, "R", "rounds over all implementations")
-    parser.add_argument("--op", nargs="+", default=list(OPS), metavar="OP", help="infonce, sigmoid (both)")
-    parser.add_argument("--impl", nargs="+", metavar="IMPL", help=f"{', '.join(IMPLS)} (all that run here)")
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, help="(both)")
+    parser.add_argument("--impl", nargs="+", choices=IMPLS, help="(all that run here)")
     return parser.parse(out="FOLDER", out_text="write table.md and plot.png (needs matplotlib)")
-
-
-def threads(world: int) -> int:
-    """Return the threads of a rank: the cores that this process may use, or OMP_NUM_THREADS, shared among the ranks."""
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, (int(allowed) if allowed.isdigit() else len(os.sched_getaffinity(0))) // world)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -129,10 +122,6 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: as it says.
     """
-    for name, given, known in (("dtype", [args.dtype], BYTES), ("op", args.op, OPS), ("impl", args.impl or [], IMPLS)):
-        unknown = [word for word in given if word not in known]
-        if unknown:
-            raise UserError(f"--{name} {unknown[0]}: choose from {', '.join(known)}")
     args.op, args.world = list(dict.fromkeys(args.op)), sorted(set(args.world))
     if args.world[0] < 1 or args.n % math.lcm(*args.world):
         raise UserError(f"--world {shlex.join(map(str, args.world))}: each must divide n={args.n}")
@@ -160,7 +149,8 @@ def main() -> int:
     rows: list[LossRow] = []
     units: list[float] = []
     with harness.workspace() as folder:
-        product = LossJob("product", tuple(args.op), args.n, args.d, args.dtype, args.device, threads(1), folder)
+        threads = threads_per_rank(1)
+        product = LossJob("product", tuple(args.op), args.n, args.d, args.dtype, args.device, threads, folder)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["clipdist.losses.infonce", "clipdist.losses.sigmoid", "tools.bench.loss_ranks", "tools.bench.peers.losses"]
@@ -170,7 +160,7 @@ def main() -> int:
             unit.ask("prepare")
             for world in args.world:
                 jobs = [
-                    replace(product, impl=impl, ops=(op,), world=world, threads=threads(world))
+                    replace(product, impl=impl, ops=(op,), world=world, threads=threads_per_rank(world))
                     for op in args.op
                     for impl in args.impl
                 ]
@@ -209,7 +199,7 @@ def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
     lines = [
         f"# Losses, forward and backward: n={args.n}, d={args.d}, {args.dtype}, {args.device}",
         "",
-        *harness.provenance(args.device, threads(1), "open_clip_torch"),
+        *harness.provenance(args.device, threads_per_rank(1), "open_clip_torch"),
         f"- median of {args.repeats} rounds, in each of which every implementation ran once; memory is the largest",
         f"- 1 unit: one {args.n} x {args.n} x {args.d} product in {args.dtype} in one process, {unit_s:.4g} s",
         "- W: processes on this machine over gloo; time and memory are those of the rank that needs most",
