@@ -131,7 +131,7 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
     images, labels = [], []
     for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_IMAGES)).astype(int)].tolist():
         try:
-            images.append(decode_pixels(reader.image(sample_id)))
+            images.append(decode_pixels(reader.sample(sample_id).image()))
         except BadSample as error:
             print(f"defective: {reader.shard_name(sample_id)}: {reader.key(sample_id)!r}: {error}", file=sys.stderr)
             continue

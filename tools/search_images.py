@@ -187,7 +187,7 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
     pixels = []
     for hit in hits:
         try:
-            pixels.append(decode_pixels(reader.image(hit.sample_id)))
+            pixels.append(decode_pixels(reader.sample(hit.sample_id).image()))
         except BadSample as error:
             raise UserError(
                 f"{hit.shard}: sample {hit.key} was found, but cannot be shown: {error.reason}; was the shard damaged"

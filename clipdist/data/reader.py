@@ -96,22 +96,6 @@ class Reader:
         begin, length = table.spans[row].tolist()
         return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
 
-    def read(self, sample_id: int, kind: str) -> bytes | None:
-        """Return the bytes of one member. See StoredSample.read."""
-        return self.sample(sample_id).read(kind)
-
-    def image(self, sample_id: int) -> bytes:
-        """Return the encoded image. See StoredSample.image."""
-        return self.sample(sample_id).image()
-
-    def captions(self, sample_id: int) -> list[str]:
-        """Return all captions of a sample. See StoredSample.captions."""
-        return self.sample(sample_id).captions()
-
-    def metadata(self, sample_id: int) -> dict:
-        """Return the sample's .json. See StoredSample.metadata."""
-        return self.sample(sample_id).metadata()
-
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """Return some bytes of a shard; fewer where it ends before."""
 

@@ -7,7 +7,6 @@ ones marked; a consolidated index holds the good samples that pass the filters.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import uuid
@@ -15,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -215,7 +215,7 @@ def _stored(source: ShardSource) -> ShardIndex | None:
     return index
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def _open_book(path: str) -> Consolidated:
     return Consolidated(path)
 
@@ -331,10 +331,11 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
 
 def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tuple[list[int], dict[str, float], str]:
     """Return the CRC-32 of each member of a sample, its numbers, and the first thing that is wrong with it."""
-    reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
-    record, no_record = _try(lambda: reader.metadata(row))
-    captions, no_caption = _try(lambda: reader.captions(row))
-    size, no_image = _try(lambda: _image_size(reader.image(row), decode))
+    sample = reader.sample(row)
+    reads = [_try(partial(sample.read, kind)) for kind in kinds]
+    record, no_record = _try(sample.metadata)
+    captions, no_caption = _try(sample.captions)
+    size, no_image = _try(lambda: _image_size(sample.image(), decode))
     numbers = _numbers(record or {})
     numbers["width"], numbers["height"] = size or (math.nan, math.nan)
     numbers["caption_length"] = len(captions[0]) if captions else math.nan

@@ -188,10 +188,11 @@ def _labels_of(reader: Reader, source: Path) -> list[Label]:
 
 def _label_of(reader: Reader, sample_id: int, source: Path) -> Label:
     try:
-        record = reader.metadata(sample_id)
+        sample = reader.sample(sample_id)
+        record = sample.metadata()
         written = next((record[key] for key in ("label", "class", "cls") if key in record), None)
         if written is None:
-            written = (reader.read(sample_id, "cls") or b"").decode("utf-8", "replace").strip()
+            written = (sample.read("cls") or b"").decode("utf-8", "replace").strip()
             written = int(written) if written.isdecimal() else written
     except BadSample as error:
         raise UserError(f"{source}: sample {reader.key(sample_id)}: {error.reason}") from None
@@ -235,6 +236,6 @@ def _from_shards(reader: Reader, labels: Sequence[Label], classes: tuple[str, ..
     digest = hashlib.sha256(reader.catalog.fingerprint().encode() + array.tobytes())
 
     def read(row: int) -> np.ndarray:
-        return decode_pixels(reader.image(row))
+        return decode_pixels(reader.sample(row).image())
 
     return Split(array, read, digest.hexdigest())

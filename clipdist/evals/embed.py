@@ -96,7 +96,7 @@ def embed_catalog(
     reader = open_reader(catalog, data)
 
     def load(sample_id: int) -> Tensor:
-        return eval_image(reader.image(sample_id), image_size, data.max_pixels)
+        return eval_image(reader.sample(sample_id).image(), image_size, data.max_pixels)
 
     try:
         captions, text_calls = _plan_captions(reader, slices, rank, batch, most_captions) if texts else ({}, 0)
@@ -203,7 +203,7 @@ def _plan_captions(
         counts.append(0)
         for sample_id in part:
             try:
-                captions = reader.captions(sample_id)[:most]
+                captions = reader.sample(sample_id).captions()[:most]
             except BadSample:
                 captions = []
             counts[r] += len(captions)

@@ -104,7 +104,7 @@ def select_samples(catalog: Catalog, names: Sequence[str]) -> Selection:
         for sample_id in range(len(catalog)):
             key = reader.key(sample_id)
             try:
-                filename = reader.metadata(sample_id).get("filename")
+                filename = reader.sample(sample_id).metadata().get("filename")
             except BadSample:
                 filename = None
             position = wanted.get(posixpath.basename(filename)) if isinstance(filename, str) else by_key.get(key)

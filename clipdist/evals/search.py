@@ -250,7 +250,7 @@ def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[fl
 
 def _filename(reader: Reader, sample_id: int) -> str:
     try:
-        return str(reader.metadata(sample_id).get("filename", ""))
+        return str(reader.sample(sample_id).metadata().get("filename", ""))
     except BadSample:  # its image is good all the same
         return ""
 

@@ -122,7 +122,7 @@ def check_row(case: Case, batch: Batch, place: int, reader: Reader) -> str:
     (uniform,) = sample_uniforms(CFG.seed, np.zeros(1, dtype=np.int64), np.array([sample_id]), 1)[0]
     captions = captions_of(case.members)
     assert batch.tokens[place].tolist() == ids_of(case.members, captions, int(uniform * len(captions)))
-    pixels = decode_pixels(reader.image(sample_id), CFG.max_pixels)
+    pixels = decode_pixels(reader.sample(sample_id).image(), CFG.max_pixels)
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
@@ -213,10 +213,11 @@ def read_all(source: Path) -> dict[str, dict[str, bytes | str]] | UserError:
         reader = Reader(Catalog.open([str(source)]))
         for sample_id in range(len(reader.catalog)):
             kinds = reader.catalog.table(0).kinds
-            members = {kind: tried(reader.read, sample_id, kind) for kind in kinds}
+            sample = reader.sample(sample_id)
+            members = {kind: tried(sample.read, kind) for kind in kinds}
             found[reader.key(sample_id)] = {kind: data for kind, data in members.items() if data is not None}
             # Members that are other ones than they were may be used or refused.
-            captions, picture = tried(reader.captions, sample_id), tried(reader.image, sample_id)
+            captions, picture = tried(sample.captions), tried(sample.image)
             if not isinstance(captions, str):
                 tokenizer()(captions)
             if not isinstance(picture, str):

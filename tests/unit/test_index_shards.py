@@ -114,7 +114,7 @@ def test_verify_finds_defects_and_fills_columns(folder: Path, monkeypatch, capsy
     np.testing.assert_array_equal(index.columns["nsfw"], [0, np.nan, np.nan])
     assert "note" not in index.columns
     reader = Reader(Catalog.open([str(folder)]))
-    assert reader.image(0) == picture(40, 20)  # compared with the checksum
+    assert reader.sample(0).image() == picture(40, 20)  # compared with the checksum
     reader.close()
     damaged = load_index(folder / "1.tar")
     assert len(damaged) == 7

@@ -180,8 +180,8 @@ def test_group_ids_ignore_case_space_and_the_full_stop():
 
 def test_reader_names_what_is_missing(shards, tmp_path):
     reader = Reader(Catalog.open([str(shards / "train")]))
-    assert reader.read(0, "nothing") is None
-    assert len(reader.captions(0)) == 2
+    assert reader.sample(0).read("nothing") is None
+    assert len(reader.sample(0).captions()) == 2
     assert reader.key(21) == "000010003"
     assert reader.shard_name(21) == "00001.tar"
     tar = write_pairs(tmp_path, 3) / "00000.tar"
@@ -189,6 +189,6 @@ def test_reader_names_what_is_missing(shards, tmp_path):
     with open(tar, "r+b") as file:
         file.truncate(5000)
     with pytest.raises(BadSample):
-        cut.image(2)
+        cut.sample(2).image()
     reader.close()
     cut.close()
