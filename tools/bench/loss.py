@@ -113,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     parser.number("--repeats", 5, "R", "rounds over all implementations")
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, help="(both)")
     parser.add_argument("--impl", nargs="+", choices=IMPLS, help="(all that run here)")
-    return parser.parse(out="FOLDER", out_text="write table.md and plot.png (needs matplotlib)")
+    return parser.parse(out="FOLDER", out_text="write table.md")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -125,8 +125,6 @@ def check(args: argparse.Namespace) -> None:
     args.op, args.world = list(dict.fromkeys(args.op)), sorted(set(args.world))
     if args.world[0] < 1 or args.n % math.lcm(*args.world):
         raise UserError(f"--world {shlex.join(map(str, args.world))}: each must divide n={args.n}")
-    if args.out and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--out draws a plot with matplotlib, which is not installed: pip install matplotlib")
     triton = importlib.util.find_spec("triton") is not None
     if "kernel" in (args.impl or []) and (args.device == "cpu" or not triton):
         raise UserError("--impl kernel: needs a CUDA device and Triton")
@@ -170,8 +168,6 @@ def main() -> int:
     unit_s = statistics.median(units)
     record = {"rows": [row.as_json() for row in rows], "unit_s": unit_s, "notes": notes(args, rows)}
     harness.finish(args, report(args, rows, unit_s), record, "table.md")
-    if args.out:
-        plot(args, rows, args.out / "plot.png")
     return 1 if any(row.fault for row in rows) else 0
 
 
@@ -245,16 +241,13 @@ def notes(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
     return found
 
 
-def model_worlds(args: argparse.Namespace) -> list[int]:
-    """Return the world sizes whose traffic the model is asked for."""
-    return [world for world in sorted({*MODEL_WORLDS, *args.world} - {1}) if args.n % world == 0]
-
-
 def wire_table(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
     """Return the model for many world sizes at this global batch, and what was measured beside it."""
     rows_of_table = []
     for op in args.op:
-        for world in model_worlds(args):
+        for world in sorted({*MODEL_WORLDS, *args.world} - {1}):
+            if args.n % world:
+                continue
             b = args.n // world
             ours, theirs = (model(op, world, b, args.d, args.dtype) for model in (clipdist_bytes, open_clip_bytes))
             of_world = [row for row in rows if row.job.world == world and row.job.ops[0] == op]
@@ -281,44 +274,6 @@ def peer_of(row: LossRow, rows: list[LossRow]) -> dict[str, Any]:
 
 def divided(x: float | None, y: float | None) -> float | None:
     return None if x is None or not y else x / y
-
-
-def plot(args: argparse.Namespace, rows: list[LossRow], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    found = [row.as_json() for row in rows if row.steps]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 1.8 + max(2.4, 0.3 * len(found))), layout="constrained")
-    names = [f"{r['impl']}\n{r['op']}, W={r['world']}" for r in found]
-    colours = ["tab:gray" if r["impl"].startswith("open_clip") else "tab:blue" for r in found]
-    for axis, key, unit, title in ((axes[0], "time_s", 1, "time, s"), (axes[1], "extra_bytes", 1 << 20, "extra MiB")):
-        values = [(r[key] or 0) / unit for r in found]
-        axis.bar_label(axis.barh(range(len(found)), values, color=colours), fmt="%.3g", fontsize=7, padding=2)
-        axis.set_yticks(range(len(found)), names, fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_title(title)
-    worlds = model_worlds(args)
-    for op, line in zip(args.op, ("-", "--")):
-        for name, model, colour in (
-            ("clipdist", clipdist_bytes, "tab:blue"),
-            ("open_clip", open_clip_bytes, "tab:gray"),
-        ):
-            sent = [model(op, world, args.n // world, args.d, args.dtype) / 1e6 for world in worlds]
-            axes[2].plot(worlds, sent, line, color=colour, label=f"{name}, {op}: model")
-    for r, colour in zip(found, colours):
-        if r["wire_bytes"] is not None:
-            axes[2].plot(r["world"], r["wire_bytes"] / 1e6, "o" if r["op"] == "infonce" else "s", color=colour)
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_ylim(bottom=0)
-    axes[2].set_xlabel("W")
-    axes[2].set_title("sent per rank and step, MB (marks: measured)")
-    if worlds:
-        axes[2].legend(fontsize=7)
-    figure.suptitle(f"n={args.n}, d={args.d}, {args.dtype}, {args.device}")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
