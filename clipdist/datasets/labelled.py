@@ -21,7 +21,7 @@ import numpy as np
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import BadSample, decode_pixels
 from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
-from clipdist.datasets.cifar import CIFAR_10, LabelledImages, layout_of, read_cifar10, read_cifar100
+from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
 from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
@@ -71,7 +71,7 @@ def open_labelled(path: str | Path) -> LabelledSet:
         raise UserError(f"{path}: no such file or folder; {_EXPECTED}")
     layout = layout_of(path)
     if layout is not None:
-        data = read_cifar10(path) if layout is CIFAR_10 else read_cifar100(path)
+        data = read_cifar(path, layout)
         return LabelledSet(layout.name, data.classes, _from_arrays(data.train), _from_arrays(data.test))
     train, test = _split_folders(path)
     if test is None or any(test.glob("*.tar")):
