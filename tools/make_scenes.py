@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from clipdist.datasets.front import shard_parser
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
-from clipdist.errors import UserError, run_main
+from clipdist.errors import UserError, run_main, writing
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
 EXAMPLE = """examples:
@@ -96,11 +96,9 @@ def clear(out: Path) -> None:
 
 
 def stamp(out: Path, content: dict) -> None:
-    try:
+    with writing(f"--out {out}", "; choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         (out / STAMP).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def draw(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from clipdist.data.index import (
     stored_index,
     write_index,
 )
-from clipdist.errors import Fault, UserError
+from clipdist.errors import Fault, UserError, writing
 
 if TYPE_CHECKING:
     from clipdist.data.reader import Reader
@@ -164,7 +164,8 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
         lost = Counter({"in a damaged shard": len(index)})
         return Examined(source.tar, len(index), tar_bytes=index.tar_bytes, damage=damage, defects=lost)
     if made and task.output == "beside":
-        _write_beside(index)
+        with writing(os.path.dirname(index.tar) or ".", "; write one file elsewhere with --out"):
+            write_index(index)
     return _summed_up(index, task, damage, made)
 
 
@@ -239,12 +240,11 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
         return
     path = folder / f"{uuid.uuid4().hex}.tar"
     try:
-        try:
-            Fetcher().fetch(tar, path)
-        except UserError as error:  # one shard that cannot be had does not stop the others
-            raise UnusableShard(str(error)) from None
-        except OSError as error:
-            raise Fault(f"{folder}: cannot be written ({error.strerror}); name a larger place by --cache") from None
+        with writing(str(folder), "; name a larger place by --cache", Fault):
+            try:
+                Fetcher().fetch(tar, path)
+            except UserError as error:  # one shard that cannot be had does not stop the others
+                raise UnusableShard(str(error)) from None
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -254,16 +254,6 @@ def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
         return read_samples(index, decode=True)
     return index if task.columns <= index.columns.keys() else read_samples(index, decode=False)
-
-
-def _write_beside(index: ShardIndex) -> None:
-    try:
-        write_index(index)
-    except OSError as error:
-        folder = os.path.dirname(index.tar) or "."
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); write one file elsewhere with --out"
-        ) from None
 
 
 def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
