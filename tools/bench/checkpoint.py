@@ -225,11 +225,11 @@ def save_by_turns(
     return saves, folder
 
 
-def report(results: list[CheckpointCosts], import_s: float, args: argparse.Namespace, device: str) -> str:
+def report(results: list[CheckpointCosts], import_s: float, args: argparse.Namespace, device: str) -> list[str]:
     import torch
 
     saving = ["checkpoint, MB", "step, ms", "in the loop: median, ms", "largest, ms", "largest / limit"]
-    lines = [
+    return [
         f"# What a checkpoint costs, {device}",
         "",
         "Time that the loop spends on a save, beside a step without one; and the steps while the writer is at work.",
@@ -254,7 +254,6 @@ def report(results: list[CheckpointCosts], import_s: float, args: argparse.Names
         *harness.provenance(device, torch.get_num_threads(), "deepspeed"),
         f"- batch {args.batch}, {args.saves} saves",
     ]
-    return "\n".join(lines)
 
 
 def save_row(result: CheckpointCosts) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import IMAGE_KINDS
-from clipdist.errors import UserError, run_main
+from clipdist.errors import UserError, run_main, writing
 from tools.bench import harness
 from tools.bench.peers.data import (
     CROP_SCALE,
@@ -205,13 +205,11 @@ def make_images(folder: Path, count: int) -> None:
     from clipdist.datasets.shard_writer import shard_sizes
     from tools.bench.images import PhotographLike, write_drawn_shards
 
-    try:
+    with writing(f"--make-640x480 {folder}"):
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--make-640x480 {folder}: is not empty; choose another folder")
         sizes = shard_sizes(count, -(-count // IMAGE_SHARDS))
         facts = write_drawn_shards(folder, "bench-640x480", sizes, PhotographLike().draw)
-    except OSError as error:
-        raise UserError(f"--make-640x480 {folder}: cannot be written ({error.strerror})") from None
     total = sum(shard.size_bytes for shard in facts)
     print(f"{folder}: {count} pictures in {len(facts)} shards, {total / 1e6:.1f} MB")
 
@@ -238,7 +236,7 @@ def summary(results: LoadingResults) -> dict[str, Any]:
     }
 
 
-def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdataset) -> str:
+def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdataset) -> list[str]:
     """Return Markdown: tables, then what they were measured with."""
     told = summary(results)
     probes = ", ".join(f"{workers}: {rate:.0f}" for workers, rate in results.probes.items())
@@ -265,7 +263,7 @@ def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdat
         f"- data: {job.samples} pictures in {len(job.shards)} shards, {mean_image_kb(job):.1f} KB each; output"
         f" {job.output}, crop scale {CROP_SCALE}, batch {job.batch}{', DCT-scaled decoding' if job.dct else ''}",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def rate_table(results: LoadingResults) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from clipdist.errors import UserError
+from clipdist.errors import UserError, writing
 from clipdist.monitor.provenance import commit, hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,19 +59,19 @@ class BenchmarkParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help says more)")
 
 
-def finish(args: argparse.Namespace, text: str, record: Mapping[str, Any], name: str = "") -> int:
+def finish(args: argparse.Namespace, lines: Sequence[str], record: Mapping[str, Any], name: str = "") -> int:
     """Print the report, write it to --out (`name` in it, a folder), and end with the record as JSON for --json."""
-    print(text)
+    print("\n".join(lines))
     if args.out:
-        write_text(args.out / name, text)
+        write_lines(args.out / name, lines)
     if args.json:
         print(json.dumps(record))
     return 0
 
 
-def write_text(path: Path, text: str) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:
@@ -80,16 +80,14 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def workspace(work: Path | None = None, flag: str = "--work") -> Iterator[Path]:
-    """Make a new folder in `work`, which `flag` names, or in the temporary folder, and remove it afterwards.
+def workspace(work: Path | None = None) -> Iterator[Path]:
+    """Make a new folder in `work`, which --work names, or in the temporary folder, and remove it afterwards.
 
     Raises:
         UserError: it cannot be made.
     """
-    try:
+    with writing(f"--work {work}", "; choose another folder"):
         folder = Path(tempfile.mkdtemp(prefix="bench-", dir=work))
-    except OSError as error:
-        raise UserError(f"{flag} {work}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield folder
     finally:

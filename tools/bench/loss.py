@@ -191,7 +191,7 @@ def measure(
     return rows, units
 
 
-def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
+def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> list[str]:
     lines = [
         f"# Losses, forward and backward: n={args.n}, d={args.d}, {args.dtype}, {args.device}",
         "",
@@ -223,7 +223,7 @@ def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
     header += ["memory / open_clip's", "gradient error", "sent, MB per rank"]
     lines += [*harness.markdown_table(header, cells, left=2), ""]
     lines += [*(f"- {note}" for note in notes(args, rows)), "", *wire_table(args, rows)]
-    return "\n".join(lines)
+    return lines
 
 
 def notes(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:

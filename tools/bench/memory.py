@@ -159,7 +159,7 @@ def run_cell(
     return MemoryCell(precision, batch, micro, peak, features, seconds)
 
 
-def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
+def report(args: argparse.Namespace, cells: list[MemoryCell]) -> list[str]:
     """Return Markdown: what it was measured with, and the table."""
     import torch
 
@@ -172,7 +172,7 @@ def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
             told = [*micro, mib(whole.peak_bytes), harness.optional(whole.time_s, ".2f")]
             rows.append([cell.precision, str(cell.global_batch), *told])
     header = ["precision", "global batch", "micro-batches: peak, MiB", "of these features, MiB", "time, s"]
-    lines = [
+    return [
         f"# Peak memory of a training step in micro-batches of {args.micro_batch}",
         "",
         *harness.provenance(args.device, torch.get_num_threads()),
@@ -184,7 +184,6 @@ def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
         "",
         *harness.markdown_table([*header, "whole batch: peak, MiB", "time, s"], rows),
     ]
-    return "\n".join(lines)
 
 
 def mib(size: int | None) -> str:

@@ -40,16 +40,16 @@ RN50 = ["model.name=RN50", "train.global_batch=8"]
 BF16 = "train.precision=bf16"
 
 
-def by_stage(name: str, *words: str, ranks: int = 1) -> dict[str, tuple[int, list[str]]]:
+def each_stage(name: str, *words: str, ranks: int = 1) -> dict[str, tuple[int, list[str]]]:
     """Return {title: (ranks, settings)} of a cell for every ZeRO stage."""
     return {f"stage{stage} {name}": (ranks, [*VIT, f"engine.zero_stage={stage}", *words]) for stage in range(4)}
 
 
 CELLS = {
-    **by_stage("fp32"),
-    **by_stage("bf16", BF16),
-    **by_stage("fp32 2 ranks", ranks=2),
-    **by_stage("bf16 micro-batches", BF16, "train.micro_batch=4"),
+    **each_stage("fp32"),
+    **each_stage("bf16", BF16),
+    **each_stage("fp32 2 ranks", ranks=2),
+    **each_stage("bf16 micro-batches", BF16, "train.micro_batch=4"),
     "batch 32 fp32": (1, WIDE),
     "batch 32 fp32 checkpointing": (1, [*WIDE, "engine.activation_checkpointing=true"]),
     "batch 32 fp32 micro-batches": (1, [*WIDE, "train.micro_batch=8"]),
@@ -92,7 +92,7 @@ def main() -> int:
         cells.append(run_cell(name, ranks, words))
         harness.say(f"{name}: {cells[-1].error:+.1f} %")
         if args.out:
-            harness.write_text(args.out, report(args, cells))  # what is measured is not lost
+            harness.write_lines(args.out, report(args, cells))  # what is measured is not lost
     return harness.finish(args, report(args, cells), {"rows": [asdict(c) | {"error_percent": c.error} for c in cells]})
 
 
@@ -114,14 +114,14 @@ def run_cell(name: str, ranks: int, words: list[str]) -> PlanCell:
     return PlanCell(name, ranks, " ".join(words), predicted, max(grown))
 
 
-def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
+def report(args: argparse.Namespace, cells: list[PlanCell]) -> list[str]:
     """Return Markdown: what it was measured with, and the table."""
     within = sum(abs(cell.error) <= 15 for cell in cells)
     rows = [
         [c.cell, c.settings, str(c.ranks), f"{c.predicted / 1e6:.0f}", f"{c.measured / 1e6:.0f}", f"{c.error:+.1f} %"]
         for c in cells
     ]
-    lines = [
+    return [
         "# Memory of a rank: the plan beside real steps",
         "",
         *harness.provenance("cpu", 1),
@@ -131,7 +131,6 @@ def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
         "",
         *harness.markdown_table(["cell", "settings", "ranks", "predicted, MB", "measured, MB", "error"], rows, left=2),
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def summary(results: TrainingResults) -> dict[str, float | int | None]:
     }
 
 
-def report(job: TrainingJob, results: TrainingResults) -> str:
+def report(job: TrainingJob, results: TrainingResults) -> list[str]:
     """Return Markdown: tables, then what they were measured with."""
     lines = ["# Training beside open_clip_train", ""]
     if results.rates:
@@ -325,7 +325,7 @@ def report(job: TrainingJob, results: TrainingResults) -> str:
         " --local-loss --gather-with-grad there",
         f"- data: {job.images} pictures in {len(job.shards)} shards",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def rate_table(results: TrainingResults, told: dict[str, float | int | None]) -> list[str]:
