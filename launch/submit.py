@@ -16,7 +16,7 @@ import shlex
 import time
 
 from clipdist.config import Config, to_yaml
-from clipdist.config.batches import check_ranks
+from clipdist.config.batches import check_ranks, launched_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.models.spec import resolve_spec
 from clipdist.run_plan import check_data, check_launch
@@ -49,12 +49,8 @@ def check(config: Config) -> None:
     launch = config.launch
     if launch.cluster == "local" and launch.nodes != 1:
         raise UserError(f"launch.nodes={launch.nodes}: --cluster local has one node, this machine")
-    check_ranks(config, world_size(config))
+    check_ranks(config, launched_ranks(config.launch))
     resolve_spec(config.model)
-
-
-def world_size(config: Config) -> int:
-    return 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
 
 
 def check_all(request: LaunchRequest) -> None:
@@ -65,7 +61,7 @@ def check_all(request: LaunchRequest) -> None:
     estimated: list[tuple[object, ...]] = []
     for run in request.runs:
         config = run.config
-        catalog, _ = check_launch(config, world_size(config))
+        catalog, _ = check_launch(config, launched_ranks(config.launch))
         cost = (config.model, config.objectives, config.engine, config.train, config.data.train)
         if config.launch.cluster == "debug" or cost in estimated:
             continue
