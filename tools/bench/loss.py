@@ -125,17 +125,14 @@ def check(args: argparse.Namespace) -> None:
     args.op, args.world = list(dict.fromkeys(args.op)), sorted(set(args.world))
     if args.world[0] < 1 or args.n % math.lcm(*args.world):
         raise UserError(f"--world {shlex.join(map(str, args.world))}: each must divide n={args.n}")
-    triton = importlib.util.find_spec("triton") is not None
-    if "kernel" in (args.impl or []) and (args.device == "cpu" or not triton):
-        raise UserError("--impl kernel: needs a CUDA device and Triton")
     from clipdist.distributed.rank import resolve_device
 
     args.device = resolve_device(args.device)
     if args.device == "cuda" and args.world[-1] > 1:
         raise UserError(f"--world {args.world[-1]}: more ranks than one are processes on a CPU; add --device cpu")
-    fused = triton and args.device == "cuda"
+    fused = args.device == "cuda" and importlib.util.find_spec("triton") is not None
     if "kernel" in (args.impl or []) and not fused:
-        raise UserError("--impl kernel: needs a CUDA device, and torch sees none")
+        raise UserError("--impl kernel: needs a CUDA device that torch sees, and Triton")
     args.impl = list(dict.fromkeys(args.impl or [impl for impl in IMPLS if impl != "kernel" or fused]))
 
 

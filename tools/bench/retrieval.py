@@ -73,7 +73,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    record = measure_large(*args.large, args.width)
+    images, captions = args.large
+    record = measure_large(images, captions, args.width)
     record |= measure_speed(args.pictures, args.width, args.repeats)
     if args.embed:
         record |= measure_embedding(args)
