@@ -21,7 +21,6 @@ from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.models.spec import resolve_spec
 from clipdist.run_plan import check_data, check_launch
 from launch.arguments import LaunchRequest, read_arguments
-from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot
 
 
@@ -93,7 +92,7 @@ def show(request: LaunchRequest) -> int:
     print(f"# site defaults: {request.site or 'none'}")
     for run in request.runs if len(request.runs) > 1 else []:
         print(f"# run {run.config.run.dir}: {' '.join(run.point.words)}")
-    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(as_written(first))}")
+    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(first)}")
     if first.launch.cluster == "slurm":
         from launch.slurm_job import batch_script
 
@@ -150,7 +149,7 @@ def debug(request: LaunchRequest, words: list[str]) -> int:
 
     if len(request.runs) > 1:
         raise UserError("--sweep: --cluster debug runs a single configuration")
-    return debug_here(as_written(request.runs[0].config), resume_command(words))
+    return debug_here(request.runs[0].config, resume_command(words))
 
 
 def rank_command(snapshot: Path, words: list[str]) -> list[str]:
