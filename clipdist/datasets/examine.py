@@ -146,10 +146,6 @@ def shard_sources(shards: Sequence[str]) -> list[ShardSource]:
     return sources
 
 
-class UnusableShard(Exception):
-    """Nothing of this shard can be used; the message says why."""
-
-
 def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """Index one shard, or take the index that is there where it has all that is wanted.
 
@@ -158,7 +154,9 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """
     try:
         index, damage, made = _index_of(source, task)
-    except UnusableShard as error:
+    except Fault:
+        raise
+    except UserError as error:  # nothing of this shard can be used
         return Examined(source.tar, damage=str(error))
     if damage and not task.salvage:
         lost = Counter({"in a damaged shard": len(index)})
@@ -171,22 +169,17 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
 
 def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bool]:
     """Return the index with what the task wants, what is wrong with the shard, and whether it was made now."""
-    try:
-        stored = None if task.force and not source.book else _stored(source)
-        if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
-            return stored, "", False
-        with shard_at_hand(source.tar, task.folder) as path:
-            if stored is not None and (source.book or is_fresh(stored)):
-                index, damage = replace(stored, tar=str(path)), ""
-            else:
-                index, damage = scan_whole_samples(path)
-                index, damage = keep_facts(index, stored), damage.replace(str(path), safe_name(source.tar))
-            if not damage or task.salvage:
-                index = _with_columns(index, task)
-    except Fault:
-        raise
-    except UserError as error:
-        raise UnusableShard(str(error)) from None
+    stored = None if task.force and not source.book else _stored(source)
+    if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
+        return stored, "", False
+    with shard_at_hand(source.tar, task.folder) as path:
+        if stored is not None and (source.book or is_fresh(stored)):
+            index, damage = replace(stored, tar=str(path)), ""
+        else:
+            index, damage = scan_whole_samples(path)
+            index, damage = keep_facts(index, stored), damage.replace(str(path), safe_name(source.tar))
+        if not damage or task.salvage:
+            index = _with_columns(index, task)
     if is_remote(source.tar):
         index = replace(index, tar_mtime_ns=0)
     return replace(index, tar=source.tar), damage, True
@@ -232,7 +225,7 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
     """Give a local file with the shard's bytes; a remote one is fetched into `folder`, and gone afterwards.
 
     Raises:
-        UnusableShard: it cannot be had.
+        UserError: it cannot be had, for whatever reason.
         Fault: `folder` cannot be written.
     """
     if not is_remote(tar):
@@ -244,7 +237,7 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
             try:
                 Fetcher().fetch(tar, path)
             except UserError as error:  # one shard that cannot be had does not stop the others
-                raise UnusableShard(str(error)) from None
+                raise UserError(str(error)) from None
         yield path
     finally:
         path.unlink(missing_ok=True)
