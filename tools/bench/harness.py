@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from clipdist.errors import UserError, writing
+from clipdist.errors import UserError
 from clipdist.monitor.provenance import commit, hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,18 +79,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def workspace(work: Path | None = None) -> Iterator[Path]:
-    """Make a new folder in `work`, which --work names, or in the temporary folder, and remove it afterwards.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    with writing(f"--work {work}", "; choose another folder"):
-        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=work))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def workspace() -> Iterator[Path]:
+    """Make a new folder in the temporary folder ($TMPDIR), and remove it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 # Measuring
