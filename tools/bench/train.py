@@ -26,6 +26,7 @@ from typing import Any
 from clipdist.config import Config, load_config, to_yaml
 from clipdist.config.batches import check_ranks
 from clipdist.errors import run_main
+from clipdist.storage import json_lines
 from tools.bench import harness
 from tools.bench.peak_memory import ProportionalSetSize
 from tools.bench.peers.trainer import TrainingJob, check_comparable, flags, make_start, rank_report
@@ -260,8 +261,7 @@ def their_command(
 
 
 def our_records(job: TrainingJob, name: str) -> list[dict[str, Any]]:
-    lines = (job.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["type"] == "train"]
+    return [record for record in json_lines(job.folder / name / "metrics.jsonl") if record["type"] == "train"]
 
 
 def their_report(job: TrainingJob, name: str) -> Path:
