@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import decode_pixels
 from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards

@@ -181,7 +181,8 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
     Raises:
         UserError: an image is no longer what it was when its features were made.
     """
-    from clipdist.data.decode import BadSample, decode_pixels
+    from clipdist.data.bad_sample import BadSample
+    from clipdist.data.decode import decode_pixels
     from clipdist.report.search_page import Answer
 
     pixels = []

@@ -15,19 +15,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-MAX_PIXELS = 100_000_000
-REASONS = (
-    "missing image",
-    "missing caption",
-    "truncated image",
-    "not an image",
-    "too many pixels",
-    "too large",
-    "not JSON",
-    "caption not UTF-8",
-    "wrong checksum",
-    "shard cut off",
-)
+from clipdist.data.bad_sample import MAX_PIXELS, BadSample
+
 # What Pillow may open. It would start other programs for some formats, and TIFF is a container of many codecs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A progressive JPEG goes over all of its pixels once a scan (encoders write about ten), and a scan may take 30 bytes: a
@@ -37,14 +26,6 @@ _MAX_SCANS, _MANY_PIXELS = 100, 1_000_000
 # Pillow warns of large pictures, which our own limit covers, and of oddities that do not stop it. Set once: changing
 # the filters around every call is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class BadSample(Exception):
-    """A sample that cannot be used. `reason` is one of REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

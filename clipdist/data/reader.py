@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 
 from clipdist import config
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
-from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
 from clipdist.data.index import IMAGE_KINDS, ShardIndex
 from clipdist.errors import Fault, Unreadable, UserError

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog, Shard, name_shards
 from clipdist.data.consolidated import Consolidated
-from clipdist.data.decode import BadSample
 from clipdist.data.fetch import Fetcher, is_remote
 from clipdist.data.index import ShardIndex
 from clipdist.data.loader import group_id

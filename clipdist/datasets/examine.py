@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from clipdist.data.bad_sample import REASONS, BadSample
 from clipdist.data.consolidated import Consolidated, Part, make_part
 from clipdist.data.fetch import Fetcher, is_remote, safe_name
 from clipdist.data.filters import COLUMN_NAME, Condition
@@ -37,20 +38,7 @@ from clipdist.errors import Fault, UserError, writing
 if TYPE_CHECKING:
     from clipdist.data.reader import Reader
 
-# The column `defect` of an index whose shard was verified holds places in this list: append only.
-DEFECTS = (
-    "",
-    "missing image",
-    "missing caption",
-    "truncated image",
-    "not an image",
-    "too many pixels",
-    "too large",
-    "not JSON",
-    "caption not UTF-8",
-    "wrong checksum",
-    "shard cut off",
-)
+DEFECTS = ("", *REASONS)  # the column `defect` of an index whose shard was verified holds places in this list
 DEFECT = "defect"
 MOST_NAMED = 20  # defective samples of a shard whose keys are told
 _MOST_COLUMNS = 256  # a .json with other fields in every sample would fill the memory: later names are passed over
@@ -329,8 +317,6 @@ def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tup
 
 def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
     """Return what it gives, or the reason why it gives nothing."""
-    from clipdist.data.decode import BadSample
-
     try:
         return read(), ""
     except BadSample as error:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
 from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
 from clipdist.datasets.files import walk

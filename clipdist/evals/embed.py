@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipdist import config
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, eval_image
+from clipdist.data.decode import eval_image
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample
 from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels, eval_image
+from clipdist.data.decode import decode_pixels, eval_image
 from clipdist.data.reader import IMAGE_KINDS, Reader
 from clipdist.distributed.collectives import gather_json
 from clipdist.errors import UserError

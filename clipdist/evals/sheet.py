@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.reader import Reader, open_reader
 from clipdist.evals.embed import Embeddings
 

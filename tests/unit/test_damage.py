@@ -25,9 +25,10 @@ import torch
 from damage import Case, Members, sample_case
 
 from clipdist.config import Data
+from clipdist.data.bad_sample import MAX_PIXELS, REASONS, BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import make_part, write_parts
-from clipdist.data.decode import MAX_PIXELS, REASONS, BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.index import index_from_bytes, index_path, load_index
 from clipdist.data.loader import Batch, Loader, image_view, open_loader
 from clipdist.data.order import OrderKey, sample_uniforms

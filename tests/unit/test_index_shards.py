@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist.data import decode
+from clipdist.data.bad_sample import REASONS
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.index import load_index, scan_shard, stored_index
@@ -273,7 +273,8 @@ def test_where_nothing_is_left_it_is_a_fault(folder: Path, monkeypatch, capsys, 
 
 
 def test_every_reason_of_training_has_its_place() -> None:
-    assert set(decode.REASONS) <= set(DEFECTS)
+    assert set(REASONS) <= set(DEFECTS)
+    assert (DEFECTS.index("missing image"), DEFECTS.index("shard cut off")) == (1, 10)  # as in indices that exist
 
 
 def test_processes_make_no_difference(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

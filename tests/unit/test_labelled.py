@@ -15,7 +15,8 @@ import torch
 from cifar_files import write_cifar10
 from PIL import Image
 
-from clipdist.data.decode import BadSample, eval_image, eval_pixels
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard

@@ -10,8 +10,8 @@ from pairs import write_pairs
 
 from clipdist.config import Data
 from clipdist.data.augment import Augmentation, View
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader

@@ -15,8 +15,8 @@ import torch
 
 from clipdist.config import Data
 from clipdist.data import augment
+from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import MAX_PIXELS, BadSample
 from clipdist.data.loader import Loader, group_id, image_view, open_loader
 from clipdist.data.order import OrderKey, choose_streams, sample_uniforms
 from clipdist.data.reader import Reader
