@@ -27,6 +27,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -162,7 +163,7 @@ class OpenClipStages:
         wds = data.wds
         urls = [{"url": url} for url in self.job.shards]
         stages: dict[str, Callable[[Iterable[Any]], Iterable[Any]]] = {
-            "read": lambda _: _first(STAGE_SAMPLES, data.tarfile_to_samples_nothrow(iter(urls))),
+            "read": lambda _: islice(data.tarfile_to_samples_nothrow(iter(urls)), STAGE_SAMPLES),
             "decode": lambda read: wds.decode("pilrgb")(iter(read)),
             "resize": lambda decoded: [(transform(sample["jpg"]), sample["txt"]) for sample in decoded],
             "tokens": lambda pairs: [(image, tokenizer(text)[0]) for image, text in pairs],
@@ -180,10 +181,6 @@ class OpenClipStages:
                 times.append(time.thread_time() - began)
             seconds[name] = sorted(times)[_REPEATS // 2] / STAGE_SAMPLES
         return seconds
-
-
-def _first(count: int, samples: Iterable[Any]) -> Iterator[Any]:
-    return (sample for sample, _ in zip(samples, range(count)))
 
 
 def _import(webdataset: Path | None) -> ModuleType:
