@@ -12,8 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 EXIT_FAULT = 1
@@ -32,6 +32,15 @@ class Fault(UserError):
 
 class Unreadable(UserError):
     """A file that cannot be read now: missing, or its storage is unavailable. A retry may succeed."""
+
+
+@contextmanager
+def writing(what: str, hint: str = "", error: type[UserError] = UserError) -> Iterator[None]:
+    """Turn an OSError of the block into one line: what cannot be written, why, and what to do about it."""
+    try:
+        yield
+    except OSError as reason:
+        raise error(f"{what}: cannot be written ({reason.strerror or reason}){hint}") from None
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

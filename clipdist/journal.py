@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clipdist.config import Config, flat, to_yaml
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import Batch
-from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, ids_hash
 from clipdist.distributed.collectives import all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DistEnv

@@ -6,6 +6,7 @@ Retries of objects behind addresses are in clipdist/data/fetch.py.
 from __future__ import annotations
 
 import fcntl
+import json
 import math
 import os
 import random
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from clipdist.errors import Fault, Unreadable
 
@@ -55,6 +56,16 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Replace the content of a file atomically, in UTF-8. For `durable` see `replacing`."""
     with replacing(path, durable=durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, one a line; pass over what is none, such as a line that a kill cut off."""
+    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    yield record
 
 
 def sync(path: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdist.config import DEFAULT_RECIPE, REPOSITORY, Config, load_config
+from clipdist.config.load import escape_shell
 from clipdist.errors import UserError
-from launch.setup_lines import escape
 from launch.sweep import SweepPoint, points
 
 EXAMPLES = """examples:
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     cluster_help = "local: here, and wait; debug: one process, with pdb"
     add("--cluster", dest="launch.cluster", choices=CLUSTERS, help=cluster_help)
     setup_help = "shell line before the job (repeatable)"
-    add("--setup", dest="launch.setup", action="append", type=escape, metavar="LINE", help=setup_help)
+    add("--setup", dest="launch.setup", action="append", type=escape_shell, metavar="LINE", help=setup_help)
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="further sbatch option (repeatable)")
     add("--sweep", nargs="+", action="extend", default=[], metavar="KEY=V1,V2", help="one run for each combination")
     add("--plan", action="store_true", help="print what the run will need and take, and end")

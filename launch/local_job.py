@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from clipdist.config import Config
 from clipdist.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_INTERRUPTED, UserError
@@ -136,23 +137,24 @@ def stop_signals() -> Iterator[StopRequest]:
 
 def wait_for(ranks: list[RankProcess], stop: StopRequest) -> None:
     """Show the first rank's log until all ranks ended. Forward a stop, and kill the ranks that outlive a failed one."""
-    log, told, deadline = LogTail(ranks[0].stdout), False, math.inf
-    while any(rank.code is None for rank in ranks):
-        time.sleep(FOLLOW_S)
-        if stop.first is not None and not told:
-            told = True
-            with suppress(OSError):  # the terminal is gone, as SIGHUP says
-                print("\ninterrupted: writing a checkpoint; Ctrl-C again ends at once", flush=True)
-            for rank in ranks:
-                rank.process.terminate()
-        if stop.at_once or time.monotonic() > deadline:
-            for rank in ranks:
-                rank.process.kill()
-        log.show()
-        # A rank that lost another ends by itself, but first lets a checkpoint be written to its end.
-        if deadline == math.inf and any(rank.code for rank in ranks):
-            deadline = time.monotonic() + GRACE_S
-    log.show()
+    told, deadline = False, math.inf
+    with ranks[0].stdout.open(encoding="utf-8", errors="replace", newline="") as log:
+        while any(rank.code is None for rank in ranks):
+            time.sleep(FOLLOW_S)
+            if stop.first is not None and not told:
+                told = True
+                with suppress(OSError):  # the terminal is gone, as SIGHUP says
+                    print("\ninterrupted: writing a checkpoint; Ctrl-C again ends at once", flush=True)
+                for rank in ranks:
+                    rank.process.terminate()
+            if stop.at_once or time.monotonic() > deadline:
+                for rank in ranks:
+                    rank.process.kill()
+            show_new(log)
+            # A rank that lost another ends by itself, but first lets a checkpoint be written to its end.
+            if deadline == math.inf and any(rank.code for rank in ranks):
+                deadline = time.monotonic() + GRACE_S
+        show_new(log)
 
 
 def refusal(rank: RankProcess) -> str:
@@ -162,20 +164,10 @@ def refusal(rank: RankProcess) -> str:
     return said[-1].partition(": ")[2] if said else f"bad input, see {rank.stderr}"
 
 
-class LogTail:
-    """A file that grows, printed as it does."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._shown = path, 0
-
-    def show(self) -> None:
-        """Print what was written since the last call."""
-        with self._path.open("rb") as file:
-            file.seek(self._shown)
-            new = file.read()
-        self._shown += len(new)
-        sys.stdout.write(new.decode(errors="replace"))
-        sys.stdout.flush()
+def show_new(log: TextIO) -> None:
+    """Print what was written to a log since it was last read."""
+    sys.stdout.write(log.read())
+    sys.stdout.flush()
 
 
 def debug_here(config: Config, resume_command: str) -> int:

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # ahead of an installed clipdist
 from clipdist.config import REPOSITORY, Config, load_config
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.fault_tolerance.slurm import note_exit, restarts
-from launch.setup_lines import as_written
 
 PORT_STRIDE = 7919  # far from the ports of the next jobs, and prime: 20000 starts until one comes again
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if "SUBMITIT_EXECUTOR" in os.environ:  # else launch/local_job.py has set the variables
         set_environment()
     try:
-        code = train_rank(as_written(load_config(args.config)), args.resume_command)
+        code = train_rank(load_config(args.config), args.resume_command)
     except Fault:
         raise
     except UserError:

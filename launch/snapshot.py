@@ -15,7 +15,6 @@ from pathlib import Path
 from clipdist.config import REPOSITORY, SNAPSHOT, Config, to_yaml
 from clipdist.errors import UserError
 from clipdist.monitor.provenance import commit
-from launch.setup_lines import as_written
 
 KINDS = {"clipdist": (".py",), "launch": (".py", ".sh"), "configs": (".yaml", ".json")}
 DIGITS = 12  # of the SHA-256 that names a snapshot
@@ -33,7 +32,7 @@ def take_snapshot(config: Config, repository: Path = REPOSITORY) -> Path:
     Raises:
         UserError: the run folder cannot be written to.
     """
-    contents = read_code(repository) | model_files(config) | {"config.yaml": to_yaml(as_written(config)).encode()}
+    contents = read_code(repository) | model_files(config) | {"config.yaml": to_yaml(config).encode()}
     digest = hashlib.sha256()
     for name, content in sorted(contents.items()):
         digest.update(f"{name}\0{len(content)}\0".encode())

@@ -19,13 +19,12 @@ import shutil
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
-from clipdist.storage import lock
+from clipdist.storage import json_lines, lock
 
 EXAMPLES = """examples:
   python launch/status.py runs/*
@@ -193,10 +192,10 @@ class RunFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.job: dict[str, Any] = deque([{}, *records(folder / "jobs.jsonl")], maxlen=1)[0]
+        self.job: dict[str, Any] = deque([{}, *json_lines(folder / "jobs.jsonl")], maxlen=1)[0]
         self.train: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.events: list[dict[str, Any]] = []
-        for record in records(folder / "metrics.jsonl"):
+        for record in json_lines(folder / "metrics.jsonl"):
             if record.get("type") == "train":
                 self.train.append(record)
             elif record.get("type") == "event":
@@ -255,16 +254,6 @@ def find_logs(log: Path) -> list[Path]:
         return []
     others = sorted(log.parent.glob(f"{log.name.removesuffix('0_log.out')}*_log.*"))
     return [log, *(path for path in others if path != log)]
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a file of JSON objects; the last may be half-written."""
-    with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    yield record
 
 
 def read(path: Path) -> str:

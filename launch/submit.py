@@ -16,12 +16,11 @@ import shlex
 import time
 
 from clipdist.config import Config, to_yaml
-from clipdist.config.batches import check_ranks
+from clipdist.config.batches import check_ranks, launched_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.models.spec import resolve_spec
 from clipdist.run_plan import check_data, check_launch
 from launch.arguments import LaunchRequest, read_arguments
-from launch.setup_lines import as_written
 from launch.snapshot import take_snapshot
 
 
@@ -49,12 +48,8 @@ def check(config: Config) -> None:
     launch = config.launch
     if launch.cluster == "local" and launch.nodes != 1:
         raise UserError(f"launch.nodes={launch.nodes}: --cluster local has one node, this machine")
-    check_ranks(config, world_size(config))
+    check_ranks(config, launched_ranks(config.launch))
     resolve_spec(config.model)
-
-
-def world_size(config: Config) -> int:
-    return 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
 
 
 def check_all(request: LaunchRequest) -> None:
@@ -65,7 +60,7 @@ def check_all(request: LaunchRequest) -> None:
     estimated: list[tuple[object, ...]] = []
     for run in request.runs:
         config = run.config
-        catalog, _ = check_launch(config, world_size(config))
+        catalog, _ = check_launch(config, launched_ranks(config.launch))
         cost = (config.model, config.objectives, config.engine, config.train, config.data.train)
         if config.launch.cluster == "debug" or cost in estimated:
             continue
@@ -97,7 +92,7 @@ def show(request: LaunchRequest) -> int:
     print(f"# site defaults: {request.site or 'none'}")
     for run in request.runs if len(request.runs) > 1 else []:
         print(f"# run {run.config.run.dir}: {' '.join(run.point.words)}")
-    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(as_written(first))}")
+    print(f"# resolved configuration: {request.recipe} and the command line\n{to_yaml(first)}")
     if first.launch.cluster == "slurm":
         from launch.slurm_job import batch_script
 
@@ -154,7 +149,7 @@ def debug(request: LaunchRequest, words: list[str]) -> int:
 
     if len(request.runs) > 1:
         raise UserError("--sweep: --cluster debug runs a single configuration")
-    return debug_here(as_written(request.runs[0].config), resume_command(words))
+    return debug_here(request.runs[0].config, resume_command(words))
 
 
 def rank_command(snapshot: Path, words: list[str]) -> list[str]:

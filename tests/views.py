@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from clipdist.data.augment import Augmentation, View, train_views
-from clipdist.data.decode import MAX_PIXELS
+from clipdist.data.bad_sample import MAX_PIXELS
 
 
 def train_image(

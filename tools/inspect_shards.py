@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import decode_pixels
 from clipdist.data.fetch import safe_name
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
@@ -126,7 +127,7 @@ def draw_sheet(reader: Reader, ids: np.ndarray, path: Path) -> None:
     images, labels = [], []
     for sample_id in ids[np.linspace(0, len(ids) - 1, min(len(ids), SHEET_IMAGES)).astype(int)].tolist():
         try:
-            images.append(decode_pixels(reader.image(sample_id)))
+            images.append(decode_pixels(reader.sample(sample_id).image()))
         except BadSample as error:
             print(f"defective: {reader.shard_name(sample_id)}: {reader.key(sample_id)!r}: {error}", file=sys.stderr)
             continue

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from clipdist.datasets.scenes import SCENES_VERSION, write_labelled, write_scenes
 from clipdist.datasets.shard_writer import read_own, write_json
-from clipdist.errors import UserError, run_main
+from clipdist.errors import UserError, run_main, writing
 from clipdist.evals import front
 
 SCENES, LABELLED, STAMP = "scenes", "labelled", "made.json"
@@ -78,11 +78,9 @@ def read_stamp(out: Path) -> dict | None:
 
 
 def stamp(out: Path, content: dict) -> None:
-    try:
+    with writing(f"--out {out}", "; choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / STAMP, content)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def draw(arguments: argparse.Namespace) -> None:

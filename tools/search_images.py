@@ -179,13 +179,14 @@ def answer_of(reader: Reader, query: Query, hits: Sequence[Hit]) -> Answer:
     Raises:
         UserError: an image is no longer what it was when its features were made.
     """
-    from clipdist.data.decode import BadSample, decode_pixels
+    from clipdist.data.bad_sample import BadSample
+    from clipdist.data.decode import decode_pixels
     from clipdist.report.search_page import Answer
 
     pixels = []
     for hit in hits:
         try:
-            pixels.append(decode_pixels(reader.image(hit.sample_id)))
+            pixels.append(decode_pixels(reader.sample(hit.sample_id).image()))
         except BadSample as error:
             raise UserError(
                 f"{hit.shard}: sample {hit.key} was found, but cannot be shown: {error.reason}; was the shard damaged"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipdist.config.schema import Config, Train
+from clipdist.config.schema import Config, Launch, Train
 from clipdist.errors import UserError
 
 
@@ -24,6 +24,11 @@ def check_ranks(config: Config, world: int) -> None:
             f"train.micro_batch={micro} does not divide the {share} pairs of a rank (train.global_batch={batch} on"
             f" {world} ranks); set it to one of {', '.join(str(m) for m in range(1, share + 1) if share % m == 0)}"
         )
+
+
+def launched_ranks(launch: Launch) -> int:
+    """Return the number of ranks that launch/submit.py starts."""
+    return 1 if launch.cluster == "debug" else launch.nodes * launch.gpus
 
 
 def total_steps(train: Train, steps_per_epoch: int) -> int:

@@ -60,9 +60,15 @@ def load_config(
     return config
 
 
+def escape_shell(line: str) -> str:
+    r"""Return \${HOME} for ${HOME}, which OmegaConf would take for a reference to one of its own keys."""
+    return re.sub(r"(?<!\\)\$\{", r"\\${", line)
+
+
 def to_yaml(config: Config) -> str:
-    """Return the resolved configuration as YAML, with all keys in the order of the dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved configuration as YAML, all keys, in the order of the dataclasses; load_config reads it back."""
+    launch = dataclasses.replace(config.launch, setup=[escape_shell(line) for line in config.launch.setup])
+    return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, launch=launch)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -126,8 +132,7 @@ def _read_site(path: Path) -> Any:
     launch = plain.get("launch") if isinstance(plain, dict) else None
     if isinstance(launch, dict) and isinstance(launch.get("setup"), (str, list)):
         lines = [launch["setup"]] if isinstance(launch["setup"], str) else launch["setup"]
-        # Escape ${HOME} and the like, which OmegaConf would interpolate as keys.
-        launch["setup"] = [re.sub(r"(?<!\\)\$\{", r"\\${", str(line)) for line in lines]
+        launch["setup"] = [escape_shell(str(line)) for line in lines]
     return OmegaConf.create(plain)
 
 

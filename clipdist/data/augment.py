@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipdist.data.decode import MAX_PIXELS, decode_jpeg, decode_pixels, jpeg_shape, resize
+from clipdist.data.bad_sample import MAX_PIXELS
+from clipdist.data.decode import decode_jpeg, decode_pixels, jpeg_shape, resize
 from clipdist.errors import UserError
 
 _ATTEMPTS = 10  # at a crop, as in torchvision's RandomResizedCrop

@@ -15,19 +15,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-MAX_PIXELS = 100_000_000
-REASONS = (
-    "missing image",
-    "missing caption",
-    "truncated image",
-    "not an image",
-    "too many pixels",
-    "too large",
-    "not JSON",
-    "caption not UTF-8",
-    "wrong checksum",
-    "shard cut off",
-)
+from clipdist.data.bad_sample import MAX_PIXELS, BadSample
+
 # Formats that Pillow may open. It starts other programs for some formats, and TIFF is a container of many codecs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Decoding a progressive JPEG visits all pixels once per scan. Encoders write about ten scans, but a scan may take only
@@ -37,18 +26,6 @@ _MAX_SCANS, _MANY_PIXELS = 100, 1_000_000
 # Pillow warns of large images, which max_pixels covers, and of harmless defects. Set once, because changing warning
 # filters is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class BadSample(Exception):
-    """A sample that cannot be used.
-
-    Attributes:
-        reason: one of REASONS.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -22,10 +22,10 @@ import torch
 
 from clipdist import config
 from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample
 from clipdist.data.fetch import safe_name
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once

@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 
 from clipdist import config
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
-from clipdist.data.decode import BadSample
 from clipdist.data.fetch import is_remote, safe_name, without_query
 from clipdist.data.index import IMAGE_KINDS, ShardIndex
 from clipdist.errors import Fault, Unreadable, UserError
@@ -95,22 +95,6 @@ class Reader:
         table = self._retried(shard, lambda: self.catalog.table(shard))
         begin, length = table.spans[row].tolist()
         return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
-
-    def read(self, sample_id: int, kind: str) -> bytes | None:
-        """Return the bytes of one member. See StoredSample.read."""
-        return self.sample(sample_id).read(kind)
-
-    def image(self, sample_id: int) -> bytes:
-        """Return the encoded image. See StoredSample.image."""
-        return self.sample(sample_id).image()
-
-    def captions(self, sample_id: int) -> list[str]:
-        """Return all captions of a sample. See StoredSample.captions."""
-        return self.sample(sample_id).captions()
-
-    def metadata(self, sample_id: int) -> dict:
-        """Return the sample's .json. See StoredSample.metadata."""
-        return self.sample(sample_id).metadata()
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """Return some bytes of a shard; fewer where it ends before."""

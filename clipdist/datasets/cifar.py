@@ -74,24 +74,6 @@ class Cifar:
     classes: tuple[str, ...]
 
 
-def read_cifar10(path: str | Path) -> Cifar:
-    """Read any number of training batches (at least one), the test batch and the class names.
-
-    Args:
-        path: the folder with the batches, the folder above it, or the tar archive (compressed or not), which is read
-            in place.
-
-    Raises:
-        UserError: no such data, a damaged or truncated file, or a pickle that holds anything but arrays and containers.
-    """
-    return _read(Path(path), CIFAR_10)
-
-
-def read_cifar100(path: str | Path) -> Cifar:
-    """Read CIFAR-100 as read_cifar10 does, with the hundred fine labels."""
-    return _read(Path(path), CIFAR_100)
-
-
 def layout_of(path: str | Path) -> CifarLayout | None:
     """Return which of the two sets a folder or tar archive holds; None: neither.
 
@@ -105,14 +87,21 @@ def layout_of(path: str | Path) -> CifarLayout | None:
     if not path.is_file():
         return None
     with _open_archive(path) as archive:
-        for member in archive:
-            for layout in (CIFAR_10, CIFAR_100):
-                if member.isfile() and layout.wants(Path(member.name).name):
-                    return layout
-    return None
+        names = (Path(member.name).name for member in archive if member.isfile())
+        return next((layout for name in names for layout in (CIFAR_10, CIFAR_100) if layout.wants(name)), None)
 
 
-def _read(path: Path, layout: CifarLayout) -> Cifar:
+def read_cifar(path: str | Path, layout: CifarLayout = CIFAR_10) -> Cifar:
+    """Read any number of training batches (at least one), the test batch and the class names (the fine ones).
+
+    Args:
+        path: the folder with the batches, the folder above it, or the tar archive (compressed or not), which is read
+            in place.
+
+    Raises:
+        UserError: no such data, a damaged or truncated file, or a pickle that holds anything but arrays and containers.
+    """
+    path = Path(path)
     files = _read_files(path, layout)
     batches = sorted(filter(layout.train.fullmatch, files), key=lambda name: (len(name), name))  # batch 10 after 9
     for needed, found in ((layout.first_train, batches), (layout.test, layout.test in files)):

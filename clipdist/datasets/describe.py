@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog, Shard, name_shards
 from clipdist.data.consolidated import Consolidated
-from clipdist.data.decode import BadSample
 from clipdist.data.fetch import Fetcher, is_remote
 from clipdist.data.index import ShardIndex
 from clipdist.data.loader import group_id
@@ -104,8 +104,9 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
     captions: list[list[str]] = []  # of every sample
     unusable: Counter[str] = Counter()
     for sample_id in tqdm(ids.tolist(), desc="samples", unit="sample", disable=None):
+        sample = reader.sample(sample_id)
         try:
-            data = reader.image(sample_id)
+            data = sample.image()
         except BadSample as error:
             unusable[error.reason] += 1
         else:
@@ -117,7 +118,7 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
             else:
                 unusable[header] += 1
         try:
-            captions.append(reader.captions(sample_id))
+            captions.append(sample.captions())
         except BadSample as error:
             unusable[error.reason] += 1
     width, height = np.array(sizes, dtype=np.float64).reshape(-1, 2).T

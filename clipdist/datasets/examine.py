@@ -7,7 +7,6 @@ ones marked; a consolidated index holds the good samples that pass the filters.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import uuid
@@ -15,11 +14,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
+from clipdist.data.bad_sample import REASONS, BadSample
 from clipdist.data.consolidated import Consolidated, Part, make_part
 from clipdist.data.fetch import Fetcher, is_remote, safe_name
 from clipdist.data.filters import COLUMN_NAME, Condition
@@ -32,25 +33,12 @@ from clipdist.data.index import (
     stored_index,
     write_index,
 )
-from clipdist.errors import Fault, UserError
+from clipdist.errors import Fault, UserError, writing
 
 if TYPE_CHECKING:
     from clipdist.data.reader import Reader
 
-# The column `defect` of an index whose shard was verified holds places in this list: append only.
-DEFECTS = (
-    "",
-    "missing image",
-    "missing caption",
-    "truncated image",
-    "not an image",
-    "too many pixels",
-    "too large",
-    "not JSON",
-    "caption not UTF-8",
-    "wrong checksum",
-    "shard cut off",
-)
+DEFECTS = ("", *REASONS)  # the column `defect` of an index whose shard was verified holds places in this list
 DEFECT = "defect"
 MOST_NAMED = 20  # defective samples of a shard whose keys are told
 _MOST_COLUMNS = 256  # a .json with other fields in every sample would fill the memory: later names are passed over
@@ -146,10 +134,6 @@ def shard_sources(shards: Sequence[str]) -> list[ShardSource]:
     return sources
 
 
-class UnusableShard(Exception):
-    """Nothing of this shard can be used; the message says why."""
-
-
 def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """Index one shard, or take the index that is there where it has all that is wanted.
 
@@ -158,34 +142,32 @@ def examine_shard(source: ShardSource, task: ShardTask) -> Examined:
     """
     try:
         index, damage, made = _index_of(source, task)
-    except UnusableShard as error:
+    except Fault:
+        raise
+    except UserError as error:  # nothing of this shard can be used
         return Examined(source.tar, damage=str(error))
     if damage and not task.salvage:
         lost = Counter({"in a damaged shard": len(index)})
         return Examined(source.tar, len(index), tar_bytes=index.tar_bytes, damage=damage, defects=lost)
     if made and task.output == "beside":
-        _write_beside(index)
+        with writing(os.path.dirname(index.tar) or ".", "; write one file elsewhere with --out"):
+            write_index(index)
     return _summed_up(index, task, damage, made)
 
 
 def _index_of(source: ShardSource, task: ShardTask) -> tuple[ShardIndex, str, bool]:
     """Return the index with what the task wants, what is wrong with the shard, and whether it was made now."""
-    try:
-        stored = None if task.force and not source.book else _stored(source)
-        if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
-            return stored, "", False
-        with shard_at_hand(source.tar, task.folder) as path:
-            if stored is not None and (source.book or is_fresh(stored)):
-                index, damage = replace(stored, tar=str(path)), ""
-            else:
-                index, damage = scan_whole_samples(path)
-                index, damage = keep_facts(index, stored), damage.replace(str(path), safe_name(source.tar))
-            if not damage or task.salvage:
-                index = _with_columns(index, task)
-    except Fault:
-        raise
-    except UserError as error:
-        raise UnusableShard(str(error)) from None
+    stored = None if task.force and not source.book else _stored(source)
+    if stored is not None and (source.book or is_fresh(stored)) and _has_all(stored, task):
+        return stored, "", False
+    with shard_at_hand(source.tar, task.folder) as path:
+        if stored is not None and (source.book or is_fresh(stored)):
+            index, damage = replace(stored, tar=str(path)), ""
+        else:
+            index, damage = scan_whole_samples(path)
+            index, damage = keep_facts(index, stored), damage.replace(str(path), safe_name(source.tar))
+        if not damage or task.salvage:
+            index = _with_columns(index, task)
     if is_remote(source.tar):
         index = replace(index, tar_mtime_ns=0)
     return replace(index, tar=source.tar), damage, True
@@ -215,7 +197,7 @@ def _stored(source: ShardSource) -> ShardIndex | None:
     return index
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def _open_book(path: str) -> Consolidated:
     return Consolidated(path)
 
@@ -231,7 +213,7 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
     """Give a local file with the shard's bytes; a remote one is fetched into `folder`, and gone afterwards.
 
     Raises:
-        UnusableShard: it cannot be had.
+        UserError: it cannot be had, for whatever reason.
         Fault: `folder` cannot be written.
     """
     if not is_remote(tar):
@@ -239,12 +221,11 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
         return
     path = folder / f"{uuid.uuid4().hex}.tar"
     try:
-        try:
-            Fetcher().fetch(tar, path)
-        except UserError as error:  # one shard that cannot be had does not stop the others
-            raise UnusableShard(str(error)) from None
-        except OSError as error:
-            raise Fault(f"{folder}: cannot be written ({error.strerror}); name a larger place by --cache") from None
+        with writing(str(folder), "; name a larger place by --cache", Fault):
+            try:
+                Fetcher().fetch(tar, path)
+            except UserError as error:  # one shard that cannot be had does not stop the others
+                raise UserError(str(error)) from None
         yield path
     finally:
         path.unlink(missing_ok=True)
@@ -254,16 +235,6 @@ def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
         return read_samples(index, decode=True)
     return index if task.columns <= index.columns.keys() else read_samples(index, decode=False)
-
-
-def _write_beside(index: ShardIndex) -> None:
-    try:
-        write_index(index)
-    except OSError as error:
-        folder = os.path.dirname(index.tar) or "."
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); write one file elsewhere with --out"
-        ) from None
 
 
 def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
@@ -331,10 +302,11 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
 
 def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tuple[list[int], dict[str, float], str]:
     """Return the CRC-32 of each member of a sample, its numbers, and the first thing that is wrong with it."""
-    reads = [_try(lambda kind=kind: reader.read(row, kind)) for kind in kinds]  # type: ignore[misc]
-    record, no_record = _try(lambda: reader.metadata(row))
-    captions, no_caption = _try(lambda: reader.captions(row))
-    size, no_image = _try(lambda: _image_size(reader.image(row), decode))
+    sample = reader.sample(row)
+    reads = [_try(partial(sample.read, kind)) for kind in kinds]
+    record, no_record = _try(sample.metadata)
+    captions, no_caption = _try(sample.captions)
+    size, no_image = _try(lambda: _image_size(sample.image(), decode))
     numbers = _numbers(record or {})
     numbers["width"], numbers["height"] = size or (math.nan, math.nan)
     numbers["caption_length"] = len(captions[0]) if captions else math.nan
@@ -345,8 +317,6 @@ def _look(reader: Reader, row: int, kinds: tuple[str, ...], decode: bool) -> tup
 
 def _try(read: Callable[[], Result]) -> tuple[Result | None, str]:
     """Return what it gives, or the reason why it gives nothing."""
-    from clipdist.data.decode import BadSample
-
     try:
         return read(), ""
     except BadSample as error:

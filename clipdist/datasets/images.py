@@ -19,6 +19,7 @@ import simplejpeg
 from PIL import Image
 from tqdm import tqdm
 
+from clipdist.data.bad_sample import MAX_PIXELS
 from clipdist.datasets.files import SourceFile
 from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import (
@@ -33,7 +34,6 @@ from clipdist.datasets.shard_writer import (
 from clipdist.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-MAX_PIXELS = 100_000_000
 JPEG_QUALITY = 95  # of images that are shrunk
 # {Pillow's format: file extension}; for some other formats Pillow would start programs
 _FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.index import ShardIndex, scan_whole_samples
-from clipdist.datasets.examine import ShardSource, UnusableShard, read_index, shard_at_hand
+from clipdist.datasets.examine import ShardSource, read_index, shard_at_hand
 from clipdist.errors import Fault, UserError
 
 MOST_TOLD = 20  # differences of a shard that are described
@@ -54,7 +54,7 @@ def compare_readers(source: ShardSource, folder: Path) -> ReaderComparison:
             samples = _compare_samples(path, index, differences)
     except Fault:
         raise
-    except (UnusableShard, UserError) as error:
+    except UserError as error:
         return ReaderComparison(name, 0, 0, 1, (f"clipdist reads nothing: {error}",))
     return ReaderComparison(name, len(index), samples, len(differences), tuple(differences[:MOST_TOLD]))
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
-from clipdist.datasets.cifar import CIFAR_10, LabelledImages, layout_of, read_cifar10, read_cifar100
+from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
 from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
@@ -71,7 +72,7 @@ def open_labelled(path: str | Path) -> LabelledSet:
         raise UserError(f"{path}: no such file or folder; {_EXPECTED}")
     layout = layout_of(path)
     if layout is not None:
-        data = read_cifar10(path) if layout is CIFAR_10 else read_cifar100(path)
+        data = read_cifar(path, layout)
         return LabelledSet(layout.name, data.classes, _from_arrays(data.train), _from_arrays(data.test))
     train, test = _split_folders(path)
     if test is None or any(test.glob("*.tar")):
@@ -188,10 +189,11 @@ def _labels_of(reader: Reader, source: Path) -> list[Label]:
 
 def _label_of(reader: Reader, sample_id: int, source: Path) -> Label:
     try:
-        record = reader.metadata(sample_id)
+        sample = reader.sample(sample_id)
+        record = sample.metadata()
         written = next((record[key] for key in ("label", "class", "cls") if key in record), None)
         if written is None:
-            written = (reader.read(sample_id, "cls") or b"").decode("utf-8", "replace").strip()
+            written = (sample.read("cls") or b"").decode("utf-8", "replace").strip()
             written = int(written) if written.isdecimal() else written
     except BadSample as error:
         raise UserError(f"{source}: sample {reader.key(sample_id)}: {error.reason}") from None
@@ -235,6 +237,6 @@ def _from_shards(reader: Reader, labels: Sequence[Label], classes: tuple[str, ..
     digest = hashlib.sha256(reader.catalog.fingerprint().encode() + array.tobytes())
 
     def read(row: int) -> np.ndarray:
-        return decode_pixels(reader.image(row))
+        return decode_pixels(reader.sample(row).image())
 
     return Split(array, read, digest.hexdigest())

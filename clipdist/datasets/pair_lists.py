@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from clipdist.data.index import IMAGE_KINDS
 from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
@@ -30,7 +31,6 @@ IMAGE_COLUMNS = (
     *("filename", "file_name", "image_name", "img", "picture", "url"),
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "description", "comment", "alt_text")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl"}
 _SUFFIXES |= {".ndjson": "jsonl"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
@@ -423,7 +423,7 @@ def _folder_entries(folder: Path) -> Iterator[Pair | Skip]:
         stems = {name for name in files if name.endswith((".txt", ".json"))}
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if suffix[1:].lower() in IMAGE_KINDS and not name.startswith("."):
                 yield _folder_pair(folder, os.path.relpath(os.path.join(here, name), folder), stem, stems)
 
 

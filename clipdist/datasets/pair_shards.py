@@ -33,7 +33,7 @@ from clipdist.datasets.shard_writer import (
     write_shard,
     write_side_files,
 )
-from clipdist.errors import Fault, UserError
+from clipdist.errors import Fault, UserError, writing
 from clipdist.storage import replacing
 
 FORMAT = 1  # of what is written: raise it when the same list would give other bytes
@@ -111,13 +111,11 @@ def _write(job: _PairShardJob) -> ShardDone:
             row += 1
 
     path = job.out / shard_name(job.shard)
-    try:
+    with writing(str(path), "; the same command goes on later", Fault):
         facts = write_shard(path, samples())
         if not facts.samples:
             path.unlink()
             index_path(path).unlink()
-    except OSError as error:
-        raise Fault(f"{path}: cannot be written ({error.strerror or error}); the same command goes on later") from None
     return ShardDone(job.shard, captions, facts, tuple(sorted(skipped, key=lambda skip: (skip.row, skip.file))))
 
 
@@ -202,10 +200,8 @@ def write_pairs(
     if -(-images // plan.per_shard) > MAX_SHARDS:
         raise UserError(f"--per-shard {plan.per_shard}: {images} pictures make more than {MAX_SHARDS} shards; raise it")
     _check_plan(out, plan)
-    try:
+    with writing(f"--out {out}"):
         journal = _ShardJournal(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     before = len(journal.done)
     jobs = _jobs(pairs, out, plan, pack, journal)
 
@@ -282,10 +278,8 @@ def _check_plan(out: Path, plan: ShardPlan) -> None:
     foreign = sorted(file.name for file in out.glob("*") if file.suffix in (".tar", ".json", ".jsonl"))
     if foreign:
         raise UserError(f"{out / foreign[0]}: was not written by this tool; move it away or choose another --out")
-    try:
+    with writing(f"--out {out}"):
         write_json(path, said)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
 class _ShardJournal:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from clipdist.data.index import index_from_members, index_path, stamped, write_index
-from clipdist.errors import UserError
+from clipdist.errors import UserError, writing
 from clipdist.storage import lock, replacing, write_text
 
 MAX_SHARD_SIZE = 10_000  # img2dataset's keys count the samples of a shard with four digits
@@ -203,10 +203,8 @@ def staging(out: Path, names: Mapping[str, str]) -> Iterator[Path]:
             _refuse_foreign_files(out / split, name)
         folder = out / _STAGING
         shutil.rmtree(folder, ignore_errors=True)
-        try:
+        with writing(f"--out {out}"):
             folder.mkdir()
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         try:
             yield folder
         finally:
@@ -220,11 +218,9 @@ def hold_folder(out: Path) -> Iterator[None]:
     Raises:
         UserError: it cannot be written, or another run holds it.
     """
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     try:
         try:
             lock(descriptor, wait_s=0)

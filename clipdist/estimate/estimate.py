@@ -9,7 +9,7 @@ import torch
 
 import clipdist.estimate.memory as memory
 from clipdist.config import Config
-from clipdist.config.batches import check_ranks, total_steps
+from clipdist.config.batches import check_ranks, launched_ranks, total_steps
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError
 from clipdist.estimate.activations import Activations, measure, meta_model
@@ -38,8 +38,7 @@ def make_estimate(
     Raises:
         UserError: the model cannot be built, or the batch cannot be divided.
     """
-    if world is None:
-        world = 1 if config.launch.cluster == "debug" else config.launch.nodes * config.launch.gpus
+    world = world or launched_ranks(config.launch)
     check_ranks(config, world)
     train = config.train
     per_epoch = len(catalog) // train.global_batch if catalog is not None else 0

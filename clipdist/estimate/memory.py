@@ -27,7 +27,7 @@ MOMENTS = ("backward pass", "reduction", "optimiser step")
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """ModelSizes of a model, in elements unless said otherwise."""
+    """Sizes of a model, in elements unless said otherwise."""
 
     trained: int
     locked: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clipdist.config import Config, to_dict
+from clipdist.storage import json_lines
 
 LAST = 20  # logged steps of a run that are used
 # The rate depends on these, beside the machine; a run that differs in one of them is no source.
@@ -46,10 +45,5 @@ def _identity_of_run(folder: Path) -> list[Any] | None:
 
 
 def _rates(file: Path) -> list[float]:
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # a line that a kill cut short
-            record = json.loads(line)
-            if record.get("type") == "train" and record.get("samples_per_s"):
-                found.append(float(record["samples_per_s"]))
-    return found
+    train = (record for record in json_lines(file) if record.get("type") == "train")
+    return [float(record["samples_per_s"]) for record in train if record.get("samples_per_s")]

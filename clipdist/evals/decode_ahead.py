@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clipdist.data.decode import BadSample
+from clipdist.data.bad_sample import BadSample
 
 T = TypeVar("T")
 AHEAD = 3  # batches that are decoded while the model is busy

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipdist import config
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, eval_image
+from clipdist.data.decode import eval_image
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError
@@ -114,7 +115,7 @@ def embed_catalog(
     reader = open_reader(catalog, data)
 
     def load(sample_id: int) -> Tensor:
-        return eval_image(reader.image(sample_id), image_size, data.max_pixels)
+        return eval_image(reader.sample(sample_id).image(), image_size, data.max_pixels)
 
     try:
         captions, text_calls = _plan_captions(reader, wanted, share, most_captions) if texts else ({}, 0)
@@ -217,7 +218,7 @@ def _plan_captions(
         rows, _ = replace(share, rank=rank).of(len(wanted))
         for sample_id in wanted[rows.start : rows.stop]:
             try:
-                captions = reader.captions(sample_id)[:most]
+                captions = reader.sample(sample_id).captions()[:most]
             except BadSample:
                 captions = []
             counts[rank] += len(captions)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample
 from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings
@@ -91,7 +91,7 @@ def select_samples(catalog: Catalog, names: Sequence[str]) -> dict[int, int]:
         for sample_id in range(len(catalog)):
             key = reader.key(sample_id)
             try:
-                filename = reader.metadata(sample_id).get("filename")
+                filename = reader.sample(sample_id).metadata().get("filename")
             except BadSample:
                 filename = None
             position = wanted.get(posixpath.basename(filename)) if isinstance(filename, str) else by_key.get(key)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels, eval_image
+from clipdist.data.decode import decode_pixels, eval_image
 from clipdist.data.reader import IMAGE_KINDS, Reader
 from clipdist.distributed.collectives import gather_json
 from clipdist.errors import UserError
@@ -236,7 +237,7 @@ def describe_hits(reader: Reader, sample_ids: Iterable[int], scores: Iterable[fl
 
 def _filename(reader: Reader, sample_id: int) -> str:
     try:
-        return str(reader.metadata(sample_id).get("filename", ""))
+        return str(reader.sample(sample_id).metadata().get("filename", ""))
     except BadSample:  # its image is good all the same
         return ""
 

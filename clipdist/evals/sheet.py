@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.reader import Reader, open_reader
 from clipdist.evals.embed import Embeddings
 
@@ -78,13 +79,13 @@ def hits_row(query: str, reader: Reader, sample_ids: Sequence[int], scores: Sequ
     labels = []
     for rank, (sample_id, score) in enumerate(zip(sample_ids, scores), start=1):
         labels.append(f"{rank}.  {score:.3f}\n{first_caption(reader, sample_id)}")
-    return SheetRow(query, [decode_pixels(reader.image(sample_id)) for sample_id in sample_ids], labels)
+    return SheetRow(query, [decode_pixels(reader.sample(sample_id).image()) for sample_id in sample_ids], labels)
 
 
 def first_caption(reader: Reader, sample_id: int) -> str:
     """Return a sample's first caption, "" where it has none."""
     try:
-        return reader.captions(sample_id)[0]
+        return reader.sample(sample_id).captions()[0]
     except BadSample:
         return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clipdist.data.decode import REASONS
+from clipdist.data.bad_sample import REASONS
 from clipdist.distributed.collectives import all_gather, all_reduce_sum
 
 # At most so many are named per rank between two logged steps; all are counted.

@@ -36,7 +36,7 @@ def small_sample(key):
 
 def test_rates_of_all_sides_are_told(bench, shards, tmp_path):
     out = tmp_path / "bench.md"
-    few = "--rounds 1 --seconds 0.1 --batch 16 --threads 1 --starts 1 --output 32 --step-ms 1"
+    few = "--rounds 1 --seconds 0.1 --batch 16 --threads 1 --starts 1 --output 32"
     installed = ["--peer-webdataset", version("webdataset")]  # nothing to install
     ended = bench(f"data --dct --json {few}", shards, *installed, "--out", out)
     answer = ended.record
@@ -44,7 +44,7 @@ def test_rates_of_all_sides_are_told(bench, shards, tmp_path):
     assert answer["of_ceiling"] == pytest.approx(answer["ours"] / answer["ceiling"])
     assert min(answer["ours"], answer["open_clip"], answer["ceiling"]) > 0
     assert 0 < answer["wait_share"] < 1
-    assert answer["step_s"] == 1e-3
+    assert answer["step_s"] > 0
     assert sum(answer["shares"].values()) == pytest.approx(1)
     for stages in answer["stage_us"].values():
         assert set(stages) == {"read", "decode", "resize", "tokens", "other"}
@@ -64,7 +64,7 @@ def test_made_pictures_are_as_large_as_photographs_and_all_different(bench, tmp_
     assert "18 pictures in 6 shards" in bench("data --pictures 18 --make-640x480", folder).stdout
     reader = Reader(Catalog.open([str(folder)]))
     assert len(reader.catalog) == 18
-    files = [reader.image(sample_id) for sample_id in range(18)]
+    files = [reader.sample(sample_id).image() for sample_id in range(18)]
     reader.close()
     assert 60_000 < np.mean([len(data) for data in files]) < 100_000
     assert len(set(files)) == 18
@@ -93,7 +93,6 @@ def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(monkeypatch):
         (["SHARDS/00000.tar", "--batch", "8"], "68 samples; 128 are needed"),
         (["SHARDS", "--peer-webdataset", "-r"], "expected one argument"),
         (["SHARDS", "--batch", "8", "--peer-webdataset", "new"], "must be a version"),
-        (["SHARDS", "--crop-scale", "0"], "must lie in"),
         (["SHARDS", "--threads", "0"], "--threads 0: must lie in 1 .. 1024"),
         ([], "SHARDS: name some"),
     ],

@@ -12,7 +12,6 @@ KEYS = {"impl", "op", "n", "d", "dtype", "world", "time_s", "extra_bytes", "grad
 @pytest.fixture(scope="module")
 def result(bench, tmp_path_factory):
     """A small run over one and two ranks, and the folder that --out wrote."""
-    pytest.importorskip("matplotlib")
     out = tmp_path_factory.mktemp("bench")
     line = "loss --n 256 --d 128 --world 1 2 --impl tiles open_clip --repeats 2 --device cpu --json"
     return bench(line, "--out", out), out
@@ -45,13 +44,12 @@ def test_measured_bytes_are_the_models(result):
             assert row["wire_bytes"] == pytest.approx(model(row["op"], 2, 128, 128, "fp32"), rel=0.04), row
 
 
-def test_out_holds_the_table_and_the_plot(result):
+def test_out_holds_the_table(result):
     ended, out = result
     assert (out / "table.md").read_text().strip() in ended.stdout
     assert "python tools/bench/loss.py --n 256" in ended.text
     assert "| sigmoid | open_clip SigLipLoss | 2 |" in ended.text
     assert "| infonce | 64 | 4 |" in ended.text  # the model reaches beyond what ran
-    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +57,7 @@ def test_out_holds_the_table_and_the_plot(result):
     [
         (["--n", "0"], "--n 0: must be at least 1"),
         (["--n", "many"], "invalid int value"),
-        (["--dtype", "fp8"], "choose from fp32, bf16, fp16"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--n", "256", "--world", "3"], "each must divide n=256"),
         (["--device", "cpu", "--impl", "kernel"], "needs a CUDA device"),
     ],

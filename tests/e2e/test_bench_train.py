@@ -17,11 +17,12 @@ from tools.bench.peers.trainer import import_peer
 pytest.importorskip("open_clip_train")
 
 
-def test_rates_are_told_and_the_losses_agree(bench, shards, tmp_path):
+def test_rates_are_told_and_the_losses_agree(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     few = "--ranks 1 --rounds 1 --steps 2 --warmup 1 --workers 1 --loss-steps 8 --no-memory --json"
     out = tmp_path / "bench.md"
     line = f"train --config configs/tiny.yaml {few}"
-    ended = bench(line, shards / "train", "--work", tmp_path, "--out", out)
+    ended = bench(line, "--out", out)
     answer = ended.record
     assert answer["ours"] > 0
     assert answer["open_clip"] > 0
@@ -29,9 +30,9 @@ def test_rates_are_told_and_the_losses_agree(bench, shards, tmp_path):
     assert answer["loss_max_diff"] < 1e-4
     assert answer["ours_peak_bytes"] is answer["open_clip_peak_bytes"] is None
     assert out.read_text().strip() in ended.stdout
+    assert not list(tmp_path.glob("bench-*"))  # the runs' folders are gone
     for word in ("| open_clip 1 workers |", "commit:", "hardware:", "torch ", "they agree to 0.0001"):
         assert word in ended.text
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.md"]  # the runs' folders are gone
 
 
 def test_memory_counts_what_a_process_and_its_children_hold():
@@ -52,18 +53,12 @@ def test_memory_counts_what_a_process_and_its_children_hold():
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nowhere"], "no shards match nowhere"),
         (["--ranks", "3"], "cannot be divided among 3 ranks"),
-        (["optim.lr"], "no shards match optim.lr"),
+        (["optim.lr"], "optim.lr"),
     ],
 )
 def test_bad_input_is_told(refused, words, says):
     assert says in refused("train", "--config", "configs/tiny.yaml", *words)
-
-
-def test_shards_that_leave_a_loader_without_a_batch_are_refused(refused, shards):
-    words = ["--config", "configs/tiny.yaml", "--ranks", 1, "train.global_batch=64"]
-    assert "fewer than a rank's batch of 64" in refused("train", shards / "train", *words)
 
 
 def test_a_missing_open_clip_train_is_told(monkeypatch):

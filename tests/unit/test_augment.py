@@ -23,7 +23,8 @@ from clipdist.data.augment import (
     random_crop,
     train_views,
 )
-from clipdist.data.decode import BadSample, decode_pixels
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import decode_pixels
 from clipdist.errors import UserError
 
 

@@ -25,9 +25,10 @@ import torch
 from damage import Case, Members, sample_case
 
 from clipdist.config import Data
+from clipdist.data.bad_sample import MAX_PIXELS, REASONS, BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import make_part, write_parts
-from clipdist.data.decode import MAX_PIXELS, REASONS, BadSample, decode_pixels
+from clipdist.data.decode import decode_pixels
 from clipdist.data.index import index_from_bytes, index_path, load_index
 from clipdist.data.loader import Batch, Loader, image_view, open_loader
 from clipdist.data.order import OrderKey, sample_uniforms
@@ -122,7 +123,7 @@ def check_row(case: Case, batch: Batch, place: int, reader: Reader) -> str:
     (uniform,) = sample_uniforms(CFG.seed, np.zeros(1, dtype=np.int64), np.array([sample_id]), 1)[0]
     captions = captions_of(case.members)
     assert batch.tokens[place].tolist() == ids_of(case.members, captions, int(uniform * len(captions)))
-    pixels = decode_pixels(reader.image(sample_id), CFG.max_pixels)
+    pixels = decode_pixels(reader.sample(sample_id).image(), CFG.max_pixels)
     assert pixels.dtype == np.uint8
     assert pixels.ndim == 3
     assert pixels.shape[2] == 3
@@ -213,10 +214,11 @@ def read_all(source: Path) -> dict[str, dict[str, bytes | str]] | UserError:
         reader = Reader(Catalog.open([str(source)]))
         for sample_id in range(len(reader.catalog)):
             kinds = reader.catalog.table(0).kinds
-            members = {kind: tried(reader.read, sample_id, kind) for kind in kinds}
+            sample = reader.sample(sample_id)
+            members = {kind: tried(sample.read, kind) for kind in kinds}
             found[reader.key(sample_id)] = {kind: data for kind, data in members.items() if data is not None}
             # Members that are other ones than they were may be used or refused.
-            captions, picture = tried(reader.captions, sample_id), tried(reader.image, sample_id)
+            captions, picture = tried(sample.captions), tried(sample.image)
             if not isinstance(captions, str):
                 tokenizer()(captions)
             if not isinstance(picture, str):

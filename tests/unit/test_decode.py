@@ -16,7 +16,8 @@ from PIL import Image
 from views import train_image
 
 from clipdist.data.augment import UNIFORMS, Augmentation
-from clipdist.data.decode import REASONS, BadSample, decode_jpeg, decode_pixels, eval_image, jpeg_shape, resize
+from clipdist.data.bad_sample import REASONS, BadSample
+from clipdist.data.decode import decode_jpeg, decode_pixels, eval_image, jpeg_shape, resize
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from clipdist.data.decode import BadSample
+from clipdist.data.bad_sample import BadSample
 from clipdist.evals.decode_ahead import AHEAD, decode_ahead
 
 SIZE = 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipdist import config
-from clipdist.data.decode import BadSample
+from clipdist.data.bad_sample import BadSample
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import encode_images

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipdist.data import decode
+from clipdist.data.bad_sample import REASONS
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.index import load_index, scan_shard, stored_index
@@ -114,7 +114,7 @@ def test_verify_finds_defects_and_fills_columns(folder: Path, monkeypatch, capsy
     np.testing.assert_array_equal(index.columns["nsfw"], [0, np.nan, np.nan])
     assert "note" not in index.columns
     reader = Reader(Catalog.open([str(folder)]))
-    assert reader.image(0) == picture(40, 20)  # compared with the checksum
+    assert reader.sample(0).image() == picture(40, 20)  # compared with the checksum
     reader.close()
     damaged = load_index(folder / "1.tar")
     assert len(damaged) == 7
@@ -273,7 +273,8 @@ def test_where_nothing_is_left_it_is_a_fault(folder: Path, monkeypatch, capsys, 
 
 
 def test_every_reason_of_training_has_its_place() -> None:
-    assert set(decode.REASONS) <= set(DEFECTS)
+    assert set(REASONS) <= set(DEFECTS)
+    assert (DEFECTS.index("missing image"), DEFECTS.index("shard cut off")) == (1, 10)  # as in indices that exist
 
 
 def test_processes_make_no_difference(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from clipdist.config import Config, Run
-from clipdist.data.decode import BadSample
+from clipdist.data.bad_sample import BadSample
 from clipdist.errors import Fault, Unreadable, UserError
 from clipdist.journal import Journal
 

@@ -15,8 +15,9 @@ import torch
 from cifar_files import write_cifar10
 from PIL import Image
 
-from clipdist.data.decode import BadSample, eval_image, eval_pixels
-from clipdist.datasets.cifar import LabelledImages, read_cifar10, read_cifar100
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import eval_image, eval_pixels
+from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
@@ -100,10 +101,10 @@ def test_cifar100_has_the_fine_labels(tmp_path: Path) -> None:
         check(data)
         assert data.name == "CIFAR-100"
     with pytest.raises(UserError, match="holds neither CIFAR-10's batches"):
-        read_cifar10(tmp_path)
+        read_cifar(tmp_path)
     (folder / "test").unlink()
     with pytest.raises(UserError, match="holds no test; expected CIFAR-100"):
-        read_cifar100(folder)
+        read_cifar(folder, CIFAR_100)
 
 
 def test_a_truncated_archive(tmp_path: Path) -> None:

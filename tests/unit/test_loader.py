@@ -10,8 +10,8 @@ from pairs import write_pairs
 
 from clipdist.config import Data
 from clipdist.data.augment import Augmentation, View
+from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import BadSample
 from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
@@ -180,8 +180,8 @@ def test_group_ids_ignore_case_space_and_the_full_stop():
 
 def test_reader_names_what_is_missing(shards, tmp_path):
     reader = Reader(Catalog.open([str(shards / "train")]))
-    assert reader.read(0, "nothing") is None
-    assert len(reader.captions(0)) == 2
+    assert reader.sample(0).read("nothing") is None
+    assert len(reader.sample(0).captions()) == 2
     assert reader.key(21) == "000010003"
     assert reader.shard_name(21) == "00001.tar"
     tar = write_pairs(tmp_path, 3) / "00000.tar"
@@ -189,6 +189,6 @@ def test_reader_names_what_is_missing(shards, tmp_path):
     with open(tar, "r+b") as file:
         file.truncate(5000)
     with pytest.raises(BadSample):
-        cut.image(2)
+        cut.sample(2).image()
     reader.close()
     cut.close()

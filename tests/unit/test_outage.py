@@ -129,7 +129,7 @@ def test_an_interruption_ends_the_wait_and_no_more(folder):
 
 def test_a_stale_descriptor_is_replaced(folder, monkeypatch):
     reader = Reader(Catalog.open([str(folder)]), retry_s=5)
-    before = reader.image(0)
+    before = reader.sample(0).image()
     (stale,) = (held.number for held in reader._open.values())
     pread = os.pread
 
@@ -144,7 +144,7 @@ def test_a_stale_descriptor_is_replaced(folder, monkeypatch):
     monkeypatch.setattr(
         reader_module.os, "open", lambda path, *flags: opened_again.append(str(path)) or opening(path, *flags)
     )
-    assert reader.image(0) == before
+    assert reader.sample(0).image() == before
     assert any(path.endswith("00000.tar") for path in opened_again)
     reader.close()
 
@@ -161,8 +161,8 @@ def test_a_shard_that_was_changed_meanwhile_is_refused(folder, what):
     else:
         os.utime(tar, ns=(1, 1))
     with pytest.raises(Fault, match=r"00000\.tar: has changed since it was opened"):
-        reader.image(0)
-    assert reader.image(6)  # of another shard
+        reader.sample(0).image()
+    assert reader.sample(6).image()  # of another shard
     reader.close()
 
 
@@ -171,11 +171,11 @@ def test_a_copy_of_another_time_is_not_refused(folder):
     os.utime(folder / "00000.tar", ns=(1, 1))
     catalog = Catalog.open([str(folder / "all.index.zip")])
     reader = Reader(catalog, retry_s=5)
-    assert reader.image(0)
+    assert reader.sample(0).image()
     catalog._tables.clear()  # as when many other tables were wanted
     reader.close()
     reader = Reader(catalog, retry_s=5)
-    assert reader.image(0)
+    assert reader.sample(0).image()
     reader.close()
 
 

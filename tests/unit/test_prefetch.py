@@ -79,7 +79,7 @@ def test_reading_front_to_back_takes_a_small_cache(tmp_path):
     catalog = Catalog.open([str(write_pairs(tmp_path / "data", 120, per_shard=10))])
     reader = open_reader(catalog, staging(tmp_path, catalog, 4))
     reader.cache.room_wait_s = 0.1
-    assert all(reader.captions(sample_id) for sample_id in range(len(catalog)))
+    assert all(reader.sample(sample_id).captions() for sample_id in range(len(catalog)))
     reader.close()
 
 
@@ -137,14 +137,14 @@ def test_a_staged_shard_that_was_replaced_is_staged_anew(tmp_path):
     catalog = Catalog.open([str(tar)])
     cfg = staging(tmp_path, catalog, 2)
     reader = open_reader(catalog, cfg)
-    before = reader.image(0)
+    before = reader.sample(0).image()
     reader.close()
     whole = tar.read_bytes()
     tar.write_bytes(whole.replace(before, before[::-1]))  # of the same size, members and all
     os.utime(tar, ns=(0, 1))
     tar.with_name("00000.tar.idx.npz").unlink()
     reader = open_reader(Catalog.open([str(tar)]), cfg)
-    assert reader.image(0) == before[::-1]
+    assert reader.sample(0).image() == before[::-1]
     reader.close()
 
 
@@ -157,7 +157,7 @@ def test_equal_relative_names_in_two_folders_are_two_shards(tmp_path, monkeypatc
         os.utime(tar / "00000.tar", ns=(0, 1))
         monkeypatch.chdir(tmp_path / folder)
         reader = open_reader(Catalog.open(["data"]), cfg)
-        pictures.append(reader.image(0))
+        pictures.append(reader.sample(0).image())
         reader.close()
     assert pictures == [b"a" * 100, b"b" * 90]
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
-from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar10
+from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
 from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
@@ -69,7 +69,7 @@ def same(one: LabelledImages, other: LabelledImages) -> bool:
 
 def test_round_trip(written: Path) -> None:
     for path in (written, written.parent):
-        data = read_cifar10(path)
+        data = read_cifar(path)
         assert same(data.train, labelled(23, 0))
         assert same(data.test, labelled(7, 1))
         assert data.classes == NAMES
@@ -95,7 +95,7 @@ def test_the_official_form_is_read(written: Path) -> None:
     batch = b"\x80\x02}(" + string(b"labels") + b"](K\x02K\x00e" + string(b"data") + array + b"u."
     assert pickle.loads(batch, encoding="bytes")[b"data"].shape == (2, 3072)
     (written / "test_batch").write_bytes(batch)
-    test = read_cifar10(written).test
+    test = read_cifar(written).test
     assert np.array_equal(test.images, images)
     assert test.labels.tolist() == [2, 0]
 
@@ -107,7 +107,7 @@ def test_archive_is_read_in_place(written: Path, tmp_path: Path, mode: Any) -> N
     with tarfile.open(archive, mode) as tar:
         tar.add(written, FOLDER)
     for path in (archive, archive.parent):
-        assert same(read_cifar10(path).train, labelled(23, 0))
+        assert same(read_cifar(path).train, labelled(23, 0))
     assert [entry.name for entry in archive.parent.iterdir()] == [archive.name]
 
 
@@ -118,7 +118,7 @@ def test_truncated_archive(written: Path, tmp_path: Path, mode: Any) -> None:
         tar.add(written, FOLDER)
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(UserError, match=r"part\.tar\.gz: damaged or truncated archive"):
-        read_cifar10(archive)
+        read_cifar(archive)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
@@ -127,7 +127,7 @@ def test_copies_in_other_protocols(written: Path, protocol: int, key) -> None:
     part = labelled(5, 3)
     batch = {key("data"): part.images.reshape(5, -1), key("labels"): part.labels.tolist(), key("filenames"): [key("x")]}
     (written / "data_batch_10").write_bytes(pickle.dumps(batch, protocol=protocol))
-    train = read_cifar10(written).train
+    train = read_cifar(written).train
     assert len(train) == 28
     assert np.array_equal(train.images[23:], part.images)  # batch 10 comes after 3, not after 1
     assert np.array_equal(train.labels[23:], part.labels)
@@ -136,7 +136,7 @@ def test_copies_in_other_protocols(written: Path, protocol: int, key) -> None:
 def test_batches_may_be_missing(written: Path) -> None:
     (written / "data_batch_1").unlink()
     (written / "batches.meta").unlink()
-    data = read_cifar10(written)
+    data = read_cifar(written)
     assert np.array_equal(data.train.images, labelled(23, 0).images[8:])
     assert data.classes == tuple("0123456789")
 
@@ -154,7 +154,7 @@ def test_a_pickle_that_runs_code_is_refused(written: Path, tmp_path: Path, proto
     marker = tmp_path / "it-ran"
     (written / "test_batch").write_bytes(pickle.dumps({"data": Bomb(marker), "labels": [1]}, protocol=protocol))
     with pytest.raises(UserError, match=r"test_batch: .*refused posix\.mkdir"):
-        read_cifar10(written)
+        read_cifar(written)
     assert not marker.exists()
 
 
@@ -180,18 +180,18 @@ def good_batch() -> dict:
 def test_damaged_batches(written: Path, content: bytes, says: str) -> None:
     (written / "test_batch").write_bytes(content)
     with pytest.raises(UserError, match=says):
-        read_cifar10(written)
+        read_cifar(written)
 
 
 def test_no_data_there(tmp_path: Path, written: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
-        read_cifar10(tmp_path / "nowhere")
+        read_cifar(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds neither"):
-        read_cifar10(tmp_path / "empty")
+        read_cifar(tmp_path / "empty")
     (written / "test_batch").unlink()
     with pytest.raises(UserError, match="holds no test_batch"):
-        read_cifar10(written)
+        read_cifar(written)
 
 
 # The layer

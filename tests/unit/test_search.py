@@ -253,7 +253,7 @@ def test_a_picture_finds_itself(tool: Tool, shards: Path, tmp_path: Path) -> Non
 
     catalog = Catalog.open([str(shards / "val")])
     reader = Reader(catalog)
-    (tmp_path / "query.png").write_bytes(reader.image(13))
+    (tmp_path / "query.png").write_bytes(reader.sample(13).image())
     key = reader.key(13)
     reader.close()
     record = tool.ask(str(shards / "val"), str(tmp_path / "query.png"), "--top-k", "3")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cifar_files import write_cifar10
 
 from clipdist import config
-from clipdist.data.decode import BadSample
+from clipdist.data.bad_sample import BadSample
 from clipdist.datasets.cifar import LabelledImages
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError

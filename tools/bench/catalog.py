@@ -157,12 +157,12 @@ def check_windows(order: Order, steps: int) -> None:
             raise Fault(f"window {window}: has holes: {runs} runs of samples")
 
 
-def report(record: dict) -> str:
+def report(record: dict) -> list[str]:
     rows = []
     for order in record["orders"]:
         times = [f"{order[name] * 1e3:.2f}" for name in ("first_s", "step_s", "step_most_s")]
         rows.append([str(order["window"]), *times, str(order["checked_ids"])])
-    lines = [
+    return [
         f"# {record['shards']} shards, {record['samples']} samples",
         "",
         f"- open {record['open_s']:.2f} s, fingerprint {record['fingerprint_s']:.2f} s,"
@@ -174,7 +174,6 @@ def report(record: dict) -> str:
         "",
         *harness.provenance("cpu", 1),
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ LIMIT_SHARE, LIMIT_S = 0.1, 0.05  # of a step; the larger one counts
 EXAMPLES = """  python tools/bench/checkpoint.py
   python tools/bench/checkpoint.py --models ViT-B-32 --batch 16 --saves 5 --out bench.md
   python tools/bench/checkpoint.py --models RN50 engine.zero_stage=1 --json
+  TMPDIR=/mnt/storage python tools/bench/checkpoint.py      # saves there
 """
 
 
@@ -80,16 +81,12 @@ def parse_args() -> argparse.Namespace:
     parser.number("--saves", 4, "N", "checkpoints to save")
     parser.number("--steps", 3, "N", "steps without saving before each")
     parser.number("--starts", 3, "N", "of either kind, by turns")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="on the storage to be measured; default: temporary")
     return parser.parse()
 
 
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, [f"train.global_batch={args.batch}", *args.overrides])
-    with harness.workspace(args.work):  # that it can be written is known before the long imports
-        pass
-
     import_s, _ = harness.timed(import_all)
     from clipdist.distributed.rank import joined_ranks, resolve_device
 
@@ -109,7 +106,7 @@ def measure(model: str, args: argparse.Namespace, dist_env: Any) -> CheckpointCo
     """Take steps and saves, then start from the last checkpoint and afresh by turns: the quickest of either counts."""
     words = [f"train.global_batch={args.batch}", *args.overrides, f"model.name={model}"]
     config = load_config(args.config, words)
-    with harness.workspace(args.work) as run_dir:
+    with harness.workspace() as run_dir:
         engine, spec, _ = start(config, dist_env, None)
         parameters = sum(engine.zero.numel().values())
         harness.say(f"{model}: {parameters / 1e6:.1f} M parameters")
@@ -227,11 +224,11 @@ def save_by_turns(
     return saves, folder
 
 
-def report(results: list[CheckpointCosts], import_s: float, args: argparse.Namespace, device: str) -> str:
+def report(results: list[CheckpointCosts], import_s: float, args: argparse.Namespace, device: str) -> list[str]:
     import torch
 
     saving = ["checkpoint, MB", "step, ms", "in the loop: median, ms", "largest, ms", "largest / limit"]
-    lines = [
+    return [
         f"# What a checkpoint costs, {device}",
         "",
         "Time that the loop spends on a save, beside a step without one; and the steps while the writer is at work.",
@@ -256,7 +253,6 @@ def report(results: list[CheckpointCosts], import_s: float, args: argparse.Names
         *harness.provenance(device, torch.get_num_threads(), "deepspeed"),
         f"- batch {args.batch}, {args.saves} saves",
     ]
-    return "\n".join(lines)
 
 
 def save_row(result: CheckpointCosts) -> list[str]:

@@ -26,9 +26,17 @@ from typing import Any
 
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import IMAGE_KINDS
-from clipdist.errors import UserError, run_main
+from clipdist.errors import UserError, run_main, writing
 from tools.bench import harness
-from tools.bench.peers.data import STAGE_SAMPLES, STAGES, InstalledWebdataset, LoadingJob, get_webdataset
+from tools.bench.peers.data import (
+    CROP_SCALE,
+    STAGE_SAMPLES,
+    STAGES,
+    InstalledWebdataset,
+    LoadingJob,
+    OpenClipStages,
+    get_webdataset,
+)
 from tools.bench.processes import BenchProcesses
 
 EXAMPLES = """  python tools/bench/data.py data/flickr8k/train
@@ -36,7 +44,7 @@ EXAMPLES = """  python tools/bench/data.py data/flickr8k/train
   python tools/bench/data.py runs/pictures_640x480 --output 224 --dct --out bench.md --json
 
 open_clip_train gets as many worker processes as suit it best among 1, T, T+1 and 2T, where T is --threads."""
-STEP_FACTOR = 1.25  # a training step takes so many times what clipdist needs for a batch, unless --step-ms says more
+STEP_FACTOR = 1.25  # a training step takes so many times what clipdist needs for a batch
 LATE = 0.9  # of an epoch: where a resumed run starts
 IMAGE_SHARDS = 8  # of the images that the tool makes
 
@@ -69,14 +77,12 @@ def parse_args() -> argparse.Namespace:
         "shards", nargs="*", metavar="SHARDS", help="folders, tars or patterns, on a disk of this machine"
     )
     parser.number("--output", 112, "PIXELS", "side of the pictures given", most=4096)
-    parser.add_argument("--crop-scale", type=float, default=0.9, metavar="S", help="share of area kept at least (0.9)")
     parser.add_argument("--dct", action="store_true", help="clipdist decodes JPEGs at reduced scale (data.dct_scaling)")
     parser.number("--threads", cores, "T", "decoding threads; default: cores here", most=1024)
     parser.number("--rounds", 5, "R", "windows of each side", most=1000)
     parser.number("--seconds", 6.0, "S", "length of a window", least=0.1, most=3600)
     parser.number("--batch", 256, "B", "samples per batch", most=1 << 20)
     parser.number("--starts", 5, "N", "starts at either place", most=1000)
-    parser.number("--step-ms", 0.0, "MS", "time of a step; 0: 1.25 x a batch's", least=0, most=1e6)
     parser.add_argument(
         "--peer-webdataset", default="0.2.86", metavar="VERSION", help="for open_clip_train; installed once (0.2.86)"
     )
@@ -87,8 +93,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse()
     if bool(args.shards) == bool(args.make_640x480):
         parser.error("SHARDS: name some, or --make-640x480 DIR, which writes some")
-    if not 0 < args.crop_scale <= 1:
-        parser.error(f"--crop-scale {args.crop_scale}: must lie in (0, 1]")
     return args
 
 
@@ -104,7 +108,6 @@ def main() -> int:
         shards=tuple(os.path.abspath(shard.tar) for shard in catalog.shards),
         samples=len(catalog),
         output=args.output,
-        crop_scale=args.crop_scale,
         dct=args.dct,
         threads=args.threads,
         batch=args.batch,
@@ -140,11 +143,11 @@ def measure(job: LoadingJob, args: argparse.Namespace) -> LoadingResults:
         probe_workers(context, job, results)
         peer = start(data_sides.OpenClipLoading, replace(job, workers=results.workers))
         measure_rates(results, {"clipdist": ours, "open_clip": peer, "ceiling": ceiling}, args.rounds)
-        results.step_s = args.step_ms / 1e3 or STEP_FACTOR * job.batch / results.rate("clipdist")
+        results.step_s = STEP_FACTOR * job.batch / results.rate("clipdist")
         with ours.alone([peer, ceiling]):
             results.wait_share = ours.ask("wait_share", results.step_s)
         harness.say(f"waiting  {harness.percent(results.wait_share)} of the time")
-    for name, make in (("clipdist", data_sides.ClipdistStages), ("open_clip", data_sides.OpenClipStages)):
+    for name, make in (("clipdist", data_sides.ClipdistStages), ("open_clip", OpenClipStages)):
         with BenchProcesses(context, make, job) as process:
             results.stages[name] = process.ask("seconds")
         harness.say(f"stages   {name}: {sum(results.stages[name].values()) * 1e6:.0f} us per sample")
@@ -202,13 +205,11 @@ def make_images(folder: Path, count: int) -> None:
     from clipdist.datasets.shard_writer import shard_sizes
     from tools.bench.images import PhotographLike, write_drawn_shards
 
-    try:
+    with writing(f"--make-640x480 {folder}"):
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--make-640x480 {folder}: is not empty; choose another folder")
         sizes = shard_sizes(count, -(-count // IMAGE_SHARDS))
         facts = write_drawn_shards(folder, "bench-640x480", sizes, PhotographLike().draw)
-    except OSError as error:
-        raise UserError(f"--make-640x480 {folder}: cannot be written ({error.strerror})") from None
     total = sum(shard.size_bytes for shard in facts)
     print(f"{folder}: {count} pictures in {len(facts)} shards, {total / 1e6:.1f} MB")
 
@@ -235,7 +236,7 @@ def summary(results: LoadingResults) -> dict[str, Any]:
     }
 
 
-def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdataset) -> str:
+def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdataset) -> list[str]:
     """Return Markdown: tables, then what they were measured with."""
     told = summary(results)
     probes = ", ".join(f"{workers}: {rate:.0f}" for workers, rate in results.probes.items())
@@ -260,9 +261,9 @@ def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdat
         f"- load {results.loads[0]:.2f} before, then {harness.by_round(results.loads[1:], '.2f')}",
         f"- webdataset {webdataset.said}",
         f"- data: {job.samples} pictures in {len(job.shards)} shards, {mean_image_kb(job):.1f} KB each; output"
-        f" {job.output}, crop scale {job.crop_scale:g}, batch {job.batch}{', DCT-scaled decoding' if job.dct else ''}",
+        f" {job.output}, crop scale {CROP_SCALE}, batch {job.batch}{', DCT-scaled decoding' if job.dct else ''}",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def rate_table(results: LoadingResults) -> list[str]:

@@ -15,8 +15,8 @@ import torch
 
 from clipdist.config import Data
 from clipdist.data import augment
+from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import MAX_PIXELS, BadSample
 from clipdist.data.loader import Loader, group_id, image_view, open_loader
 from clipdist.data.order import OrderKey, choose_streams, sample_uniforms
 from clipdist.data.reader import Reader
@@ -24,7 +24,7 @@ from clipdist.data.tokens import BPETokenizer, token_kind
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from tools.bench.harness import timed
-from tools.bench.peers.data import STAGE_SAMPLES, LoadingJob, batches, stage_seconds
+from tools.bench.peers.data import CROP_SCALE, STAGE_SAMPLES, LoadingJob, batches
 
 CEILING_BYTES = 256 << 20  # of encoded images in memory
 CEILING_IMAGES = 2048
@@ -142,13 +142,17 @@ class ClipdistStages:
         images, uniforms = (rows[:STAGE_SAMPLES] for rows in load_images(self.job))
         tokenizer, views, out = make_tokenizer(), [view_of(self.job)], [empty_image(self.job)]
         loader = make_loader(self.job, Catalog.open(self.job.shards), tokenizer)
-        kind, captions = token_kind(tokenizer), [loader.reader.captions(row)[0] for row in range(STAGE_SAMPLES)]
+        kind, captions = (
+            token_kind(tokenizer),
+            [loader.reader.sample(row).captions()[0] for row in range(STAGE_SAMPLES)],
+        )
 
         def read() -> None:
             for row in range(STAGE_SAMPLES):
-                loader.reader.captions(row)
-                loader.reader.image(row)
-                loader.reader.read(row, kind)
+                sample = loader.reader.sample(row)
+                sample.captions()
+                sample.image()
+                sample.read(kind)
 
         def decode() -> None:
             for data, drawn in zip(images, uniforms):
@@ -172,16 +176,6 @@ class ClipdistStages:
         loader.close()
         times["resize"] = times.pop("decode_and_resize") - times["decode"]
         return {**times, "other": whole - sum(times.values())}
-
-
-class OpenClipStages:
-    """What each stage of open_clip_train computes for."""
-
-    def __init__(self, job: LoadingJob) -> None:
-        self.job = job
-
-    def seconds(self) -> dict[str, float]:
-        return stage_seconds(self.job, STAGE_SAMPLES)
 
 
 class FirstBatch:
@@ -217,7 +211,7 @@ def own_bytes() -> int:
 
 
 def settings(job: LoadingJob) -> Data:
-    return Data(crop_scale_min=job.crop_scale, dct_scaling=job.dct, threads=job.threads)
+    return Data(crop_scale_min=CROP_SCALE, dct_scaling=job.dct, threads=job.threads)
 
 
 def view_of(job: LoadingJob) -> augment.View:
@@ -249,7 +243,7 @@ def load_images(job: LoadingJob) -> tuple[list[bytes], np.ndarray]:
     views, out, room = [view_of(job)], [empty_image(job)], CEILING_BYTES
     for sample_id, drawn in enumerate(uniforms):
         try:
-            images.append(reader.image(sample_id))
+            images.append(reader.sample(sample_id).image())
             augment.train_views(images[-1], views, drawn[None], out)
         except BadSample as error:
             name = f"{reader.shard_name(sample_id)}: {reader.key(sample_id)}"

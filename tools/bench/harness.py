@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -59,19 +58,19 @@ class BenchmarkParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help says more)")
 
 
-def finish(args: argparse.Namespace, text: str, record: Mapping[str, Any], name: str = "") -> int:
+def finish(args: argparse.Namespace, lines: Sequence[str], record: Mapping[str, Any], name: str = "") -> int:
     """Print the report, write it to --out (`name` in it, a folder), and end with the record as JSON for --json."""
-    print(text)
+    print("\n".join(lines))
     if args.out:
-        write_text(args.out / name, text)
+        write_lines(args.out / name, lines)
     if args.json:
         print(json.dumps(record))
     return 0
 
 
-def write_text(path: Path, text: str) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:
@@ -80,20 +79,10 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def workspace(work: Path | None = None, flag: str = "--work") -> Iterator[Path]:
-    """Make a new folder in `work`, which `flag` names, or in the temporary folder, and remove it afterwards.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=work))
-    except OSError as error:
-        raise UserError(f"{flag} {work}: cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def workspace() -> Iterator[Path]:
+    """Make a new folder in the temporary folder ($TMPDIR), and remove it afterwards."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 # Measuring

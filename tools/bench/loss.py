@@ -20,7 +20,6 @@ import contextlib
 import importlib.util
 import math
 import multiprocessing
-import os
 import shlex
 import statistics
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.losses.wire import BYTES, clipdist_bytes, open_clip_bytes
 from tools.bench import harness
-from tools.bench.processes import BenchProcesses
+from tools.bench.processes import BenchProcesses, threads_per_rank
 
 if TYPE_CHECKING:
     from tools.bench.loss_ranks import LossJob, LossStep
@@ -108,19 +107,13 @@ def parse_args() -> argparse.Namespace:
     parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.number("--n", 4096, "N", "pairs of the global batch")
     parser.number("--d", 512, "D", "features")
-    parser.add_argument("--dtype", default="fp32", help="of the features: fp32, bf16 or fp16 (fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=BYTES, help="of the features (fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--world", type=int, nargs="+", default=[1], metavar="W", help="numbers of ranks (1)")
     parser.number("--repeats", 5, "R", "rounds over all implementations")
-    parser.add_argument("--op", nargs="+", default=list(OPS), metavar="OP", help="infonce, sigmoid (both)")
-    parser.add_argument("--impl", nargs="+", metavar="IMPL", help=f"{', '.join(IMPLS)} (all that run here)")
-    return parser.parse(out="FOLDER", out_text="write table.md and plot.png (needs matplotlib)")
-
-
-def threads(world: int) -> int:
-    """Return the threads of a rank: the cores that this process may use, or OMP_NUM_THREADS, shared among the ranks."""
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, (int(allowed) if allowed.isdigit() else len(os.sched_getaffinity(0))) // world)
+    parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS, help="(both)")
+    parser.add_argument("--impl", nargs="+", choices=IMPLS, help="(all that run here)")
+    return parser.parse(out="FOLDER", out_text="write table.md")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -129,26 +122,17 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: as it says.
     """
-    for name, given, known in (("dtype", [args.dtype], BYTES), ("op", args.op, OPS), ("impl", args.impl or [], IMPLS)):
-        unknown = [word for word in given if word not in known]
-        if unknown:
-            raise UserError(f"--{name} {unknown[0]}: choose from {', '.join(known)}")
     args.op, args.world = list(dict.fromkeys(args.op)), sorted(set(args.world))
     if args.world[0] < 1 or args.n % math.lcm(*args.world):
         raise UserError(f"--world {shlex.join(map(str, args.world))}: each must divide n={args.n}")
-    if args.out and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--out draws a plot with matplotlib, which is not installed: pip install matplotlib")
-    triton = importlib.util.find_spec("triton") is not None
-    if "kernel" in (args.impl or []) and (args.device == "cpu" or not triton):
-        raise UserError("--impl kernel: needs a CUDA device and Triton")
     from clipdist.distributed.rank import resolve_device
 
     args.device = resolve_device(args.device)
     if args.device == "cuda" and args.world[-1] > 1:
         raise UserError(f"--world {args.world[-1]}: more ranks than one are processes on a CPU; add --device cpu")
-    fused = triton and args.device == "cuda"
+    fused = args.device == "cuda" and importlib.util.find_spec("triton") is not None
     if "kernel" in (args.impl or []) and not fused:
-        raise UserError("--impl kernel: needs a CUDA device, and torch sees none")
+        raise UserError("--impl kernel: needs a CUDA device that torch sees, and Triton")
     args.impl = list(dict.fromkeys(args.impl or [impl for impl in IMPLS if impl != "kernel" or fused]))
 
 
@@ -160,7 +144,8 @@ def main() -> int:
     rows: list[LossRow] = []
     units: list[float] = []
     with harness.workspace() as folder:
-        product = LossJob("product", tuple(args.op), args.n, args.d, args.dtype, args.device, threads(1), folder)
+        threads = threads_per_rank(1)
+        product = LossJob("product", tuple(args.op), args.n, args.d, args.dtype, args.device, threads, folder)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["clipdist.losses.infonce", "clipdist.losses.sigmoid", "tools.bench.loss_ranks", "tools.bench.peers.losses"]
@@ -170,7 +155,7 @@ def main() -> int:
             unit.ask("prepare")
             for world in args.world:
                 jobs = [
-                    replace(product, impl=impl, ops=(op,), world=world, threads=threads(world))
+                    replace(product, impl=impl, ops=(op,), world=world, threads=threads_per_rank(world))
                     for op in args.op
                     for impl in args.impl
                 ]
@@ -180,8 +165,6 @@ def main() -> int:
     unit_s = statistics.median(units)
     record = {"rows": [row.as_json() for row in rows], "unit_s": unit_s, "notes": notes(args, rows)}
     harness.finish(args, report(args, rows, unit_s), record, "table.md")
-    if args.out:
-        plot(args, rows, args.out / "plot.png")
     return 1 if any(row.fault for row in rows) else 0
 
 
@@ -205,11 +188,11 @@ def measure(
     return rows, units
 
 
-def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
+def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> list[str]:
     lines = [
         f"# Losses, forward and backward: n={args.n}, d={args.d}, {args.dtype}, {args.device}",
         "",
-        *harness.provenance(args.device, threads(1), "open_clip_torch"),
+        *harness.provenance(args.device, threads_per_rank(1), "open_clip_torch"),
         f"- median of {args.repeats} rounds, in each of which every implementation ran once; memory is the largest",
         f"- 1 unit: one {args.n} x {args.n} x {args.d} product in {args.dtype} in one process, {unit_s:.4g} s",
         "- W: processes on this machine over gloo; time and memory are those of the rank that needs most",
@@ -237,7 +220,7 @@ def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> str:
     header += ["memory / open_clip's", "gradient error", "sent, MB per rank"]
     lines += [*harness.markdown_table(header, cells, left=2), ""]
     lines += [*(f"- {note}" for note in notes(args, rows)), "", *wire_table(args, rows)]
-    return "\n".join(lines)
+    return lines
 
 
 def notes(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
@@ -255,16 +238,13 @@ def notes(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
     return found
 
 
-def model_worlds(args: argparse.Namespace) -> list[int]:
-    """Return the world sizes whose traffic the model is asked for."""
-    return [world for world in sorted({*MODEL_WORLDS, *args.world} - {1}) if args.n % world == 0]
-
-
 def wire_table(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
     """Return the model for many world sizes at this global batch, and what was measured beside it."""
     rows_of_table = []
     for op in args.op:
-        for world in model_worlds(args):
+        for world in sorted({*MODEL_WORLDS, *args.world} - {1}):
+            if args.n % world:
+                continue
             b = args.n // world
             ours, theirs = (model(op, world, b, args.d, args.dtype) for model in (clipdist_bytes, open_clip_bytes))
             of_world = [row for row in rows if row.job.world == world and row.job.ops[0] == op]
@@ -291,44 +271,6 @@ def peer_of(row: LossRow, rows: list[LossRow]) -> dict[str, Any]:
 
 def divided(x: float | None, y: float | None) -> float | None:
     return None if x is None or not y else x / y
-
-
-def plot(args: argparse.Namespace, rows: list[LossRow], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    found = [row.as_json() for row in rows if row.steps]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 1.8 + max(2.4, 0.3 * len(found))), layout="constrained")
-    names = [f"{r['impl']}\n{r['op']}, W={r['world']}" for r in found]
-    colours = ["tab:gray" if r["impl"].startswith("open_clip") else "tab:blue" for r in found]
-    for axis, key, unit, title in ((axes[0], "time_s", 1, "time, s"), (axes[1], "extra_bytes", 1 << 20, "extra MiB")):
-        values = [(r[key] or 0) / unit for r in found]
-        axis.bar_label(axis.barh(range(len(found)), values, color=colours), fmt="%.3g", fontsize=7, padding=2)
-        axis.set_yticks(range(len(found)), names, fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_title(title)
-    worlds = model_worlds(args)
-    for op, line in zip(args.op, ("-", "--")):
-        for name, model, colour in (
-            ("clipdist", clipdist_bytes, "tab:blue"),
-            ("open_clip", open_clip_bytes, "tab:gray"),
-        ):
-            sent = [model(op, world, args.n // world, args.d, args.dtype) / 1e6 for world in worlds]
-            axes[2].plot(worlds, sent, line, color=colour, label=f"{name}, {op}: model")
-    for r, colour in zip(found, colours):
-        if r["wire_bytes"] is not None:
-            axes[2].plot(r["world"], r["wire_bytes"] / 1e6, "o" if r["op"] == "infonce" else "s", color=colour)
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_ylim(bottom=0)
-    axes[2].set_xlabel("W")
-    axes[2].set_title("sent per rank and step, MB (marks: measured)")
-    if worlds:
-        axes[2].legend(fontsize=7)
-    figure.suptitle(f"n={args.n}, d={args.d}, {args.dtype}, {args.device}")
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -176,11 +176,9 @@ def features(job: LossJob) -> list[torch.Tensor]:
 def loss_function(job: LossJob, rank: int) -> Callable[..., torch.Tensor]:
     """Return a function of (images, texts, log scale, bias) to a scalar whose mean over ranks is the global loss."""
     if job.impl == "open_clip":
-        from tools.bench.peers import losses as peers
+        from tools.bench.peers.losses import open_clip_loss
 
-        if job.ops[0] == "infonce":
-            return lambda x, y, t, bias: peers.clip_loss(x, y, t, rank=rank, world=job.world)
-        return lambda x, y, t, bias: peers.siglip_loss(x, y, t, bias, rank=rank, world=job.world)
+        return open_clip_loss(job.ops[0], rank=rank, world=job.world)
     from clipdist.losses.infonce import info_nce
     from clipdist.losses.sigmoid import sigmoid_loss
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkServerContext
 
 from clipdist.config import Config, load_config
-from clipdist.errors import Fault, UserError, run_main
+from clipdist.errors import UserError, run_main
 from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, proc_bytes, require_resettable
 from tools.bench.processes import BenchProcesses
@@ -152,17 +152,14 @@ def run_cell(
 
     what = f"{precision}, global batch {batch}, {f'micro-batches of {micro}' if micro else 'whole'}"
     job = cell_config(args, precision, batch, micro), args.device
-    with BenchProcesses(context, StepMemory, job, tracebacks=False) as process:
-        try:
-            peak, width, seconds = process.ask("one_step", WARMUP_STEPS)
-        except Fault as fault:
-            raise Fault(f"{what}: {fault}") from None
+    with BenchProcesses(context, StepMemory, job, tracebacks=False, title=what) as process:
+        peak, width, seconds = process.ask("one_step", WARMUP_STEPS)
     harness.say(f"{what}: {mib(peak)} MiB, {seconds:.1f} s")
     features = 2 * batch * width * (VALUE_BYTES[precision] + 4) if micro else 0
     return MemoryCell(precision, batch, micro, peak, features, seconds)
 
 
-def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
+def report(args: argparse.Namespace, cells: list[MemoryCell]) -> list[str]:
     """Return Markdown: what it was measured with, and the table."""
     import torch
 
@@ -175,7 +172,7 @@ def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
             told = [*micro, mib(whole.peak_bytes), harness.optional(whole.time_s, ".2f")]
             rows.append([cell.precision, str(cell.global_batch), *told])
     header = ["precision", "global batch", "micro-batches: peak, MiB", "of these features, MiB", "time, s"]
-    lines = [
+    return [
         f"# Peak memory of a training step in micro-batches of {args.micro_batch}",
         "",
         *harness.provenance(args.device, torch.get_num_threads()),
@@ -187,7 +184,6 @@ def report(args: argparse.Namespace, cells: list[MemoryCell]) -> str:
         "",
         *harness.markdown_table([*header, "whole batch: peak, MiB", "time, s"], rows),
     ]
-    return "\n".join(lines)
 
 
 def mib(size: int | None) -> str:

@@ -20,7 +20,7 @@ import shlex
 from dataclasses import asdict, dataclass
 
 from clipdist.config import load_config
-from clipdist.errors import Fault, UserError, run_main
+from clipdist.errors import UserError, run_main
 from tools.bench import harness
 from tools.bench.peak_memory import RETURN_FREED, require_resettable
 from tools.bench.processes import BenchProcesses
@@ -36,25 +36,25 @@ STEPS = 2
 TIME_LIMIT_S = 500
 VIT = ["model.name=ViT-S-32-alt", "train.global_batch=8"]
 WIDE = ["model.name=ViT-S-32-alt", "train.global_batch=32"]
+RN50 = ["model.name=RN50", "train.global_batch=8"]
+BF16 = "train.precision=bf16"
+
+
+def each_stage(name: str, *words: str, ranks: int = 1) -> dict[str, tuple[int, list[str]]]:
+    """Return {title: (ranks, settings)} of a cell for every ZeRO stage."""
+    return {f"stage{stage} {name}": (ranks, [*VIT, f"engine.zero_stage={stage}", *words]) for stage in range(4)}
+
+
 CELLS = {
-    **{f"stage{s} fp32": (1, [*VIT, f"engine.zero_stage={s}"]) for s in range(4)},
-    **{f"stage{s} bf16": (1, [*VIT, f"engine.zero_stage={s}", "train.precision=bf16"]) for s in range(4)},
-    **{f"stage{s} fp32 2 ranks": (2, [*VIT, f"engine.zero_stage={s}"]) for s in range(4)},
-    **{
-        f"stage{s} bf16 micro-batches": (
-            1,
-            [*VIT, f"engine.zero_stage={s}", "train.precision=bf16", "train.micro_batch=4"],
-        )
-        for s in range(4)
-    },
+    **each_stage("fp32"),
+    **each_stage("bf16", BF16),
+    **each_stage("fp32 2 ranks", ranks=2),
+    **each_stage("bf16 micro-batches", BF16, "train.micro_batch=4"),
     "batch 32 fp32": (1, WIDE),
     "batch 32 fp32 checkpointing": (1, [*WIDE, "engine.activation_checkpointing=true"]),
     "batch 32 fp32 micro-batches": (1, [*WIDE, "train.micro_batch=8"]),
-    **{
-        f"RN50 stage{s} fp32": (1, ["model.name=RN50", "train.global_batch=8", f"engine.zero_stage={s}"])
-        for s in (0, 1, 3)
-    },
-    "RN50 bf16": (1, ["model.name=RN50", "train.global_batch=8", "train.precision=bf16"]),
+    **{f"RN50 stage{stage} fp32": (1, [*RN50, f"engine.zero_stage={stage}"]) for stage in (0, 1, 3)},
+    "RN50 bf16": (1, [*RN50, BF16]),
 }
 
 
@@ -92,7 +92,7 @@ def main() -> int:
         cells.append(run_cell(name, ranks, words))
         harness.say(f"{name}: {cells[-1].error:+.1f} %")
         if args.out:
-            harness.write_text(args.out, report(args, cells))  # what is measured is not lost
+            harness.write_lines(args.out, report(args, cells))  # what is measured is not lost
     return harness.finish(args, report(args, cells), {"rows": [asdict(c) | {"error_percent": c.error} for c in cells]})
 
 
@@ -108,22 +108,20 @@ def run_cell(name: str, ranks: int, words: list[str]) -> PlanCell:
     precision = [] if any("precision" in word for word in words) else ["train.precision=fp32"]
     config = load_config(None, [*words, "device=cpu", *precision])
     predicted = make_estimate(config, world=ranks).memory.total
-    with BenchProcesses(multiprocessing.get_context("spawn"), StepMemory, (config, "cpu"), world=ranks) as processes:
-        try:
-            grown = processes.ask_all("whole_run", STEPS, limit_s=TIME_LIMIT_S)
-        except Fault as fault:
-            raise Fault(f"{name}: {fault}") from None
+    context = multiprocessing.get_context("spawn")
+    with BenchProcesses(context, StepMemory, (config, "cpu"), world=ranks, title=name) as processes:
+        grown = processes.ask_all("whole_run", STEPS, limit_s=TIME_LIMIT_S)
     return PlanCell(name, ranks, " ".join(words), predicted, max(grown))
 
 
-def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
+def report(args: argparse.Namespace, cells: list[PlanCell]) -> list[str]:
     """Return Markdown: what it was measured with, and the table."""
     within = sum(abs(cell.error) <= 15 for cell in cells)
     rows = [
         [c.cell, c.settings, str(c.ranks), f"{c.predicted / 1e6:.0f}", f"{c.measured / 1e6:.0f}", f"{c.error:+.1f} %"]
         for c in cells
     ]
-    lines = [
+    return [
         "# Memory of a rank: the plan beside real steps",
         "",
         *harness.provenance("cpu", 1),
@@ -133,7 +131,6 @@ def report(args: argparse.Namespace, cells: list[PlanCell]) -> str:
         "",
         *harness.markdown_table(["cell", "settings", "ranks", "predicted, MB", "measured, MB", "error"], rows, left=2),
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class BenchProcesses:
         make: makes the object from `job`, in the process; it may have a close().
         world: number of processes. Several get the environment that torchrun gives.
         tracebacks: print the traceback of a failure on stderr.
+        title: what a Fault shall begin with.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class BenchProcesses:
         *,
         world: int = 1,
         tracebacks: bool = True,
+        title: str = "",
     ) -> None:
+        self.title = title
         self.pipes: list[Connection] = []
         self.processes = []
         for environment in rank_environments(world) if world > 1 else [{}]:
@@ -91,7 +94,7 @@ class BenchProcesses:
                         failure = failure or (UserError if kind == "user" else Fault)(answers[rank])
         if failure:
             self.end(grace_s=0)
-            raise failure
+            raise type(failure)(f"{self.title}: {failure}") if self.title else failure
         return [answers[rank] for rank in range(len(self.pipes))]
 
     def ask(self, method: str, *args: Any) -> Any:

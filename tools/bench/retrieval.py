@@ -57,30 +57,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--large", type=int, nargs=2, default=[20_000, 100_000], metavar=("N", "M"), help="pictures, captions"
     )
-    parser.add_argument("--no-large", dest="large", action="store_const", const=None, help="leave that part out")
     parser.add_argument("--embed", nargs="+", metavar="MODEL SHARDS", help="a run, or a model as it is drawn; shards")
     parser.number("--limit", 512, "N", "pictures of the embedding pass")
     parser.number("--batch", 64, "B", "of the embedding pass")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="of the embedding pass (cpu)")
     args = parser.parse()
-    if args.large and args.large[0] < 1:
-        parser.error(f"--large {args.large[0]} {args.large[1]}: must be at least 1")
-    if args.large and args.large[1] < args.large[0]:
-        parser.error(f"--large {args.large[0]} {args.large[1]}: a caption for every picture at least")
+    if not 1 <= args.large[0] <= args.large[1]:
+        parser.error(f"--large {args.large[0]} {args.large[1]}: at least 1, and a caption for every picture")
     if args.embed and len(args.embed) < 2:
         parser.error("--embed MODEL SHARDS: name shards too")
-    if args.large:
-        require_resettable("--large")
+    require_resettable("--large")
     args.device = resolve_device(args.device)
     return args
 
 
 def main() -> int:
     args = parse_args()
-    record: dict[str, object] = {}
-    if args.large:
-        images, captions = args.large
-        record |= measure_large(images, captions, args.width)
+    images, captions = args.large
+    record = measure_large(images, captions, args.width)
     record |= measure_speed(args.pictures, args.width, args.repeats)
     if args.embed:
         record |= measure_embedding(args)
@@ -91,9 +85,7 @@ def main() -> int:
         "hardware": hardware(args.device, threads),
         "versions": harness.versions("open_clip_torch"),
     }
-    return harness.finish(
-        args, "\n".join([*speed_lines(record), *large_lines(record), *embedding_lines(record), *origin]), record
-    )
+    return harness.finish(args, [*speed_lines(record), *large_lines(record), *embedding_lines(record), *origin], record)
 
 
 def draw_features(n: int, m: int, width: int) -> DrawnFeatures:
@@ -241,8 +233,6 @@ def speed_lines(record: dict) -> list[str]:
 
 
 def large_lines(record: dict) -> list[str]:
-    if "large_s" not in record:
-        return []
     return [
         f"{record['large_pictures']:,} pictures x {record['large_captions']:,} captions: {record['large_s']:.1f} s,"
         f" {record['extra_bytes'] / 1e6:.0f} MB of extra memory. Of {record['checked']} queries counted by brute force"

@@ -17,12 +17,12 @@ import json
 import statistics
 import subprocess
 from functools import partial
-from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import trange
 
 from clipdist import config
 from clipdist.checkpoint.format import Manifest, Piece, checkpoint_dir
@@ -65,10 +65,7 @@ def main() -> int:
         write_drawn_shards(folder / "shards", "bench-search", shard_sizes(args.pictures, PER_SHARD), draw_tiny)
         write_run(folder / "run", args.model)
         keep_random_features(folder / "run", folder / "shards")
-        number = count()
-        rounds = harness.take_turns({"search": lambda: search(folder, next(number), args.device)}, args.rounds)[
-            "search"
-        ]
+        rounds = [search(folder, number, args.device) for number in trange(args.rounds, desc="rounds", disable=None)]
     times = {key: [found[key] for found in rounds] for key in TIMES}
     record: dict[str, Any] = {"pictures": args.pictures, "model": args.model, "rounds": args.rounds}
     for key, values in times.items():
@@ -85,7 +82,7 @@ def main() -> int:
         "",
         *harness.provenance(resolve_device(args.device), torch.get_num_threads()),
     ]
-    return harness.finish(args, "\n".join(lines), record)
+    return harness.finish(args, lines, record)
 
 
 def draw_tiny(rng: np.random.Generator) -> tuple[Image.Image, list[str]]:

@@ -38,16 +38,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tool", choices=list(TOOLS), default="shard_pairs")
     parser.number("--processes", 0, "N", "of the sharding; 0: one per core", least=0)
     parser.number("--repeats", 5, "N", "turns of each")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="where to write; default: the temporary folder")
-    args = parser.parse()
-    if args.scratch and not args.scratch.is_dir():
-        parser.error(f"--scratch {args.scratch}: no such folder")
-    return args
+    return parser.parse()
 
 
 def main() -> int:
     args = parse_args()
-    with harness.workspace(args.scratch, "--scratch") as folder:
+    with harness.workspace() as folder:
         shard(args, folder / "first")
         shards = unpack(folder / "first", folder / "members")
         copy(shards, folder / "copied")
@@ -125,12 +121,12 @@ def require_equal(shards: Shards, sharded: Path, copied: Path) -> None:
             raise UserError(f"{name}: the copy is not the shard to the byte; the tool has changed what it writes")
 
 
-def report(record: dict) -> str:
+def report(record: dict) -> list[str]:
     rows = []
     for title, name in (("sharding", "sharded_s"), ("plain copy", "copied_s")):
         speed = record["bytes"] / 1e6 / statistics.median(record[name])
         rows.append([title, *harness.spread(record[name], ".3f"), f"{speed:.1f}"])
-    lines = [
+    return [
         "# Sharding beside a plain copy",
         "",
         f"{record['samples']} samples, {record['members']} members, {record['bytes'] / 1e6:.1f} MB;"
@@ -142,7 +138,6 @@ def report(record: dict) -> str:
         "",
         *harness.provenance("cpu", record["processes"]),
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

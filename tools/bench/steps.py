@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed  # noqa: F401  what is imported counts as the baseline
@@ -18,16 +20,10 @@ from tools.bench.harness import timed
 from tools.bench.peak_memory import MemoryGrowth, trim_heap
 
 
-class TrainingSteps:
-    """A model, its engine and this rank's rows of one drawn global batch.
-
-    Args:
-        device: cpu or cuda.
-    """
-
-    def __init__(self, config: Config, device: str) -> None:
-        self._ranks = joined_ranks(device)
-        dist_env = self._ranks.__enter__()
+@contextmanager
+def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]]:
+    """Build a model and its engine on cpu or cuda. Yield what takes a step on this rank's rows of one drawn batch."""
+    with joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.clip)
         if config.engine.activation_checkpointing:
@@ -35,16 +31,10 @@ class TrainingSteps:
         drawn = RandomBatches(config, model.spec).batch(0)
         share = len(drawn) // dist_env.world_size
         mine = drawn.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
-        self.batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)
+        batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)
         del drawn, mine
-        self.engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
-        self.lr = config.optim.lr
-
-    def close(self) -> None:
-        self._ranks.__exit__(None, None, None)
-
-    def take(self, step: int) -> Any:
-        return self.engine.train_step(self.batch, step=step, lr=self.lr)
+        engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
+        yield lambda step: engine.train_step(batch, step=step, lr=config.optim.lr)
 
 
 class StepMemory:
@@ -56,24 +46,22 @@ class StepMemory:
     def whole_run(self, steps: int) -> int:
         """Build the model and take some steps. Return by how many bytes memory grew at its highest."""
         memory = MemoryGrowth(self.device)
-        training = TrainingSteps(self.config, self.device)
-        for step in range(steps):
-            training.take(step)
-        return self._end(memory, training)
+        with training_steps(self.config, self.device) as take:
+            for step in range(steps):
+                take(step)
+            grown = memory.peak()
+            assert grown is not None  # require_resettable has been asked
+            return grown
 
     def one_step(self, step: int) -> tuple[int, int, float]:
         """Take the steps before `step`, then that one. Return its (peak growth in bytes, features D, seconds)."""
-        training = TrainingSteps(self.config, self.device)
-        for before in range(step):
-            width = training.take(before).outputs["text"].shape[1]
-        if self.device == "cpu":
-            trim_heap()
-        memory = MemoryGrowth(self.device)
-        seconds, _ = timed(lambda: training.take(step))
-        return self._end(memory, training), width, seconds
-
-    def _end(self, memory: MemoryGrowth, training: TrainingSteps) -> int:
-        grown = memory.peak()
-        assert grown is not None  # require_resettable has been asked
-        training.close()
-        return grown
+        with training_steps(self.config, self.device) as take:
+            for before in range(step):
+                width = take(before).outputs["text"].shape[1]
+            if self.device == "cpu":
+                trim_heap()
+            memory = MemoryGrowth(self.device)
+            seconds, _ = timed(lambda: take(step))
+            grown = memory.peak()
+            assert grown is not None  # require_resettable has been asked
+            return grown, width, seconds

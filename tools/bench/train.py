@@ -21,18 +21,16 @@ import statistics
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clipdist.config import Config, load_config, to_yaml
 from clipdist.config.batches import check_ranks
-from clipdist.data.catalog import Catalog
-from clipdist.errors import UserError, run_main
+from clipdist.errors import run_main
+from clipdist.storage import json_lines
 from tools.bench import harness
 from tools.bench.peak_memory import ProportionalSetSize
+from tools.bench.peers.trainer import TrainingJob, check_comparable, flags, make_start, rank_report
 from tools.bench.processes import repository_environment, run_ranks, threads_per_rank
-
-if TYPE_CHECKING:
-    from tools.bench.peers.trainer import StartWeights
 
 DEFAULT_RECIPE = "configs/flickr8k_vit_tiny.yaml"
 IMAGES = 512  # drawn at least
@@ -40,33 +38,13 @@ NEVER = 1 << 40  # steps
 MEMORY_STEPS = 4  # of the run whose memory is watched
 TOLERANCE = 1e-4  # of the losses
 EXAMPLES = """  python tools/bench/train.py
-  python tools/bench/train.py data/flickr8k/train --ranks 2 --out bench.md
+  python tools/bench/train.py --config configs/demo.yaml --workers 1 2 4 --out bench.md
   python tools/bench/train.py --rounds 0 --loss-steps 50 train.global_batch=64      # the losses alone
   python tools/bench/train.py --loss-steps 0 model.name=ViT-B-32 train.precision=bf16   # any settings of a recipe
 
 open_clip_train runs in its exact mode (--local-loss --gather-with-grad), once per round for every count of --workers;
 the best count is what clipdist is compared with. Memory is watched in a run of its own, so that watching slows none
-that is timed. Without SHARDS pictures are drawn."""
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """What is common to all runs of one benchmark."""
-
-    config: Config
-    words: list[str]  # --config and the overrides, for clipdist's training command
-    shards: list[Path]
-    start: StartWeights
-    folder: Path
-    ranks: int
-    steps: int  # timed
-    warmup: int  # steps before
-    device: str
-    precision: str
-
-    @property
-    def batch(self) -> int:
-        return self.config.train.global_batch
+that is timed. The pictures are drawn."""
 
 
 @dataclass
@@ -90,31 +68,18 @@ class TrainingResults:
 
 def main() -> int:
     args = parse_args()
-    shards, overrides = split_words(args.words)
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, args.overrides)
     check_ranks(config, args.ranks)
-    named = shards or (config.data.train if any(word.startswith("data.train=") for word in overrides) else [])
-    catalog = Catalog.open(named, "SHARDS") if named else None
-    if catalog:
-        check_shares(catalog, config, args)
-
-    from tools.bench.peers.trainer import check_comparable
-
     check_comparable(config)
-    if args.work:
-        make_folder(args.work)
-    with harness.workspace(args.work) as scratch:
-        if catalog is None:
-            drawn = draw_shards(args.work or scratch, config, args)
-            catalog = Catalog.open([str(drawn)], "drawn pictures")
-        job = make_job(args, config, overrides, catalog, scratch)
+    with harness.workspace() as folder:
+        job = make_job(args, config, folder)
         results = measure(job, args)
-    return harness.finish(args, report(job, results, catalog), summary(results))
+    return harness.finish(args, report(job, results), summary(results))
 
 
 def parse_args() -> argparse.Namespace:
     parser = harness.BenchmarkParser(__doc__, EXAMPLES)
-    parser.add_argument("words", nargs="*", metavar="SHARDS | section.key=value", help="shards, and recipe settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the recipe")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe ({DEFAULT_RECIPE})")
     parser.number("--ranks", 2, "N", "processes of each side")
     parser.number("--steps", 20, "S", "timed steps of a run")
@@ -122,97 +87,55 @@ def parse_args() -> argparse.Namespace:
     parser.number("--rounds", 3, "R", "runs of each side; 0: no rates", least=0)
     parser.number("--loss-steps", 50, "S", "losses to compare; 0: none", least=0)
     parser.add_argument(
-        "--workers", type=whole_numbers, default=[1, 2], metavar="N,N", help="open_clip_train's, per rank (1,2)"
+        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="open_clip_train's, per rank (1 2)"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the two runs that watch memory")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where drawn pictures stay; default: removed")
     return parser.parse()
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Convert "1,2" to [1, 2]."""
-    if not all(word.isdecimal() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 1,2")
-    return [int(word) for word in text.split(",")]
-
-
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return (shards, overrides); what is there as a file or folder is no override."""
-    shards = [word for word in words if "=" not in word or Path(word).exists()]
-    return shards, [word for word in words if word not in shards]
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--work {folder}: cannot be written ({error.strerror}); choose another folder") from None
-
-
-def draw_shards(folder: Path, config: Config, args: argparse.Namespace) -> Path:
-    """Draw captioned images into shards of one size, a whole number of batches for every loader. Return their folder.
+def draw_shards(folder: Path, config: Config, args: argparse.Namespace) -> tuple[list[Path], int]:
+    """Draw captioned images into shards of one size, a whole number of batches for every loader.
 
     open_clip_train throws away the last, partial batch of each pass over a worker's shards: there is none here.
+
+    Returns:
+        The shards, and the number of images.
     """
-    from clipdist.datasets.shard_writer import is_whole
     from tools.bench.images import draw_scene, write_drawn_shards
 
     loaders = args.ranks * max(1, *args.workers)
     per_rank = config.train.global_batch // args.ranks
     per_shard = per_rank * -(-IMAGES // (per_rank * loaders))
-    out = folder / f"pictures-{loaders}x{per_shard}"
-    if not is_whole(out):
-        write_drawn_shards(out, "bench", [per_shard] * loaders, draw_scene)
-    return out
+    facts = write_drawn_shards(folder / "pictures", "bench", [per_shard] * loaders, draw_scene)
+    return [folder / "pictures" / shard.name for shard in facts], per_shard * loaders
 
 
-def check_shares(catalog: Catalog, config: Config, args: argparse.Namespace) -> None:
-    """Raise a UserError where a loader of open_clip_train could not fill a batch: it would wait for ever."""
-    loaders = args.ranks * max(1, *args.workers)
-    shards = len(catalog.shards)
-    if args.rounds and shards < loaders:
-        raise UserError(
-            f"SHARDS: {shards} shards for {loaders} loaders of open_clip_train (--ranks x --workers); give more"
-            " shards, or fewer --workers"
-        )
-    sizes = sorted(shard.count for shard in catalog.shards)
-    least, batch = sum(sizes[: shards // loaders]), config.train.global_batch // args.ranks
-    if args.rounds and least < batch:
-        raise UserError(
-            f"SHARDS: a loader of open_clip_train may get {least} samples, fewer than a rank's batch of {batch}; lower"
-            " train.global_batch, or --workers"
-        )
-    if len(catalog) < config.train.global_batch:
-        raise UserError(f"SHARDS: {len(catalog)} samples, fewer than train.global_batch={config.train.global_batch}")
-
-
-def make_job(
-    args: argparse.Namespace, config: Config, overrides: list[str], catalog: Catalog, scratch: Path
-) -> TrainingJob:
+def make_job(args: argparse.Namespace, config: Config, folder: Path) -> TrainingJob:
+    """Draw the images and the weights, and resolve what both sides are to be told alike."""
     from clipdist.distributed.rank import resolve_device, resolve_precision
-    from tools.bench.peers.trainer import make_start
 
     device = resolve_device(config.device)
     precision = resolve_precision(config.train.precision, device)
-    shards = [Path(shard.tar).resolve() for shard in catalog.shards]
-    start = make_start(config, scratch)
+    start = make_start(config, folder)
+    shards, images = draw_shards(folder, config, args)
     common = {
-        "data.train": json.dumps([str(shard) for shard in shards]),
+        "data.train": json.dumps(list(map(str, shards))),
         "data.val": "[]",
         "device": device,
         "model.weights": start.weights,
-        "run.root": scratch,
+        "run.root": folder,
         "train.resume": "never",
         "train.save_every": NEVER,
         "eval.every": NEVER,
     }
-    words = ["--config", args.config, *overrides, *(f"{name}={value}" for name, value in common.items())]
+    words = ["--config", args.config, *args.overrides, *(f"{name}={value}" for name, value in common.items())]
     return TrainingJob(
         config,
         words,
         shards,
+        images,
         start,
-        scratch,
+        folder,
         ranks=args.ranks,
         steps=args.steps,
         warmup=args.warmup,
@@ -249,13 +172,10 @@ def side_name(workers: int | None) -> str:
 
 def run_timed(job: TrainingJob, name: str, workers: int | None) -> float:
     """Return samples/s over the steps after the warm-up. workers None: clipdist's run; else open_clip_train's."""
-    total = job.warmup + job.steps
-    log_every = min(job.config.train.log_every, job.steps)
+    run_side(job, name, workers, job.warmup + job.steps, min(job.config.train.log_every, job.steps))
     if workers is None:
-        run_all(job, name, our_command(job, name, total, log_every))
         times = [(record["samples"], record["time"]) for record in our_records(job, name)]
     else:
-        run_all(job, name, their_command(job, name, total, log_every, workers))
         times = [(int(samples), seconds) for samples, seconds in their_reports(job, name)[0]["times"]]
     steady = [(samples, seconds) for samples, seconds in times if samples >= job.warmup * job.batch]
     (first, began), (last, ended) = steady[0], steady[-1]
@@ -268,15 +188,29 @@ def run_watched(job: TrainingJob, name: str, workers: int | None) -> int:
     On a GPU, what rank 0's torch allocated there; on a CPU, the proportional set sizes of all processes, workers too.
     """
     with ProportionalSetSize() as watch:
-        if workers is None:
-            run_all(job, name, our_command(job, name, MEMORY_STEPS, 1), watch)
-        else:
-            run_all(job, name, their_command(job, name, MEMORY_STEPS, 1, workers), watch)
+        run_side(job, name, workers, MEMORY_STEPS, 1, watch)
     if job.device == "cpu":
         return watch.peak_bytes
     if workers is None:
         return int(our_records(job, name)[-1]["memory_gb"] * 1e9)
     return int(their_reports(job, name)[0]["peak_bytes"])
+
+
+def run_side(
+    job: TrainingJob,
+    name: str,
+    workers: int | None,
+    steps: int,
+    log_every: int,
+    watch: ProportionalSetSize | None = None,
+) -> None:
+    """Run clipdist (workers None) or open_clip_train on its own data."""
+    if workers is None:
+        settings = (f"train.steps={steps}", f"train.log_every={log_every}", f"run.name={name}")
+        command = [sys.executable, str(harness.ROOT / "clipdist/train.py"), *job.words, *settings]
+    else:
+        command = their_command(job, name, steps, log_every, workers)
+    run_all(job, name, command, watch)
 
 
 def run_losses(job: TrainingJob, steps: int) -> dict[str, list[float]]:
@@ -304,11 +238,6 @@ def run_losses(job: TrainingJob, steps: int) -> dict[str, list[float]]:
     }
 
 
-def our_command(job: TrainingJob, name: str, steps: int, log_every: int) -> list[str]:
-    settings = (f"train.steps={steps}", f"train.log_every={log_every}", f"run.name={name}")
-    return [sys.executable, str(harness.ROOT / "clipdist/train.py"), *job.words, *settings]
-
-
 def their_command(
     job: TrainingJob,
     name: str,
@@ -318,16 +247,11 @@ def their_command(
     config: Config | None = None,
     batches: Path | None = None,
 ) -> list[str]:
-    from tools.bench.peers.trainer import flags
-
     words = flags(
+        job,
         config or job.config,
-        job.start,
-        job.shards,
-        world=job.ranks,
         steps=steps,
         workers=workers,
-        device=job.device,
         precision="fp32" if batches else job.precision,
         log_every=log_every,
         logs=job.folder / f"{name}-logs",
@@ -337,8 +261,7 @@ def their_command(
 
 
 def our_records(job: TrainingJob, name: str) -> list[dict[str, Any]]:
-    lines = (job.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if record["type"] == "train"]
+    return [record for record in json_lines(job.folder / name / "metrics.jsonl") if record["type"] == "train"]
 
 
 def their_report(job: TrainingJob, name: str) -> Path:
@@ -347,8 +270,6 @@ def their_report(job: TrainingJob, name: str) -> Path:
 
 def their_reports(job: TrainingJob, name: str) -> list[dict[str, Any]]:
     """Read what each rank wrote."""
-    from tools.bench.peers.trainer import rank_report
-
     paths = [rank_report(their_report(job, name), rank) for rank in range(job.ranks)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -389,7 +310,7 @@ def summary(results: TrainingResults) -> dict[str, float | int | None]:
     }
 
 
-def report(job: TrainingJob, results: TrainingResults, catalog: Catalog) -> str:
+def report(job: TrainingJob, results: TrainingResults) -> list[str]:
     """Return Markdown: tables, then what they were measured with."""
     lines = ["# Training beside open_clip_train", ""]
     if results.rates:
@@ -402,9 +323,9 @@ def report(job: TrainingJob, results: TrainingResults, catalog: Catalog) -> str:
         f"- training: {job.config.model.name}, {job.ranks} processes with {threads} threads each,"
         f" global batch {job.batch}, {job.precision}, ZeRO {job.config.engine.zero_stage} here,"
         " --local-loss --gather-with-grad there",
-        f"- data: {len(catalog)} pictures in {len(job.shards)} shards",
+        f"- data: {job.images} pictures in {len(job.shards)} shards",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def rate_table(results: TrainingResults, told: dict[str, float | int | None]) -> list[str]:

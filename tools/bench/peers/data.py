@@ -27,6 +27,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,7 @@ from tools.bench.peers.trainer import import_peer
 
 CONTEXT_LENGTH_OF = "ViT-B-32"  # CLIP's own tokenizer, 77 ids
 PASSES_PER_BATCH = 500  # batches at least between two that are thrown away
+CROP_SCALE = 0.9  # share of an image's area that is kept at least
 ENDLESS = 1 << 40  # samples of an "epoch"
 STAGE_SAMPLES = 128
 STAGES = ("read", "decode", "resize", "tokens", "other")
@@ -64,7 +66,6 @@ class LoadingJob:
         shards: tars, all of them local.
         samples: in the shards.
         output: side of the square images, pixels.
-        crop_scale: share of an image's area that is kept at least.
         dct: clipdist decodes JPEGs at reduced scale.
         threads: clipdist's for decoding.
         seconds: length of a window.
@@ -75,7 +76,6 @@ class LoadingJob:
     shards: tuple[str, ...]
     samples: int
     output: int
-    crop_scale: float
     dct: bool
     threads: int
     batch: int
@@ -145,40 +145,42 @@ def batches(job: LoadingJob) -> Iterator[tuple[Any, Any]]:
     return iter(data.get_wds_dataset(arguments, transform, is_train=True, tokenizer=tokenizer).dataloader)
 
 
-def stage_seconds(job: LoadingJob, samples: int) -> dict[str, float]:
-    """Return the seconds per sample that each of open_clip_train's stages computes for on one thread, as medians.
+class OpenClipStages:
+    """What each stage of open_clip_train computes for, on one thread."""
 
-    "resize" is all of the transform (crop, resize, to float, normalise), "other" is stacking the samples of a batch.
-    """
-    import torch
+    def __init__(self, job: LoadingJob) -> None:
+        self.job = job
 
-    torch.set_num_threads(1)
-    data, transform, tokenizer = _import(job.webdataset), _transform(job), _tokenizer()
-    wds = data.wds
-    urls = [{"url": url} for url in job.shards]
-    stages: dict[str, Callable[[Iterable[Any]], Iterable[Any]]] = {
-        "read": lambda _: _first(samples, data.tarfile_to_samples_nothrow(iter(urls))),
-        "decode": lambda read: wds.decode("pilrgb")(iter(read)),
-        "resize": lambda decoded: [(transform(sample["jpg"]), sample["txt"]) for sample in decoded],
-        "tokens": lambda pairs: [(image, tokenizer(text)[0]) for image, text in pairs],
-        "other": lambda pairs: wds.batched(samples, partial=True)(iter(pairs)),
-    }
-    assert tuple(stages) == STAGES
-    seconds = {}
-    taken: list[Any] = []
-    for name, stage in stages.items():
-        given, times = taken, []
-        for _ in range(_REPEATS):
-            fresh = [dict(sample) for sample in given] if name == "decode" else given  # it writes into the sample
-            began = time.thread_time()
-            taken = list(stage(fresh))
-            times.append(time.thread_time() - began)
-        seconds[name] = sorted(times)[_REPEATS // 2] / samples
-    return seconds
+    def seconds(self) -> dict[str, float]:
+        """Return seconds per sample, by stage, as medians.
 
+        "resize" is all of the transform (crop, resize, to float, normalise), "other" is stacking a batch's samples.
+        """
+        import torch
 
-def _first(count: int, samples: Iterable[Any]) -> Iterator[Any]:
-    return (sample for sample, _ in zip(samples, range(count)))
+        torch.set_num_threads(1)
+        data, transform, tokenizer = _import(self.job.webdataset), _transform(self.job), _tokenizer()
+        wds = data.wds
+        urls = [{"url": url} for url in self.job.shards]
+        stages: dict[str, Callable[[Iterable[Any]], Iterable[Any]]] = {
+            "read": lambda _: islice(data.tarfile_to_samples_nothrow(iter(urls)), STAGE_SAMPLES),
+            "decode": lambda read: wds.decode("pilrgb")(iter(read)),
+            "resize": lambda decoded: [(transform(sample["jpg"]), sample["txt"]) for sample in decoded],
+            "tokens": lambda pairs: [(image, tokenizer(text)[0]) for image, text in pairs],
+            "other": lambda pairs: wds.batched(STAGE_SAMPLES, partial=True)(iter(pairs)),
+        }
+        assert tuple(stages) == STAGES
+        seconds = {}
+        taken: list[Any] = []
+        for name, stage in stages.items():
+            given, times = taken, []
+            for _ in range(_REPEATS):
+                fresh = [dict(sample) for sample in given] if name == "decode" else given  # it writes into the sample
+                began = time.thread_time()
+                taken = list(stage(fresh))
+                times.append(time.thread_time() - began)
+            seconds[name] = sorted(times)[_REPEATS // 2] / STAGE_SAMPLES
+        return seconds
 
 
 def _import(webdataset: Path | None) -> ModuleType:
@@ -193,7 +195,7 @@ def _import(webdataset: Path | None) -> ModuleType:
 def _transform(job: LoadingJob) -> Callable[[Any], Any]:
     from open_clip.transform import AugmentationCfg, image_transform
 
-    augmentation = AugmentationCfg(scale=(job.crop_scale, 1.0))
+    augmentation = AugmentationCfg(scale=(CROP_SCALE, 1.0))
     return image_transform(job.output, is_train=True, aug_cfg=augmentation)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from clipdist.errors import UserError
 
 
-@lru_cache
 def open_clip_losses() -> ModuleType:
     """Import open_clip/loss.py, which needs torch alone; the package around it would bring timm and torchvision.
 
@@ -37,28 +36,22 @@ def open_clip_losses() -> ModuleType:
     return module
 
 
-def clip_loss(
-    images: torch.Tensor, texts: torch.Tensor, log_scale: torch.Tensor, *, rank: int = 0, world: int = 1
-) -> torch.Tensor:
-    """Compute ClipLoss on a tower's features [b, D], log scale [1]: a scalar whose mean over ranks is the loss.
+def open_clip_loss(op: str, *, rank: int, world: int) -> Callable[..., torch.Tensor]:
+    """Return ClipLoss (infonce) or SigLipLoss: a function of image and text features [b, D], log scale and bias [1].
 
-    In the features' dtype and outside autocast, which costs less memory than under it (a cross-entropy in fp32).
+    Its value is a scalar whose mean over ranks is the loss. In the features' dtype and outside autocast, which costs
+    less memory than under it (a cross-entropy in fp32).
     """
-    loss = open_clip_losses().ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer torch: of the collectives that it uses
-        return loss(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), log_scale.exp()[0])
+    losses = open_clip_losses()
+    if op == "infonce":
+        loss = losses.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    else:
+        loss = losses.SigLipLoss(rank=rank, world_size=world)
 
+    def call(images: torch.Tensor, texts: torch.Tensor, log_scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        scales = [log_scale.exp()[0]] if op == "infonce" else [log_scale.exp()[0], bias[0]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch: of the collectives that it uses
+            return loss(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), *scales)
 
-def siglip_loss(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    log_scale: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    rank: int = 0,
-    world: int = 1,
-) -> torch.Tensor:
-    """Compute SigLipLoss, as clip_loss; bias [1]."""
-    loss = open_clip_losses().SigLipLoss(rank=rank, world_size=world)
-    return loss(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), log_scale.exp()[0], bias[0])
+    return call

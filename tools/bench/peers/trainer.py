@@ -61,6 +61,27 @@ class StartWeights:
     std: tuple[float, float, float]
 
 
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is common to all runs of one benchmark."""
+
+    config: Config
+    words: list[str]  # --config and the overrides, for clipdist's training command
+    shards: list[Path]
+    images: int  # in the shards
+    start: StartWeights
+    folder: Path
+    ranks: int
+    steps: int  # timed
+    warmup: int  # steps before
+    device: str  # cpu or cuda
+    precision: str  # fp32, bf16 or fp16
+
+    @property
+    def batch(self) -> int:
+        return self.config.train.global_batch
+
+
 def check_comparable(config: Config) -> None:
     """Raise a UserError for a recipe that open_clip_train cannot follow, or where it cannot be imported at all."""
     model, clip = config.model, config.clip
@@ -95,34 +116,22 @@ def make_start(config: Config, folder: Path) -> StartWeights:
 
 
 def flags(
-    config: Config,
-    start: StartWeights,
-    shards: list[Path],
-    *,
-    world: int,
-    steps: int,
-    workers: int,
-    device: str,
-    precision: str,
-    log_every: int,
-    logs: Path,
+    job: TrainingJob, config: Config, *, steps: int, workers: int, precision: str, log_every: int, logs: Path
 ) -> list[str]:
     """Return open_clip_train's arguments for the run that `config` describes, in its exact mode.
 
     Args:
-        shards: tars; their order is open_clip_train's own matter.
         workers: data loading processes per rank.
-        device, precision: resolved: cpu or cuda; fp32, bf16 or fp16.
         logs: folder for its log and its checkpoint.
     """
     optim, train = config.optim, config.train
-    share = train.global_batch // world
+    share = train.global_batch // job.ranks
     micro = train.micro_batch or share
     settings: dict[str, Any] = {
-        "model": start.name,
-        "pretrained": start.weights,
+        "model": job.start.name,
+        "pretrained": job.start.weights,
         "dataset-type": "webdataset",
-        "train-data": "::".join(map(str, shards)),
+        "train-data": "::".join(map(str, job.shards)),
         "train-num-samples": steps * train.global_batch,
         "batch-size": micro,
         "accum-freq": share // micro,
@@ -136,7 +145,7 @@ def flags(
         "warmup": optim.warmup_steps,
         "aug-cfg": f"scale=({config.data.crop_scale_min},1.0)",
         "precision": PRECISIONS[precision],
-        "device": device,
+        "device": job.device,
         "seed": train.seed,
         "log-every-n-steps": log_every,
         "save-frequency": 0,  # the last step saves nevertheless, as clipdist does
@@ -146,7 +155,7 @@ def flags(
     if optim.grad_clip:
         settings["grad-clip-norm"] = optim.grad_clip
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    words += ["--image-mean", *map(str, start.mean), "--image-std", *map(str, start.std)]
+    words += ["--image-mean", *map(str, job.start.mean), "--image-std", *map(str, job.start.std)]
     words += ["--local-loss", "--gather-with-grad"]
     if config.engine.activation_checkpointing:
         words.append("--grad-checkpointing")
