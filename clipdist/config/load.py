@@ -55,6 +55,8 @@ def load_config(
         key = getattr(error, "full_key", None)
         text = str(error).splitlines()[0]
         raise UserError(f"{where}: {key + ': ' if key else ''}{text}") from None
+    except TypeError as error:  # OmegaConf's of a table where a list is due, such as data.train.0=PATH
+        raise UserError(f"{where}: {error}") from None
     assert isinstance(config, Config)
     check(config)
     return config
@@ -105,7 +107,7 @@ def _read_yaml(path: Path) -> Any:
     except OmegaConfBaseException:
         raise
     except Exception as error:  # the YAML parser's own errors: they carry line and column
-        raise UserError(f"--config {path}: not YAML: {error}") from None
+        raise UserError(f"--config {path}: not YAML: {_one_line(error)}") from None
 
 
 def _read_site(path: Path) -> Any:
@@ -115,7 +117,7 @@ def _read_site(path: Path) -> Any:
     except OmegaConfBaseException:
         raise
     except Exception as error:  # no such file, or the YAML parser's own
-        raise UserError(f"site file {path}: cannot be read: {error}") from None
+        raise UserError(f"site file {path}: cannot be read: {_one_line(error)}") from None
     if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
         raise UserError(f"site file {path}: must hold a launch section and nothing else")
     refuse_old_keys(tree, f"site file {path}")
@@ -128,6 +130,10 @@ def _read_site(path: Path) -> Any:
     return OmegaConf.create(plain)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _parse_override(word: str) -> Any:
     key, equals, _ = word.partition("=")
     if not equals or not key:
@@ -137,7 +143,7 @@ def _parse_override(word: str) -> Any:
     except OmegaConfBaseException:
         raise
     except Exception as error:
-        raise UserError(f"{word!r} on the command line: the value is not YAML: {error}") from None
+        raise UserError(f"{word!r} on the command line: the value is not YAML: {_one_line(error)}") from None
 
 
 def _scalars_to_lists(tree: Any) -> Any:

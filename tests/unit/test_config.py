@@ -204,6 +204,9 @@ def test_objectives_are_clip_unless_they_are_listed(tmp_path, recipe, words, cli
         ({}, ["loss.group_positives=false"], "loss.group_positives is objectives.clip.group_positives now"),
         ({}, ["loss.tile_rows=8"], "loss.tile_rows is gone: the size of the tiles is chosen"),
         ({}, ["data.patience_s=3"], "data.patience_s is data.retry_s now"),
+        ({"loss": {"name": "sigmoid", "tile_rows": 0}}, [], "objectives.clip.loss now; write that. loss.tile_rows is"),
+        ({}, ["data.train.0=x"], "the command line: Cannot merge"),
+        ({}, ["optim.lr={a"], "the value is not YAML"),
         ([1, 2], [], "must hold sections of settings"),
     ],
 )
