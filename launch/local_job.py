@@ -74,7 +74,7 @@ def run_here(config: Config, folder: Path, command: list[str]) -> int:
             print(f"{len(ranks)} processes on this machine, log {ranks[0].stdout}", flush=True)
             wait_for(ranks, stop)
             codes = [rank.code for rank in ranks]
-            if stop.first is not None and set(codes) <= {0, -signal.SIGTERM} and any(codes):
+            if stop.first is not None and set(codes) <= {0, -signal.SIGTERM, 128 + signal.SIGTERM} and any(codes):
                 return EXIT_INTERRUPTED  # before training began: nothing is lost
             if EXIT_BAD_INPUT in codes:
                 raise UserError(refusal(ranks[codes.index(EXIT_BAD_INPUT)]))

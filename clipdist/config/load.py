@@ -17,28 +17,24 @@ from clipdist.errors import UserError
 
 
 def load_config(
-    path: str | Path | None = None,
-    overrides: list[str] | None = None,
-    site: str | Path | None = None,
-    *,
-    of_run: bool = False,
+    path: str | Path | None = None, overrides: list[str] | None = None, site: str | Path | None = None
 ) -> Config:
     """Read a recipe and overrides on top of the defaults, and check all that does not depend on data.
 
     A recipe with a section `objectives` trains only the objectives in it; a recipe without one trains CLIP.
 
     Args:
-        path: YAML file with differences from the defaults; None: only the defaults.
+        path: YAML file with differences from the defaults; None: only the defaults. The config.yaml of a run folder may
+            be of an earlier version.
         overrides: "section.key=value" arguments, as on a command line; values are YAML.
         site: YAML file with defaults of a site, overridden by the recipe; only a launch section.
-        of_run: the file is the config.yaml of a run folder, possibly of an earlier version: upgrade its keys.
 
     Raises:
         UserError: a misspelt key, a wrong type, or inconsistent values.
     """
     where = str(path) if path else "the defaults"
     try:
-        recipe = _read_recipe(Path(path), of_run) if path is not None else OmegaConf.create()
+        recipe = _read_recipe(Path(path)) if path is not None else OmegaConf.create()
         merged = OmegaConf.structured(Config(objectives=Objectives()) if "objectives" in recipe else Config())
         if site is not None:
             where = str(site)
@@ -55,6 +51,8 @@ def load_config(
         key = getattr(error, "full_key", None)
         text = str(error).splitlines()[0]
         raise UserError(f"{where}: {key + ': ' if key else ''}{text}") from None
+    except TypeError as error:  # OmegaConf's of a table where a list is due, such as data.train.0=PATH
+        raise UserError(f"{where}: {error}") from None
     assert isinstance(config, Config)
     check(config)
     return config
@@ -91,12 +89,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _read_recipe(path: Path, of_run: bool) -> Any:
+def _read_recipe(path: Path) -> Any:
     """Read a recipe; refuse or upgrade the keys of earlier versions."""
     tree = _read_yaml(path)
     if not OmegaConf.is_dict(tree):
         raise UserError(f"--config {path}: must hold sections of settings, such as train:")
-    if of_run:
+    if (path.parent / "metrics.jsonl").is_file():  # a run folder
         tree = upgrade(tree)
     refuse_old_keys(tree, str(path))
     return tree
@@ -113,8 +111,8 @@ def _read_yaml(path: Path) -> Any:
         return OmegaConf.load(path)
     except OmegaConfBaseException:
         raise
-    except Exception as error:  # errors of the YAML parser, with line and column
-        raise UserError(f"--config {path}: not YAML: {error}") from None
+    except Exception as error:  # the YAML parser's own errors: they carry line and column
+        raise UserError(f"--config {path}: not YAML: {_one_line(error)}") from None
 
 
 def _read_site(path: Path) -> Any:
@@ -123,8 +121,8 @@ def _read_site(path: Path) -> Any:
         tree = OmegaConf.load(path)
     except OmegaConfBaseException:
         raise
-    except Exception as error:  # no such file, or an error of the YAML parser
-        raise UserError(f"site file {path}: cannot be read: {error}") from None
+    except Exception as error:  # no such file, or the YAML parser's own
+        raise UserError(f"site file {path}: cannot be read: {_one_line(error)}") from None
     if not OmegaConf.is_dict(tree) or set(tree) - {"launch"}:
         raise UserError(f"site file {path}: must hold a launch section and nothing else")
     refuse_old_keys(tree, f"site file {path}")
@@ -134,6 +132,10 @@ def _read_site(path: Path) -> Any:
         lines = [launch["setup"]] if isinstance(launch["setup"], str) else launch["setup"]
         launch["setup"] = [escape_shell(str(line)) for line in lines]
     return OmegaConf.create(plain)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _parse_override(word: str) -> Any:
@@ -146,7 +148,7 @@ def _parse_override(word: str) -> Any:
     except OmegaConfBaseException:
         raise
     except Exception as error:
-        raise UserError(f"{word!r} on the command line: the value is not YAML: {error}") from None
+        raise UserError(f"{word!r} on the command line: the value is not YAML: {_one_line(error)}") from None
 
 
 def _scalars_to_lists(tree: Any) -> Any:

@@ -32,16 +32,20 @@ REMOVED = {
 
 
 def refuse_old_keys(tree: Any, where: str) -> None:
-    """Raise UserError for the first key of an earlier version, with the key to use instead.
+    """Refuse keys of an earlier version, all in one line that says what to write instead.
 
     Args:
-        tree: the settings of a recipe or an override.
-        where: their origin, for the error.
+        tree: what a recipe or an override sets.
+
+    Raises:
+        UserError: it sets such a key.
     """
-    for old in _old_keys(tree):
-        if old in MOVED:
-            raise UserError(f"{where}: {old} is {MOVED[old]} now; write that")
-        raise UserError(f"{where}: {old} is gone: {REMOVED[old]}; leave it out")
+    hints = [
+        f"{old} is {MOVED[old]} now; write that" if old in MOVED else f"{old} is gone: {REMOVED[old]}; leave it out"
+        for old in _old_keys(tree)
+    ]
+    if hints:
+        raise UserError(f"{where}: {'. '.join(hints)}")
     if "loss" in tree:
         raise UserError(f"{where}: the section loss is objectives.clip now; its key name is objectives.clip.loss")
 

@@ -150,7 +150,6 @@ def _images_below(folder: Path) -> list[Path]:
 def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:
     number = {name: label for label, name in enumerate(classes)}
     files = [(file, number[name]) for name, images in found.items() for file in images]
-    files.sort(key=lambda entry: entry[0].name)  # classes are mixed as they were made, not one after another
     digest = hashlib.sha256()
     for file, label in files:
         stat = file.stat()

@@ -257,7 +257,7 @@ def _read_config(folder: Path, notes: list[str]) -> Config | None:
         notes.append("no config.yaml: the configuration is not known")
         return None
     try:
-        return load_config(path, of_run=True)
+        return load_config(path)
     except (UserError, OSError, UnicodeDecodeError, RecursionError) as error:
         notes.append(f"config.yaml cannot be read by this version: {error}")
         return None

@@ -204,6 +204,9 @@ def test_objectives_are_clip_unless_they_are_listed(tmp_path, recipe, words, cli
         ({}, ["loss.group_positives=false"], "loss.group_positives is objectives.clip.group_positives now"),
         ({}, ["loss.tile_rows=8"], "loss.tile_rows is gone: the size of the tiles is chosen"),
         ({}, ["data.patience_s=3"], "data.patience_s is data.retry_s now"),
+        ({"loss": {"name": "sigmoid", "tile_rows": 0}}, [], "objectives.clip.loss now; write that. loss.tile_rows is"),
+        ({}, ["data.train.0=x"], "the command line: Cannot merge"),
+        ({}, ["optim.lr={a"], "the value is not YAML"),
         ([1, 2], [], "must hold sections of settings"),
     ],
 )
@@ -220,6 +223,9 @@ def test_the_configuration_of_an_earlier_versions_run_is_read(tmp_path):
     path = tmp_path / "config.yaml"
     old = {"name": "sigmoid", "group_positives": False, "tile_rows": 0, "implementation": "compiled"}
     path.write_text(json.dumps({"loss": old, "data": {"patience_s": 7.0}, "train": {"steps": 3}}))
-    config = load_config(path, of_run=True)
+    with pytest.raises(UserError, match=r"loss\.name is objectives\.clip\.loss now"):
+        load_config(path)
+    (tmp_path / "metrics.jsonl").touch()
+    config = load_config(path)
     assert config.objectives.clip == Clip(loss="sigmoid", group_positives=False)
     assert (config.data.retry_s, config.train.steps) == (7.0, 3)

@@ -172,7 +172,7 @@ def test_labelled_colours_by_class(tmp_path: Path) -> None:
     assert data.classes == tuple(sorted(COLOURS))
     assert data.train is not None
     assert (len(data.train), data.train.read(0).shape) == (60, (32, 32, 3))
-    assert [data.classes[label] for label in data.train.labels] == 6 * list(COLOURS)
+    assert [data.classes[label] for label in data.train.labels] == [name for name in sorted(COLOURS) for _ in range(6)]
     assert np.bincount(data.test.labels).tolist() == [2] * 10
     flat = {split.read(row).tobytes() for split in (data.train, data.test) for row in range(len(split))}
     assert len(flat) == 80
