@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from pairs import write_pairs
+from pairs import Lengths, write_pairs
 
 from clipdist.config import Data
 from clipdist.data.augment import Augmentation, View
@@ -15,22 +15,6 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
-
-
-class Lengths:
-    """A tokenizer whose two ids are the length of the text and the sum of its letters."""
-
-    context_length, vocab_size = 2, 1 << 20
-
-    def __init__(self, name: str = "0123456789abcdef") -> None:
-        self.name, self.texts = name, 0
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        self.texts += len(texts)
-        return torch.tensor([[len(text), sum(map(ord, text))] for text in texts], dtype=torch.int64).view(-1, 2)
-
-    def fingerprint(self) -> str:
-        return self.name
 
 
 def loader(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairs import write_pairs
+from pairs import Lengths, write_pairs
 
 from clipdist.config import Data
 from clipdist.data import reader as reader_module
@@ -23,18 +23,6 @@ from clipdist.data.loader import Batch, Interrupted, Loader, image_view, open_lo
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 from clipdist.errors import Fault
-
-
-class Lengths:
-    """A tokenizer whose ids are the lengths of the texts."""
-
-    context_length, vocab_size = 1, 1 << 20
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[len(text)] for text in texts], dtype=torch.int64).view(-1, 1)
-
-    def fingerprint(self) -> str:
-        return "0123456789abcdef"
 
 
 def open_pairs(source: Path, **settings) -> Loader:

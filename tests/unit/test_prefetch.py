@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from pairs import write_pairs
+from pairs import Lengths, write_pairs
 from storage import FOREVER, Storage, Thing
 
 from clipdist.config import Data
@@ -27,18 +26,6 @@ from clipdist.data.order import Order, OrderKey
 from clipdist.data.prefetch import Prefetcher, shards_at_once
 from clipdist.data.reader import open_reader
 from clipdist.errors import UserError
-
-
-class Lengths:
-    """A tokenizer whose ids are the lengths of the texts."""
-
-    context_length, vocab_size = 1, 1 << 20
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[len(text)] for text in texts], dtype=torch.int64).view(-1, 1)
-
-    def fingerprint(self) -> str:
-        return "0123456789abcdef"
 
 
 def staging(folder: Path, catalog: Catalog, shards: float) -> Data:
