@@ -1,4 +1,4 @@
-"""The structure of the code: which room may import which, and who touches DeepSpeed."""
+"""The structure of the code: which package may import which, and who touches DeepSpeed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_only_one_file_touches_deepspeeds_objects():
     assert not touched, touched
 
 
-def test_the_engines_room_alone_imports_deepspeed():
+def test_only_the_engine_imports_deepspeed():
     found = {
         path
         for path, tree in trees().items()
@@ -54,6 +54,11 @@ def test_the_engines_room_alone_imports_deepspeed():
     assert {Path(path).parent.name for path in found} == {"engine"}, found
 
 
+def test_nothing_imports_a_tool():
+    found = [path for path, tree in trees().items() for node in ast.walk(tree) if "tools" in _imported(node)]
+    assert not found, found
+
+
 def _imported(node: ast.AST) -> set[str]:
     """Top-level packages that an import statement names."""
     if isinstance(node, ast.Import):
@@ -61,8 +66,9 @@ def _imported(node: ast.AST) -> set[str]:
     return {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
 
 
-# Rooms import from lower floors alone; those of floor 8 are files beside one another, and launch/ and tools/ one floor.
-FLOORS = (
+# A package imports from lower layers alone, except within the layers of SHARED.
+# tools/ is in layer 9 too: no module imports it.
+LAYERS = (
     {"errors", "config", "storage"},
     {"distributed"},
     {"data", "losses", "checkpoint"},
@@ -74,10 +80,10 @@ FLOORS = (
     {"report", "run_plan", "resume", "journal", "process", "trainer", "train"},
     {"launch"},
 )
-SHARED = (0, 8, 9)  # floors whose rooms may import one another; a circle of files is still none
+SHARED = (0, 8, 9)  # layers whose packages may import one another; import cycles are forbidden there too
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """clipdist.data.loader -> data."""
     top, *rest = module.split(".")
     return rest[0] if top == "clipdist" and rest else top
@@ -100,20 +106,20 @@ def imports() -> dict[str, set[str]]:
     return found
 
 
-def test_rooms_import_from_lower_floors():
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+def test_packages_import_from_lower_layers():
+    layer = {package: number for number, packages in enumerate(LAYERS) for package in packages}
     upward = [
         f"{module} imports {other}"
         for module, others in imports().items()
         for other in others
-        if "clipdist" not in (here := room_of(module), there := room_of(other))  # the package's face
+        if "clipdist" not in (here := package_of(module), there := package_of(other))  # clipdist/__init__.py
         and here != there
-        and (floor[there] > floor[here] or (floor[there] == floor[here] and floor[here] not in SHARED))
+        and (layer[there] > layer[here] or (layer[there] == layer[here] and layer[here] not in SHARED))
     ]
     assert not upward, "\n".join(upward)
 
 
-def test_there_are_no_circles_of_files():
+def test_there_are_no_import_cycles():
     found = imports()
     done: set[str] = set()
 
