@@ -46,6 +46,9 @@ def load_config(
             tree = _parse_override(word)
             refuse_old_keys(tree, where)
             merged = OmegaConf.merge(merged, _scalars_to_lists(tree))
+            recipe = OmegaConf.merge(recipe, tree)
+        if missing := sorted(OmegaConf.missing_keys(recipe)):  # a merge onto defaults passes over ???
+            raise UserError(f"{', '.join(missing)}: still ???; give a value in the recipe or on the command line")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)

@@ -118,6 +118,15 @@ def test_a_bad_recipe_is_named(tmp_path):
     assert "epochs" in message
 
 
+@pytest.mark.parametrize(("text", "key"), [("optim:\n  lr: ???\n", "optim.lr"), ("objectives: ???\n", "objectives")])
+def test_a_value_left_open_is_asked_for(tmp_path, text, key):
+    assert refused([], recipe(tmp_path, text)).startswith(f"{key}: still ???")
+
+
+def test_a_value_left_open_in_the_recipe_is_given_on_the_command_line(tmp_path):
+    assert load_config(recipe(tmp_path, "optim:\n  lr: ???\n"), ["optim.lr=0.25"]).optim.lr == 0.25
+
+
 def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
     path = recipe(tmp_path, "train: [1, 2\noptim: }\n")
     assert str(path) in refused([], path)
