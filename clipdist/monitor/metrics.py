@@ -119,9 +119,11 @@ class Metrics:
         """Let `put` add to TensorBoard's writer.
 
         After an error a writer is of no use: its thread has ended, and its file may end in half a record. A new one,
-        with a file of its own, takes its place.
+        with a file of its own, takes its place. The writer opens its file anew for each record, and would create it
+        in an empty mount point: nothing is added while metrics.jsonl is away, and nothing stays queued.
         """
-        if self._board is None and time.monotonic() < self._board_not_before:
+        away = not self._path.exists()
+        if away or (self._board is None and time.monotonic() < self._board_not_before):
             return
         try:
             if self._board is None:
@@ -130,6 +132,7 @@ class Metrics:
                 self._board = SummaryWriter(str(self._path.parent), purge_step=self._hide_from)
                 self._hide_from = None
             put(self._board)
+            self._board.flush()
         except OSError as error:  # also of the writer's thread: it is raised by a later call
             self._warn(f"{self._path.parent}: TensorBoard's events", error, "training goes on, and loses them")
             self._board_not_before = time.monotonic() + TENSORBOARD_RETRY_S

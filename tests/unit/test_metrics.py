@@ -78,16 +78,17 @@ def test_a_folder_that_goes_is_not_made_anew(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     metrics = Metrics(folder, rank=0)
-    metrics.write("train", 1, 1)
+    metrics.write("train", 1, 1, loss=1.0)
     folder.rename(tmp_path / "away")
     folder.mkdir()  # an empty mount point
-    metrics.write("train", 2, 2)
+    metrics.write("train", 2, 2, loss=2.0)
     assert list(folder.iterdir()) == []
     folder.rmdir()
     (tmp_path / "away").rename(folder)
-    metrics.write("train", 3, 3)
+    metrics.write("train", 3, 3, loss=3.0)
     metrics.close()
     assert steps(folder) == [1, 3]
+    assert [point.step for point in shown_losses(folder)] == [1, 3]
     assert "metrics.jsonl cannot be written (No such file or directory)" in capsys.readouterr().err
 
 
