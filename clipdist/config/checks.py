@@ -147,6 +147,7 @@ _OWNED_BY_TRAINER = {  # key -> advice in the error
     "amp": "set train.precision",
     "torch_autocast": "set train.precision",
     "data_types": "set train.precision",
+    "timers": "metrics.jsonl has the throughput as samples_per_s",
     "optimizer": "set the optim section",
     "scheduler": "set the optim section",
     "gradient_allreduce_op": "the loss is exact under the mean over ranks",

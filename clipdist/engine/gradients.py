@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.distributed.rank import upload
 from clipdist.engine.zero import Fragment, Zero
 
 TOWERS = ("image", "text")
@@ -34,23 +35,31 @@ class GradientStatistics:
         norms: L2 norms by part of the model, before clipping.
         sizes: update sizes by tower, after clipping; without towers that have no second moments yet.
         not_finite: names of parameters whose gradient contains inf or nan.
+        loss: the global loss.
     """
 
     norms: dict[str, float]
     sizes: dict[str, float]
     not_finite: tuple[str, ...]
+    loss: float
 
 
-def gradient_statistics(zero: Zero, grad_clip: float, want_sizes: bool) -> GradientStatistics:
+def gradient_statistics(zero: Zero, value: torch.Tensor, grad_clip: float, want_sizes: bool) -> GradientStatistics:
     """Return statistics of the gradients: one pass over them, and an all-reduce of 3 numbers per parameter. Collective.
+
+    The host waits once for the device.
 
     Args:
         zero: between backward pass and step.
+        value: this rank's loss, a scalar.
         grad_clip: the norm that the step will clip to; 0: no clipping.
         want_sizes: whether to read the second moments and measure update sizes.
     """
-    numel = zero.numel(trained_only=True)
-    sums = _sums(zero, numel, want_sizes)
+    numel, world = zero.numel(trained_only=True), rank_and_world()[1]
+    own = torch.cat([_sums(zero, numel, want_sizes).view(-1), value.detach().double().view(1).to(zero.device)])
+    *totals, loss = all_reduce_sum(own).tolist()
+    # At stage 0 all ranks have all gradients: the mean makes the sums equal to the bit on all ranks.
+    sums = torch.tensor(totals, dtype=torch.float64).view(-1, 3) / (world if zero.stage == 0 else 1)
     squares = sums[:, 0] / zero.loss_scale**2
     seconds, steps = sums[:, 1], round(float(sums[:, 2].max()))
     parts = [zero.module.part_of(name) for name in numel]
@@ -71,12 +80,12 @@ def gradient_statistics(zero: Zero, grad_clip: float, want_sizes: bool) -> Gradi
             rows = [i for i, part in enumerate(parts) if part == tower]
             if rows and float(weight[rows].sum()):
                 sizes[tower] = math.sqrt(float(quotients[rows].sum() / weight[rows].sum()))
-    return GradientStatistics(norms, sizes, not_finite)
+    return GradientStatistics(norms, sizes, not_finite, loss / world)
 
 
 @torch.no_grad()
 def _sums(zero: Zero, numel: dict[str, int], want_seconds: bool) -> torch.Tensor:
-    """Return sums of P parameters, float64 [P, 3] on the CPU: g^2 (loss scale included), v, optimiser steps.
+    """Return this rank's sums of P parameters, float64 [P, 3]: g^2 (loss scale included), v, optimiser steps.
 
     Args:
         numel: elements of each parameter by name.
@@ -85,21 +94,19 @@ def _sums(zero: Zero, numel: dict[str, int], want_seconds: bool) -> torch.Tensor
     row = {name: number for number, name in enumerate(numel)}
     sums = torch.zeros(len(numel), 3, dtype=torch.float64, device=zero.device)
     for pieces in _batches(fragment for fragment in zero.fragments() if fragment.trained):
-        rows = torch.tensor([row[piece.name] for piece in pieces], device=zero.device)
+        rows = [row[piece.name] for piece in pieces]
         norms = torch._foreach_norm([zero.gradient(piece) for piece in pieces], 2, dtype=torch.float32)
-        sums[:, 0].index_add_(0, rows, torch.stack(norms).to(sums).square())
+        sums[:, 0].index_add_(0, upload(rows, torch.int64, zero.device), torch.stack(norms).to(sums).square())
         seconds = {i: zero.moments(piece).get("exp_avg_sq") for i, piece in enumerate(pieces)} if want_seconds else {}
         present = {i: second for i, second in seconds.items() if second is not None}
         if present:  # there are none before the first step
-            present_rows, fragments = rows[list(present)], [pieces[i] for i in present]
+            present_rows = upload([rows[i] for i in present], torch.int64, zero.device)
             totals = torch._foreach_norm(list(present.values()), 1)  # second moments are not negative
             sums[:, 1].index_add_(0, present_rows, torch.stack(totals).to(sums))
-            shares = torch.tensor([piece.numel / numel[piece.name] for piece in fragments]).to(sums)
-            steps = torch.as_tensor(zero.optimizer_steps(fragments[0])).to(sums)
+            shares = upload([pieces[i].numel / numel[pieces[i].name] for i in present], torch.float64, zero.device)
+            steps = zero.optimizer_steps(pieces[next(iter(present))])
             sums[:, 2].index_add_(0, present_rows, shares * steps)
-    # At stage 0 all ranks have all gradients: the mean makes the sums equal to the bit on all ranks.
-    copies = rank_and_world()[1] if zero.stage == 0 else 1
-    return (all_reduce_sum(sums) / copies).cpu()
+    return sums
 
 
 def _batches(pieces: Iterable[Fragment]) -> Iterator[list[Fragment]]:

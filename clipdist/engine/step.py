@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch
-from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.zero import Zero
@@ -55,7 +54,7 @@ class StepResult:
         grad_norms: L2 norms by part of the model, before clipping; empty unless requested or measured for a guard.
         applied: whether the optimiser took a step; otherwise weights, moments and running statistics are unchanged.
         skipped: the reason why it did not, the same on all ranks; empty if only DeepSpeed knows (fp16 without a guard).
-        loss: the global loss; nan without a guard.
+        loss: the global loss; nan unless norms were requested or a guard was given.
         update_sizes: by tower, see clipdist.engine.gradients; empty unless a guard uses them.
     """
 
@@ -78,11 +77,12 @@ class _Forward:
     outputs: dict[str, Tensor]
     backward: Callable[[], None]
 
-    def result(self, applied: bool, skipped: str, loss: float, gradients: GradientStatistics | None) -> StepResult:
+    def result(self, applied: bool, skipped: str, gradients: GradientStatistics | None) -> StepResult:
         """Return the result of the step, with detached tensors."""
         terms = {name: Term(t.sum.detach(), t.count, t.weight, t.statistics) for name, t in self.terms.items()}
         outputs = {name: output.detach() for name, output in self.outputs.items()}
-        norms, sizes = (gradients.norms, gradients.sizes) if gradients else ({}, {})
+        measured = gradients or GradientStatistics({}, {}, (), math.nan)
+        norms, sizes, loss = measured.norms, measured.sizes, measured.loss
         return StepResult(self.value.detach(), terms, outputs, norms, applied, skipped, loss, sizes)
 
 
@@ -123,8 +123,8 @@ class Engine:
             batch: on this rank's device.
             lr: the learning rate of this step.
             want_norms: whether to measure gradient norms (one pass over the gradients and a small collective).
-            guard: judges the global loss before the backward pass and the gradients after it, and records the result
-                of the step; it has the same state on all ranks. Without one only the features are checked.
+            guard: judges the global loss and the gradients after the backward pass, and records the result of the
+                step; it has the same state on all ranks. Without one only the features are checked.
 
         Raises:
             Fault: features, or with a guard the loss or gradients, are not finite, unless guard.nonfinite=skip.
@@ -138,22 +138,27 @@ class Engine:
         except NonFiniteFeatures as error:
             nothing = _Forward(torch.full((), torch.nan, device=self.dist_env.device), {}, {}, lambda: None)
             return self._skip_step(nothing, step, guard, str(error), finite=False)
-        if guard is None:
-            forward.backward()
-            norms = gradient_statistics(self.zero, self.grad_clip, want_sizes=False) if want_norms else None
-            return self._update(forward, step, None, math.nan, norms)
-        loss = float(all_reduce_sum(forward.value.double())) / self.dist_env.world_size
-        if reason := guard.judge_loss(loss):
-            return self._skip_step(forward, step, guard, reason, loss, finite=math.isfinite(loss))
         forward.backward()
-        gradients = gradient_statistics(self.zero, self.grad_clip, guard.wants_sizes)
-        if gradients.not_finite and not self.zero.fp16:
+        if guard is None and not want_norms:
+            return self._update(forward, step, None, None)
+        want_sizes = guard is not None and guard.wants_sizes
+        gradients = gradient_statistics(self.zero, forward.value, self.grad_clip, want_sizes)
+        reason, finite = self._judge(gradients, guard) if guard else ("", True)
+        if reason:
             self.zero.discard_gradients()
-            return self._skip_step(forward, step, guard, _not_finite(gradients.not_finite), loss, finite=False)
-        if not gradients.not_finite and (reason := guard.judge_updates(gradients.sizes)):
-            self.zero.discard_gradients()
-            return self._skip_step(forward, step, guard, reason, loss, gradients)
-        return self._update(forward, step, guard, loss, gradients)
+            return self._skip_step(forward, step, guard, reason, gradients, finite=finite)
+        return self._update(forward, step, guard, gradients)
+
+    def _judge(self, gradients: GradientStatistics, guard: StepGuard) -> tuple[str, bool]:
+        """Return the reason to skip the step, or "", and whether its loss and gradients are finite.
+
+        The loss is judged after the backward pass, so that the host waits for both at one time.
+        """
+        if reason := guard.judge_loss(gradients.loss):
+            return reason, math.isfinite(gradients.loss)
+        if gradients.not_finite:  # of fp16, DeepSpeed's loss scaler decides
+            return ("" if self.zero.fp16 else _not_finite(gradients.not_finite)), False
+        return guard.judge_updates(gradients.sizes), True
 
     # Forward and backward
 
@@ -217,7 +222,7 @@ class Engine:
     # Update
 
     def _update(
-        self, forward: _Forward, step: int, guard: StepGuard | None, loss: float, gradients: GradientStatistics | None
+        self, forward: _Forward, step: int, guard: StepGuard | None, gradients: GradientStatistics | None
     ) -> StepResult:
         """Take the optimiser step with clamping, running statistics and guard. In fp16 DeepSpeed skips overflows."""
         if self.before_update is not None:
@@ -230,14 +235,14 @@ class Engine:
                     self.zero.clamp(name, maximum)
             self.refresh_scalars()
             self._statistics.average()
-            if guard:
-                guard.accepted(step, loss, gradients.sizes if gradients else {})
+            if guard and gradients:
+                guard.accepted(step, gradients.loss, gradients.sizes)
         else:
             self._statistics.restore()
             if guard:
                 skipped = f"the gradients overflow at a loss scale of {scale:g}"
                 guard.overflowed(step, skipped, lowest)
-        return forward.result(applied, skipped, loss, gradients)
+        return forward.result(applied, skipped, gradients)
 
     def _skip_step(
         self,
@@ -245,7 +250,6 @@ class Engine:
         step: int,
         guard: StepGuard | None,
         reason: str,
-        loss: float = math.nan,
         gradients: GradientStatistics | None = None,
         *,
         finite: bool = True,
@@ -263,7 +267,7 @@ class Engine:
             )
         if guard is not None:
             guard.skipped(step, reason)  # the caller has discarded the gradients
-        return forward.result(False, reason, loss, gradients)
+        return forward.result(False, reason, gradients)
 
     # Between steps
 

@@ -428,6 +428,7 @@ def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 62,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in every micro-batch
     }
     if batch // world > micro and precision != "fp32" and config.engine.zero_stage > 0:
         owned["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -13,7 +13,7 @@ Three parts of the loss need no sweep over all logits and are computed in closed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from clipdist.distributed.collectives import all_gather, all_reduce_sum, rank_and_world, reduce_scatter_sum
+from clipdist.distributed.rank import upload
 from clipdist.errors import UserError
 from clipdist.losses.tiles import Logits, Tile, choose_tile
 
@@ -64,7 +65,8 @@ class GlobalBatch:
 
     Args:
         images, texts: unnormalised features [b, D], any float dtype.
-        log_scale: t.  bias: of the logits.
+        log_scale: t, [1]; 0 if None.  log_scale_max: its maximum.
+        bias: of the logits, [1]; 0 if None.
         valid: bool [b]; None: all rows.
         group_id: int64 [b]; None: every row is a group of its own.
         group: the process group.
@@ -74,8 +76,10 @@ class GlobalBatch:
         valid: fp32 [b], 1 or 0.  all_valid: fp32 [N].  count: valid pairs of all ranks, at least 1.
         scale: exp(t), a Python float.  bias: a Python float.
         image_inverse, text_inverse, all_text_inverse: 1 / |features|, fp32 [b], [b] and [N], 0 where not valid.
-        all_groups: int64 [N].  duplicates: the groups of more than one pair; None: there are none.
+        all_groups: int64 [N].  duplicates: the groups of more than one pair; None: there are none, or no fetch() yet.
         own: this rank's slice of the N rows.
+
+    The host waits for the device once here, and once in fetch().
 
     Raises:
         UserError, NonFiniteFeatures: see check_agreement.
@@ -85,8 +89,9 @@ class GlobalBatch:
         self,
         images: torch.Tensor,
         texts: torch.Tensor,
-        log_scale: float,
-        bias: float,
+        log_scale: torch.Tensor | None,
+        log_scale_max: float,
+        bias: torch.Tensor | None,
         valid: torch.Tensor | None,
         group_id: torch.Tensor | None,
         group: ProcessGroup | None,
@@ -94,23 +99,33 @@ class GlobalBatch:
         self.rank, self.world = rank_and_world(group)
         self.process_group = group
         self.images, self.texts = images.detach(), texts.detach()
-        check_agreement(self.images, self.texts, group)
-        b, device = images.shape[0], images.device
-        self.own = slice(self.rank * b, (self.rank + 1) * b)
         if valid is None:
-            valid = torch.ones(b, dtype=torch.bool, device=device)
-        ids = torch.arange(self.own.start, self.own.stop, device=device) if group_id is None else group_id
+            valid = torch.ones(images.shape[:1], dtype=torch.bool, device=images.device)
+        scalars = [images.new_zeros(1) if scalar is None else scalar.detach() for scalar in (log_scale, bias)]
+        counts, (t, self.bias) = check_agreement(self.images, self.texts, valid, scalars, group)
+        self.scale, self.count = math.exp(min(t, log_scale_max)), max(sum(counts), 1)
+        b = len(images)
+        self.own = slice(self.rank * b, (self.rank + 1) * b)
+        ids = torch.arange(self.own.start, self.own.stop, device=images.device) if group_id is None else group_id
         rows = all_gather(torch.stack([ids.long(), valid.long()], dim=1), group)
         self.all_texts = all_gather(self.texts, group)
         self.all_valid = rows[:, 1].float()
         self.valid = self.all_valid[self.own]
-        self.count = max(int(rows[:, 1].sum()), 1)
-        self.scale, self.bias = math.exp(log_scale), bias
         self.image_inverse = _inverse_norms(self.images) * self.valid
         self.all_text_inverse = _inverse_norms(self.all_texts) * self.all_valid
         self.text_inverse = self.all_text_inverse[self.own]
         self.all_groups = rows[:, 0]
-        self.duplicates = None if group_id is None else _Duplicates.find(self.all_groups, self.all_valid, self.own)
+        self.duplicates: _Duplicates | None = None
+        self._grouped = group_id is not None
+
+    def fetch(self, *numbers: torch.Tensor) -> list[float]:
+        """Find the duplicates, and return 0-D tensors as Python numbers; the host waits once for both."""
+        groups = _Groups.of(self.all_groups, self.all_valid > 0, self.own) if self._grouped else None
+        wanted = [number.double() for number in (*numbers, *(groups.sizes if groups else ()))]
+        found = torch.stack(wanted).tolist() if wanted else []
+        if groups and found[-1]:
+            self.duplicates = groups.duplicates(*map(int, found[len(numbers) :]))
+        return found[: len(numbers)]
 
     def logits(self, tile: Tile | None) -> Logits:
         """Return the logits of this rank's images against all texts."""
@@ -226,39 +241,75 @@ class _Duplicates:
         members: int64 [M], their rows in the global batch.
         group: int64 [M], 0 .. G-1.
         counts: fp32 [G], members of each group.
-        local: bool [M], whether a member is a row of this rank.
+        local: the slice of 0 .. M-1 whose members are rows of this rank.
         others: float64 [b], the number of other members of each row's group.
     """
 
     members: torch.Tensor
     group: torch.Tensor
     counts: torch.Tensor
-    local: torch.Tensor
+    local: slice
     others: torch.Tensor
 
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of the N pairs of all ranks, found without waiting for the device.
+
+    Attributes:
+        several: bool [N], whether a row is a valid pair of a group of several.
+        number: int64 [N], of a row's group among those of several.
+        sizes: 0-D: members on lower ranks, and on ranks up to this one; groups of several, and their members M.
+        own: this rank's rows.
+    """
+
+    several: torch.Tensor
+    number: torch.Tensor
+    sizes: tuple[torch.Tensor, ...]
+    own: slice
+
     @classmethod
-    def find(cls, groups: torch.Tensor, valid: torch.Tensor, own: slice) -> _Duplicates | None:
-        """Find groups of more than one valid pair; None: there are none.
+    def of(cls, groups: torch.Tensor, valid: torch.Tensor, own: slice) -> _Groups:
+        """Find the groups of int64 [N], of the pairs that are valid, bool [N]."""
+        order = groups.argsort(stable=True)
+        order = order[(~valid[order]).to(torch.uint8).argsort(stable=True)]  # valid pairs by group, then the others
+        sorted_groups, sorted_valid = groups[order], valid[order]
+        first = torch.ones_like(valid)  # of its group
+        first[1:] = (sorted_groups[1:] != sorted_groups[:-1]) | ~sorted_valid[1:]
+        group = first.cumsum(0) - 1
+        counts = torch.zeros_like(groups).index_add_(0, group, sorted_valid.long())
+        several = counts[group] > 1
+        first &= several
+        by_row = torch.empty_like(several).scatter_(0, order, several)
+        number = torch.empty_like(groups).scatter_(0, order, first.cumsum(0) - 1)
+        sizes = by_row[: own.start].sum(), by_row[: own.stop].sum(), first.sum(), by_row.sum()
+        return cls(by_row, number, sizes, own)
 
-        Args:
-            groups: int64 [N].  valid: fp32 [N].
-            own: this rank's rows.
-        """
-        present = valid.nonzero()[:, 0]
-        _, inverse, counts = torch.unique(groups[present], return_inverse=True, return_counts=True)
-        several = counts[inverse] > 1
-        if not bool(several.any()):
-            return None
-        members = present[several]
-        _, group, sizes = torch.unique(inverse[several], return_inverse=True, return_counts=True)
-        local = (members >= own.start) & (members < own.stop)
-        others = torch.zeros(own.stop - own.start, dtype=torch.float64, device=groups.device)
-        others[members[local] - own.start] = sizes[group[local]].double() - 1
-        return cls(members, group, sizes.float(), local, others)
+    def duplicates(self, start: int, stop: int, groups: int, total: int) -> _Duplicates:
+        """Return the members of groups of several; the arguments are `sizes`."""
+        members = (~self.several).to(torch.uint8).argsort(stable=True)[:total]
+        group, local = self.number[members], slice(start, stop)
+        counts = torch.zeros(groups, device=members.device).index_add_(0, group, torch.ones_like(group).float())
+        others = torch.zeros(self.own.stop - self.own.start, dtype=torch.float64, device=members.device)
+        others[members[local] - self.own.start] = counts[group[local]].double() - 1
+        return _Duplicates(members, group, counts, local, others)
 
 
-def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGroup | None) -> None:
+def check_agreement(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    valid: torch.Tensor,
+    scalars: Sequence[torch.Tensor],
+    group: ProcessGroup | None,
+) -> tuple[list[int], list[float]]:
     """Check that all ranks have features of the same shape and dtype, and that they are finite. Collective.
+
+    Args:
+        valid: bool [b].
+        scalars: [1] each, of this rank.
+
+    Returns:
+        the number of valid rows of every rank, and the scalars as Python numbers; the host waits once for all.
 
     Raises:
         UserError: shapes or dtypes differ; on every rank (the next collective would hang or mix up rows).
@@ -268,8 +319,10 @@ def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGro
     fits = images.ndim == 2 and images.shape == texts.shape and images.dtype == texts.dtype
     shape = [*images.shape, _DTYPES.index(images.dtype)] if fits else [-1, -1, -1]
     bad = [(~torch.isfinite(features)).any(dim=-1).sum() for features in (images, texts)]
-    own = torch.cat([torch.tensor(shape, device=images.device), torch.stack(bad)])
-    table = all_gather(own[None], group).tolist()
+    own = torch.cat([upload(shape, torch.float64, images.device), torch.stack([*bad, valid.sum()]).double()])
+    gathered = all_gather(own[None], group)
+    numbers = torch.cat([gathered.view(-1), *(scalar.double().view(1) for scalar in scalars)]).tolist()
+    table = [[int(n) for n in numbers[row * len(own) :][: len(own)]] for row in range(len(gathered))]
     if any(row[:3] != table[0][:3] for row in table) or table[0][0] < 0:
         sizes = ", ".join(f"rank {rank}: {row[0]} x {row[1]}" for rank, row in enumerate(table[:16]))
         raise UserError(
@@ -279,6 +332,7 @@ def check_agreement(images: torch.Tensor, texts: torch.Tensor, group: ProcessGro
     where = [(rank, TOWERS[i], row[3 + i]) for rank, row in enumerate(table) for i in range(2) if row[3 + i]]
     if where:
         raise NonFiniteFeatures(where)
+    return [row[5] for row in table], numbers[len(table) * len(own) :]
 
 
 def _inverse_norms(features: torch.Tensor) -> torch.Tensor:
@@ -332,10 +386,8 @@ class _ValueAndGradients(torch.autograd.Function):
         group: ProcessGroup | None,
         compute: Compute,
     ) -> torch.Tensor:
-        t = min(float(log_scale), log_scale_max)
-        value, ctx.gradients = compute(
-            GlobalBatch(images, texts, t, 0.0 if bias is None else float(bias), valid, group_id, group)
-        )
+        batch = GlobalBatch(images, texts, log_scale, log_scale_max, bias, valid, group_id, group)
+        value, ctx.gradients = compute(batch)
         ctx.like = (images.dtype, texts.dtype, log_scale, bias)
         return value.float()
 

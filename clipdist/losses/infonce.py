@@ -128,7 +128,8 @@ def _negative_sums(
     underflows = _count_underflows(row_sums, own - shift, batch.valid)
     packed = all_reduce_sum(torch.cat([column_sums, underflows[None]]), batch.process_group)
     column_sums = packed[:-1]
-    if shift and float(packed[-1] + _count_underflows(column_sums, all_own - shift, batch.all_valid)) > 0:
+    underflows = packed[-1] + _count_underflows(column_sums, all_own - shift, batch.all_valid)
+    if any(batch.fetch(*([underflows] if shift else []))):
         return _shift_by_maximum(batch, logits, own, all_own)
     return shift, row_sums, column_sums, sweep
 
@@ -167,7 +168,7 @@ def batch_accuracy(
     Returns:
         fp32 scalars "correct_i2t" and "correct_t2i".
     """
-    batch = GlobalBatch(image_features, text_features, 0.0, 0.0, valid, group_id, process_group)
+    batch = GlobalBatch(image_features, text_features, None, 0.0, None, valid, group_id, process_group)
     row_max, row_argmax, column_max, column_argmax = tiles.largest_logits(
         batch.logits(tile), batch.valid, batch.all_valid
     )

@@ -72,6 +72,7 @@ def _value_and_gradients(
     softplus_sum, sigmoid_sum, image_sums, text_sums = sweep.sigmoid_sweep(
         batch.logits(tile), batch.valid, batch.all_valid
     )
+    batch.fetch()
     own = batch.own_logits()
     own_logit_gradients = batch.valid * (smoothing - torch.sigmoid(-own))
     group_sum, logit_sum, gradients = batch.finish(

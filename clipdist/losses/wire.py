@@ -18,7 +18,7 @@ import stat
 import struct
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-AGREEMENT_BYTES = 5 * 8  # per rank: shape, dtype and the number of rows that are not finite
+AGREEMENT_BYTES = 6 * 8  # per rank: shape, dtype, the numbers of rows that are not finite and of those that are valid
 ROW_BYTES = 2 * 8  # per pair: group id, valid
 
 # Fields of struct tcp_info in linux/tcp.h, by their offsets.
@@ -31,7 +31,7 @@ def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float
 
     (W-1) b D s            all-gather of the text features
     (W-1) b D s            reduce-scatter of their gradients in the features' dtype
-    (W-1) (16 b + 40)      group ids and validity; shapes
+    (W-1) (16 b + 48)      group ids and validity; shapes
     2 (W-1)/W 4 (N+1)      column sums in fp32: only infonce
     2 (W-1)/W 4            the largest gradient, by which fp16 is scaled: only fp16
 

@@ -86,14 +86,14 @@ def statistics_updated_once(norms: list[_NormBase]) -> Iterator[None]:
         assert norm.num_batches_tracked is not None
         before.append((norm.momentum, norm.num_batches_tracked, norm.running_mean.clone(), norm.running_var.clone()))
         norm.momentum = None  # torch then takes the plain mean over the batches since the count was 0
-        norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)  # on the host, which reads it in every forward
     try:
         yield
     finally:
         for norm, (momentum, count, mean, var) in zip(active, before):
             norm.momentum = momentum
             norm.num_batches_tracked = count.add_(1)
-            share = 1 / float(count) if momentum is None else momentum
+            share = 1 / count if momentum is None else momentum
             for running, old in ((norm.running_mean, mean), (norm.running_var, var)):
                 assert running is not None
                 running.copy_(old.lerp(running, share))

@@ -225,9 +225,10 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
             past[name].append(parameter.grad)
         if step == 2:
             break
-        assert gradient_statistics(engine, clip, want_sizes=True).sizes.keys() == ({"image", "text"} if step else set())
+        sizes = gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True).sizes
+        assert sizes.keys() == ({"image", "text"} if step else set())
         optimizer.step()
-    found = gradient_statistics(engine, clip, want_sizes=True)
+    found = gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True)
     gradients = {name: gradients[-1] for name, gradients in past.items()}
     total = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
     factor = min(1.0, clip / total) if clip else 1.0
@@ -245,6 +246,7 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     norm = math.sqrt(sum(float(gradients[f"visual.{name}"].square().sum()) for name in ("weight", "bias")))
     assert found.norms["image"] == pytest.approx(norm)
     assert found.not_finite == ()
-    assert gradient_statistics(engine, clip, want_sizes=False).sizes == {}
+    assert found.loss == 2.5
+    assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=False).sizes == {}
     model.text.bias.grad[1] = -math.inf
-    assert gradient_statistics(engine, clip, want_sizes=True).not_finite == ("text.bias",)
+    assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True).not_finite == ("text.bias",)
