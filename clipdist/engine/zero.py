@@ -223,6 +223,8 @@ class Zero:
             return safe_get_local_grad(parameter).view(-1)[: fragment.numel]
         if hasattr(parameter, "_hp_mapping"):
             piece = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+            if piece.device.type != self.device.type:  # offloaded, and DeepSpeed waits for the copies in its step only
+                torch.cuda.synchronize(self.device)
             if piece.numel() != fragment.numel:  # bf16 stage 1 with accumulation keeps whole gradients on every rank
                 piece = piece.narrow(0, fragment.start, fragment.numel)
             return piece

@@ -16,7 +16,7 @@ from torch import nn
 
 from clipdist import config
 from clipdist.engine.gradients import gradient_statistics
-from clipdist.engine.zero import Zero
+from clipdist.engine.zero import Fragment, Zero
 from clipdist.fault_tolerance.guard import OVERFLOWS_IN_A_ROW, Guard
 from clipdist.models.dual_encoder import PARTS
 
@@ -250,3 +250,14 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=False).sizes == {}
     model.text.bias.grad[1] = -math.inf
     assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True).not_finite == ("text.bias",)
+
+
+def test_gradients_that_are_offloaded_are_read_after_their_copies_have_arrived(monkeypatch):
+    buffer, arrived = torch.zeros(6), torch.arange(6.0)
+    mapping = SimpleNamespace(get_lp_grad_fragment=lambda index: buffer)  # at stages 1 and 2
+    parameter = SimpleNamespace(_hp_mapping=mapping, _index_in_param_group=0)
+    engine = Zero.__new__(Zero)
+    engine.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: buffer.copy_(arrived))
+    fragment = Fragment("visual.weight", parameter, (6,), 0, 6, buffer, 0, True, (0, 6))
+    assert torch.equal(engine.gradient(fragment).clone(), arrived)
