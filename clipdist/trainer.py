@@ -387,17 +387,20 @@ class Trainer:
 
 
 class _WatchedEncoder:
-    """An encoder that reports progress to the watchdog at every call, since validation may take long."""
+    """An encoder that reports progress to the watchdog, since validation may take long."""
 
     def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
         self._engine, self._watchdog = engine, watchdog
 
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        self._watchdog.progress()
+        self.progress()
         return self._engine.encode(image, tokens)
 
     def logit_scale(self) -> float:
         return self._engine.logit_scale()
+
+    def progress(self) -> None:
+        self._watchdog.progress()
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:

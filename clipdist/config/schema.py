@@ -47,7 +47,7 @@ class Data:
     grayscale: float = 0.0  # probability of removing the colours
     streams: int = 0  # V of the order; 0: chosen at the first start and kept in the checkpoint
     window: int = 0  # samples that are permuted together; 0: a whole stream, about one shard if shards are remote
-    threads: int = 0  # decoding threads per rank; 0: from the available cores
+    threads: int = 0  # decoding threads per rank, in validation too; 0: from the available cores
     prefetch: int = 3  # batches
     max_pixels: int = 100_000_000  # larger images are not decoded (decompression bombs)
     max_bad_share: float = 0.01  # of the samples seen so far; the run ends when more cannot be decoded

@@ -10,6 +10,7 @@ through it as well. The variant by SGD has no penalty: its learning rate is chos
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipdist.datasets.labelled import LabelledSet
+from clipdist.distributed.collectives import gather_json
 from clipdist.errors import Fault, UserError
 from clipdist.evals.embed import ALONE, Encode, WorkShare
 from clipdist.evals.features import Features, embed_set
@@ -39,6 +41,7 @@ HELD_OUT = 0.2  # share of the training set that chooses the penalty
 MAX_ITERATIONS = 500
 EPOCHS = 50  # of SGD
 SGD_BATCH, MOMENTUM = 256, 0.9
+BEAT_S = 1.0  # between two signs of life to the ranks that wait for the fit
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,42 @@ def require_unchanged(module: nn.Module, before: str) -> None:
         raise Fault("the frozen towers' weights changed while the last layer was fitted: the result is not a probe")
 
 
-def probe_of(encode: Encode, data: LabelledSet, image_size: int, share: WorkShare = ALONE) -> dict[str, float]:
+def probe_of(
+    encode: Encode,
+    data: LabelledSet,
+    image_size: int,
+    share: WorkShare = ALONE,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
 
     Every rank computes a slice of the features, always share.batch images a call and equally often; rank 0 fits the
-    layer on the CPU, the others get {} at once and must not run into a time limit where they next meet rank 0.
+    layer on the CPU, which may take long. The others wait for it in short collectives, not in a long one that would
+    run into its time limit, and get {}.
+
+    Args:
+        progress: called while the layer is fitted, on every rank, at least once per BEAT_S or pass over the images.
 
     Raises:
         UserError: as embed_set and fit_probe.
     """
     features = embed_set(encode, data, image_size, share)
     if share.rank:
+        while gather_json(None)[0]:
+            progress()
         return {}
+    told = time.monotonic()
+
+    def tick() -> None:
+        nonlocal told
+        progress()
+        if time.monotonic() >= told + BEAT_S:
+            gather_json(True)
+            told = time.monotonic()
+
     train, test = (F.normalize(part.image, dim=1) for part in (features.train, features.test))
-    probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes)
+    probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes, tick=tick)
+    gather_json(False)
     assert probe.l2 is not None  # L-BFGS has chosen one
     return {"accuracy": probe.accuracy, "top5": probe.top5, "l2": probe.l2}
 
@@ -124,6 +149,7 @@ def fit_probe(
     seed: int = 0,
     epochs: int = EPOCHS,
     title: str = "",
+    tick: Callable[[], None] = lambda: None,
 ) -> Probe:
     """Train the layer on features fp32 [n, D] and labels int64 [n], and classify the test set.
 
@@ -131,6 +157,7 @@ def fit_probe(
         solver: "lbfgs": the penalised optimum; "sgd": `epochs` of momentum SGD with a cosine schedule, unpenalised.
         seed: of the held-out part, and of SGD's order.
         title: of a progress bar; "": none is shown.
+        tick: called after every pass over the features by L-BFGS, or batch by SGD.
 
     Raises:
         UserError: features that are not finite, or fewer than two training images.
@@ -139,9 +166,9 @@ def fit_probe(
         raise UserError("the image features are not finite: the weights have diverged")
     if len(train) < 2:
         raise UserError(f"the probe needs at least 2 training pictures; got {len(train)}")
-    grid, fit, rise = L2_GRID, _fit_lbfgs, RISE
+    grid, fit, rise = L2_GRID, partial(_fit_lbfgs, tick=tick), RISE
     if solver == "sgd":
-        grid, fit, rise = LR_GRID, partial(_fit_sgd, seed=seed, epochs=epochs), float("inf")
+        grid, fit, rise = LR_GRID, partial(_fit_sgd, seed=seed, epochs=epochs, tick=tick), float("inf")
     with tqdm(total=len(grid) + 1, desc=title, disable=None if title else True) as bar:
         chosen = _choose(grid, fit, rise, train, train_labels, len(classes), seed, bar)
         mean, scale = statistics(train)
@@ -204,7 +231,9 @@ def _loss(layer: nn.Linear, features: Tensor, labels: Tensor) -> float:
     return F.cross_entropy(layer(features), labels).item()
 
 
-def _fit_lbfgs(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) -> nn.Linear:
+def _fit_lbfgs(
+    features: Tensor, labels: Tensor, l2: float, layer: nn.Linear, tick: Callable[[], None] = lambda: None
+) -> nn.Linear:
     """Minimise mean cross-entropy + l2 / 2 * |W|^2, which is convex: where `layer` starts decides only how long."""
     optimiser = torch.optim.LBFGS(
         layer.parameters(),
@@ -219,13 +248,16 @@ def _fit_lbfgs(features: Tensor, labels: Tensor, l2: float, layer: nn.Linear) ->
         optimiser.zero_grad()
         loss = F.cross_entropy(layer(features), labels) + l2 / 2 * layer.weight.square().sum()
         loss.backward()
+        tick()
         return loss
 
     optimiser.step(closure)
     return layer
 
 
-def _fit_sgd(features: Tensor, labels: Tensor, lr: float, layer: nn.Linear, seed: int, epochs: int) -> nn.Linear:
+def _fit_sgd(
+    features: Tensor, labels: Tensor, lr: float, layer: nn.Linear, seed: int, epochs: int, tick: Callable[[], None]
+) -> nn.Linear:
     """Train a layer like this one, from 0, in random order; the learning rate falls from `lr` to 0 along a cosine."""
     layer = _zero_layer(features, layer.out_features)
     steps = epochs * -(-len(features) // SGD_BATCH)
@@ -238,6 +270,7 @@ def _fit_sgd(features: Tensor, labels: Tensor, lr: float, layer: nn.Linear, seed
             F.cross_entropy(layer(features[rows]), labels[rows]).backward()
             optimiser.step()
             schedule.step()
+            tick()
     return layer
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clipdist import config
 from clipdist.data.catalog import Catalog
+from clipdist.data.loader import default_threads
 from clipdist.data.tokens import Tokenizer
 from clipdist.datasets.labelled import open_labelled
 from clipdist.distributed.rank import DistEnv
@@ -26,11 +27,14 @@ from clipdist.evals.zero_shot import zero_shot_of
 
 
 class Encoder(Protocol):
-    """The part of Engine that validation uses."""
+    """The model as validation uses it; calls of `encode` are reported as progress, too."""
 
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]: ...
 
     def logit_scale(self) -> float: ...
+
+    def progress(self) -> None:
+        """Report that the validation goes on, between two calls of `encode`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class Validation:
     def run(self, model: Encoder) -> Findings:
         """Validate the model. Collective."""
         env = self._dist_env
-        share = WorkShare(env.rank, env.world_size, self._cfg.batch, progress=False)
+        threads = self._data.threads or default_threads()
+        share = WorkShare(env.rank, env.world_size, self._cfg.batch, threads, progress=False)
         values: dict[str, float] = {}
         embeddings = None
         if self._val is not None:
@@ -95,7 +100,7 @@ class Validation:
             )
             values |= {f"zero_shot/{name}": value for name, value in measured.items()}
             if self._cfg.probe:
-                measured = probe_of(model.encode, self._labelled, self._size, share)
+                measured = probe_of(model.encode, self._labelled, self._size, share, model.progress)
                 values |= {f"probe/{name}": value for name, value in measured.items()}
         return Findings(values, embeddings)
 

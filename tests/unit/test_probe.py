@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import nn
 from clipdist import config
 from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
+from clipdist.distributed.rank import DistEnv
 from clipdist.errors import Fault, UserError
 from clipdist.evals import probe
 from clipdist.evals.embed import Encode, WorkShare
@@ -42,6 +44,7 @@ from clipdist.evals.probe import (
     probe_of,
     require_unchanged,
 )
+from clipdist.evals.validation import Validation
 from clipdist.models import load
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.weights import weights_checksum
@@ -511,13 +514,44 @@ def test_probe_of_an_encoder_on_its_own(tmp_path: Path) -> None:
         probe_of(pixel_encoder, replace(data, train=None), 8)
 
 
+class Pixels:
+    """Pixels as features, for Validation; notes how many threads decode, and whether the fit shows signs of life."""
+
+    threads = signs = 0
+
+    def encode(self, image: torch.Tensor | None, tokens: torch.Tensor | None) -> Any:
+        decoding = [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+        self.threads = max(self.threads, len(decoding))
+        texts = None if tokens is None else torch.ones(len(tokens), 3 * 8 * 8)
+        return (None if image is None else pixel_encoder(image, None)[0]), texts
+
+    def logit_scale(self) -> float:
+        return 1.0
+
+    def progress(self) -> None:
+        self.signs += 1
+
+
+def test_validation_decodes_in_the_threads_of_the_data_and_its_probe_shows_signs_of_life(tmp_path: Path) -> None:
+    labelled_set(tmp_path)
+    cfg = config.Eval(labelled=str(tmp_path / FOLDER), probe=True, batch=8)
+    alone = DistEnv(0, 1, 0, torch.device("cpu"))
+    model = Pixels()
+    found = Validation(cfg, config.Data(threads=5), None, lambda texts: torch.ones(len(texts), 4), 8, alone).run(model)
+    assert found.values["probe/accuracy"] > 90
+    assert model.threads == 5
+    assert model.signs > 50
+
+
 def probe_on(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         data = open_labelled(f"{folder}/cifar-10-batches-py")
         share = WorkShare(rank, 2, batch=8)
-        result = probe_of(pixel_encoder, data, 8, share)
+        probe.BEAT_S, signs = 0.0, list[int]()
+        result = probe_of(pixel_encoder, data, 8, share, lambda: signs.append(1))
+        assert len(signs) > 50, "a rank that fits, or waits for the fit, shows no sign of life"
         cached = [embed_set(pixel_encoder, data, 8, share, Path(folder) / "f.safetensors") for _ in range(2)]
         counts = [len(features.train.image) for features in cached]
         Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts]))
