@@ -16,7 +16,7 @@ def sweeps(implementation: str, features: torch.Tensor) -> ModuleType:
     Args:
         implementation: "tiles": plain torch, the reference; "kernel": the fused kernels; "auto": the kernels where they
             run, else the tiles.
-        features: their device and dtype decide.
+        features: [b, D]; their device, dtype and width decide.
 
     Raises:
         UserError: the kernels are requested where they cannot run, or the implementation is unknown.
@@ -27,7 +27,7 @@ def sweeps(implementation: str, features: torch.Tensor) -> ModuleType:
         raise UserError(f"objectives.clip.implementation={implementation}: choose auto, tiles or kernel")
     from clipdist.losses import kernels
 
-    if kernels.available(features.device, features.dtype):
+    if kernels.available(features.device, features.dtype, features.shape[-1]):
         return kernels
     if implementation == "kernel":
         raise UserError(

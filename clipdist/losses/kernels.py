@@ -38,13 +38,18 @@ _FP16_SCALE = 2.0**14
 _STRIP = 16
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the kernels run: Triton, an NVIDIA GPU from Ampere on, fp32, bf16 or fp16, a successful test."""
+def available(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether the kernels run: Triton, an NVIDIA GPU from Ampere on, fp32, bf16 or fp16, a successful test.
+
+    Args:
+        dtype, width: of the features [b, D].
+    """
     if triton is None or device.type != "cuda" or torch.version.cuda is None:
         return False
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return _agrees_with_tiles(torch.cuda.current_device() if device.index is None else device.index, dtype)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return agrees_with_tiles(torch.device("cuda", index), dtype, width)
 
 
 def exponential_sums(
@@ -283,14 +288,14 @@ def _launch(kernel: Any, part: _Operands, *arguments: Any) -> None:
 
 
 @lru_cache
-def _agrees_with_tiles(index: int, dtype: torch.dtype) -> bool:
+def agrees_with_tiles(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Return whether the kernels compile and agree with the tiles on a small problem; warn once if not.
 
-    Triton needs a C compiler and Python headers. Without them training continues on the tiles.
+    Features are as wide as those of the model: other widths compile to other code. Triton needs a C compiler and Python
+    headers. Without them training continues on the tiles.
     """
-    device = torch.device("cuda", index)
-    x, y = (torch.sin(torch.arange(n * 160.0, device=device) ** 2).view(n, 160).to(dtype) for n in (150, 300))
-    row, column = torch.full((150,), 0.1, device=device), torch.full((300,), 0.1, device=device)
+    x, y = (torch.arange(n * width, device=device).square().sin().view(n, width).to(dtype) for n in (150, 300))
+    row, column = (torch.full((n,), math.sqrt(1.6 / width), device=device) for n in (150, 300))  # logits up to 0.8
     logits = Logits(x, y, row, column, 0.0, 7, Tile(128, 256))
     try:
         for name, arguments in (

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -45,6 +47,8 @@ CASES = {
     "bias": Case(33, 70, 192, Tile(64, 32), first=33, scale=10.0, bias=-10.0),
     "shift and bias": Case(5, 34, 33, Tile(3, 34), first=29, scale=50.0, bias=1.5, shift=20.0),
 }
+# Whether the width of the features is a multiple of a block's, as it is of most models.
+TRIALS = {("bf16", 128): True, ("fp32", 72): False}
 
 
 def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[Logits, torch.Tensor, torch.Tensor]:
@@ -129,7 +133,7 @@ def check(found: dict[str, float], rounding: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
+def interpreted() -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     root = str(Path(__file__).parents[2])
@@ -144,6 +148,25 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_interpreted_kernels_compute_what_the_tiles_do(interpreted, case, dtype):
     # The interpreter cuts digits off where bf16 is to be rounded.
     check(interpreted[f"{case} {dtype}"], ROUNDING[dtype] * (2 if dtype == "bf16" else 1))
+
+
+def trial(dtype: torch.dtype, width: int) -> list[bool]:
+    """Whether the trial succeeds, and whether its kernels are those for widths that are a multiple of a block's."""
+    from clipdist.losses import kernels
+
+    launch, whole = kernels._launch, set[bool]()
+
+    def noted(kernel: Any, part: Any, *arguments: Any) -> None:
+        whole.add(part.x.shape[1] % part.blocks.depth == 0)
+        launch(kernel, part, *arguments)
+
+    with patch.object(kernels, "_launch", noted):
+        return [kernels.agrees_with_tiles(torch.device("cpu"), dtype, width), *whole]
+
+
+@pytest.mark.parametrize(("trial", "whole"), TRIALS.items())
+def test_the_trial_runs_the_kernels_that_the_model_will_run(interpreted, trial, whole):
+    assert interpreted[f"trial {trial}"] == [True, whole]
 
 
 @pytest.mark.gpu
@@ -162,7 +185,7 @@ def test_kernels_on_a_gpu_compute_what_the_tiles_do(case, dtype):
 def test_kernels_on_a_gpu_pass_their_trial_and_repeat_their_bits(dtype):
     from clipdist.losses import kernels
 
-    assert kernels.available(torch.device("cuda"), DTYPES[dtype])
+    assert kernels.available(torch.device("cuda"), DTYPES[dtype], 512)
     logits, row_valid, column_valid = draw(Case(700, 1500, 512, Tile(512, 1024)), DTYPES[dtype], "cuda")
     once, again = (kernels.exponential_sums(logits, 30.0, row_valid, column_valid) for _ in range(2))
     assert torch.equal(once[0], again[0])
@@ -172,14 +195,14 @@ def test_kernels_on_a_gpu_pass_their_trial_and_repeat_their_bits(dtype):
 def test_kernels_are_not_for_the_cpu_nor_for_float64():
     from clipdist.losses import kernels
 
-    assert not kernels.available(torch.device("cpu"), torch.float32)
-    assert not kernels.available(torch.device("cuda"), torch.float64)
+    assert not kernels.available(torch.device("cpu"), torch.float32, 512)
+    assert not kernels.available(torch.device("cuda"), torch.float64, 512)
 
 
 def test_without_triton_the_module_imports_and_says_that_it_cannot_run():
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from clipdist.losses import kernels;"
-        "assert not kernels.available(torch.device('cuda'), torch.float32)"
+        "assert not kernels.available(torch.device('cuda'), torch.float32, 512)"
     )
     root = str(Path(__file__).parents[2])
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}, check=True, timeout=120)
@@ -187,8 +210,8 @@ def test_without_triton_the_module_imports_and_says_that_it_cannot_run():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(
-        json.dumps(
-            {f"{name} {dtype}": errors(case, DTYPES[dtype], "cpu") for name, case in CASES.items() for dtype in DTYPES}
-        )
-    )
+    computed: dict[str, Any] = {
+        f"{name} {dtype}": errors(case, DTYPES[dtype], "cpu") for name, case in CASES.items() for dtype in DTYPES
+    }
+    computed |= {f"trial {dtype, width}": trial(DTYPES[dtype], width) for dtype, width in TRIALS}
+    print(json.dumps(computed))
