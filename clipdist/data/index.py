@@ -133,7 +133,8 @@ def scan_shard(tar: str | Path) -> ShardIndex:
     Members that are no plain file (folders, links, sparse files, ...) are ignored.
 
     Raises:
-        UserError: no such file, not an uncompressed tar, cut off, a key that occurs twice.
+        UserError: no such file, not an uncompressed tar, cut off, a key that occurs twice, members that do not
+            stand together.
     """
     index, damage = scan_whole_samples(tar)
     if damage:
@@ -142,38 +143,50 @@ def scan_shard(tar: str | Path) -> ShardIndex:
 
 
 def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
-    """As scan_shard, but of a shard that is damaged further back return the samples before the damage, and what it is.
+    """As scan_shard, but of a damaged shard return the whole samples, and what is wrong.
 
     Returns:
-        The index, and "" or the damage in one line. The last sample before it is left out: it may lack members.
+        The index, and "" or the damage in one line. Samples whose members are not neighbours, or occur twice, are left
+        out, and so is the last one before a cut: it may lack members.
 
     Raises:
         UserError: no such file, cannot be read.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    damage = ""
+    torn: dict[str, str] = {}  # key -> the kind that it has twice; "": its members are not neighbours
+    before = damage = ""
     if os.path.exists(tar) and not os.path.isfile(tar):  # reading a pipe might never end
         raise UserError(f"{tar}: not a file")
     try:
         stat = os.stat(tar)
         for key, kind, place in _members(tar, stat.st_size):
             own = samples.setdefault(key, {})
-            if kind in own or key != next(reversed(samples)):
-                raise UserError(
-                    f"{tar}: the key {key!r} occurs twice (again with {kind!r}); keys of a shard are unique"
-                )
+            if kind in own or (own and key != before):
+                torn.setdefault(key, kind if kind in own else "")
             own[kind] = place
+            before = key
     except FileNotFoundError:
         raise Unreadable(f"{tar}: no such shard") from None
     except OSError as error:
         raise Unreadable(f"{tar}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # tarfile raises many kinds on hostile headers
-        told = isinstance(error, UserError)
-        damage = str(error) if told else f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
-        if samples:
-            samples.popitem()
+        damage = f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
+        samples.pop(before, None)
+    if torn:
+        samples = {key: own for key, own in samples.items() if key not in torn}
+        damage = damage or f"{tar}: {_describe_torn(torn)}"
     index = index_from_members(tar, samples)
     return replace(index, tar_bytes=stat.st_size, tar_mtime_ns=stat.st_mtime_ns), damage
+
+
+def _describe_torn(torn: dict[str, str]) -> str:
+    key, kind = next(iter(torn.items()))
+    if kind:
+        return f"the key {key!r} occurs twice (again with {kind!r}); keys of a shard are unique"
+    return (
+        f"the members of {len(torn)} samples ({key!r} is the first) do not stand together, as those of a shard must;"
+        " write it sorted by name: tar --sort=name -cf NEW.tar FOLDER"
+    )
 
 
 class _HeaderFile(io.FileIO):

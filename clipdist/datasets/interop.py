@@ -50,7 +50,7 @@ def compare_readers(source: ShardSource, folder: Path) -> ReaderComparison:
     try:
         with shard_at_hand(source.tar, folder) as path:
             index, damage = scan_whole_samples(path) if is_remote(source.tar) else read_index(path)[:2]
-            differences = [f"clipdist reads no further: {damage.replace(str(path), name)}"] if damage else []
+            differences = [f"clipdist refuses the shard: {damage.replace(str(path), name)}"] if damage else []
             samples = _compare_samples(path, index, differences)
     except Fault:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -101,16 +102,28 @@ def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
     assert len(load_index(index.tar)) == 0
 
 
+TWICE = "the key 'a' occurs twice"
+APART = "the members of {} samples ('a' is the first) do not stand together, as those of a shard must; write it sorted"
+
+
 @pytest.mark.parametrize(
-    "names", [["a.jpg", "b.jpg", "a.txt"], ["a.jpg", "a.jpg"], ["a.jpg", "a.JPG"]], ids=["apart", "same", "case"]
+    ("names", "text", "whole"),
+    [
+        (["a.jpg", "a.jpg", "b.jpg", "b.txt"], TWICE, ["b"]),
+        (["a.jpg", "a.JPG"], TWICE, []),
+        (["a.jpg", "b.jpg", "a.jpg", "b.txt"], TWICE, []),
+        (["a.jpg", "b.jpg", "b.txt", "a.txt", "c.jpg"], APART.format(1), ["b", "c"]),
+        (["a.jpg", "b.jpg", "c.jpg", "a.txt", "b.txt", "c.txt"], APART.format(3), []),
+    ],
 )
-def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_samples_that_are_torn_are_refused_and_not_salvaged(tmp_path, names, text: str, whole: list[str]) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as archive:
         for name in names:
             archive.addfile(tarfile.TarInfo(name))
-    with pytest.raises(UserError, match=r"0\.tar: the key 'a' occurs twice"):
+    with pytest.raises(UserError, match=re.escape(f"{path}: {text}")):
         scan_shard(path)
+    assert scan_whole_samples(path)[0].keys.tolist() == whole
 
 
 def test_any_cut_is_noticed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,13 @@ def test_damaged_shards(folder: Path, monkeypatch, capsys, tmp_path: Path) -> No
     assert not (folder / "0.tar.idx.npz").exists()
     assert run(monkeypatch, capsys, folder, "--salvage")[0] == 0
     assert load_index(cut).keys.tolist() == ["a"]
+    with tarfile.open(cut, "w") as archive:  # as plain `tar cf` of a folder may write it
+        for name in ("a.jpg", "b.jpg", "a.txt", "b.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    code, result, said = run(monkeypatch, capsys, folder, "--out", out, "--salvage")
+    assert (code, Consolidated(out).tars) == (EXIT_FAULT, [str(folder / "1.tar")])  # no half of a sample
+    assert "the members of 2 samples ('a' is the first) do not stand together" in said
+    assert "tar --sort=name -cf" in said
 
 
 @pytest.mark.parametrize(

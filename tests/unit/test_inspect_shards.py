@@ -172,15 +172,19 @@ def test_webdataset_reads_the_same(folder: Path, monkeypatch, capsys) -> None:
             ["a.jpg", "b.jpg", "b.txt", "a.txt"],
             (1, 3),
             [
-                "clipdist reads no further: {tar}: the key 'a' occurs twice (again with 'txt')",
-                "'b': a sample of webdataset alone, with jpg, txt",
+                "clipdist refuses the shard: {tar}: the members of 1 samples ('a' is the first) do not stand together",
+                "'a': a sample of webdataset alone, with jpg",
                 "'a': webdataset has a further sample of this key, with txt",
             ],
         ),
         (
             ["a.jpg", "b.jpg", "b.JPG", "c.jpg"],
-            (1, 1),
-            ["clipdist reads no further: {tar}: the key 'b' occurs twice", "webdataset reads no further: ValueError"],
+            (2, 1),
+            [
+                "clipdist refuses the shard: {tar}: the key 'b' occurs twice",
+                "webdataset reads no further: ValueError",
+                "'c': a sample of clipdist alone",
+            ],
         ),
         (["d/.a.jpg", "b.jpg"], (1, 2), ["'d/': a sample of webdataset alone, with a.jpg"]),
     ],
