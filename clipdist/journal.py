@@ -142,16 +142,15 @@ class Journal:
             where = {"shard": reader.shard_name(sample_id), "key": _key(reader, sample_id)}
             self.event(step, "bad_sample", reason=reason, **where)
         total = sum(self.bad.totals.values())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.totals.items())
         if new:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.totals.items())
             self.event(step, "bad_samples", new=new, total=total, counts=self.bad.totals)
             self.log(f"note: {new} samples could not be used, named in metrics.jsonl (in all: {reasons})")
-        seen = (step - self.plan.start_step) * self.plan.order.global_batch
-        share = total / max(seen, min(len(self.plan.catalog), 1000))  # the share of a few samples is not representative
-        if share > self.config.data.max_bad_share:
+        seen, most = self.bad.seen, self.config.data.max_bad_share
+        if total > most * max(seen, min(len(self.plan.catalog), 1000)):  # the share of a few is not representative
             raise UserError(
-                f"{100 * share:.2g} % of the samples cannot be used, more than data.max_bad_share="
-                f"{self.config.data.max_bad_share}; {self.config.run.dir}/metrics.jsonl names them (event bad_sample)"
+                f"{total} of the {seen} samples since the start cannot be used ({100 * total / seen:.3g} %: {reasons}),"
+                f" more than data.max_bad_share={most}; {self.config.run.dir}/metrics.jsonl names them (bad_sample)"
             )
 
     def validation(self, step: int, findings: Findings, validation: Validation) -> None:

@@ -203,7 +203,7 @@ class Trainer:
 
     def _train(self, batch: Batch, timer: StepTimer) -> None:
         """Train one step, log it, and compare replicas if due."""
-        self.journal.bad.add(batch.bad)
+        self.journal.bad.add(len(batch), batch.bad)
         done = self.step + 1
         log = done % self.config.train.log_every == 0 or done == self.plan.steps
         with self.watchdog.phase("step" if self.step > self.plan.start_step else "first step (compiles)"):

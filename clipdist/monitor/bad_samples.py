@@ -16,15 +16,18 @@ class BadSamples:
 
     Attributes:
         totals: {reason: samples} of all ranks since the start of this process, as of the last `share`.
+        seen: samples of all ranks, good and bad, as of the last `share`.
     """
 
     def __init__(self) -> None:
         self.totals: dict[str, int] = {}
-        self._counts = [0] * len(REASONS)
+        self.seen = 0
+        self._counts = [0] * (len(REASONS) + 1)  # the last: samples seen
         self._unnamed: list[tuple[int, str]] = []
 
-    def add(self, bad: list[tuple[int, str]]) -> None:
-        """Record the (sample id, reason) of each; a reason is one of REASONS."""
+    def add(self, seen: int, bad: list[tuple[int, str]]) -> None:
+        """Record the number of samples, and (sample id, reason) of the bad ones; a reason is one of REASONS."""
+        self._counts[-1] += seen
         for sample_id, reason in bad:
             self._counts[REASONS.index(reason)] += 1
             if len(self._unnamed) < NAMED:
@@ -37,9 +40,9 @@ class BadSamples:
             How many samples are new since the last call, and the (sample id, reason) of those that are named; the same
             on all ranks.
         """
-        counts = all_reduce_sum(torch.tensor(self._counts, device=device)).tolist()
-        new = int(sum(counts)) - sum(self.totals.values())
-        self.totals = {reason: int(count) for reason, count in zip(REASONS, counts) if count}
+        *counts, self.seen = map(int, all_reduce_sum(torch.tensor(self._counts, device=device)).tolist())
+        new = sum(counts) - sum(self.totals.values())
+        self.totals = {reason: count for reason, count in zip(REASONS, counts) if count}
         if not new:
             return 0, []
         table = torch.full((NAMED, 2), -1, dtype=torch.int64, device=device)

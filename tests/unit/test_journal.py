@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,22 @@ def test_a_bad_sample_without_its_key_is_named_by_its_number(journal, error):
     journal.bad_samples(2, SimpleNamespace(shard_name=lambda _: "0.tar", key=raising(error)))
     named = [(r["shard"], r["key"]) for r in records(journal) if r["event"] == "bad_sample"]
     assert named == [("0.tar", "5"), ("0.tar", "6"), ("0.tar", "sample id 5"), ("0.tar", "sample id 6")]
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (10, ""),  # of at least 1000 samples, that is 1 %
+        (11, "11 of the 16 samples since the start cannot be used (68.8 %: 11 not an image), more than data.max_bad_"),
+        (16, "16 of the 16 samples since the start cannot be used (100 %: 16 not an image)"),
+    ],
+)
+def test_the_share_of_bad_samples_is_that_of_the_samples_seen(journal, bad, text):
+    journal.bad.add(8, [(row, "not an image") for row in range(min(bad, 8))])
+    journal.bad.add(8, [(row, "not an image") for row in range(8, bad)])
+    ended = pytest.raises(UserError, match=re.escape(text)) if text else nullcontext()
+    with ended:
+        journal.bad_samples(2, SimpleNamespace(shard_name=lambda _: "0.tar", key=str))
 
 
 def test_a_run_folder_that_takes_nothing_at_the_start_is_a_fault(journal, monkeypatch):
