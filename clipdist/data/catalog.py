@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import glob
 import hashlib
@@ -23,6 +24,7 @@ from clipdist.data import consolidated
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_query
 from clipdist.data.index import ShardIndex, check_fresh, index_from_bytes, load_index
+from clipdist.data.not_shards import describe_file, describe_folder, describe_list
 from clipdist.errors import Fault, UserError
 
 _HOW_TO_MAKE = "make them with e.g. `python tools/shard_flickr8k.py SOURCE --out DIR`"
@@ -219,6 +221,7 @@ def _expand(source: str, what: str, fetcher: Fetcher) -> Iterator[str | Consolid
             raise UserError(
                 f"{what}: {name}: addresses cannot be searched; use a brace pattern, such as {{00000..00041}}"
             )
+        _refuse_other(source, what)
         yield from _braces(source, what)
     elif source.endswith(".txt"):
         yield from _expand_list(Path(source), what, fetcher)
@@ -246,14 +249,17 @@ def _open_book(source: str, what: str, fetcher: Fetcher) -> Consolidated:
 def _expand_list(path: Path, what: str, fetcher: Fetcher) -> Iterator[str | Consolidated]:
     """Yield what a file names, one source a line; names are relative to its folder, # begins a comment."""
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{what}: {path}: no such list of shards") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what}: {path}: cannot be read as a list of shards ({error})") from None
-    lines = [line for line in lines if line]
+    lines = [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
     if not lines:
         raise UserError(f"{what}: {path}: the list names no shards")
+    if told := describe_list(path, lines):
+        raise UserError(f"{what}: {path}: {told}")
     for line in lines:
         if line.endswith(".txt"):
             raise UserError(f"{what}: {path}: a list within a list ({line}); name it beside the other")
@@ -269,13 +275,21 @@ def _braces(source: str, what: str) -> list[str]:
 
 def _tars_of(path: Path, what: str) -> list[str]:
     if not path.is_dir():
+        _refuse_other(str(path), what)
         return [str(path)]
     tars = sorted(path.glob("*.tar"))
     if not tars:
         below = sorted({tar.parent.name for tar in path.glob("*/*.tar")})
-        hint = f"its folders {', '.join(below)} do: name one of them" if below else _HOW_TO_MAKE
+        hint = f"its folders {', '.join(below)} do: name one of them" if below else ""
+        hint = hint or describe_folder(path) or _HOW_TO_MAKE
         raise UserError(f"{what}: no shards match {path}: the folder holds no *.tar; {hint}")
     return [str(tar) for tar in tars]
+
+
+def _refuse_other(name: str, what: str) -> None:
+    """Raise UserError for a file that is no shard by its name."""
+    if told := describe_file(without_query(name)):
+        raise UserError(f"{what}: {safe_name(name)}: {told}")
 
 
 def _refuse_twice(tars: list[str], what: str) -> None:

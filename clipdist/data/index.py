@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdist.data.not_shards import describe_content
 from clipdist.errors import Unreadable, UserError
 from clipdist.storage import replacing
 
@@ -170,7 +171,8 @@ def scan_whole_samples(tar: str | Path) -> tuple[ShardIndex, str]:
     except OSError as error:
         raise Unreadable(f"{tar}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # tarfile raises many kinds on hostile headers
-        damage = f"{tar}: not a tar file, or cut off ({error}); write or copy it again"
+        other = describe_content(tar)
+        damage = f"{tar}: {other or f'not a tar file, or cut off ({error}); write or copy it again'}"
         samples.pop(before, None)
     if torn:
         samples = {key: own for key, own in samples.items() if key not in torn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import zipfile
@@ -17,6 +18,8 @@ from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.index import load_index
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
+
+SHARD_PAIRS = r"make shards of it: python tools/shard_pairs\.py .*"
 
 
 def make_shards(folder: Path, counts: list[int], text: bytes = b"t") -> Path:
@@ -88,15 +91,32 @@ def test_fingerprint_stays_with_a_copy_and_changes_with_the_samples(tmp_path: Pa
         ("a/{00000..00003}.tar", r"no shards match .*\(.*00002.tar is missing\)"),
         ("a/{00000..", "no shards match|not a brace pattern"),
         ("empty", r"empty: the folder holds no \*.tar; make them"),
-        ("", r"folders a do: name one of them"),
+        ("", r"folders a, odd do: name one of them"),
         ("a/0000?.dat", "no shards match"),
+        ("pairs.csv", f"data.val: .*pairs.csv: a CSV file, not shards; {SHARD_PAIRS}pairs.csv --out DIR"),
+        ("*.parquet", f"b.parquet: a Parquet file, not shards; {SHARD_PAIRS}b.parquet --out DIR"),
+        ("zip.zip", r"a zip archive, not shards; of Flickr8k's, make them: .*shard_flickr8k\.py .*/zip.zip --out DIR"),
+        ("c.tar.gz", "c.tar.gz: compressed; shards are plain tars.*: unpack it first"),
+        ("odd/renamed.tar", "renamed.tar: compressed; shards are plain tars"),
+        ("captions.txt", f"a list of images and captions, .*{SHARD_PAIRS}captions.txt --images-root FOLDER --out DIR"),
+        ("token.txt", "token.txt: a list of images and captions, not of shards"),
+        ("pairs", rf"pairs: the folder holds no \*.tar; it holds images, not shards; {SHARD_PAIRS}pairs --out DIR"),
+        ("tables", f"it holds b.parquet, a Parquet file, not shards; {SHARD_PAIRS}tables/b.parquet"),
+        ("https://host/a.csv", "https://host/a.csv: a CSV file, not shards"),
     ],
 )
 def test_what_matches_nothing_is_told(tmp_path: Path, source: str, text: str) -> None:
     make_shards(tmp_path / "a", [1, 1])
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "pairs/more", "tables", "odd"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("pairs.csv", "b.parquet", "tables/b.parquet", "zip.zip", "c.tar.gz", "pairs/more/a.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "odd" / "renamed.tar").write_bytes(gzip.compress(b"of a tar"))
+    (tmp_path / "captions.txt").write_text("image,caption\n1000268201_693b08cb0e.jpg,A child\n")
+    (tmp_path / "token.txt").write_text("1000268201_693b08cb0e.jpg#0\tA child\n")
+    source = source if source.startswith("https") else str(tmp_path / source)
     with pytest.raises(UserError, match=text):
-        Catalog.open([str(tmp_path / source)], "data.val")
+        Catalog.open([source], "data.val")
 
 
 def test_no_sources_and_shards_named_twice(tmp_path: Path) -> None:
@@ -118,9 +138,10 @@ def test_lists_and_consolidated_files_among_other_sources(tmp_path: Path) -> Non
     a, b = make_shards(tmp_path / "a", [1, 2]), make_shards(tmp_path / "b", [3, 4])
     write_parts(tmp_path / "b.index.zip", map(make_part, [load_index(b / "00001.tar"), load_index(b / "00000.tar")]))
     lines = ["# shards", "", "a/{00001,00000}.tar  # a remark", "b.index.zip"]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
-    catalog = Catalog.open([str(tmp_path / "list.txt")])
-    assert names(catalog) == ["a/00001.tar", "a/00000.tar", "b/00001.tar", "b/00000.tar"]
+    for encoding in ("utf-16", "utf-8-sig", "utf-8"):  # as Windows writes text
+        (tmp_path / "list.txt").write_text("\n".join(lines[2:] if encoding != "utf-8" else lines), encoding)
+        catalog = Catalog.open([str(tmp_path / "list.txt")])
+        assert names(catalog) == ["a/00001.tar", "a/00000.tar", "b/00001.tar", "b/00000.tar"]
     assert catalog.starts.tolist() == [0, 2, 3, 7, 10]
     assert catalog.sources == [(0, 4)]
     catalog = Catalog.open([str(b), str(a / "00001.tar")])
