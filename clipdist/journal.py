@@ -79,6 +79,11 @@ class Journal:
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
+        self.log(
+            f"data.train: {plan.catalog.contents}; of several a step takes one: data.caption={config.data.caption}"
+        )
+        if plan.val is not None:
+            self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
         how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
             self.log(f"goes on from {plan.resume.folder}")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
 from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.first_look import look_at
+from clipdist.data.members import members_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, first_order, whole_parts
 from clipdist.errors import UserError
 from clipdist.fault_tolerance.rollback import skipped_ranges
@@ -57,16 +59,21 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
 
 
 def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
-    """Open the training and the validation shards. Return their catalogs.
+    """Open the training and the validation shards, and look at some samples. Return their catalogs.
 
     Raises:
-        UserError: data.train is empty, has fewer samples than a global batch, or a weighted source without samples.
+        UserError: data.train is empty, has fewer samples than a global batch, or a weighted source without samples; no
+            images or captions in the samples looked at.
     """
     batch = config.train.global_batch
     if not config.data.train:
         raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
-    fetcher = fetcher_of(config.data)
-    catalog = Catalog.open(config.data.train, "data.train", fetcher)
+    fetcher, members = fetcher_of(config.data), members_of(config.data)
+    catalog = Catalog.open(config.data.train, "data.train", fetcher, members)
+    val = Catalog.open(config.data.val, "data.val", fetcher, members) if config.data.val else None
+    catalog.contents = look_at(catalog, "data.train", config.data.train)
+    if val is not None:
+        val.contents = look_at(val, "data.val", config.data.val)
     if len(catalog) < batch:
         raise UserError(
             f"data.train holds {len(catalog)} samples, fewer than train.global_batch={batch}; lower train.global_batch"
@@ -74,7 +81,7 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
     empty = [name for name, (a, b) in zip(config.data.train, catalog.sources) if catalog.starts[a] == catalog.starts[b]]
     if config.data.weights and empty:
         raise UserError(f"data.train: {empty[0]} holds no samples, and has a weight in data.weights")
-    return catalog, Catalog.open(config.data.val, "data.val", fetcher) if config.data.val else None
+    return catalog, val
 
 
 def check_run_folder(folder: Path) -> None:

@@ -190,7 +190,7 @@ def broken_json(rng: random.Random, members: Members) -> tuple[Members, set[str]
 
 
 def odd_json(rng: random.Random, members: Members) -> tuple[Members, set[str]]:
-    """Records that are no damage, of which the captions are taken from the .txt."""
+    """Records that are no damage; where "captions" holds no text, the captions are taken from the .txt."""
     text = rng.choice(
         (
             b'{"captions": "one"}',

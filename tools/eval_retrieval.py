@@ -30,10 +30,7 @@ def main() -> None:
     args = parse_args()
     front.require_writable(args.save_embeddings, "--save-embeddings")
 
-    from clipdist.data.catalog import Catalog
-
-    # a misspelt folder is heard of before torch is imported
-    catalog = None if args.embeddings else Catalog.open(args.shards, what="SHARDS")
+    catalog = None if args.embeddings else front.open_catalog(args, args.shards)  # before torch is imported
 
     with front.joined_ranks(args) as dist_env:
         if catalog is None:
@@ -134,7 +131,8 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv)
 
 
 def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
-    from clipdist.evals.protocols import PROTOCOLS
+    from clipdist.data.members import tell_sources
+    from clipdist.evals.protocols import CAPTIONS, PROTOCOLS
     from clipdist.evals.retrieval import bootstrap_intervals, mean_metrics
 
     metrics = mean_metrics(folds)
@@ -147,11 +145,15 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
     if len(folds) > 1:
         title += f"; mean over {len(folds)} folds"
     print_table(title, metrics, intervals, args.resamples)
+    if embeddings.caption_sources:
+        first = f", the first {CAPTIONS} of a picture" if name else ""
+        print(f"captions are {tell_sources(embeddings.caption_sources)}{first}")
     ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
     ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
     source = {"model": facts.get("model"), "step": int(facts["step"]) if facts.get("step") else None}
     left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
     test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
+    test_set["caption_sources"] = embeddings.caption_sources
     drawn = {"resamples": args.resamples, "seed": args.seed}
     record = {**metrics, **ends, **source, **test_set, **drawn}
     run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
@@ -199,6 +201,7 @@ def parse_args() -> argparse.Namespace:
     add("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
     front.add_number(parser, "--resamples", 1000, "for the intervals (1000); 0: none", "N", 0)
     front.add_number(parser, "--seed", 0, "of the resamples (0)", least=0)
+    front.add_members(parser)
     front.add_work(parser)
     args = parser.parse_args()
     if args.embeddings:

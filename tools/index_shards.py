@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from clipdist.data import consolidated
 from clipdist.data.consolidated import Part, write_parts
 from clipdist.data.fetch import is_remote, safe_name
 from clipdist.data.filters import DERIVED, Condition, parse_condition, rule_of
+from clipdist.data.members import DEFAULT_MEMBERS
 from clipdist.datasets.examine import DEFECT, MOST_NAMED, Examined, ShardSource, ShardTask, examine_shard, shard_sources
 from clipdist.datasets.pool import in_order
 from clipdist.errors import EXIT_FAULT, Fault, UserError, run_main
@@ -114,8 +115,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="EXPR",
         help="keep samples with e.g. 'short >= 200'; needs --out",
     )
-    parser.add_argument("--salvage", action="store_true", help="keep the whole samples of shards that are cut off")
+    parser.add_argument("--salvage", action="store_true", help="keep the whole samples of damaged shards")
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
+    front.add_members(parser)
     front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
     arguments = parser.parse_args()
@@ -133,7 +135,7 @@ def main() -> int:
     for folder in filter(None, (arguments.out and arguments.out.absolute().parent, arguments.cache)):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{folder}: no such folder, or it cannot be written")
-    tally = Tally(conditions)
+    tally, members = Tally(conditions), front.members_of_arguments(arguments)
     with tempfile.TemporaryDirectory(prefix="clipdist-", dir=arguments.cache) as folder:
         task = ShardTask(
             verify=arguments.verify,
@@ -142,6 +144,8 @@ def main() -> int:
             salvage=arguments.salvage,
             force=arguments.force,
             folder=Path(folder),
+            members=members,
+            reread=members != DEFAULT_MEMBERS,  # an earlier run may have looked for others
         )
         parts = examine(sources, task, tally, arguments.processes)
         if arguments.out:
@@ -179,22 +183,22 @@ def examine(sources: list[ShardSource], task: ShardTask, tally: Tally, processes
         tally.add(found)
         if found.part is not None:
             yield found.part
-    require_samples(tally)
+    require_samples(tally, task.members.images)
 
 
-def require_samples(tally: Tally) -> None:
+def require_samples(tally: Tally, images: Sequence[str]) -> None:
     tally.require_columns()
     if not tally.samples:
         raise UserError(tally.damaged[0][1] if tally.damaged else f"no samples in {tally.shards} shards")
-    if tally.kinds and "jpg" not in tally.kinds:
-        from clipdist.data.index import IMAGE_KINDS
-
-        if not tally.kinds & set(IMAGE_KINDS):
-            raise UserError(f"no pictures in {tally.shards} shards: their members are {', '.join(sorted(tally.kinds))}")
+    there = ", ".join(sorted(tally.kinds))
+    if tally.kinds and not tally.kinds & set(images):
+        raise UserError(f"no pictures in {tally.shards} shards: their members are {there}; see --image-members")
     if not tally.kept and tally.good:
         raise UserError(f"--where: none of {tally.good} samples meets {rule_of(tally.conditions)}")
     if not tally.kept:
         hint = "; --salvage keeps the whole samples of damaged shards" if tally.damaged else ""
+        if "missing caption" in tally.defects:
+            hint += f"; their members are {there}; see --caption-members"
         raise Fault(f"none of {tally.samples} samples can be used: {', '.join(tally.defects)}{hint}")
 
 

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.decode import decode_pixels
 from clipdist.data.fetch import safe_name
+from clipdist.data.first_look import look_at
+from clipdist.data.members import Members, tell_sources
 from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.describe import choose_samples, describe_members, describe_samples, open_shards
 from clipdist.datasets.examine import MOST_NAMED, ShardTask, examine_shard, shard_sources
@@ -45,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--interop", action="store_true", help="only compare with what webdataset reads; differences end in exit code 1"
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
+    front.add_members(parser)
     front.add_number(parser, "--processes", 0, "of --verify, --interop; default: one per core", "N", 0, 1024)
     arguments = parser.parse_args()
     if arguments.interop and (arguments.verify or arguments.sheet):
@@ -60,12 +63,17 @@ def main() -> int:
         raise UserError(f"--sheet {arguments.sheet}: no such folder, or it cannot be written")
     if arguments.interop:
         return compare_with_webdataset(arguments)
-    opened = open_shards(arguments.shards)
+    members = front.members_of_arguments(arguments)
+    opened = open_shards(arguments.shards, members)
     if not len(opened.catalog):
         raise UserError(opened.damaged[0] if opened.damaged else f"no samples in {' '.join(arguments.shards)}")
     for damage in opened.damaged:
         print(f"damaged: {damage}", file=sys.stderr)
     result = {**describe_members(opened.catalog), "indexed": opened.indexed, "damaged": opened.damaged}
+    try:
+        look_at(opened.catalog, "SHARDS", [" ".join(arguments.shards)])
+    except UserError as error:  # the table says what is there instead
+        front.tell(str(error))
     ids = choose_samples(opened.catalog, arguments.samples)
     reader = open_reader(opened.catalog)
     try:
@@ -75,18 +83,18 @@ def main() -> int:
     finally:
         reader.close()
     if arguments.verify:
-        result["verified"] = verify(arguments.shards, arguments.processes)
+        result["verified"] = verify(arguments.shards, arguments.processes, members)
     front.finish(arguments, result, table(result))
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
-def verify(shards: list[str], processes: int) -> dict[str, int]:
+def verify(shards: list[str], processes: int, members: Members) -> dict[str, int]:
     """Read and decode everything. Return how many samples have each defect; the first are named on stderr."""
     sources = shard_sources(shards)
     defects: Counter[str] = Counter()
     named = 0
     with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
-        task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder))
+        task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder), members=members)
         results = in_order(functools.partial(examine_shard, task=task), sources, processes)
         for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
             defects += found.defects
@@ -153,6 +161,8 @@ def table(result: dict) -> list[str]:
     rows = [(name, images[name]) for name in ("width", "height", "aspect")]
     rows += [(name, captions[name]) for name in ("per_picture", "words", "characters")]
     lines += [f"{name.replace('_', ' '):>14}" + "".join(f"{v:>9.4g}" for v in values.values()) for name, values in rows]
+    if captions["sources"]:
+        lines.append(f"  captions are {tell_sources(captions['sources'])}")
     lines += [
         f"  {captions['count']} captions, {captions['vocabulary']} different words: "
         + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),

@@ -52,12 +52,7 @@ class SearchResult:
 
 def main() -> None:
     args = parse_args()
-    began = time.perf_counter()
-
-    from clipdist.data.catalog import Catalog
-
-    import_s = time.perf_counter() - began
-    catalog = Catalog.open(args.shards, what="SHARDS")  # a misspelt folder is heard of before torch is imported
+    catalog = front.open_catalog(args, args.shards, captions=False)  # before torch is imported
     began = time.perf_counter()
 
     from clipdist.data.reader import open_reader
@@ -65,7 +60,7 @@ def main() -> None:
     from clipdist.evals.embed import model_encoder
     from clipdist.evals.search import encode_queries, image_embeddings, read_queries, read_query
 
-    import_s += time.perf_counter() - began
+    import_s = time.perf_counter() - began
     if args.index == "faiss":
         require_faiss()
     with front.joined_ranks(args) as dist_env:
@@ -249,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-cache", action="store_true", help="neither read nor keep the pictures' features")
     what = "faiss: past a million pictures, nearly exact"
     parser.add_argument("--index", choices=("exact", "faiss"), default="exact", help=what)
+    front.add_members(parser)
     front.add_work(parser)
     args = parser.parse_intermixed_args()  # options may stand between the folders and the sentence
     args.several = bool(args.query or args.queries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Objectives, Optim, Run, Train
 from clipdist.errors import UserError
@@ -78,6 +79,12 @@ def _check_data(data: Data, train: Train) -> None:
         _need(fits, "data.weights", data.weights, must)
         must = "come with train.samples: a mixture has no epochs"
         _need(train.steps + train.samples > 0, "data.weights", data.weights, must)
+    for key, form, must in (
+        ("caption_members", r"[^:/\s]+(:[^:]+)?", "be suffixes such as txt, or fields such as json:captions"),
+        ("image_members", r"[^:/\s]+", "be suffixes such as jpg"),
+    ):
+        names = getattr(data, key)
+        _need(all(re.fullmatch(form, name) for name in names), f"data.{key}", names, must)
     divides = not data.streams or train.global_batch % data.streams == 0
     _need(divides, "data.streams", data.streams, "divide train.global_batch")
 

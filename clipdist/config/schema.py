@@ -37,6 +37,9 @@ class Data:
     val: list[str] = field(default_factory=list)  # shards for retrieval during training; empty: no validation
     seed: int = 0  # of the order, the crops, and the choice of captions
     caption: Literal["random", "first"] = "random"  # which of an image's captions a training step uses
+    caption_members: list[str] = field(default_factory=list)  # empty: json:captions, txt, json:caption
+    caption_lines: Literal["auto", "split", "whole"] = "auto"  # of a text: captions, or one caption; auto: by sample
+    image_members: list[str] = field(default_factory=list)  # suffixes of images; empty: jpg, jpeg, png, webp, gif, bmp
     crop_scale_min: float = 0.9  # minimum share of the image's area in a training crop
     dct_scaling: bool = (
         False  # decode large JPEGs at 1/2, 1/4 or 1/8 if the crop allows it: faster, with slightly other pixels

@@ -24,6 +24,7 @@ from clipdist.data import consolidated
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.fetch import Fetcher, beside, is_remote, safe_name, without_query
 from clipdist.data.index import ShardIndex, check_fresh, index_from_bytes, load_index
+from clipdist.data.members import DEFAULT_MEMBERS, Members
 from clipdist.data.not_shards import describe_file, describe_folder, describe_list
 from clipdist.errors import Fault, UserError
 
@@ -56,10 +57,14 @@ class Catalog:
         shards: the S shards.
         starts: int64 [S+1], number of the first sample of every shard, and N at the end.
         sources: for every source that was named, its range of shards (first, end).
+        members: which members of its samples are image and captions.
+        contents: what look_at found in some samples, in words.
     """
 
-    def __init__(self, shards: Sequence[Shard], sources: Sequence[tuple[int, int]] = ()) -> None:
-        self.shards = list(shards)
+    def __init__(
+        self, shards: Sequence[Shard], sources: Sequence[tuple[int, int]] = (), members: Members = DEFAULT_MEMBERS
+    ) -> None:
+        self.shards, self.members, self.contents = list(shards), members, ""
         self.sources = list(sources) or [(0, len(self.shards))]
         self.starts = np.concatenate([[0], np.cumsum([shard.count for shard in self.shards])]).astype(np.int64)
         self._tables: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -67,7 +72,13 @@ class Catalog:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, sources: Sequence[str], what: str = "data.train", fetcher: Fetcher | None = None) -> Catalog:
+    def open(
+        cls,
+        sources: Sequence[str],
+        what: str = "data.train",
+        fetcher: Fetcher | None = None,
+        members: Members = DEFAULT_MEMBERS,
+    ) -> Catalog:
         """Open shards.
 
         Args:
@@ -76,6 +87,7 @@ class Catalog:
                 that matches nothing is an error, as is a shard named twice.
             what: the setting that an error message shall name.
             fetcher: for addresses.
+            members: which members of its samples are image and captions.
 
         Raises:
             UserError: no shards match, a shard is named twice, one is damaged, or an address has no index.
@@ -93,7 +105,7 @@ class Catalog:
             for part in parts:
                 shards += _shards_of(part) if isinstance(part, Consolidated) else [opened[part][0]]
             ranges.append((first, len(shards)))
-        catalog = cls(shards, ranges)
+        catalog = cls(shards, ranges, members)
         for number, shard in enumerate(catalog.shards):  # those read just now need not be read again
             if shard.tar in opened:
                 catalog._keep(number, opened[shard.tar][1])

@@ -13,7 +13,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -79,13 +79,24 @@ class ShardIndex:
     def column_of(self) -> dict[str, int]:
         return {kind: column for column, kind in enumerate(self.kinds)}
 
-    @functools.cached_property
-    def spans(self) -> np.ndarray:
-        """int64 [n, 2]: first byte and length of the part of the tar that holds all of a sample that training reads.
+    def spans(self, is_read: Callable[[str], bool]) -> np.ndarray:
+        """Return the part of the tar that holds all of a sample that is read, int64 [n, 2]: first byte and length.
 
         Length 0: its members are not neighbours, or large, and are to be read one by one.
+
+        Args:
+            is_read: of a kind of members, whether it is read.
         """
-        columns = [column for kind, column in self.column_of.items() if is_read(kind)]
+        columns = tuple(column for kind, column in self.column_of.items() if is_read(kind))
+        if columns not in self._spans:
+            self._spans[columns] = self._find_spans(columns)
+        return self._spans[columns]
+
+    @functools.cached_property
+    def _spans(self) -> dict[tuple[int, ...], np.ndarray]:
+        return {}
+
+    def _find_spans(self, columns: tuple[int, ...]) -> np.ndarray:
         offset, size = self.offset[:, columns], self.size[:, columns]
         read = (offset >= 0) & (size <= AT_ONCE_BYTES)
         begin = np.where(read, offset, np.iinfo(np.int64).max).min(axis=1, initial=np.iinfo(np.int64).max)
@@ -108,11 +119,6 @@ class ShardIndex:
         arrays = [self.keys, self.offset, self.size, *self.columns.values()]
         arrays += [] if self.crc is None else [self.crc]
         return sum(array.nbytes for array in arrays) + 16 * len(self)  # and spans
-
-
-def is_read(kind: str) -> bool:
-    """Return whether training reads members of this kind."""
-    return kind in IMAGE_KINDS or kind in ("txt", "json") or kind.endswith(".ids")
 
 
 def index_path(tar: str | Path) -> Path:
@@ -237,7 +243,10 @@ def index_from_members(
     names = dict.fromkeys(kind for own in samples.values() for kind in own)
     kinds = {kind: column for column, kind in enumerate(names)}
     if len(kinds) > MOST_KINDS:
-        raise UserError(f"{tar}: {len(kinds)} kinds of members, at most {MOST_KINDS} can be told apart: not a shard")
+        raise UserError(
+            f"{tar}: {len(kinds)} kinds of members, as {next(iter(kinds))}, at most {MOST_KINDS} can be told apart:"
+            " a sample's key ends at the first dot of a file's name; write names without further dots"
+        )
     if len(samples) * len(kinds) > MOST_PLACES:
         raise UserError(f"{tar}: {len(samples)} samples of {len(kinds)} kinds: too large for a shard; cut it up")
     if len(samples) * max(map(len, samples), default=0) > MOST_LETTERS:

@@ -27,6 +27,7 @@ from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
+from clipdist.data.members import CAPTIONS
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
@@ -103,6 +104,7 @@ class Loader:
         self.views, self.images_only = views, images_only
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
+        self._stored_ids = reader.members.captions == CAPTIONS  # those of other captions would be wrong
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
@@ -242,7 +244,7 @@ class Loader:
             sample = self.reader.sample(sample_id)
             captions = self._captions(sample)
             chosen = int(uniform * len(captions)) if self.cfg.caption == "random" else 0
-            data = sample.read(self._token_kind)
+            data = sample.read(self._token_kind) if self._stored_ids else None
             ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
             return _RawSample(sample.image(), captions[chosen], None if ids is None else ids[chosen])
         except BadSample as error:

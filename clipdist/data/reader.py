@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from clipdist.data.bad_sample import BadSample
 from clipdist.data.cache import ShardCache, ranks_per_node
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.fetch import is_remote, safe_name, without_query
-from clipdist.data.index import IMAGE_KINDS, ShardIndex
+from clipdist.data.index import ShardIndex
+from clipdist.data.members import CAPTIONS, Captions, is_json, texts_at
 from clipdist.errors import Fault, Unreadable, UserError
 from clipdist.storage import AWAY, Retry
 
@@ -80,6 +82,7 @@ class Reader:
         retry_s: float = 0.0,
     ) -> None:
         self.catalog, self.cache, self.stage, self.max_open = catalog, cache, stage, max_open
+        self.members = catalog.members
         self._retry = Retry(retry_s) if retry_s else None
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
@@ -93,7 +96,7 @@ class Reader:
         """
         shard, row = self.catalog.locate(sample_id)
         table = self._retried(shard, lambda: self.catalog.table(shard))
-        begin, length = table.spans[row].tolist()
+        begin, length = table.spans(self.members.is_read)[row].tolist()
         return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
@@ -239,7 +242,7 @@ class StoredSample:
         offset, size = int(self.table.offset[self.row, column]), int(self.table.size[self.row, column])
         if offset < 0:
             return None
-        if size > (MAX_MEMBER_BYTES if kind in IMAGE_KINDS else MAX_TEXT_BYTES):
+        if size > (MAX_MEMBER_BYTES if kind in self.reader.members.images else MAX_TEXT_BYTES):
             raise BadSample("too large")
         inside = offset - self.begin
         data = self.data[inside : inside + size] if inside >= 0 else b""
@@ -257,48 +260,72 @@ class StoredSample:
         Raises:
             BadSample: the sample has none.
         """
-        for kind in IMAGE_KINDS:
+        for kind in self.reader.members.images:
             data = self.read(kind)
             if data:
                 return data
         raise BadSample("missing image")
 
     def captions(self) -> list[str]:
-        """Return all captions: "captions" of the .json, else the .txt.
+        """Return all captions. Raises: as find_captions."""
+        return self.find_captions().texts
+
+    def find_captions(self) -> Captions:
+        """Return all captions, and where they come from: the first place of Members.captions that has any.
 
         Raises:
             BadSample: there are none, or they are no text.
         """
-        listed = self.metadata().get("captions")
-        listed = listed if isinstance(listed, list) else []
-        captions = [caption for caption in listed if isinstance(caption, str) and caption.strip()]
-        if not captions:
+        for source in self.reader.members.captions:
+            found = self._captions_of(source)
+            if not found.texts:
+                continue
             try:
-                text = (self.read("txt") or b"").decode("utf-8").strip()
-            except UnicodeDecodeError:
+                "".join(found.texts).encode()
+            except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
                 raise BadSample("caption not UTF-8") from None
-            captions = [text] if text else []
-        if not captions:
-            raise BadSample("missing caption")
+            return found
+        raise BadSample("missing caption")
+
+    def _captions_of(self, source: str) -> Captions:
+        kind, _, field = source.partition(":")
+        if is_json(source):
+            return Captions(texts_at(self.json(kind), field), source)
         try:
-            "".join(captions).encode()
-        except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
+            text = (self.read(kind) or b"").decode("utf-8")
+        except UnicodeDecodeError:
             raise BadSample("caption not UTF-8") from None
-        return captions
+        return self.reader.members.split(kind, text, self.json())
 
     def metadata(self) -> dict:
-        """Return the .json as a dict; empty where there is none.
+        """Return the .json as a dict; empty where there is none. Raises: as json."""
+        record = self.json()
+        return record if isinstance(record, dict) else {}
+
+    def json(self, kind: str = "json") -> Any:
+        """Return what a JSON member holds; an empty dict where there is none.
 
         Raises:
-            BadSample: it is no JSON object.
+            BadSample: it is no JSON, or no JSON object although nobody asked for captions in another form.
         """
-        try:
-            record = json.loads(self.read("json") or b"{}")
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
+        value = self.parse(kind)
+        if not isinstance(value, dict) and self.reader.members.captions == CAPTIONS:
             raise BadSample("not JSON")
-        return record
+        return value
+
+    def parse(self, kind: str) -> Any:
+        """Return what a JSON member holds, of any form. Raises: BadSample: it is no JSON."""
+        if kind not in self._parsed:
+            try:
+                self._parsed[kind] = json.loads(self.read(kind) or b"{}")
+            except (ValueError, RecursionError):
+                raise BadSample("not JSON") from None
+        return self._parsed[kind]
+
+    @functools.cached_property
+    def _parsed(self) -> dict[str, Any]:
+        """JSON values by the kind of their members."""
+        return {}
 
 
 class _OpenShard:

@@ -17,6 +17,7 @@ from clipdist.data.consolidated import Consolidated
 from clipdist.data.fetch import Fetcher, is_remote
 from clipdist.data.index import ShardIndex
 from clipdist.data.loader import group_id
+from clipdist.data.members import DEFAULT_MEMBERS, Members
 from clipdist.data.reader import Reader
 from clipdist.datasets.examine import read_index
 from clipdist.datasets.images import ImageHeader, check_bytes
@@ -37,7 +38,7 @@ class OpenedShards:
     indexed: int  # shards with a fresh index, beside them or in a consolidated file
 
 
-def open_shards(sources: Sequence[str]) -> OpenedShards:
+def open_shards(sources: Sequence[str], members: Members = DEFAULT_MEMBERS) -> OpenedShards:
     """Open shards as Catalog.open does, but a damaged local shard does not stop it, and no index is written.
 
     Raises:
@@ -61,7 +62,7 @@ def open_shards(sources: Sequence[str]) -> OpenedShards:
         indexed += fresh
         damaged += [damage] if damage else []
         shards.append(_in_memory(index))
-    return OpenedShards(Catalog(shards), damaged, indexed)
+    return OpenedShards(Catalog(shards, members=members), damaged, indexed)
 
 
 def _in_memory(index: ShardIndex) -> Shard:
@@ -102,6 +103,7 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
     formats: Counter[str] = Counter()
     images: Counter[bytes] = Counter()  # by a hash of their bytes
     captions: list[list[str]] = []  # of every sample
+    sources: Counter[str] = Counter()  # of captions
     unusable: Counter[str] = Counter()
     for sample_id in tqdm(ids.tolist(), desc="samples", unit="sample", disable=None):
         sample = reader.sample(sample_id)
@@ -118,7 +120,9 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
             else:
                 unusable[header] += 1
         try:
-            captions.append(sample.captions())
+            found = sample.find_captions()
+            captions.append(found.texts)
+            sources[found.source] += 1
         except BadSample as error:
             unusable[error.reason] += 1
     width, height = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
@@ -131,7 +135,7 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
             "aspect": _percentiles(np.maximum(width, height) / np.maximum(1, np.minimum(width, height))),
             "repeated": _repeats(images),
         },
-        "captions": _describe_captions(captions),
+        "captions": {"sources": dict(sources), **_describe_captions(captions)},
         "unusable": dict(unusable.most_common()),
     }
 

@@ -33,6 +33,7 @@ from clipdist.data.index import (
     stored_index,
     write_index,
 )
+from clipdist.data.members import DEFAULT_MEMBERS, Members
 from clipdist.errors import Fault, UserError, writing
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class ShardTask:
         force: pass over indices that are there.
         reread: verify again what was verified, by its checksums.
         folder: where remote shards lie while they are looked at.
+        members: which members of a sample are image and captions.
     """
 
     verify: bool = False
@@ -78,6 +80,7 @@ class ShardTask:
     force: bool = False
     reread: bool = False
     folder: Path = Path()
+    members: Members = DEFAULT_MEMBERS
 
     @property
     def columns(self) -> set[str]:
@@ -233,8 +236,8 @@ def shard_at_hand(tar: str, folder: Path) -> Iterator[str | Path]:
 
 def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
     if task.verify:
-        return read_samples(index, decode=True)
-    return index if task.columns <= index.columns.keys() else read_samples(index, decode=False)
+        return read_samples(index, True, task.members)
+    return index if task.columns <= index.columns.keys() else read_samples(index, False, task.members)
 
 
 def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
@@ -263,12 +266,13 @@ def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> E
     )
 
 
-def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
+def read_samples(index: ShardIndex, decode: bool, members: Members = DEFAULT_MEMBERS) -> ShardIndex:
     """Return the index with what only the members' data tell, by the rules of training.
 
     Args:
         index: of a local shard. Checksums in it are compared, those that there are not are made where `decode` is True.
         decode: read every member and decode every image; else only images' headers, captions and .json.
+        members: which members of a sample are image and captions.
 
     Returns:
         The index with columns [n]: every numeric field of the samples' .json; width and height of the image, pixels;
@@ -284,7 +288,7 @@ def read_samples(index: ShardIndex, decode: bool) -> ShardIndex:
 
     columns: dict[str, np.ndarray] = {}
     crc = np.zeros(index.size.shape, dtype=np.uint32)
-    reader = Reader(Catalog([Shard(index.tar, len(index), b"", lambda: index)]))
+    reader = Reader(Catalog([Shard(index.tar, len(index), b"", lambda: index)], members=members))
     try:
         for row in range(len(index)):
             sums, numbers, defect = _look(reader, row, index.kinds if decode else (), decode)

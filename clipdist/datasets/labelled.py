@@ -21,7 +21,8 @@ import numpy as np
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import decode_pixels
-from clipdist.data.reader import IMAGE_KINDS, Reader, open_reader
+from clipdist.data.index import IMAGE_KINDS
+from clipdist.data.reader import Reader, open_reader
 from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
 from clipdist.datasets.files import walk
 from clipdist.errors import UserError

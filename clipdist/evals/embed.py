@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from clipdist import config
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import eval_image
+from clipdist.data.members import Captions
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError
@@ -40,6 +41,7 @@ class Embeddings:
     keys: list[str]  # n
     sample_ids: Tensor  # int64 [n], of the catalog
     bad: dict[str, list[str]]  # reason -> keys of the samples that are left out
+    caption_sources: dict[str, int] = field(default_factory=dict)  # Captions.source -> samples, with bad ones
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def embed_catalog(
         return eval_image(reader.sample(sample_id).image(), image_size, data.max_pixels)
 
     try:
-        captions, text_calls = _plan_captions(reader, wanted, share, most_captions) if texts else ({}, 0)
+        sources: Counter[str] = Counter()
+        captions, text_calls = _plan_captions(reader, wanted, share, most_captions, sources) if texts else ({}, 0)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
         decoded = decode_ahead(load, mine, image_size, share.batch, image_calls, share.threads, bad)
         image = encode_images(encode, (images for images, _ in share.bar(decoded, "pictures", image_calls)))
@@ -129,7 +132,7 @@ def embed_catalog(
         keys = {sample_id: reader.key(sample_id) for sample_id in mine}
     finally:
         reader.close()
-    return _without_bad(image, text, flat, keys, bad)
+    return replace(_without_bad(image, text, flat, keys, bad), caption_sources=dict(sources))
 
 
 def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:
@@ -165,8 +168,8 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         all_gather_uneven(tensor, process_group)
         for tensor in (embeddings.image, embeddings.text, embeddings.text_image, embeddings.sample_ids)
     )
-    strings = gather_json([embeddings.captions, embeddings.keys, embeddings.bad], process_group)
-    captions, keys, bad_of_ranks = zip(*strings)
+    own = [embeddings.captions, embeddings.keys, embeddings.bad, embeddings.caption_sources]
+    captions, keys, bad_of_ranks, sources = zip(*gather_json(own, process_group))
     bad: dict[str, list[str]] = {}
     for reason, names in chain.from_iterable(part.items() for part in bad_of_ranks):
         bad.setdefault(reason, []).extend(names)
@@ -179,6 +182,7 @@ def gather_embeddings(embeddings: Embeddings, process_group: dist.ProcessGroup |
         keys=list(chain.from_iterable(keys)),
         sample_ids=torch.cat(sample_ids),
         bad=bad,
+        caption_sources=dict(sum(map(Counter, sources), Counter())),
     )
 
 
@@ -205,11 +209,14 @@ def _without_bad(
 
 
 def _plan_captions(
-    reader: Reader, wanted: Sequence[int], share: WorkShare, most: int | None
+    reader: Reader, wanted: Sequence[int], share: WorkShare, most: int | None, sources: Counter[str]
 ) -> tuple[dict[int, list[str]], int]:
     """Return this rank's captions by sample, and the number of text batches of the rank that has most.
 
     Every rank reads all captions: it costs microseconds a sample, and no communication.
+
+    Args:
+        sources: counts where this rank's captions are from.
     """
     mine: dict[int, list[str]] = {}
     counts = []
@@ -218,12 +225,14 @@ def _plan_captions(
         rows, _ = replace(share, rank=rank).of(len(wanted))
         for sample_id in wanted[rows.start : rows.stop]:
             try:
-                captions = reader.sample(sample_id).captions()[:most]
+                found = reader.sample(sample_id).find_captions()
             except BadSample:
-                captions = []
+                found = Captions([], "")
+            captions = found.texts[:most]
             counts[rank] += len(captions)
             if rank == share.rank:
                 mine[sample_id] = captions
+                sources.update([found.source] if captions else [])
     return mine, _ceil(max(counts), share.batch)
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from clipdist.errors import UserError
 
 if TYPE_CHECKING:
+    from clipdist.data.catalog import Catalog
+    from clipdist.data.members import Members
     from clipdist.datasets.labelled import LabelledSet
     from clipdist.distributed.rank import DistEnv
     from clipdist.evals.embed import WorkShare
@@ -79,6 +81,38 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", default="", metavar="FILE", help=what)
     what = "cifar10, imagenet, simple, a file with one per line, or one template (%(default)r)"
     parser.add_argument("--templates", default="a photo of a {}.", metavar="NAME|FILE|TEXT", help=what)
+
+
+def add_members(parser: argparse.ArgumentParser) -> None:
+    """Add which members of a sample are its image and its captions; `members_of_arguments` reads them."""
+    names: dict[str, Any] = {"type": lambda text: text.split(","), "default": [], "metavar": "LIST"}
+    parser.add_argument("--image-members", help="suffixes, as data.image_members: jpg,img", **names)
+    parser.add_argument("--caption-members", help="as data.caption_members: json:text,cap", **names)
+    what = "as data.caption_lines: whether lines of a text are captions (auto)"
+    parser.add_argument("--caption-lines", choices=("auto", "split", "whole"), default="auto", help=what)
+
+
+def members_of_arguments(args: argparse.Namespace) -> Members:
+    """Return what the options of add_members ask for."""
+    from clipdist.config import Data
+    from clipdist.data.members import members_of
+
+    names = {"image_members": args.image_members, "caption_members": args.caption_members}
+    return members_of(Data(**names, caption_lines=args.caption_lines))
+
+
+def open_catalog(args: argparse.Namespace, shards: Sequence[str], captions: bool = True) -> Catalog:
+    """Open the shards of a tool with the options of add_members, and look at some samples; see Catalog.open, look_at.
+
+    Args:
+        captions: whether samples need any.
+    """
+    from clipdist.data.catalog import Catalog
+    from clipdist.data.first_look import look_at
+
+    catalog = Catalog.open(shards, what="SHARDS", members=members_of_arguments(args))
+    catalog.contents = look_at(catalog, "SHARDS", shards, captions)
+    return catalog
 
 
 def add_work(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import decode_pixels, eval_image
-from clipdist.data.reader import IMAGE_KINDS, Reader
+from clipdist.data.index import IMAGE_KINDS
+from clipdist.data.reader import Reader
 from clipdist.distributed.collectives import gather_json
 from clipdist.errors import UserError
 from clipdist.evals.embed import (
@@ -243,7 +244,9 @@ def _filename(reader: Reader, sample_id: int) -> str:
 
 
 def _facts(loaded: LoadedModel, catalog: Catalog) -> dict[str, str]:
-    return {"model": loaded.fingerprint, "pictures": catalog.fingerprint(), "features": LAYOUT}
+    facts = {"model": loaded.fingerprint, "pictures": catalog.fingerprint(), "features": LAYOUT}
+    images = ",".join(catalog.members.images)
+    return facts if catalog.members.images == IMAGE_KINDS else facts | {"members": images}
 
 
 def _pixels(images: list[bytes], size: int) -> Tensor:

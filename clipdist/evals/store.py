@@ -102,7 +102,7 @@ def save_embeddings(path: Path, embeddings: Embeddings, facts: dict[str, str]) -
     """
     tensors = {name: getattr(embeddings, name) for name in ("image", "text", "text_image", "sample_ids")}
     tensors |= {name: _bytes_of(getattr(embeddings, name)) for name in ("captions", "keys")}
-    save_tensors(path, FORMAT, tensors, {"bad": embeddings.bad, "facts": facts})
+    save_tensors(path, FORMAT, tensors, {"bad": embeddings.bad, "sources": embeddings.caption_sources, "facts": facts})
 
 
 def load_embeddings(path: Path) -> tuple[Embeddings, dict[str, str]]:
@@ -114,7 +114,7 @@ def load_embeddings(path: Path) -> tuple[Embeddings, dict[str, str]]:
     tensors, head = load_tensors(path, FORMAT)
     try:
         parts: dict[str, Any] = {name: json.loads(tensors.pop(name).numpy().tobytes()) for name in ("captions", "keys")}
-        embeddings = Embeddings(**(tensors | parts), bad=head["bad"])
+        embeddings = Embeddings(**(tensors | parts), bad=head["bad"], caption_sources=head.get("sources", {}))
         facts = head["facts"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: a damaged file of embeddings ({error}); save them again") from None

@@ -21,6 +21,12 @@ def runs(shards, tmp_path_factory) -> dict[str, Path]:
         ended = run(launcher, *data, f"run.name={launcher}")
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "finished 4 steps" in ended.stdout
+        for name, taken in (
+            ("data.train", "of several a step takes one: data.caption=random"),
+            ("data.val", "all of them"),
+        ):
+            looked = f"{name}: 16 samples looked at: images are .png; captions are json:captions, 2 each; {taken}"
+            assert looked in ended.stdout
     return {launcher: root / launcher for launcher in LAUNCHERS}
 
 

@@ -90,6 +90,8 @@ def test_deepspeed_settings_pass_through():
         ("train.steps=-1", ["train.steps=-1", "negative"]),
         ("data.crop_scale_min=0", ["data.crop_scale_min=0"]),
         ("data.max_bad_share=2", ["data.max_bad_share=2"]),
+        ("data.caption_members=[txt,'json:']", ["data.caption_members", "suffixes such as txt"]),
+        ("data.image_members=a/b", ["data.image_members", "suffixes such as jpg"]),
         ("data.streams=3", ["data.streams=3", "divide train.global_batch"]),
         ("objectives.clip.logit_scale_max=5", ["objectives.clip.logit_scale_max=5", "ln 100"]),
         ("launch.gpus=0", ["launch.gpus=0"]),

@@ -98,6 +98,7 @@ def open_rows(folder: Path, rows: int) -> Loader:
 def captions_of(members: Members) -> list[str]:
     """What docs/pipeline.md promises of a sample without defects: the record's captions, else the text."""
     listed = json.loads(members.get("json") or b"{}").get("captions")
+    listed = [listed] if isinstance(listed, str) else listed
     captions = [text for text in listed if isinstance(text, str) and text.strip()] if isinstance(listed, list) else []
     return captions or [members["txt"].decode().strip()]
 

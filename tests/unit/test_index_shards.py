@@ -278,6 +278,11 @@ def test_where_nothing_is_left_it_is_a_fault(folder: Path, monkeypatch, capsys, 
     with pytest.raises(Fault, match="none of 1 samples can be used: in a damaged shard; --salvage keeps"):
         run(monkeypatch, capsys, cut, "--out", tmp_path / "x.index.zip")
     assert not (tmp_path / "x.index.zip").exists()
+    write_shard(tmp_path / "cap.tar", [Sample("a", {"jpg": picture(40, 20), "cap": b"a dog"})])
+    out = ("--verify", "--out", tmp_path / "x.index.zip")
+    with pytest.raises(Fault, match=r"missing caption; their members are cap, jpg; see --caption-members"):
+        run(monkeypatch, capsys, tmp_path / "cap.tar", *out)
+    assert run(monkeypatch, capsys, tmp_path / "cap.tar", *out, "--caption-members", "cap")[1]["kept"] == 1
 
 
 def test_every_reason_of_training_has_its_place() -> None:

@@ -76,11 +76,25 @@ def test_numbers(folder: Path, monkeypatch, capsys) -> None:
     assert (pictures["aspect"]["0"], pictures["aspect"]["100"]) == (1, 2.5)
     assert pictures["repeated"] == 1
     assert captions["count"] == 6
+    assert captions["sources"] == {"json:captions": 3, ".txt": 2}
     assert captions["repeated"] == 1  # "A dog." and "a  dog"
     assert captions["vocabulary"] == len({"a", "dog", "two", "dogs", "run", "it's", "cat", "grey", "white"})
     assert captions["most_frequent"]["a"] == 3
     assert captions["characters"]["100"] == len("Two dogs run")
     assert result["unusable"] == {"missing caption": 1}
+
+
+def test_five_lines_are_five_captions_unless_told_otherwise(tmp_path: Path, monkeypatch, capsys) -> None:
+    members = {"img": picture(10, 20, "JPEG"), "txt": b"\n".join(b"caption %d" % row for row in range(5))}
+    write_shard(tmp_path / "0.tar", [Sample(f"s{row}", members) for row in range(24)])
+    _, result, said = run(monkeypatch, capsys, tmp_path)
+    assert result["unusable"] == {"missing image": 24}
+    assert "of 16 samples looked at none has an image" in said
+    assert "name them: --image-members img" in said
+    for words, count in (((), 120), (("--caption-lines", "whole"), 24)):
+        code, result, said = run(monkeypatch, capsys, tmp_path, "--image-members", ".IMG", "--verify", *words)
+        assert (code, result["captions"]["count"], result["unusable"], said) == (0, count, {}, "")
+        assert list(result["captions"]["sources"].values()) == [24]
 
 
 def test_a_sample_is_the_same_every_time(folder: Path, monkeypatch, capsys) -> None:

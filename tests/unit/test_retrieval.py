@@ -256,6 +256,8 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert (record["candidates"], record["captions"], record["left_out"]) == (12, 24, {"missing caption": 1})
     assert record["t2i_r10"] >= 100 * 3 / 12 - 1e-9  # of 12 candidates, an untied rank is rarely above 10
     assert "left out, missing caption: 1 (000000012)" in captured.err
+    assert "captions are json:captions\n" in captured.out
+    assert record["caption_sources"] == {"json:captions": 12}
     assert record["rsum_low"] <= record["rsum"] <= record["rsum_high"]
     for shown in (f"{record['i2t_r5']:14.2f}", f"{record['t2i_r5_low']:.2f}-{record['t2i_r5_high']:.2f}"):
         assert shown in captured.out
@@ -263,7 +265,9 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_tool_without_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shard(tmp_path / "00000.tar", [[], []])
-    with pytest.raises(UserError, match="no picture with a caption in 2 samples"):
+    with pytest.raises(
+        UserError, match=r"of 2 samples looked at none has a caption .*; name them: --caption-members json:FIELD"
+    ):
         run_tool(monkeypatch, "tiny", str(tmp_path), "--device", "cpu")
 
 
@@ -299,7 +303,9 @@ def test_tool_by_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     split.write_text(json.dumps({"images": [{"filename": name, "split": "test"} for name in names]}))
     words = ("tiny", str(tmp_path / "set"), "--device", "cpu", "--split-file", str(split), "--resamples", "0", "--json")
     run_tool(monkeypatch, *words, "--protocol", "coco-5k", "--save-embeddings", saved)
-    record = last_json(capsys)
+    said = capsys.readouterr().out
+    record = json.loads(said.splitlines()[-1])
+    assert "captions are json:captions, the first 5 of a picture\n" in said
     assert (record["candidates"], record["captions"], record["missing"]) == (8, 8 * 5, 0)
     assert not any(name.endswith("_low") for name in record)
     run_tool(monkeypatch, *words, "--protocol", "coco-1k-folds")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from clipdist import config
 from clipdist.data.catalog import Catalog
+from clipdist.data.members import Members
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.evals import approximate, search
@@ -152,6 +153,7 @@ def test_features_are_kept_for_one_model_and_one_set_of_shards(
     path = cache_file(loaded, catalog)
     assert path.parent == tmp_path / "embeddings"
     assert len({path, cache_file(loaded, other), cache_file(loaded_as(model, tmp_path, "1" * 16), catalog)}) == 3
+    assert cache_file(loaded, Catalog(catalog.shards, members=Members(("png", "jpg")))) != path  # other images
     assert read_cache(path, loaded, catalog) is None
     assert not capsys.readouterr().err  # nothing wrong with a first search
     write_cache(path, loaded, catalog, kept())
