@@ -80,6 +80,8 @@ class Zero:
         optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
         half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
         originals = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if half else {}
+        if half:  # DeepSpeed casts no buffers, but timm's towers add constants to weights: the model casts itself
+            model.to(torch.bfloat16 if settings["bf16"]["enabled"] else torch.float16)
         try:
             self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -282,7 +284,8 @@ class Zero:
         parameters = {name for name, _ in self.module.named_parameters()}
         for name, buffer in self.module.state_dict().items() if dist.get_rank() == 0 else ():
             if name not in parameters:
-                copy = buffer.detach().to("cpu", copy=True).reshape(-1)
+                dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+                copy = buffer.detach().to("cpu", dtype, copy=True).reshape(-1)
                 yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, copy)
 
     def save_numel(self) -> tuple[int, bool]:

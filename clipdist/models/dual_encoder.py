@@ -11,7 +11,13 @@ from clipdist import config
 from clipdist.errors import UserError
 from clipdist.models.cbow import CBOW, load_word_vectors
 from clipdist.models.spec import ModelSpec, resolve_spec
-from clipdist.models.towers import checkpoint_image_tower, frozen_subtrees, keep_statistics_fp32, lock
+from clipdist.models.towers import (
+    buffers_keep_dtype,
+    checkpoint_image_tower,
+    frozen_subtrees,
+    keep_statistics_fp32,
+    lock,
+)
 
 PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
 
@@ -127,8 +133,14 @@ class DualEncoder(nn.Module):
         return pixels.to(next(self.visual.parameters()).dtype, memory_format=layout)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualEncoder:
-        """Apply .to(), .half(), .bfloat16() ...: the pixel statistics change device but stay fp32."""
-        super()._apply(fn, recurse)
+        """Apply .to(), .half(), .bfloat16() ...: pixel statistics and the text tower's buffers keep their dtype.
+
+        timm's towers need their constants in the dtype of the weights. Text towers cast them where they are used:
+        rotary frequencies in bf16 would blur positions.
+        """
+        constants = [(part, name) for part in self.text.modules() for name, _ in part.named_buffers(recurse=False)]
+        with buffers_keep_dtype(constants):
+            super()._apply(fn, recurse)
         self._restore_pixel_statistics()
         return self
 

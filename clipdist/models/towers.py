@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -47,47 +46,48 @@ def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def keep_statistics_fp32(tower: nn.Module) -> None:
-    """Keep the running statistics of plain BatchNorm2d layers in fp32 when the tower is cast to bf16 or fp16.
+    """Keep BatchNorm's running statistics in fp32 when the weights are cast to bf16 or fp16, in layers of any subclass.
 
     In bf16 a running mean is no longer updated once a batch is within 2 % of it. In fp32 results are bit-identical.
     """
     for module in tower.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = BatchNormFp32Statistics
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            _mix_in(Fp32Statistics, module)
 
 
-class BatchNormFp32Statistics(nn.BatchNorm2d):
-    """BatchNorm2d for low precision: activations in the dtype of the input, running statistics in fp32."""
+class Fp32Statistics(nn.Module):
+    """Mixin of BatchNorm for low precision: activations in the dtype of the input, running statistics in fp32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x [b, C, H, W]; return the same shape and dtype."""
-        tracking = self.training and self.track_running_stats
-        share = self.momentum or 0.0
-        if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain mean over the batches so far, as in nn.BatchNorm2d
-                share = 1 / float(self.num_batches_tracked)
-        uses_statistics = tracking or not self.training
-        # The kernels require affine parameters of the same dtype as the statistics.
-        return F.batch_norm(
-            x,
-            self.running_mean if uses_statistics else None,
-            self.running_var if uses_statistics else None,
-            self.weight.float(),
-            self.bias.float(),
-            self.training,
-            share,
-            self.eps,
-        )
+        """Run the layer with fp32 affine parameters: the kernels require the dtype of the statistics."""
+        own = {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if parameter is not None and parameter.dtype != torch.float32
+        }
+        for name, parameter in own.items():
+            self._parameters[name] = parameter.float()  # type: ignore[assignment]
+        try:
+            return super().forward(x)
+        finally:
+            for name, parameter in own.items():
+                self._parameters[name] = parameter
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BatchNormFp32Statistics:
-        before = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, statistics in before.items():
-            after = getattr(self, name)
-            if after.dtype != statistics.dtype and not after.is_meta:
-                setattr(self, name, statistics.to(after.device))
+    def _apply(self, fn: Any, recurse: bool = True) -> Fp32Statistics:
+        with buffers_keep_dtype([(self, "running_mean"), (self, "running_var")]):
+            super()._apply(fn, recurse)
         return self
+
+
+@contextmanager
+def buffers_keep_dtype(buffers: list[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Let .to(), .half() ... change the device of these buffers, given by module and name, but not their dtype."""
+    before = [getattr(module, name) for module, name in buffers]
+    yield
+    for (module, name), buffer in zip(buffers, before):
+        after = getattr(module, name)
+        if after.dtype != buffer.dtype:
+            setattr(module, name, buffer.to(after.device))
 
 
 def checkpoint_image_tower(tower: nn.Module) -> None:
@@ -102,7 +102,7 @@ def checkpoint_image_tower(tower: nn.Module) -> None:
         if not blocks:
             raise _no_checkpointing(trunk)
         for block in blocks:
-            block.__class__ = type(block.__class__.__name__, (_Recomputed, block.__class__), {})
+            _mix_in(_Recomputed, block)
         return
     try:
         trunk.set_grad_checkpointing(True)
@@ -117,7 +117,7 @@ def _residual_blocks(trunk: nn.Module) -> list[nn.Module]:
 
 
 class _Recomputed(nn.Module):
-    """Mixin that checkpoints a block: mixed in before its class, so that parameter names and deep copies still work."""
+    """Mixin that checkpoints a block."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(super().forward, x, use_reentrant=False, context_fn=self._contexts)
@@ -131,6 +131,11 @@ def _no_checkpointing(trunk: nn.Module) -> UserError:
         f"engine.activation_checkpointing=true: not known how for the image tower {_kind(trunk)};"
         " set it to false, or choose a ViT or a ResNet"
     )
+
+
+def _mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
+    """Put a mixin before the class of a module, in place: parameter names and deep copies still work."""
+    module.__class__ = type(_kind(module), (mixin, type(module)), {})
 
 
 def _kind(module: nn.Module) -> str:

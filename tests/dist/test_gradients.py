@@ -13,6 +13,7 @@ from dist.launch import run_ranks
 VIT = "configs/models/tiny_vit.json"
 CBOW = "configs/models/tiny_cbow.json"
 RESNET = "configs/models/tiny_rn.json"  # BatchNorm: normalises over a micro-batch
+TIMM = "tests/dist/timm_lcnet.json"  # BatchNormAct2d
 DROPOUT = "tests/dist/vit_patch_dropout.json"
 BATCH = 16
 STAGES = (0, 1, 2, 3)
@@ -54,7 +55,8 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(model=CBOW, micro=micro)]
     if world == 2:
         cells += [cell(stage=stage, precision="fp16", micro=m) for stage in STAGES for m in (0, 2)]
-        cells += [cell(model=RESNET, stage=2, precision="bf16", micro=m, steps=2) for m in (0, 2)]
+        half = [(RESNET, 0), (RESNET, 2), (TIMM, 2)]
+        cells += [cell(model=name, precision="bf16", micro=m, steps=2) for name, m in half]
         cells += [cell(stage=stage, precision="bf16", micro=m, steps=2) for stage in STAGES for m in (0, 2)]
         cells += [cell(stage=stage, loss="sigmoid", precision="bf16", micro=2) for stage in STAGES]
         cells += [cell(stage=stage, loss="sigmoid", micro=4, steps=3) for stage in (1, 3)]

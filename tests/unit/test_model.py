@@ -18,7 +18,6 @@ from clipdist.errors import UserError
 from clipdist.models.cbow import CBOW
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.spec import ModelSpec, resolve_spec
-from clipdist.models.towers import BatchNormFp32Statistics
 
 TINY_VIT, TINY_RN, TINY_CBOW = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow"))
 TIMM = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
@@ -126,13 +125,13 @@ def test_the_same_seed_draws_the_same_weights() -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_low_precision_keeps_pixels_and_batchnorm_statistics_in_fp32() -> None:
+def test_low_precision_keeps_pixels_statistics_and_text_constants_in_fp32() -> None:
     model = build(TINY_RN)
     image, _ = batch(model)
     reference = model.encode_image(image)
     statistics = {name: value for name, value in model.state_dict().items() if "running" in name}
     model = build(TINY_RN).bfloat16()
-    assert model.image_mean.dtype == model.image_std.dtype == torch.float32
+    assert model.image_mean.dtype == model.image_std.dtype == model.text.attn_mask.dtype == torch.float32
     assert torch.equal(model.image_mean.flatten(), torch.tensor(open_clip.OPENAI_DATASET_MEAN))
     features = model.encode_image(image)
     assert features.dtype == torch.bfloat16
@@ -142,13 +141,26 @@ def test_low_precision_keeps_pixels_and_batchnorm_statistics_in_fp32() -> None:
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0.05, atol=0.01)
 
 
-def test_batchnorm_with_fp32_statistics_is_batchnorm() -> None:
-    plain, kept = torch.nn.BatchNorm2d(5), BatchNormFp32Statistics(5)
-    x = torch.randn(4, 5, 3, 3)
-    for train in (True, True, False):
-        assert torch.equal(plain.train(train)(x), kept.train(train)(x))
-    assert torch.equal(plain.running_var, kept.running_var)  # type: ignore[arg-type]
-    assert torch.equal(plain.num_batches_tracked, kept.num_batches_tracked)  # type: ignore[arg-type]
+TOWERS = {  # image towers of timm with norms or constants of their own, and the sizes at which they are tried
+    "fastvit_mci1": 64,  # MobileCLIP-S1: BatchNormAct2d
+    "mobilenetv2_035": 32,  # BatchNormAct2d
+    "levit_128s": 224,  # BatchNorm1d
+    "eva02_tiny_patch14_224": 224,  # biases that are buffers, rotary positions
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_towers_of_timm_train_and_evaluate_in_half_precision(tower: str, tmp_path: Path) -> None:
+    pool = "avg" if "mci" in tower else ""
+    vision = {"image_size": TOWERS[tower], "timm_model_name": tower, "timm_pool": pool, "timm_proj": "linear"}
+    model = build(model_json(tmp_path, vision=vision)).bfloat16()
+    image, tokens = batch(model)
+    grads = gradients(model.train(), image, tokens)
+    assert all(bool(gradient.isfinite().all()) for gradient in grads.values())
+    assert grads.keys() == dict(model.named_parameters()).keys()
+    features = model.eval().encode_image(image)
+    assert features.dtype == torch.bfloat16
+    assert features.isfinite().all()
 
 
 # CBOW

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
+
+import open_clip.transformer
 import pytest
+import timm.layers
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist.models.norms import running_norms, statistics_frozen, statistics_updated_once
-from clipdist.models.towers import BatchNormFp32Statistics, keep_statistics_fp32
+from clipdist.models.towers import Fp32Statistics, keep_statistics_fp32
 
 
 def make(momentum: float | None) -> nn.Module:
@@ -17,7 +23,7 @@ def make(momentum: float | None) -> nn.Module:
         nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=momentum), nn.BatchNorm2d(5, momentum=momentum)
     )
     keep_statistics_fp32(model)
-    assert type(model[1]) is BatchNormFp32Statistics
+    assert isinstance(model[1], Fp32Statistics)
     model(torch.randn(4, 3, 8, 8))  # statistics that are not the first ones
     return model
 
@@ -64,3 +70,39 @@ def test_statistics_can_be_held_still_and_locked_layers_stay():
     after = model.state_dict()
     assert torch.equal(after["1.running_mean"], before["1.running_mean"])
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
+
+
+NORMS = {
+    f"{kind.__module__}.{kind.__name__}": kind
+    for module in (timm.layers, open_clip.transformer, nn)
+    for kind in vars(module).values()
+    if isinstance(kind, type)
+    and issubclass(kind, nn.Module)
+    and re.match(r"(?!Conv|Separable|Lazy|Sync|Local|Cross).*Norm(?!Mlp)", kind.__name__)  # no tower has Sync...
+    and kind is not open_clip.transformer.LayerNormFp32  # for fp32 weights: built where cast_dtype is given
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", NORMS)
+def test_every_norm_trains_and_evaluates_in_half_precision(name, dtype):
+    torch.manual_seed(0)
+    layer = nn.Sequential(NORMS[name](*(8, 32) if NORMS[name] is nn.GroupNorm else (32,)))
+    channels_last = re.search("(Layer|Rms|RMS|Simple)Norm(?!.*2d)", name)
+    shape = (4, 16, 32) if channels_last else (4, 32, 16) if "1d" in name else (4, 32, 4, 4)
+    x = torch.randn(*shape, 2) if "3d" in name else torch.randn(shape)
+    keep_statistics_fp32(layer)
+    half = copy.deepcopy(layer).to(dtype)
+    for train in (True, False):
+        inputs = x.clone().requires_grad_(), x.to(dtype).requires_grad_()
+        expected, found = layer.train(train)(inputs[0]), half.train(train)(inputs[1])
+        assert found.dtype == dtype
+        for output in (expected, found):
+            output.float().sin().sum().backward()
+        pairs = [(found, expected), (inputs[1].grad, inputs[0].grad)]
+        pairs += [(p.grad, q.grad) for p, q in zip(half.parameters(), layer.parameters()) if q.grad is not None]
+        for ours, reference in pairs:
+            assert (ours.float() - reference).norm() < 0.1 * reference.norm()
+    if isinstance(layer[0], _BatchNorm):
+        assert [b.dtype for b in half.buffers()] == [b.dtype for b in layer.buffers()]
+        torch.testing.assert_close(half[0].running_mean, layer[0].running_mean, rtol=0.02, atol=0.001)
