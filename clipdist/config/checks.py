@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 
-from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Objectives, Optim, Run, Train
+from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Model, Objectives, Optim, Run, Train
 from clipdist.errors import UserError
 
 # Keys by section, for each bound.
 NOT_NEGATIVE = {
     "data": ("cache_gb", "retry_s", "threads", "streams", "window"),
+    "model": ("image_unlocked_groups", "text_unlocked_layers"),
     "optim": ("warmup_steps", "weight_decay", "grad_clip", "min_lr"),
     "train": ("steps", "samples", "micro_batch", "save_every", "save_minutes", "keep_every", "compare_every", "hang_s"),
     "guard": ("loss_spike", "update_spike", "patience", "rollbacks"),
@@ -34,10 +35,13 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_run(config.run)
     _check_data(config.data, config.train)
+    _check_model(config.model)
     _check_objectives(config.objectives)
     _check_optim(config.optim)
     _check_train(config.train)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
+    measured = bool(not config.train.keep_best or config.data.val or config.eval.labelled)
+    _need(measured, "train.keep_best", config.train.keep_best, "come with data.val or eval.labelled, which measure it")
     _check_launch(config.launch)
     _check_deepspeed(config.engine)
 
@@ -87,6 +91,16 @@ def _check_data(data: Data, train: Train) -> None:
         _need(all(re.fullmatch(form, name) for name in names), f"data.{key}", names, must)
     divides = not data.streams or train.global_batch % data.streams == 0
     _need(divides, "data.streams", data.streams, "divide train.global_batch")
+
+
+def _check_model(model: Model) -> None:
+    """Raise UserError for settings that would have no effect."""
+    locked = model.lock_image or not model.image_unlocked_groups
+    _need(locked, "model.image_unlocked_groups", model.image_unlocked_groups, "come with model.lock_image=true")
+    locked = model.lock_text or not model.text_unlocked_layers
+    _need(locked, "model.text_unlocked_layers", model.text_unlocked_layers, "come with model.lock_text=true")
+    used = bool(model.weights) or not model.trust_weights
+    _need(used, "model.trust_weights", "true", "come with model.weights, the file that is trusted")
 
 
 def _check_objectives(objectives: Objectives) -> None:

@@ -131,10 +131,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
 
 
 def _locked(model: DualEncoder, config: Config) -> DualEncoder:
-    if config.model.lock_image:
-        model.lock_image_tower(config.model.image_unlocked_groups)
-    if config.model.lock_text:
-        model.lock_text_tower(config.model.text_unlocked_layers)
+    model.lock_towers(config.model)
     if config.engine.activation_checkpointing:
         model.set_activation_checkpointing()
     return model

@@ -43,7 +43,7 @@ class CBOW(nn.Module):
         return self.proj(mean.to(vectors.dtype))
 
     def lock(self, unlocked_layers: int = 0) -> None:
-        """Freeze the embedding, and the projection too: unlocked_layers=1 lets the projection train, 2 everything."""
+        """Freeze the embedding, and the projection too: unlocked_layers=1 lets the projection train."""
         self.token_embedding.requires_grad_(unlocked_layers >= 2)
         self.proj.requires_grad_(unlocked_layers >= 1)
 

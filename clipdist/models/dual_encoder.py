@@ -94,23 +94,26 @@ class DualEncoder(nn.Module):
             module.eval()
         return self
 
-    def lock_image_tower(self, unlocked_groups: int = 0) -> None:
-        """Freeze the image tower except its last groups and a projection after a timm model (LiT, arXiv:2111.07991).
+    def lock_towers(self, cfg: config.Model) -> None:
+        """Freeze towers as configured, except their last groups and a projection behind a timm or Hugging Face model.
+
+        A locked image tower is LiT (Zhai et al., arXiv:2111.07991).
 
         Raises:
-            UserError: the tower cannot be unlocked in part.
+            UserError: a tower cannot be unlocked in part, nothing of it would be locked, or neither tower would train.
         """
-        lock(self.visual, "model.image_unlocked_groups", unlocked_groups)
-        self._update_locked()
-
-    def lock_text_tower(self, unlocked_layers: int = 0) -> None:
-        """Freeze the text tower except its last layers and a projection after a Hugging Face model.
-
-        Raises:
-            UserError: the tower cannot be unlocked in part.
-        """
-        lock(self.text, "model.text_unlocked_layers", unlocked_layers)
-        self._update_locked()
+        if cfg.lock_image:
+            lock(self.visual, "model.image_unlocked_groups", cfg.image_unlocked_groups)
+        if cfg.lock_text:
+            lock(self.text, "model.text_unlocked_layers", cfg.text_unlocked_layers)
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if trained and not {"image", "text"} & {self.part_of(name) for name in trained}:
+            raise UserError(
+                f"model.lock_image=true, model.lock_text=true: only {' and '.join(trained)} would be trained; unlock a"
+                " tower, or its last groups by model.image_unlocked_groups or model.text_unlocked_layers"
+            )
+        self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
+        self.train(self.training)
 
     def set_activation_checkpointing(self) -> None:
         """Keep only the inputs of residual blocks for the backward pass and recompute the other activations.
@@ -121,11 +124,6 @@ class DualEncoder(nn.Module):
         checkpoint_image_tower(self.visual)
         if any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
-
-    def _update_locked(self) -> None:
-        """Find the frozen modules and set them to evaluation mode."""
-        self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
-        self.train(self.training)
 
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
         pixels = (image.to(torch.float32) / 255 - self.image_mean) / self.image_std
@@ -163,7 +161,7 @@ def build_model(
             here, and the model JSON and weights file may be gone.
 
     Raises:
-        UserError: the description is inconsistent, or weights cannot be read.
+        UserError: the description is inconsistent, weights cannot be read, or towers cannot be locked as configured.
     """
     spec = restored or resolve_spec(cfg)
     model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
@@ -176,10 +174,7 @@ def build_model(
         from clipdist.models.weights import load_weights
 
         load_weights(model, cfg.weights, trust=cfg.trust_weights)
-    if cfg.lock_image:
-        model.lock_image_tower(cfg.image_unlocked_groups)
-    if cfg.lock_text:
-        model.lock_text_tower(cfg.text_unlocked_layers)
+    model.lock_towers(cfg)
     return model
 
 

@@ -23,14 +23,29 @@ def lock(tower: nn.Module, key: str, unlocked: int) -> None:
         key: name of the setting, for the message.
 
     Raises:
-        UserError: `unlocked` is negative, or this kind of tower cannot be unlocked in part.
+        UserError: this kind of tower cannot be unlocked in part, or has so few groups that nothing would be locked.
     """
-    if unlocked < 0:
-        raise UserError(f"{key}={unlocked}: must not be negative")
+    trained = _trained(tower)
     try:
         tower.lock(unlocked)  # type: ignore[operator]
+        if unlocked and trained <= _trained(tower):
+            groups = next(n for n in range(1, unlocked + 1) if _unlocks_all(tower, n))
+            raise UserError(
+                f"{key}={unlocked}: would lock nothing, for {_kind(tower)} has {groups} groups; set it to at most"
+                f" {groups - 1}, or do not lock this tower"
+            )
     except (AssertionError, AttributeError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}={unlocked}: {_kind(tower)} cannot be unlocked in part; set it to 0") from error
+
+
+def _trained(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _unlocks_all(tower: nn.Module, unlocked: int) -> bool:
+    tower.requires_grad_(True)
+    tower.lock(unlocked)  # type: ignore[operator]
+    return all(parameter.requires_grad for parameter in tower.parameters())
 
 
 def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:

@@ -153,7 +153,7 @@ def test_length_time_and_disk() -> None:
     never = configured("train.epochs=3", "train.save_every=4", "guard.patience=0")
     assert make_estimate(never, catalog).checkpoints_kept == 2 + 1
     assert make_estimate(configured("train.epochs=3")).steps is None
-    best = make_estimate(configured("train.steps=100", "train.keep_every=10", "train.keep_best=t2i_r1"))
+    best = make_estimate(configured("train.steps=100", "train.keep_every=10", "train.keep_best=t2i_r1", "data.val=v"))
     assert best.checkpoints_kept == 2 + 10 + 1 + 1
     assert "not known" in full_table(make_estimate(configured()))
 

@@ -265,11 +265,26 @@ def test_last_groups_can_stay_unlocked() -> None:
     assert model.visual.transformer.resblocks[1].training  # type: ignore[union-attr,index]
 
 
-def test_a_resnet_cannot_be_unlocked_in_part() -> None:
+@pytest.mark.parametrize(
+    ("kind", "tower", "groups"), [("vit", "image", 4), ("vit", "text", 4), ("cbow", "text", 2), ("timm", "image", 5)]
+)
+def test_unlocking_all_groups_or_more_is_refused(kind: str, tower: str, groups: int, tmp_path: Path) -> None:
+    name = {"vit": TINY_VIT, "cbow": TINY_CBOW}.get(kind) or model_json(tmp_path, vision=TIMM)
+    key = {"image": "image_unlocked_groups", "text": "text_unlocked_layers"}[tower]
+    lock = {f"lock_{tower}": True}
+    for unlocked in (groups, 99):
+        told = f"{key}={unlocked}: would lock nothing, for .* has {groups} groups; set it to at most {groups - 1}, or"
+        with pytest.raises(UserError, match=told):
+            build(name, **lock, **{key: unlocked})
+    assert not all(p.requires_grad for p in build(name, **lock, **{key: groups - 1}).parameters())
+
+
+def test_towers_that_cannot_be_locked_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="image_unlocked_groups=1: ModifiedResNet cannot be unlocked in part"):
         build(TINY_RN, lock_image=True, image_unlocked_groups=1)
-    with pytest.raises(UserError, match="must not be negative"):
-        build(TINY_VIT, lock_text=True, text_unlocked_layers=-1)
+    with pytest.raises(UserError, match="lock_text=true: only logit_scale would be trained"):
+        build(TINY_VIT, lock_image=True, lock_text=True)
+    build(model_json(tmp_path, vision=TIMM), lock_image=True, lock_text=True)  # the projection is trained
 
 
 # Activation checkpointing
