@@ -34,6 +34,13 @@ class Unreadable(UserError):
     """A file that cannot be read now: missing, or its storage is unavailable. A retry may succeed."""
 
 
+def brief(error: BaseException) -> str:
+    """Return another library's error as part of a line; with its type where the text alone says little."""
+    text = " ".join(str(error).split())[:200]
+    telling = text and not isinstance(error, (AttributeError, KeyError, TypeError))
+    return text if telling else f"{type(error).__name__} {text}".strip()
+
+
 @contextmanager
 def writing(what: str, hint: str = "", error: type[UserError] = UserError) -> Iterator[None]:
     """Turn an OSError of the block into one line: what cannot be written, why, and what to do about it."""

@@ -127,6 +127,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
             model = assemble(spec, config.objectives.clip, tower_weights=False)
     except UserError:  # some towers read values while they are built
         model = assemble(spec, config.objectives.clip, tower_weights=False).to("meta")
+    model.check_sizes()
     return _locked(model, config), spec
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clipdist import config
-from clipdist.errors import UserError
+from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.towers import (
@@ -17,6 +17,10 @@ from clipdist.models.towers import (
     frozen_subtrees,
     keep_statistics_fp32,
     lock,
+    native_size,
+    resize,
+    run_on_shapes,
+    text_positions,
 )
 
 PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
@@ -115,6 +119,38 @@ class DualEncoder(nn.Module):
         self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
         self.train(self.training)
 
+    def check_sizes(self) -> None:
+        """Run both towers on shapes alone, at the image size and the context length of the description.
+
+        Raises:
+            UserError: a tower does not take them, or its features have another width than embed_dim.
+        """
+        spec = self.spec
+        where = f"model.name={spec.name}"
+        positions = text_positions(self.text)
+        if positions and spec.context_length > positions:
+            raise UserError(
+                f"{where}: text_cfg.context_length={spec.context_length}, but {spec.hf_text} has {positions} positions;"
+                f" set at most {positions}"
+            )
+        side, dtype = spec.image_size, next(self.visual.parameters()).dtype
+        for tower, what, shape, kind in (
+            (self.visual, f"image tower, for images of {side} x {side} pixels", (2, 3, side, side), dtype),
+            (self.text, f"text tower, for {spec.context_length} tokens", (2, spec.context_length), torch.int64),
+        ):
+            try:
+                features = run_on_shapes(tower, shape, kind)[1:]
+            except NotImplementedError:
+                continue  # the tower reads values
+            except (AssertionError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                if "meta" in str(error):
+                    continue  # it reads values as well
+                native = native_size(tower)
+                own = f"; its own size is {native} x {native}" if native not in (0, side) else ""
+                raise UserError(f"{where}: the {what}, does not run: {brief(error)}{own}") from error
+            if features != (spec.embed_dim,):
+                raise UserError(f"{where}: embed_dim={spec.embed_dim}, but the {what}, gives features {list(features)}")
+
     def set_activation_checkpointing(self) -> None:
         """Keep only the inputs of residual blocks for the backward pass and recompute the other activations.
 
@@ -165,6 +201,8 @@ def build_model(
     """
     spec = restored or resolve_spec(cfg)
     model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
+    if not restored:
+        model.check_sizes()
     if cfg.word_vectors and not restored:
         from clipdist.data.tokens import BPETokenizer
 
@@ -202,6 +240,7 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
         described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced below
     try:
         towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
+        resize(towers.visual, spec.image_size)
     except Exception as error:  # timm, transformers and the hub raise errors of many types for bad descriptions
         raise UserError(_cannot_build(described, spec, error)) from error
     keep_statistics_fp32(towers.visual)
@@ -210,6 +249,7 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
 
 
 def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) -> str:
+    """Return the message for an error of a tower's constructor, with what was wanted from the hub if that failed."""
     vision, text = described["vision_cfg"], described["text_cfg"]
     wanted = []
     if vision.get("timm_model_name") and vision.get("timm_model_pretrained"):
@@ -217,10 +257,19 @@ def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) 
     if spec.hf_text:
         what = "configuration and weights" if text.get("hf_model_pretrained", True) else "configuration"
         wanted.append(f"{what} of {spec.hf_text}")
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if not wanted:
-        return f"model.name={spec.name}: the towers cannot be built: {reason}"
+    if not (wanted and _from_the_hub(error)):
+        return f"model.name={spec.name}: the towers cannot be built: {brief(error)}"
     return (
         f"model.name={spec.name}: needs {' and '.join(wanted)} from a local folder or the Hugging Face hub (offline:"
-        f" HF_HUB_OFFLINE=1 and HF_HOME at a filled cache): {reason}"
+        f" HF_HUB_OFFLINE=1 and HF_HOME at a filled cache): {brief(error)}"
     )
+
+
+def _from_the_hub(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is one of files or of the network."""
+    hub = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+    while error is not None:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in hub:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -21,7 +21,7 @@ from torch import nn
 from clipdist import config
 from clipdist.data.tokens import make_tokenizer, truncated_merges
 from clipdist.data.vocabulary import BPE_VOCABULARY
-from clipdist.errors import UserError
+from clipdist.errors import UserError, brief
 from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.spec import ModelSpec
@@ -289,9 +289,9 @@ def _write_program(spec: ModelSpec, tower: nn.Module, example: torch.Tensor, fil
     try:
         program = torch.export.export(tower, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # its compiler raises many kinds, all of them about this tower's code
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{spec.name}: torch.export cannot trace its {type(tower).__name__}: {reason}; take --format open_clip"
+            f"{spec.name}: torch.export cannot trace its {type(tower).__name__}: {brief(error)};"
+            " take --format open_clip"
         ) from error
     program._example_inputs = None  # they would be pickled into the file; nothing else is
     torch.export.save(program, file)

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipdist.errors import UserError
+from clipdist.errors import UserError, brief
 from clipdist.models.open_clip_files import check_channels
 
 if TYPE_CHECKING:  # a model's description is read where torch is not imported
@@ -200,8 +200,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         cfg = CLIPConfig.from_dict(found).to_dict()
     except Exception as error:  # transformers' own checks raise several kinds
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder}/config.json: not a configuration of CLIP: {reason}") from None
+        raise UserError(f"{folder}/config.json: not a configuration of CLIP: {brief(error)}") from None
     for section in ("vision_config", "text_config"):
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(cfg[section][key], int) or cfg[section][key] < 1:

@@ -9,11 +9,46 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clipdist.errors import UserError
 from clipdist.models.norms import running_norms, statistics_frozen
+
+
+def native_size(tower: nn.Module) -> int:
+    """Return the side of the images, in pixels, that one of timm's image towers is made for; 0 for other towers."""
+    trunk: Any = getattr(tower, "trunk", None)
+    return trunk.default_cfg["input_size"][-1] if trunk is not None else 0
+
+
+def resize(tower: nn.Module, image_size: int) -> None:
+    """Let one of timm's towers that has a fixed input size take square images of another size."""
+    if native_size(tower) not in (0, image_size) and hasattr(tower.trunk, "set_input_size"):
+        tower.set_input_size((image_size, image_size))  # type: ignore[operator]
+
+
+def text_positions(tower: nn.Module) -> int:
+    """Return how many tokens a Hugging Face tower has positions for; 0 for other towers, and where any number fits."""
+    limit = getattr(getattr(tower, "config", None), "max_position_embeddings", 0)
+    for name, table in tower.named_modules():
+        if limit and name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            # RoBERTa counts positions from behind the id of padding.
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return limit
+
+
+def run_on_shapes(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the shape of a tower's output for an input of a shape, computed on the meta device with copies of nothing.
+
+    Raises:
+        Exception: whatever the tower raises for this input.
+    """
+    named = (*tower.named_parameters(), *tower.named_buffers())
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    with torch.no_grad():
+        return tuple(functional_call(tower, tensors, torch.ones(shape, dtype=dtype, device="meta")).shape)
 
 
 def lock(tower: nn.Module, key: str, unlocked: int) -> None:

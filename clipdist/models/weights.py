@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clipdist.errors import UserError
+from clipdist.errors import UserError, brief
 from clipdist.models.clip_model import check_same_architecture
 from clipdist.models.hugging_face import to_ours, weight_files
 from clipdist.models.spec import OPENAI_FACTS, ModelSpec, is_torchscript
@@ -65,7 +65,7 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"model.weights={path}: not a state dict that can be read safely: {_brief(error)}") from error
+        raise UserError(f"model.weights={path}: not a state dict that can be read safely: {brief(error)}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # a training checkpoint of open_clip
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
@@ -101,7 +101,7 @@ def _download(name: str, tag: str) -> Path:
     except Exception as error:  # the hub and urllib raise many kinds for "no network"
         source = facts.get("hf_hub") or facts.get("url")
         raise UserError(
-            f"model.weights={tag}: cannot be fetched from {source}: {_brief(error)}; fetch it on a machine with a"
+            f"model.weights={tag}: cannot be fetched from {source}: {brief(error)}; fetch it on a machine with a"
             " network and name the file, or set HF_HUB_OFFLINE=1 and HF_HOME to a filled cache"
         ) from error
 
@@ -129,7 +129,7 @@ def _read_torchscript(path: Path, trust: bool) -> dict[str, torch.Tensor]:
         try:
             tensors = torch.jit.load(str(path), map_location="cpu").state_dict()
         except RuntimeError as error:
-            raise UserError(f"model.weights={path}: a damaged TorchScript archive: {_brief(error)}") from error
+            raise UserError(f"model.weights={path}: a damaged TorchScript archive: {brief(error)}") from error
     return tensors
 
 
@@ -166,10 +166,6 @@ def _check_fit(model: nn.Module, name: str, tensors: dict[str, torch.Tensor], pa
     strangers = sorted(tensors.keys() - own.keys())
     if strangers:
         raise UserError(f"{where}: {strangers[0]} is not of this model ({len(strangers)} such)")
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _sha256(path: Path) -> str:

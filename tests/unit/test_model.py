@@ -12,9 +12,10 @@ import open_clip
 import pytest
 import torch
 
-from clipdist.config import Clip, Model
+from clipdist.config import Clip, Model, load_config
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
+from clipdist.estimate.activations import meta_model
 from clipdist.models.cbow import CBOW
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.spec import ModelSpec, resolve_spec
@@ -161,6 +162,37 @@ def test_towers_of_timm_train_and_evaluate_in_half_precision(tower: str, tmp_pat
     features = model.eval().encode_image(image)
     assert features.dtype == torch.bfloat16
     assert features.isfinite().all()
+
+
+# Declared sizes
+
+
+def fixed(name: str, size: int, **more: object) -> dict:
+    return {**TIMM, "timm_pool": "", "timm_model_name": name, "image_size": size, **more}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_towers_of_timm_take_the_declared_image_size(name: str, tmp_path: Path) -> None:
+    path = model_json(tmp_path, vision=fixed(name, 64))
+    model = build(path)
+    assert model.encode_image(batch(model)[0]).shape == (4, 16)
+    meta_model(load_config(None, [f"model.name={path}"]))
+
+
+@pytest.mark.parametrize(
+    ("vision", "context", "told"),
+    [
+        (fixed("levit_128s", 64), 0, "images of 64 x 64 pixels, does not run: .*; its own size is 224 x 224$"),
+        (fixed("lcnet_035", 224, timm_pool="avg"), 0, "does not run: a and b must .* 1280. X .176, 16.+$"),
+        (fixed("lcnet_035", 64, timm_proj="none"), 0, r"embed_dim=16, but .*, gives features \[1280, 2, 2\]"),
+        (VIT, 600, "text_cfg.context_length=600, but .*bert has 512 positions; set at most 512"),
+    ],
+)
+def test_sizes_that_a_tower_does_not_take_are_refused(vision: dict, context: int, told: str, tmp_path: Path) -> None:
+    path = model_json(tmp_path, vision, hf_tower(tmp_path) | {"context_length": context} if context else None)
+    for make in (lambda: build(path), lambda: meta_model(load_config(None, [f"model.name={path}"]))):  # and the plan
+        with pytest.raises(UserError, match=told):
+            make()
 
 
 # CBOW
@@ -329,7 +361,7 @@ def test_activation_checkpointing_of_hugging_face_towers(tmp_path: Path) -> None
 
 
 def test_activation_checkpointing_of_unknown_batchnorm_towers_is_refused(tmp_path: Path) -> None:
-    vision = {"image_size": 32, "timm_model_name": "lcnet_035", "timm_pool": "avg", "timm_proj": "linear"}
+    vision = {"image_size": 32, "timm_model_name": "lcnet_035", "timm_pool": "avg", "timm_proj": None}
     model = build(model_json(tmp_path, vision=vision))
     with pytest.raises(UserError, match="activation_checkpointing=true: not known how"):
         model.set_activation_checkpointing()
