@@ -147,15 +147,12 @@ def is_torchscript(path: Path) -> bool:
 
 def _is_openai_state_dict(path: Path) -> bool:
     """Whether a torch file holds OpenAI's tensors, saved again by somebody: it then needs QuickGELU as they do."""
-    import torch
+    from clipdist.models.state_dicts import read_torch_file
 
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)  # names only: no tensor is read
+        return read_torch_file(path, device="meta").keys() >= OPENAI_FACTS  # names only: no tensor is read
     except Exception:  # torch raises many kinds for what is no such file; reading the weights will tell what is wrong
         return False
-    nested = content.get("state_dict") if isinstance(content, dict) else None
-    content = nested if isinstance(nested, dict) else content
-    return isinstance(content, dict) and {str(name).removeprefix("module.") for name in content} >= OPENAI_FACTS
 
 
 # Numbers that stand among the tensors of OpenAI's files, and of nobody else's.
@@ -164,6 +161,14 @@ OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
 # Keys of a description that are not handed to open_clip's constructors: ours, and what ModelSpec or the loss keeps.
 # A constant logit bias cancels in both softmaxes of InfoNCE.
 _NOT_OPEN_CLIPS = ("image_mean", "image_std", "quick_gelu", "init_logit_bias")
+
+
+# Values that open_clip would meet with a KeyError, or not at all.
+_CHOICES = {
+    "vision_cfg.timm_proj": ("linear", "mlp", "none"),
+    "text_cfg.hf_proj_type": ("linear", "mlp"),
+    "text_cfg.hf_pooler_type": ("mean_pooler", "max_pooler", "cls_pooler", "cls_last_hidden_state_pooler"),
+}
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:
@@ -225,6 +230,11 @@ def _check_description(name: str, description: Any) -> None:
                 near = difflib.get_close_matches(key, sorted(known), n=1)
                 hint = f"; did you mean {prefix}{near[0]}?" if near else ""
                 raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
+    for key, choices in _CHOICES.items():
+        section, _, name = key.partition(".")
+        value = description[section].get(name)
+        if value and value not in choices:
+            raise UserError(f"{where}: {key}={value}: must be one of {', '.join(choices)}")
     _check_cbow(where, description["text_cfg"].get("cbow"))
 
 
@@ -299,11 +309,11 @@ def _exported_facts(path: Path) -> dict[str, Any]:
 
     try:
         with safetensors.safe_open(str(path), framework="np") as file:
-            head, names = file.metadata() or {}, set(file.keys())
+            head, names = file.metadata() or {}, list(file.keys())
     except safetensors.SafetensorError as error:
         raise UserError(f"model.weights={path}: not a safetensors file: {error}") from None
     if "clipdist" not in head:
-        return {"quick_gelu": True} if names >= OPENAI_FACTS else {}
+        return {"quick_gelu": True} if {name.rpartition(".")[2] for name in names} >= OPENAI_FACTS else {}
     spec = json.loads(head["clipdist"])
     return {"quick_gelu": spec["quick_gelu"], "mean": spec["image_mean"], "std": spec["image_std"]}
 

@@ -7,7 +7,6 @@ when their SHA-256 is one that OpenAI publishes, or when the user says that the 
 from __future__ import annotations
 
 import hashlib
-import pickle
 import warnings
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from clipdist.errors import UserError, brief
 from clipdist.models.clip_model import check_same_architecture
 from clipdist.models.hugging_face import to_ours, weight_files
 from clipdist.models.spec import OPENAI_FACTS, ModelSpec, is_torchscript
+from clipdist.models.state_dicts import plain_names, read_torch_file
 
 
 def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
@@ -25,8 +25,8 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
 
     Args:
         model: a DualEncoder of the same architecture; only a ViT's image size may differ (positions are interpolated).
-        weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict (open_clip's
-            training checkpoints included), or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
+        weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict or a training
+            checkpoint that holds one, or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
             CLIPModel.
         trust: run a TorchScript archive although its SHA-256 is not one of OpenAI's.
 
@@ -62,15 +62,7 @@ def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
         return _without_facts(_read_safetensors(path))
     if is_torchscript(path):
         return _without_facts(_read_torchscript(path, trust))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"model.weights={path}: not a state dict that can be read safely: {brief(error)}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):  # a training checkpoint of open_clip
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
-        raise UserError(f"model.weights={path}: holds no state dict (names and tensors)")
-    return _without_facts({name.removeprefix("module."): value for name, value in content.items()})
+    return _without_facts(read_torch_file(path))
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -111,7 +103,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        return plain_names(load_file(path))
     except safetensors.SafetensorError as error:
         raise UserError(f"model.weights={path}: not a safetensors file: {error}") from error
 
@@ -158,6 +150,8 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict
 def _check_fit(model: nn.Module, name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     where = f"model.weights={path}: does not fit {name}"
     own = model.state_dict()
+    if not own.keys() & tensors.keys() - {"logit_scale"}:
+        raise UserError(f"{where}: not one tensor is of this model; the file holds {', '.join(list(tensors)[:3])} ...")
     for name, value in own.items():
         if name not in tensors:
             raise UserError(f"{where}: {name} is missing ({len(own.keys() - tensors.keys())} are)")

@@ -433,6 +433,10 @@ def test_unknown_names(name: str, complaint: str) -> None:
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "image_std": 5}', "image_std takes three numbers"),
         ('{"embed_dim": 8, "vision_cfg": {"image_size": [32, 64]}, "text_cfg": {}}', "only square pictures"),
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"cbow": {"width": 8}}}', "text_cfg.cbow takes exactly"),
+        (
+            '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_pooler_type": "mean"}}',
+            "text_cfg.hf_pooler_type=mean: must be one of mean_pooler, max_pooler, cls_pooler, cls_last_hidden_state_p",
+        ),
     ],
 )
 def test_bad_descriptions(description: str, complaint: str, tmp_path: Path) -> None:
@@ -442,8 +446,8 @@ def test_bad_descriptions(description: str, complaint: str, tmp_path: Path) -> N
 
 
 def test_towers_that_cannot_be_built_are_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the towers cannot be built: .*resnet9999"):
-        build(model_json(tmp_path, vision={**TIMM, "timm_model_name": "resnet9999"}))
+    with pytest.raises(UserError, match=r"the towers cannot be built: Unknown model \(resnet9999\)$"):
+        build(model_json(tmp_path, vision={**TIMM, "timm_model_name": "resnet9999", "timm_model_pretrained": True}))
 
 
 def test_weights_of_a_hugging_face_folder_are_loaded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ checkpoint loaded back."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import runpy
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -133,21 +135,37 @@ def test_hashes_of_openai_are_sha256_and_include_rn50() -> None:
 # State dicts
 
 
-@pytest.mark.parametrize("form", ["safetensors", "plain", "training"])
-def test_state_dicts_of_open_clip_load(form: str, tmp_path: Path) -> None:
+SETTINGS = argparse.Namespace(lr=0.1, out=Path("runs"), best=np.float64(31.5))
+FILES = {  # the prefix of all names, the entry that holds the tensors, and what is beside it
+    "plain": ("", "", {}),
+    "training": ("module.", "state_dict", {"epoch": 3, "name": "x", "optimizer": {"lr": 0.1}}),
+    "compiled": ("_orig_mod.", "", {}),
+    "compiled, distributed": ("module._orig_mod.", "state_dict", {"args": SETTINGS}),
+    "distributed, compiled": ("_orig_mod.module.", "model_state_dict", {"model": "ViT"}),
+    "Lightning": ("model.", "state_dict", {"hyper_parameters": SETTINGS, "epoch": 3}),
+    "model": ("", "model", {"args": SETTINGS, "best": np.float64(1), "model_ema": {"logit_scale": torch.ones(())}}),
+    "DeepSpeed": ("", "module", {"global_steps": 7, "optimizer": None}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("form", FILES)
+def test_state_dicts_of_open_clip_load(
+    form: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = source_model()
-    tensors = source.state_dict()
-    file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
-    if form == "safetensors":
+    prefix, entry, beside = FILES[form]
+    tensors = {prefix + name: value for name, value in source.state_dict().items()}
+    file = tmp_path / f"w{suffix}"
+    if suffix == ".safetensors":
         save_file(tensors, file)
-    elif form == "plain":
-        torch.save(tensors, file)
     else:
-        wrapped = {f"module.{name}": value for name, value in tensors.items()}
-        torch.save({"epoch": 3, "name": "x", "state_dict": wrapped, "optimizer": {"lr": 0.1}}, file)
+        torch.save({entry: tensors, **beside} if entry else tensors, file)
     model = build_model(Model(name=model_json(tmp_path), weights=str(file)))
     assert not model.spec.quick_gelu
     assert max(differences(model, source)) < 1e-6
+    two = "takes 'model' of its state dicts 'model', 'model_ema'" in capsys.readouterr().out
+    assert two == (suffix == ".pt" and form == "model")
 
 
 @pytest.mark.parametrize("form", ["plain", "training", "safetensors"])
@@ -186,7 +204,10 @@ def changed(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
         (changed(ln_final__weight=None), r"text\.ln_final\.weight is missing \(1 are\)"),
         (changed(visual__extra=torch.zeros(1)), r"visual\.extra is not of this model \(1 such\)"),
         ({}, "holds no state dict"),
-        ({"state_dict": 3}, "holds no state dict"),
+        ({"state_dict": 3, "epoch": 2.5}, r"holds no state dict .*, but 'state_dict' \(int\), 'epoch' \(float\)$"),
+        ([1], r"holds no state dict .*, but an object of list$"),
+        ({"encoder": changed()}, r"holds no state dict .*, but 'encoder' \(OrderedDict|dict\)$"),
+        ({"fc.weight": torch.zeros(1)}, r"not one tensor is of this model; the file holds fc\.weight \.\.\.$"),
     ],
 )
 def test_weights_that_do_not_fit(tensors: dict, complaint: str, tmp_path: Path) -> None:
@@ -216,7 +237,8 @@ def test_other_files_are_refused_and_run_nothing(
 def test_pickled_objects_inside_a_torch_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Payload()}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="read safely"):
+    told = r"read safely: it holds objects of builtins\.getattr, pathlib\.Path, which might run code; save"
+    with pytest.raises(UserError, match=told):
         build_model(Model(name=model_json(tmp_path), weights="./w.pt"))
     assert not (tmp_path / "ran").exists()
 
