@@ -126,6 +126,8 @@ class Trainer:
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume else None
         with NothingDrawn() if resume else nullcontext():
             model = build_model(config.model, config.objectives.clip, restored=restored)
+        train = config.train
+        model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size)
         if resume:
             _load(model, load_full_weights(resume.folder, config.data.retry_s), str(resume.folder))
         if config.engine.activation_checkpointing:

@@ -144,7 +144,11 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
     Args:
         model: as meta_model gives it; it is cast to the precision.
         precision: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: BatchNorm cannot be trained with so few pairs.
     """
+    model.check_rows(batch)
     try:
         return one_pass(model.to(DTYPES[precision]), batch)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor

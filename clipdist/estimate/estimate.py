@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -220,9 +221,10 @@ class Estimate:
     def _what_fits(self, limit: int) -> str:
         for changed, words in remedies(self.config, self.world, self.device):
             world = self.world // self.config.launch.nodes * changed.launch.nodes
-            found = make_estimate(changed, world=world, model=self.model)
-            if found.total <= limit:
-                return f"set {' '.join(words)}: {found.total / GB:.1f} GB"
+            with suppress(UserError):  # a micro-batch too small for BatchNorm
+                found = make_estimate(changed, world=world, model=self.model)
+                if found.total <= limit:
+                    return f"set {' '.join(words)}: {found.total / GB:.1f} GB"
         return "nothing that was tried makes it fit, more nodes included: take a smaller model or more memory"
 
 

@@ -91,6 +91,7 @@ class Audit:
         self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
         model = build_model(cfg.model, cfg.clip)
+        model.check_rows(self.micro)
         self.spec = model.spec
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision])

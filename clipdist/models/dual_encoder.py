@@ -151,6 +151,26 @@ class DualEncoder(nn.Module):
             if features != (spec.embed_dim,):
                 raise UserError(f"{where}: embed_dim={spec.embed_dim}, but the {what}, gives features {list(features)}")
 
+    def check_rows(self, rows: int) -> None:
+        """Check that a rank's forward passes of so many pairs can train BatchNorm.
+
+        Raises:
+            UserError: a layer of an image tower that is trained would normalise one value per channel.
+        """
+        side = self.spec.image_size
+        try:
+            if rows == 1:
+                run_on_shapes(self.visual, (1, 3, side, side), next(self.visual.parameters()).dtype)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise UserError(
+                    "train.global_batch, train.micro_batch: one pair in a forward pass leaves BatchNorm in"
+                    f" {self.spec.name} one value per channel; let each rank take two pairs or more at once, or lock"
+                    " the image tower"
+                ) from None
+        except (NotImplementedError, RuntimeError):
+            pass  # the tower reads values
+
     def set_activation_checkpointing(self) -> None:
         """Keep only the inputs of residual blocks for the backward pass and recompute the other activations.
 

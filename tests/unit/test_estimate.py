@@ -184,6 +184,8 @@ def test_within_fifteen_per_cent_is_let_pass() -> None:
     make_estimate(configured(f"launch.device_gb={total / 1.14}")).refuse()
     with pytest.raises(UserError, match="nothing that was tried"):
         make_estimate(configured("launch.device_gb=0.001")).refuse()
+    with pytest.raises(UserError, match="nothing that was tried"):  # micro_batch=1, which BatchNorm refuses, among it
+        make_estimate(configured("launch.device_gb=0.001", base=RESNET)).refuse()
 
 
 def test_an_unknown_device_refuses_nothing() -> None:

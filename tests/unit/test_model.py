@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -15,10 +16,12 @@ import torch
 from clipdist.config import Clip, Model, load_config
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
+from clipdist.estimate import make_estimate
 from clipdist.estimate.activations import meta_model
 from clipdist.models.cbow import CBOW
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.trainer import Trainer
 
 TINY_VIT, TINY_RN, TINY_CBOW = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow"))
 TIMM = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
@@ -193,6 +196,21 @@ def test_sizes_that_a_tower_does_not_take_are_refused(vision: dict, context: int
     for make in (lambda: build(path), lambda: meta_model(load_config(None, [f"model.name={path}"]))):  # and the plan
         with pytest.raises(UserError, match=told):
             make()
+
+
+def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> None:
+    told = "^train.global_batch, train.micro_batch: one pair in a forward pass leaves BatchNorm in .*tiny_rn"
+    for words in (["train.global_batch=1"], ["train.global_batch=8", "train.micro_batch=1"]):
+        config = load_config(None, [f"model.name={TINY_RN}", "device=cpu", *words])
+        new, alone = SimpleNamespace(resume=None), SimpleNamespace(world_size=1)
+        trainer: Any = SimpleNamespace(config=config, plan=new, dist_env=alone)
+        with pytest.raises(UserError, match=told):
+            Trainer._build_engine(trainer)
+        with pytest.raises(UserError, match=told):
+            _ = make_estimate(config).total
+    build(TINY_RN).check_rows(2)
+    build(TINY_RN, lock_image=True).check_rows(1)
+    build(TINY_VIT).check_rows(1)
 
 
 # CBOW
