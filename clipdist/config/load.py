@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clipdist.config.checks import check
 from clipdist.config.moved_keys import refuse_old_keys, upgrade
-from clipdist.config.schema import REPOSITORY, Config, Objectives
+from clipdist.config.schema import DEFAULT_RECIPE, REPOSITORY, Config, Objectives
 from clipdist.errors import UserError
 
 
@@ -53,12 +54,25 @@ def load_config(
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         text = str(error).splitlines()[0]
+        if isinstance(error, (ConfigKeyError, ConfigAttributeError)) and key and "Did you mean" not in text:
+            text += _did_you_mean(key)
         raise UserError(f"{where}: {key + ': ' if key else ''}{text}") from None
     except TypeError as error:  # OmegaConf's of a table where a list is due, such as data.train.0=PATH
         raise UserError(f"{where}: {error}") from None
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _did_you_mean(key: str) -> str:
+    """Return ". Did you mean: ..." with the settings whose own name is that of a key, or close to it; "" if none is."""
+    full_names: dict[str, list[str]] = {}
+    for full_name in flat(Config()):
+        full_names.setdefault(full_name.rpartition(".")[2], []).append(full_name)
+    name = key.rpartition(".")[2]
+    names = [name] if name in full_names else difflib.get_close_matches(name, full_names)
+    found = [full_name for name in names for full_name in full_names[name]]
+    return f". Did you mean: {', '.join(found)}?" if found else ""
 
 
 def escape_shell(line: str) -> str:
@@ -107,15 +121,25 @@ def _read_yaml(path: Path) -> Any:
     """Read a YAML file; a relative path may also start at the repository."""
     given, path = path, path if path.is_file() else REPOSITORY / path
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        raise UserError(f"--config {given}: no such file{hint}")
+        raise UserError(f"--config {given}: no such file{_recipes_like(given)}")
     try:
         return OmegaConf.load(path)
     except OmegaConfBaseException:
         raise
     except Exception as error:  # the YAML parser's own errors: they carry line and column
         raise UserError(f"--config {path}: not YAML: {_one_line(error)}") from None
+
+
+def _recipes_like(given: Path) -> str:
+    """Return a hint: the recipe with nearly this name, else those of the same folder, else the project's."""
+    own = Path(DEFAULT_RECIPE).parent
+    folders = [own] if given.parent == Path() else [given.parent, own]
+    recipes = [folder / path.name for folder in folders for path in sorted((REPOSITORY / folder).glob("[!.]*.yaml"))]
+    near = difflib.get_close_matches(given.stem, [path.stem for path in recipes], n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean --config {next(path for path in recipes if path.stem == near[0])}?"
+    folder = recipes[0].parent
+    return f"; {folder} holds {', '.join(path.name for path in recipes if path.parent == folder)}"
 
 
 def _read_site(path: Path) -> Any:
@@ -144,6 +168,8 @@ def _one_line(error: Exception) -> str:
 def _parse_override(word: str) -> Any:
     """Parse "section.key=value"."""
     key, equals, _ = word.partition("=")
+    if Path(word).suffix in (".yaml", ".yml") and not equals:
+        raise UserError(f"{word!r} on the command line: a recipe is named by --config {word}")
     if not equals or not key:
         raise UserError(f"{word!r} on the command line: expected section.key=value, such as optim.lr=1e-3")
     try:

@@ -75,6 +75,11 @@ def test_deepspeed_settings_pass_through():
     [
         ("optim.lrr=1", ["the command line", "lrr", "Did you mean", "lr"]),
         ("optimm.lr=1", ["optimm", "Did you mean", "optim"]),
+        ("lr=1e-3", ["the command line: lr", "Did you mean: optim.lr?"]),
+        ("seed=1", ["Did you mean: data.seed, train.seed?"]),
+        ("optim.global_batch=8", ["Did you mean: train.global_batch?"]),
+        ("global_bach=8", ["Did you mean: train.global_batch?"]),
+        ("configs/tiny.yaml", ["a recipe is named by --config configs/tiny.yaml"]),
         ("train.epochs=many", ["train.epochs", "many"]),
         ("train.epochs=1.5", ["train.epochs", "1.5"]),
         ("train.precision=fp8", ["train.precision", "fp8"]),
@@ -139,11 +144,23 @@ def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
     assert str(path) in refused([], path)
 
 
-def test_a_missing_recipe_names_its_neighbours(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("tiny.yaml", "; did you mean --config configs/tiny.yaml?"),
+        ("configs/tiny.yml", "; did you mean --config configs/tiny.yaml?"),
+        ("absent.yaml", "; configs holds cc3m_vitb16.yaml, demo.yaml, "),
+        ("DIR/absent.yaml", "; DIR holds recipe.yaml"),
+        ("DIR/recip.yaml", "; did you mean --config DIR/recipe.yaml?"),
+    ],
+)
+def test_a_missing_recipe_names_those_that_may_be_meant(tmp_path, given, hint):
     recipe(tmp_path, "")
-    message = refused([], tmp_path / "absent.yaml")
-    assert "absent.yaml" in message
-    assert "recipe.yaml" in message
+    (tmp_path / ".pre-commit-config.yaml").touch()
+    path = given.replace("DIR", str(tmp_path))
+    message = refused([], Path(path))
+    assert message.startswith(f"--config {path}: no such file{hint.replace('DIR', str(tmp_path))}")
+    assert ".pre-commit" not in message
 
 
 def test_an_empty_recipe_is_the_defaults(tmp_path):
