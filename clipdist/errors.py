@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -52,6 +53,9 @@ def writing(what: str, hint: str = "", error: type[UserError] = UserError) -> It
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and leaves the process with its exit code, as `exit_code` says. The last call of a program."""
+    for stream in (sys.stdout, sys.stderr):  # a caption or file name that the terminal's encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = exit_code(main)
     if sys._getframe(1).f_back is None and not sys.flags.inspect:
         _leave(code)

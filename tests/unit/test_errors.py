@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from clipdist.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, RANK_0_FIRST_S
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(body: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +48,18 @@ def test_under_a_launcher_rank_0_speaks_first():
     other = run("raise UserError('wrong')", RANK="1")
     assert (other.returncode, other.stderr) == (EXIT_BAD_INPUT, "error (rank 1): wrong\n")
     assert time.monotonic() - began > RANK_0_FIRST_S  # a launcher has ended it by then
+
+
+def test_what_the_terminals_encoding_lacks_is_escaped():
+    ended = run("print('na\\xefve \\u2603 \\udcff'); raise UserError('\\u2603.tar')", PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stdout) == (EXIT_BAD_INPUT, "na\\xefve \\u2603 \\udcff\n")
+    assert ended.stderr == "error: \\u2603.tar\n"
+
+
+def test_every_program_ends_by_run_main():
+    programs = [p for p in [*ROOT.glob("tools/**/*.py"), *ROOT.glob("launch/*.py")] if "__main__" in p.read_text()]
+    assert len(programs) > 20
+    assert [p.name for p in programs if "    run_main(main)\n" not in p.read_text()] == []
 
 
 def test_ctrl_c_has_no_traceback():

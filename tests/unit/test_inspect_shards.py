@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -95,6 +96,14 @@ def test_five_lines_are_five_captions_unless_told_otherwise(tmp_path: Path, monk
         code, result, said = run(monkeypatch, capsys, tmp_path, "--image-members", ".IMG", "--verify", *words)
         assert (code, result["captions"]["count"], result["unusable"], said) == (0, count, {}, "")
         assert list(result["captions"]["sources"].values()) == [24]
+
+
+def test_a_terminal_of_another_encoding_is_no_fault(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [Sample("s0", {"jpg": picture(9, 9, "JPEG"), "txt": "naïve ☃".encode()})])
+    command, env = [sys.executable, str(tool.__file__), str(tmp_path)], os.environ | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, capture_output=True, env=env, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"na\\xefve 1" in ended.stdout
 
 
 def test_a_sample_is_the_same_every_time(folder: Path, monkeypatch, capsys) -> None:
