@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clipdist.checkpoint.format import run_folder
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.storage import json_lines, lock
 
@@ -94,7 +95,7 @@ def find_runs(words: list[str]) -> list[Path]:
     found: list[Path] = []
     for word in words:
         if Path(word).is_dir():
-            found.append(Path(word))
+            found.append(run_folder(Path(word)))
             continue
         matches = [Path(name) for name in sorted(glob.glob(word))]
         runs = [path for path in matches if any((path / mark).exists() for mark in ("jobs.jsonl", "metrics.jsonl"))]

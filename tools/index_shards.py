@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--salvage", action="store_true", help="keep the whole samples of damaged shards")
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     front.add_members(parser)
-    front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
+    front.add_processes(parser)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
     arguments = parser.parse_args()
     if arguments.where and not arguments.out:

@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
     front.add_members(parser)
-    front.add_number(parser, "--processes", 0, "of --verify, --interop; default: one per core", "N", 0, 1024)
+    front.add_processes(parser, "of --verify, --interop; ")
     arguments = parser.parse_args()
     if arguments.interop and (arguments.verify or arguments.sheet):
         parser.error("--interop stands alone: leave --verify and --sheet out")

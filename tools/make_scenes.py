@@ -38,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
         ("labelled-test", 400, "labelled pictures to measure it on"),
     ):
         front.add_number(parser, f"--{name}", default, f"{what} ({default})", "N")
-    front.add_number(parser, "--workers", 0, "processes; default: one per core", "N", 0)
+    front.add_processes(parser)
+    front.add_renamed(parser, "--workers", "--processes")
     return parser.parse_args()
 
 
@@ -87,13 +88,13 @@ def draw(arguments: argparse.Namespace) -> None:
     counts = {name: getattr(arguments, name) for name in ("train", "dev", "test")}
     total = sum(counts.values()) + arguments.labelled_train + arguments.labelled_test
     with tqdm(total=total, unit="picture", disable=not sys.stderr.isatty()) as bar:
-        write_scenes(arguments.out / SCENES, arguments.seed, counts, arguments.workers, bar.update)
+        write_scenes(arguments.out / SCENES, arguments.seed, counts, arguments.processes, bar.update)
         write_labelled(
             arguments.out / LABELLED,
             arguments.seed,
             arguments.labelled_train,
             arguments.labelled_test,
-            arguments.workers,
+            arguments.processes,
             bar.update,
         )
 

@@ -6,6 +6,7 @@ import argparse
 from datetime import datetime, timezone
 from pathlib import Path
 
+from clipdist.checkpoint.format import run_folder
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
 from clipdist.report.history import read_runs, run_figures
@@ -20,8 +21,9 @@ NAMED = 3  # runs in the name of a comparison
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    runs = read_runs(args.runs)
-    out = args.out or default_page(args.runs)
+    folders = list(map(run_folder, args.runs))
+    runs = read_runs(folders)
+    out = args.out or default_page(folders)
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or name another")
     page = report_page(runs, datetime.now(timezone.utc))

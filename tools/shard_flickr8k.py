@@ -41,10 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--splits", metavar="official|random:SEED", help="default: the lists' or the JSON's; required without either"
     )
-    front.add_number(parser, "--shard-size", 500, "samples per shard at most (500)", "N", most=MAX_SHARD_SIZE)
+    front.add_number(parser, "--per-shard", 500, "samples per shard at most (500)", "N", most=MAX_SHARD_SIZE)
     shrink = "shrink to this shorter side; default: bytes untouched"
-    front.add_number(parser, "--resize", 0, shrink, "PIXELS", 0, 65_500)
-    front.add_number(parser, "--workers", 0, "processes; default: one per core", "N", 0, 1024)
+    front.add_number(parser, "--shrink", 0, shrink, "PIXELS", 0, 65_500)
+    front.add_processes(parser)
+    for old, new in (("--workers", "--processes"), ("--shard-size", "--per-shard"), ("--resize", "--shrink")):
+        front.add_renamed(parser, old, new)
     parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
     parser.add_argument("--overwrite", action="store_true", help="write anew, in place of what an earlier run wrote")
     arguments = parser.parse_args()
@@ -52,8 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--splits {arguments.splits}: expected official, or random: and a whole number (random:0)")
     if arguments.lists and (arguments.splits or "").startswith("random:"):
         parser.error("--lists and --splits random: exclude one another")
-    if arguments.resize and arguments.no_verify:
-        parser.error("--resize decodes every picture: it does not go with --no-verify")
+    if arguments.shrink and arguments.no_verify:
+        parser.error("--shrink decodes every picture: it does not go with --no-verify")
     return arguments
 
 
@@ -93,7 +95,7 @@ def choose_splits(source: Flickr8kSource, arguments: argparse.Namespace) -> str:
 
 def fingerprint(source: Flickr8kSource, split_source: str, arguments: argparse.Namespace) -> str:
     """Return hex digits that are equal where a run would write the same bytes again."""
-    said = [FORMAT, source.fingerprint, split_source, arguments.shard_size, arguments.resize, arguments.no_verify]
+    said = [FORMAT, source.fingerprint, split_source, arguments.per_shard, arguments.shrink, arguments.no_verify]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
@@ -121,7 +123,7 @@ def build(
     out, images = arguments.out, list(source.images.values())
     with staging(out, NAMES) as staged:
         good = []
-        for image, checked in zip(images, check_images(images, not arguments.no_verify, arguments.workers)):
+        for image, checked in zip(images, check_images(images, not arguments.no_verify, arguments.processes)):
             if isinstance(checked, CheckedImage):
                 good.append(checked)
             else:
@@ -129,7 +131,7 @@ def build(
         splits = keep_from_training(by_split(good, source, split_source), defects)
         if not any(splits.values()):
             raise UserError(f"no usable picture with a caption in {' '.join(arguments.source)}: {summary(defects)}")
-        written = write_splits(staged, splits, NAMES, arguments.shard_size, arguments.resize, arguments.workers)
+        written = write_splits(staged, splits, NAMES, arguments.per_shard, arguments.shrink, arguments.processes)
         stats = statistics(source, split_source, identity, arguments, splits, written, defects)
         (out / "stats.json").unlink(missing_ok=True)
         publish(staged, SPLITS)
@@ -170,8 +172,8 @@ def statistics(
         "layout": source.layout,
         "split_source": split_source,
         "note": NOT_COMPARABLE if split_source.startswith("random:") else "",
-        "shard_size": arguments.shard_size,
-        "resize": arguments.resize,
+        "shard_size": arguments.per_shard,
+        "resize": arguments.shrink,
         "verified": not arguments.no_verify,
         "splits": counts,
         **{group: {reason: entry["count"] for reason, entry in report[group].items()} for group in report},

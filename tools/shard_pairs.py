@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-verify", action="store_true", help="read the pictures' headers only, do not decode them")
     parser.add_argument("--no-quotes", action="store_true", help="quotation marks of a CSV or TSV are plain characters")
     parser.add_argument("--tokens", metavar="MODEL", help="store token ids for this model (open_clip name or JSON) too")
-    front.add_number(parser, "--processes", 0, "default: one per core", "N", 0, 1024)
+    front.add_processes(parser)
     arguments = parser.parse_args()
     if arguments.shrink and arguments.no_verify:
         parser.error("--shrink decodes every picture: it does not go with --no-verify")

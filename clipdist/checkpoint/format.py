@@ -78,6 +78,12 @@ def checkpoint_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def run_folder(folder: Path) -> Path:
+    """Return the run folder that a path names: itself, or RUN of RUN/checkpoints."""
+    inside = folder.resolve()
+    return inside.parent if inside.name == "checkpoints" and not (inside / "checkpoints").is_dir() else folder
+
+
 def step_of(folder: Path) -> int | None:
     """Return the step in a checkpoint folder's name; None for any other name, such as a copy that a user made."""
     named = _STEP_NAME.fullmatch(folder.name)

@@ -63,6 +63,23 @@ def add_number(
     parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=text, **limits)
 
 
+class _Renamed(argparse.Action):
+    """The action of an option's former name, which is not shown in the help."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is {self.const} now; write that")
+
+
+def add_renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Answer the former name of an option in one line."""
+    parser.add_argument(old, action=_Renamed, const=new, nargs="?", help=argparse.SUPPRESS)
+
+
+def add_processes(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Add --processes, as in_order takes them."""
+    add_number(parser, "--processes", 0, f"{of}default: one per core", "N", 0, 1024)
+
+
 def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool = False) -> None:
     """Add the model's position and where its weights are; `load` reads both."""
     what = "run, checkpoint or Hugging Face CLIP folder, or an open_clip name with --weights"
@@ -110,6 +127,7 @@ def open_catalog(args: argparse.Namespace, shards: Sequence[str], captions: bool
     from clipdist.data.catalog import Catalog
     from clipdist.data.first_look import look_at
 
+    require_shards(shards)
     catalog = Catalog.open(shards, what="SHARDS", members=members_of_arguments(args))
     catalog.contents = look_at(catalog, "SHARDS", shards, captions)
     return catalog
@@ -135,6 +153,14 @@ def require_writable(path: Path | None, option: str) -> None:
         raise UserError(f"{option} {path}: cannot be written there ({error.strerror}); name another file") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{option} {path}: cannot be written there; name a file in a folder of yours")
+
+
+def require_shards(sources: Sequence[str]) -> None:
+    """Raise UserError where RUN and SHARDS are swapped: one of the sources is the folder of a run or model."""
+    marks = ("checkpoints", "manifest.json", "config.json", "metrics.jsonl")  # of a run, a checkpoint, Hugging Face
+    for folder in map(Path, sources):
+        if any((folder / mark).exists() for mark in marks) and not any(folder.glob("*.tar")):
+            raise UserError(f"SHARDS {folder}: is the folder of a run or model, and holds no shards; RUN comes first")
 
 
 def open_classes(args: argparse.Namespace) -> tuple[tuple[str, ...], LabelledSet, tuple[str, ...]]:

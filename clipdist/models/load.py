@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
-from clipdist.checkpoint.format import MANIFEST, list_checkpoints, read_manifest
+from clipdist.checkpoint.format import MANIFEST, list_checkpoints, read_manifest, run_folder
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
@@ -65,8 +65,8 @@ def load_model(
     """Load a model, fp32, in evaluation mode.
 
     Args:
-        source: a run folder (its newest checkpoint, or the one of `step`), a checkpoint folder, the folder of a
-            Hugging Face CLIPModel, an open_clip name, or a model JSON.
+        source: a run folder or its checkpoints/ (the newest checkpoint, or the one of `step`), a checkpoint folder,
+            the folder of a Hugging Face CLIPModel, an open_clip name, or a model JSON.
         weights: for a name or JSON: an open_clip tag, or a file.
         trust_weights: run a TorchScript file that is not OpenAI's.
         allow_random: take a name or JSON without weights as it is drawn.
@@ -101,12 +101,14 @@ def load_model(
 
 
 def checkpoint_of(folder: Path, step: int | None = None) -> Path:
-    """Return the checkpoint folder that a run (or checkpoint) folder and a step name; the newest without a step.
+    """Return the checkpoint that a folder (a run, its checkpoints/, a checkpoint) and a step name; None: the newest.
 
     Raises:
         UserError: there is none, or none of that step.
     """
-    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
+    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(run_folder(folder))
+    if not found and any(folder.glob("*.tar")):
+        raise UserError(f"{folder}: holds shards, not a run or model")
     if not found:
         raise UserError(f"{folder}: no complete checkpoint in it; is this a run folder, and has it saved yet?")
     if step is None:

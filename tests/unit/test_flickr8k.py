@@ -97,9 +97,9 @@ class Tool:
         self.monkeypatch, self.capsys = monkeypatch, capsys
         self.printed = ""
 
-    def __call__(self, *arguments: object, workers: int = 1) -> dict:
+    def __call__(self, *arguments: object, processes: int = 1) -> dict:
         words = [str(word) for word in arguments]
-        self.monkeypatch.setattr(sys, "argv", ["shard_flickr8k.py", *words, "--workers", str(workers), "--json"])
+        self.monkeypatch.setattr(sys, "argv", ["shard_flickr8k.py", *words, "--processes", str(processes), "--json"])
         self.capsys.readouterr()
         assert self.module.main() == 0
         self.printed = self.capsys.readouterr().out
@@ -413,7 +413,7 @@ def test_no_verify_still_sees_what_has_no_header(tmp_path: Path, tool: Tool) -> 
 
 
 def test_shards_are_plain_and_described(tmp_path: Path, tool: Tool) -> None:
-    tool(make_folder(tmp_path / "in", ORIGINAL | TEXTS), "--out", tmp_path / "out", "--shard-size", 3)
+    tool(make_folder(tmp_path / "in", ORIGINAL | TEXTS), "--out", tmp_path / "out", "--per-shard", 3)
     folder = tmp_path / "out" / "train"
     tars = sorted(folder.glob("*.tar"))
     assert json.loads((folder / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 2, "00002.tar": 2}
@@ -444,11 +444,11 @@ def test_shards_are_plain_and_described(tmp_path: Path, tool: Tool) -> None:
     assert len(Catalog.open([str(folder)])) == 7
 
 
-def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, tool: Tool) -> None:
+def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path, tool: Tool) -> None:
     source = make_zip(tmp_path / "in.zip", defective())
-    options = ["--shard-size", 2, "--resize", 10]
-    one = tool(source, "--out", tmp_path / "one", *options, workers=1)
-    two = tool(source, "--out", tmp_path / "two", *options, workers=2)
+    options = ["--per-shard", 2, "--shrink", 10]
+    one = tool(source, "--out", tmp_path / "one", *options, processes=1)
+    two = tool(source, "--out", tmp_path / "two", *options, processes=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     assert one["splits"] == two["splits"]
     assert one["splits"]["val"]["pictures"] == 2
@@ -456,7 +456,7 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, tool: Tool) -> N
 
 def test_resize_shrinks_to_the_shorter_side(tmp_path: Path, tool: Tool) -> None:
     files = ORIGINAL | TEXTS | {f"Flicker8k_Dataset/{name(0)}": jpeg(0, (40, 81))}
-    tool(make_folder(tmp_path / "in", files), "--out", tmp_path / "out", "--resize", 20)
+    tool(make_folder(tmp_path / "in", files), "--out", tmp_path / "out", "--shrink", 20)
     first, second = read_out(tmp_path / "out")["train"][:2]
     assert Image.open(io.BytesIO(first["jpg"])).size == (first["width"], first["height"]) == (20, 40)
     assert (first["original_width"], first["original_height"]) == (40, 81)
@@ -518,20 +518,20 @@ def test_a_second_run_is_fast_or_refused(tmp_path: Path, tool: Tool, monkeypatch
         assert tool(source, "--out", out) == first
         assert "nothing to do" in tool.printed
         with pytest.raises(UserError, match=r"stats\.json is there already.* --overwrite"):
-            tool(source, "--out", out, "--shard-size", 2)
-    tool(source, "--out", out, "--shard-size", 2, "--overwrite")
+            tool(source, "--out", out, "--per-shard", 2)
+    tool(source, "--out", out, "--per-shard", 2, "--overwrite")
     assert len(list((out / "train").glob("*.tar"))) == 4
     before = files_of(out)
     (out / "train" / "00003.tar").unlink()
     with pytest.raises(UserError, match="incomplete"):
-        tool(source, "--out", out, "--shard-size", 2)
-    tool(source, "--out", out, "--shard-size", 2, "--overwrite")
+        tool(source, "--out", out, "--per-shard", 2)
+    tool(source, "--out", out, "--per-shard", 2, "--overwrite")
     assert files_of(out) == before
 
 
 def test_overwrite_leaves_no_older_split(tmp_path: Path, tool: Tool) -> None:
     out = tmp_path / "out"
-    tool(make_folder(tmp_path / "in", ORIGINAL | TEXTS), "--out", out, "--shard-size", 2)
+    tool(make_folder(tmp_path / "in", ORIGINAL | TEXTS), "--out", out, "--per-shard", 2)
     tool(make_folder(tmp_path / "k", KAGGLE), "--out", out, "--splits", "random:0", "--overwrite")
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "stats.json", "test", "train", "val"]
     assert len(list((out / "train").glob("*.tar"))) == 1
@@ -650,10 +650,10 @@ def test_an_archive_in_an_archive_is_told(tmp_path: Path, tool: Tool) -> None:
     [
         ["--splits", "random"],
         ["--splits", "random:x"],
-        ["--shard-size", "0"],
-        ["--shard-size", "10001"],
-        ["--resize", "-1"],
-        ["--resize", "64", "--no-verify"],
+        ["--per-shard", "0"],
+        ["--per-shard", "10001"],
+        ["--shrink", "-1"],
+        ["--shrink", "64", "--no-verify"],
         ["--splits", "random:1", "--lists", "."],
     ],
 )
@@ -661,6 +661,15 @@ def test_bad_options(tmp_path: Path, tool: Tool, words: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         tool(tmp_path, "--out", tmp_path / "out", *words)
     assert exit.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("--workers", "--processes"), ("--shard-size", "--per-shard"), ("--resize", "--shrink")]
+)
+def test_former_names_of_options(tmp_path: Path, tool: Tool, old: str, new: str) -> None:
+    with pytest.raises(SystemExit):
+        tool(tmp_path, "--out", tmp_path / "out", old, 2)
+    assert tool.capsys.readouterr().err.endswith(f"error: {old} is {new} now; write that\n")
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -676,7 +685,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(bad.stderr.splitlines()) == 1
     assert "Traceback" not in bad.stderr
     make_zip(tmp_path / "in.zip", ORIGINAL | TEXTS)
-    good = run("in.zip", "--out", "out", "--workers", "2", "--json")
+    good = run("in.zip", "--out", "out", "--processes", "2", "--json")
     assert good.returncode == 0, good.stderr
     assert good.stderr == ""
     assert json.loads(good.stdout.splitlines()[-1])["splits"]["train"]["pictures"] == 7

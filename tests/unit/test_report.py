@@ -113,7 +113,8 @@ def test_one_run(call, tmp_path: Path) -> None:
     (run / "search").mkdir()
     Image.new("RGB", (2000, 40)).save(run / "search/a-red-circle.png")
     (run / "search/broken.png").write_bytes(b"junk")
-    page, (figures,) = call(run)
+    (run / "checkpoints").mkdir()
+    page, (figures,) = call(run / "checkpoints")
     assert "zero shot: top-1, % 12.50" in page.text
     assert any((attrs.get("aria-label") or "").startswith("zero shot: top-1, %:") for _, attrs in page.tags)
     assert (figures["state"], figures["step"], figures["samples"], figures["seconds"]) == ("finished", 8, 128, 7.0)
@@ -277,7 +278,7 @@ def test_results_are_kept_and_read(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (None, ["nowhere"], "nowhere: no such run folder; . holds run"),
         (None, ["."], ".: is no run folder, but holds some: name run in it"),
-        (None, ["run/checkpoints"], "is no run folder (no metrics.jsonl); the run is"),
+        (None, ["run/results"], "is no run folder (no metrics.jsonl); the run is"),
         (lambda run: (run / "metrics.jsonl").unlink(), ["run"], "run: has no metrics.jsonl"),
         (None, ["run", "./run"], "run: is named twice"),
         (None, ["run", "--out", "no/such/page.html"], "there is no folder no/such"),
@@ -300,7 +301,7 @@ def test_bad_input_is_one_line(
     prepare, words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     run = make_run(tmp_path / "run", [train(1)])
-    (run / "checkpoints").mkdir()
+    (run / "results").mkdir()
     if prepare:
         prepare(run)
     monkeypatch.chdir(tmp_path)

@@ -271,6 +271,18 @@ def test_tool_without_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         run_tool(monkeypatch, "tiny", str(tmp_path), "--device", "cpu")
 
 
+@pytest.mark.parametrize("tool", ["eval_retrieval", "search_images"])
+@pytest.mark.parametrize("mark", ["checkpoints/step-00000005/manifest.json", "manifest.json", "config.json"])
+def test_swapped_run_and_shards_are_told_apart(tmp_path: Path, tool: str, mark: str, monkeypatch) -> None:
+    write_shard(tmp_path / "set/00000.tar", [["a"]])
+    (tmp_path / "run" / mark).parent.mkdir(parents=True)
+    (tmp_path / "run" / mark).touch()
+    words = [str(tmp_path / "set"), str(tmp_path / "run"), *(["a dog"] if tool == "search_images" else [])]
+    monkeypatch.setattr(sys, "argv", [tool, *words])
+    with pytest.raises(UserError, match=r"SHARDS .*/run: is the folder of a run or model.*; RUN comes first"):
+        runpy.run_path(str(REPOSITORY / f"tools/{tool}.py"))["main"]()
+
+
 def last_json(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 

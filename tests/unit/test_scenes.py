@@ -207,7 +207,7 @@ def test_the_tool_leaves_other_peoples_pictures_alone(tmp_path: Path) -> None:
     assert picture.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("options", [("--train", "0"), ("--seed", "-1"), ("--workers", "-2")])
+@pytest.mark.parametrize("options", [("--train", "0"), ("--seed", "-1"), ("--processes", "-2"), ("--workers", "2")])
 def test_the_tool_refuses_nonsense(tmp_path: Path, options: tuple[str, str]) -> None:
     refused = make(tmp_path, *options)
     assert refused.returncode == 2

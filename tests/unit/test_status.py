@@ -137,5 +137,7 @@ def test_several_runs_by_pattern_as_one_json_object_without_torch(tmp_path):
     assert ended.returncode == 0, ended.stderr
     last = json.loads(ended.stdout.splitlines()[-1])
     assert [Path(run["run"]).name for run in last["runs"]] == ["a", "b"]
+    (tmp_path / "runs/a/checkpoints").mkdir()
+    assert status.find_runs([str(tmp_path / "runs/a/checkpoints")]) == [tmp_path / "runs/a"]
     with pytest.raises(UserError, match="no run folder"):
         status.find_runs([str(tmp_path / "nothing*")])

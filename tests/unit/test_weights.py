@@ -383,6 +383,8 @@ def test_runs_and_checkpoints_load_without_their_json(tmp_path: Path) -> None:
     newest, older = load_model(str(run)), load_model(str(run), step=5)
     assert (newest.step, newest.label, newest.run_dir) == (10, "one, step 10", run)
     assert load_model(str(later)).step == 10
+    inside = load_model(str(run / "checkpoints"), step=5)
+    assert (inside.label, inside.run_dir) == ("one, step 5", run)
     assert not older.model.training
     assert older.model.spec.quick_gelu
     image, tokens = inputs()
@@ -417,6 +419,9 @@ def test_a_fingerprint_changes_with_what_changes_features(tmp_path: Path) -> Non
 
 def test_sources_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint in it"):
+        load_model(str(tmp_path))
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(UserError, match="holds shards, not a run or model"):
         load_model(str(tmp_path))
     with pytest.raises(UserError, match="no such run or checkpoint folder"):
         load_model("runs/nowhere")

@@ -27,7 +27,7 @@ EXAMPLES = """  python tools/bench/sharding.py folder_of_pairs
 The sharding is the whole command without the start of Python: the list read, pictures' headers looked at (--no-verify),
 shards, indices and checksums written; the start of its worker processes counts. The copy knows all names, has the texts
 in memory, reads every picture from a file of its own and appends it with tarfile, in one process. They take turns."""
-TOOLS = {"shard_pairs": "--processes", "shard_flickr8k": "--workers"}
+TOOLS = ("shard_pairs", "shard_flickr8k")
 
 Shards = dict[str, list[tuple[str, bytes | Path]]]  # {tar below the folder: [(member, its bytes or their file)]}
 
@@ -35,7 +35,7 @@ Shards = dict[str, list[tuple[str, bytes | Path]]]  # {tar below the folder: [(m
 def parse_args() -> argparse.Namespace:
     parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE", help="as the sharding tool takes it")
-    parser.add_argument("--tool", choices=list(TOOLS), default="shard_pairs")
+    parser.add_argument("--tool", choices=TOOLS, default="shard_pairs")
     parser.number("--processes", 0, "N", "of the sharding; 0: one per core", least=0)
     parser.number("--repeats", 5, "N", "turns of each")
     return parser.parse()
@@ -71,7 +71,7 @@ def main() -> int:
 
 def shard(args: argparse.Namespace, out: Path) -> None:
     """Run the tool's main function in this process, its table unseen."""
-    words = [*map(str, args.source), "--out", str(out), "--no-verify", TOOLS[args.tool], str(args.processes)]
+    words = [*map(str, args.source), "--out", str(out), "--no-verify", "--processes", str(args.processes)]
     before = sys.argv
     try:
         sys.argv = [args.tool, *words]
