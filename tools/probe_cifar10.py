@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   python tools/probe_cifar10.py runs/demo --data runs/demo-data/labelled
-  python tools/probe_cifar10.py RN50 --weights openai --data cifar-10-python.tar.gz --features tower --json
+  python tools/probe_cifar10.py RN50 --weights openai --data cifar-10-python.tar.gz --json
   python tools/probe_cifar10.py runs/mine --data cifar-100-python.tar.gz --fractions 1,10,100 --finetune
   torchrun --nproc-per-node 8 tools/probe_cifar10.py runs/mine --data imagenet_folder --batch 256 --solver sgd"""
 # Radford et al. 2021, table 10, linear probe on all of CIFAR-10: percent, by the SHA-256 of OpenAI's file.
@@ -96,13 +96,28 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     tuned = over_fractions(tune_on_share, data.train.labels, data.classes, shares, args.seeds)
     require_unchanged(loaded.model, before)
     published = published_accuracy(args, data)
-    record = record_of(probes, own, data) | {"fractions": fractions, "finetune": tuned, "checksum": before}
+    record = (
+        {"protocol": protocol(args)}
+        | record_of(probes, own, data)
+        | {"fractions": fractions, "finetune": tuned, "checksum": before}
+    )
     record |= {"model": loaded.label, "step": loaded.step, "kind": args.features, "solver": args.solver}
-    record |= {"published": published[1] if published else None}
+    record |= {"protocol": protocol(args), "published": published[1] if published else None}
     print_tables(record, probes, published)
     confusion = write_confusion(args.picture, probes["features"], loaded.run_dir)
     record |= {"picture": str(confusion) if confusion else None}
     front.finish(args, record, run_dir=loaded.run_dir, tool="probe_cifar10")
+
+
+def protocol(args: argparse.Namespace) -> str:
+    """Return in words how the figures were made."""
+    features = {"tower": "features before the projection", "projected": "unit-length features after the projection"}
+    solvers = {
+        "lbfgs": "L-BFGS, L2 penalty by accuracy on a held-out fifth",
+        "sgd": "SGD on standardised features, learning rate by the loss on a held-out fifth",
+    }
+    paper = " (Radford et al. 2021, A.3)" if (args.features, args.solver) == ("tower", "lbfgs") else ""
+    return f"{features[args.features]}, {solvers[args.solver]}{paper}"
 
 
 def record_of(probes: dict[str, Probe], features: Features, data: LabelledSet) -> dict[str, Any]:
@@ -126,7 +141,9 @@ def record_of(probes: dict[str, Probe], features: Features, data: LabelledSet) -
 
 
 def published_accuracy(args: argparse.Namespace, data: LabelledSet) -> tuple[str, float] | None:
-    """Return (OpenAI's model, percent) where these are its weights, and the data are what the paper measured on."""
+    """Return (OpenAI's model, percent) where weights, data and protocol are those of the paper."""
+    if (args.features, args.solver) != ("tower", "lbfgs"):
+        return None
     if data.train is None or (data.name, len(data.train), len(data.test)) != PUBLISHED_ON:
         return None
     if args.weights == "openai":
@@ -157,10 +174,9 @@ def write_confusion(asked: Path | None, probe: Probe, run_dir: Path | None) -> P
 
 
 def print_tables(record: dict[str, Any], probes: dict[str, Probe], published: tuple[str, float] | None) -> None:
-    what = "before the projection" if record["kind"] == "tower" else "projected"
     print(
         f"{record['model']} on {record['data']}: {record['train']} training and {record['test']} test pictures,"
-        f" {record['features']} features {what}; percent"
+        f" {record['features']} features; percent\nprotocol: {record['protocol']}"
     )
     per_class = [probe.per_class for probe in probes.values()]
     rows = [(name, [found[name] for found in per_class], "") for name in per_class[0]]
@@ -192,15 +208,15 @@ def print_fractions(title: str, rows: list[dict[str, Any]]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = front.make_parser(
-        "Trains one linear layer on the features of the frozen image tower: L-BFGS with a penalty found on"
-        "\na held-out part (with --features tower: the protocol of the CLIP paper), or SGD. Features are kept in"
+        "Trains one linear layer on the features of the frozen image tower, by the protocol of the CLIP paper:"
+        "\nfeatures before the projection, L-BFGS, the L2 penalty swept on a held-out part. Features are kept in"
         "\nRUN/features, or in ~/.cache/clipdist/features for a model that is not from a run.",
         EXAMPLES,
     )
     front.add_model(parser, "model")
     front.add_data(parser)
     add = parser.add_argument
-    add("--features", choices=("projected", "tower"), default="projected", help="after or before the projection")
+    add("--features", choices=("projected", "tower"), default="tower", help="before (tower) or after the projection")
     add("--solver", choices=("lbfgs", "sgd"), default="lbfgs", help="full-batch L-BFGS with a penalty, or SGD without")
     what = "also on these shares of the labels, percent: 1,10,100"
     add("--fractions", type=percents, default=[], metavar="P,P", help=what)

@@ -170,7 +170,7 @@ class Eval:
         ""  # CIFAR's archive, a folder of images by class, or labelled shards: also zero-shot classification
     )
     templates: str = "simple"  # prompts for class names: cifar10, imagenet, simple, a file, or one with {}
-    probe: bool = False  # also a linear probe on the training images of eval.labelled: minutes on a large data set
+    probe: bool = False  # also a linear probe of projected features, on eval.labelled: minutes on a large data set
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class Features:
 def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -> Encode:
     """Return a frozen model's encode function: "projected" gives unit length, "tower" what precedes the projection.
 
+    Of a tower without a projection (timm's with timm_proj none, such as SigLIP's) "tower" gives its output as it is.
+
     Raises:
         UserError: "tower" of a tower without a projection that is known.
     """
@@ -68,7 +70,10 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
-    owner, name, stand_in = _projection(model.visual)
+    found = _projection(model.visual)
+    if found is None:
+        return model.encode_image(image)
+    owner, name, stand_in = found
     projection = getattr(owner, name)
     setattr(owner, name, stand_in)
     try:
@@ -77,8 +82,8 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
         setattr(owner, name, projection)
 
 
-def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
-    """Return (module, attribute, what to put there instead) of an image tower's projection.
+def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None] | None:
+    """Return (module, attribute, what to put there instead) of an image tower's projection; None: it has none.
 
     Of CLIP's ResNets, of the projection that belongs to attention pooling.
 
@@ -100,6 +105,8 @@ def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None]:
     for name in ("proj", "mlp"):
         if isinstance(getattr(head, name, None), nn.Module):
             return head, name, nn.Identity()
+    if hasattr(tower, "trunk") and isinstance(head, nn.Sequential):
+        return None
     raise UserError(
         f"the image tower {type(tower).__name__} has no projection that is known; take --features projected"
     )

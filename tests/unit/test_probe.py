@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import runpy
@@ -38,7 +39,6 @@ from clipdist.evals.embed import Encode, WorkShare
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
 from clipdist.evals.fractions import MOST_SEEDS, interval, label_fraction
 from clipdist.evals.probe import (
-    L2_GRID,
     LR_GRID,
     fit_probe,
     probe_of,
@@ -50,6 +50,7 @@ from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.weights import weights_checksum
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PENALTIES = [10.0 ** (place / 8) for place in range(-48, 49)]  # the paper's 96 steps
 NAMES = ("circle", "square", "star")
 
 
@@ -216,34 +217,64 @@ def test_separable_features_are_learned_and_noise_is_not() -> None:
     nothing, nothing_test = torch.randn(300, 12, generator=generator), torch.randn(200, 12, generator=generator)
     noise = fit_probe(nothing, labels, nothing_test, test_labels, NAMES)
     assert 15 < noise.accuracy < 55
-    assert good.l2 in L2_GRID
-    assert noise.l2 in L2_GRID
+    assert good.l2 in PENALTIES
+    assert noise.l2 in PENALTIES
     share = {name: (test_labels == label).double().mean().item() for label, name in enumerate(NAMES)}
     assert sum(good.per_class[name] * share[name] for name in NAMES) == pytest.approx(good.accuracy)
 
 
-def test_result_does_not_depend_on_scale_or_chance() -> None:
+def test_result_does_not_depend_on_the_origin_or_chance() -> None:
     train, labels = clusters(200, 0, noise=2.0)
     test, test_labels = clusters(100, 1, noise=2.0)
     first = fit_probe(train, labels, test, test_labels, NAMES)
     torch.manual_seed(123)
     again = fit_probe(train, labels, test, test_labels, NAMES)
     assert torch.equal(first.predictions, again.predictions)
-    scaled = fit_probe(train * 1000 + 7, labels, test * 1000 + 7, test_labels, NAMES)
-    assert (scaled.l2, scaled.accuracy) == (first.l2, pytest.approx(first.accuracy, abs=1))
+    scaled = fit_probe(train * 10 + 7, labels, test * 10 + 7, test_labels, NAMES)  # nothing is standardised
+    assert (scaled.l2, scaled.accuracy) == (pytest.approx(first.l2 * 100), pytest.approx(first.accuracy, abs=1))
     assert 40 < first.accuracy < 99
 
 
-@pytest.mark.parametrize("l2", [10.0, 0.1, 1e-3])
+@pytest.mark.parametrize("l2", [1000.0, 10.0, 0.1])
 def test_fit_is_the_optimum(l2: float) -> None:
-    """The gradient of the objective, by hand in float64, vanishes where L-BFGS stopped."""
+    """The gradient of sum of cross-entropies + l2 / 2 * |W|^2, by hand in float64, vanishes where L-BFGS stopped."""
     features, labels = clusters(150, 0, noise=2.0)
-    layer = probe._fit_lbfgs(features, labels, l2, probe._zero_layer(features, 3))
-    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
-    error = (features.double() @ weight.T + bias).softmax(1) - F.one_hot(labels, 3)
-    assert (error.T @ features.double() / 150 + l2 * weight).abs().max() < 1e-4
+    features = 3 * features * torch.linspace(0.1, 2, 12) + 5
+    data = probe._scaled(features, labels, shared=True)
+    layer = probe._fit_lbfgs(data, l2, probe._zero_layer(features, 3))
+    weight, bias = layer.weight.detach().double() / data.scale, layer.bias.detach().double()
+    raw, centred = features.double(), features.double() - data.mean
+    error = (centred @ weight.T + bias).softmax(1) - F.one_hot(labels, 3)
+    gradient = error.T @ raw + l2 * weight
+    assert gradient.abs().max() < 1e-4 * raw.abs().sum(0).max()
     assert error.mean(0).abs().max() < 1e-4
     assert weight.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("best", [48, 31, 16, 0, -5, -48])
+def test_the_penalty_is_searched_as_in_the_paper(best: int) -> None:
+    """7 penalties from 1e6 to 1e-6, then the interval around the best is halved until there are 8 steps per decade."""
+    tried: list[float] = []
+
+    def score(l2: float) -> tuple[float, float]:
+        tried.append(l2)
+        return 1 - abs(8 * math.log10(l2) - best) / 100, 1.0
+
+    assert probe._search_l2(score) == pytest.approx(10 ** (best / 8))
+    assert tried[:7] == pytest.approx([1e6, 1e4, 1e2, 1, 1e-2, 1e-4, 1e-6])
+    assert len(tried) <= probe.L2_FITS
+    assert all(any(l2 == pytest.approx(penalty) for penalty in PENALTIES) for l2 in tried)
+
+
+def test_weak_penalties_are_not_tried_where_they_are_worse_already() -> None:
+    tried: list[float] = []
+
+    def score(l2: float) -> tuple[float, float]:
+        tried.append(l2)
+        return (0.5, 3.0) if l2 < 1 else (0.1, 2.3) if l2 > 100 else (0.9, 1.0)
+
+    assert 1 <= probe._search_l2(score) <= 100
+    assert min(tried) > 1e-4
 
 
 def test_the_held_out_part_chooses_a_penalty_that_generalises() -> None:
@@ -255,11 +286,12 @@ def test_the_held_out_part_chooses_a_penalty_that_generalises() -> None:
     wrong = torch.rand(300, generator=generator) < 1 / 3
     labels = torch.where(wrong, (labels + 1) % 3, labels)
     chosen = fit_probe(train, labels, test, test_labels, NAMES)
-    weakest = probe._fit_lbfgs(train, labels, L2_GRID[-1], probe._zero_layer(train, 3))
-    by_heart = 100 * (probe._scores(weakest, test).argmax(1) == test_labels).double().mean().item()
-    assert (probe._scores(weakest, train).argmax(1) == labels).all()
+    data = probe._scaled(train, labels, shared=True)
+    weakest = probe._fit_lbfgs(data, PENALTIES[16], probe._zero_layer(train, 3))
+    by_heart = 100 * (probe._scores(weakest, (test - data.mean) / data.scale).argmax(1) == test_labels).double().mean()
+    assert (probe._scores(weakest, data.features).argmax(1) == labels).all()
     assert chosen.l2 is not None
-    assert chosen.l2 > 1e-2
+    assert chosen.l2 > 1
     assert chosen.accuracy > by_heart + 5
 
 
@@ -358,9 +390,9 @@ TIMM_MLP = TIMM | {"timm_proj": "mlp"}
 TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}
 
 
-def tiny(folder: Path, vision: dict, seed: int = 0) -> DualEncoder:
+def tiny(folder: Path, vision: dict, seed: int = 0, embed_dim: int = 12) -> DualEncoder:
     path = folder / "mini.json"
-    path.write_text(json.dumps({"embed_dim": 12, "vision_cfg": vision, "text_cfg": TEXT}))
+    path.write_text(json.dumps({"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": TEXT}))
     torch.manual_seed(seed)
     return build_model(config.Model(name=str(path))).eval()
 
@@ -412,10 +444,14 @@ def test_features_before_the_projection_give_those_after_it(tmp_path: Path, visi
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_tower_without_a_projection_has_none_to_take_out(tmp_path: Path) -> None:
-    model = tiny(tmp_path, TIMM)
-    model.visual.head = nn.Sequential()
-    with pytest.raises(UserError, match="TimmModel has no projection that is known; take --features projected"):
+def test_a_tower_without_a_projection_gives_its_output_as_it_is(tmp_path: Path) -> None:
+    model = tiny(tmp_path, TIMM | {"timm_proj": "none"}, embed_dim=512)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tower = encoded(frozen_encoder(model, "cpu", "tower"), pixels)
+    assert torch.equal(F.normalize(tower, dim=1), encoded(frozen_encoder(model, "cpu", "projected"), pixels))
+    assert tower.norm(dim=1).min() > 1.1
+    model.visual = nn.Sequential()
+    with pytest.raises(UserError, match="Sequential has no projection that is known; take --features projected"):
         frozen_encoder(model, "cpu", "tower")
 
 
@@ -587,13 +623,17 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     run_tool(monkeypatch, *options, "--finetune", "--epochs", "2")
     lines = capsys.readouterr().out.splitlines()
     record = json.loads(lines[-1])
-    assert (record["train"], record["test"], record["features"], record["step"]) == (60, 40, 12, 3)
+    assert (record["train"], record["test"], record["features"], record["step"]) == (60, 40, 24, 3)
+    assert record["protocol"] == (
+        "features before the projection, L-BFGS, L2 penalty by accuracy on a held-out fifth (Radford et al. 2021, A.3)"
+    )
+    assert f"protocol: {record['protocol']}" in lines
     assert record["accuracy"] > 80
     assert record["baseline_pixels"] > 90
     assert record["baseline_random"] > 50
     assert record["top5"] == 100
     assert record["chance"] == pytest.approx(100 / 3)
-    assert record["l2"] in L2_GRID
+    assert record["l2"] in PENALTIES
     assert record["published"] is None
     assert record["checksum"] == weights_checksum(model)
     assert set(record["per_class"]) == set(NAMES)
@@ -609,13 +649,22 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("train", "weights", "shown"), [(50_000, "openai", True), (4000, "openai", False), (50_000, "", False)]
+    ("train", "weights", "features", "solver", "shown"),
+    [
+        (50_000, "openai", "tower", "lbfgs", True),
+        (4000, "openai", "tower", "lbfgs", False),
+        (50_000, "", "tower", "lbfgs", False),
+        (50_000, "openai", "projected", "lbfgs", False),
+        (50_000, "openai", "tower", "sgd", False),
+    ],
 )
-def test_published_figure_is_of_openais_rn50_on_all_of_cifar10(train: int, weights: str, shown: bool) -> None:
+def test_published_figure_is_of_openais_rn50_on_all_of_cifar10(
+    train: int, weights: str, features: str, solver: str, shown: bool
+) -> None:
     tool = runpy.run_path(str(REPOSITORY / "tools/probe_cifar10.py"))
     split = Split(np.zeros(train, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
-    args = argparse.Namespace(model="RN50", weights=weights)
+    args = argparse.Namespace(model="RN50", weights=weights, features=features, solver=solver)
     found = tool["published_accuracy"](args, data)
     assert found == (("RN50", 88.7) if shown else None)
 
@@ -626,7 +675,7 @@ def test_published_figure_of_a_file_goes_by_its_hash(tmp_path: Path) -> None:
     file.write_bytes(b"weights")
     split = Split(np.zeros(50_000, np.int64), lambda row: np.zeros((1, 1, 3), np.uint8))
     data = LabelledSet("CIFAR-10", NAMES, split, replace(split, labels=np.zeros(10_000, np.int64)))
-    args = argparse.Namespace(model="RN50", weights=str(file))
+    args = argparse.Namespace(model="RN50", weights=str(file), features="tower", solver="lbfgs")
     assert tool["published_accuracy"](args, data) is None
     tool["PUBLISHED"][hashlib.sha256(b"weights").hexdigest()] = ("RN50", 88.7)
     assert tool["published_accuracy"](args, data) == ("RN50", 88.7)
