@@ -1,4 +1,7 @@
-"""Write any list of images and captions (CSV, TSV, Parquet, JSONL, a folder of pairs) as tar shards, resumable."""
+"""Write any list of images and captions as tar shards, resumable.
+
+Lists: CSV, TSV, Parquet (with files' names or the pictures themselves), JSONL, COCO's captions, a folder of pairs.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,24 @@ from clipdist.evals import front
 EXAMPLE = """examples:
   python tools/shard_pairs.py captions.csv --images-root Images --out data/mine
   python tools/shard_pairs.py list.parquet --image-column path --caption-column TEXT --shrink 256 --out data/mine
+  python tools/shard_pairs.py 'flickr30k/data/test-*.parquet' --out data/mine      # the pictures are in it
+  python tools/shard_pairs.py annotations/captions_train2017.json --images-root train2017 --out data/coco
   python tools/shard_pairs.py folder_of_pairs --out data/mine          # a.jpg beside a.txt or a.json
 
 A run that was cut off is finished by the same command. docs/data.md says more."""
 
 
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = front.make_parser(__doc__, EXAMPLE)
-    parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help=".csv, .tsv, .parquet, .jsonl, or a folder of pairs"
-    )
+    what = ".csv, .tsv, .parquet (a folder or pattern too), .jsonl, COCO's .json, or a folder of pairs"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
-    parser.add_argument("--image-column", metavar="NAME", help="column of the pictures' file names; default: found")
-    parser.add_argument("--caption-column", metavar="NAME", help="column of the captions; default: found")
+    parser.add_argument("--image-column", metavar="NAME", help="the pictures' file names, or bytes; default: found")
+    what = "of captions (repeatable); default: found"
+    parser.add_argument("--caption-column", action="append", default=[], metavar="NAME", help=what)
     parser.add_argument(
         "--images-root", type=Path, metavar="DIR", help="where relative file names start; default: the list's folder"
     )
@@ -77,9 +85,10 @@ def main() -> int:
     record = {
         "out": str(arguments.out),
         "image_column": pairs.columns[0],
-        "caption_column": pairs.columns[1],
+        "caption_column": ", ".join(pairs.columns[1:]),
         "pictures": found.images,
         "repeated": found.repeated,
+        "backslashes": found.backslashes,
         **totals,
         "tokens": kind,
         "seconds": round(seconds, 3),
@@ -105,10 +114,16 @@ def tokens_for(model: str | None) -> tuple[PackCaptions | None, str]:
 
 
 def reading(pairs: PairList) -> str:
+    """Return in words what was taken for what."""
     if pairs.form == "folder":
         return f"{pairs.source}: a folder of pairs"
-    image, caption = pairs.columns
-    return f"{pairs.source}: pictures of column {image!r} in {pairs.root}, captions of column {caption!r}"
+    image, *captions = pairs.columns
+    where = f"the bytes of column {image!r}" if pairs.holds_images else f"files of column {image!r} in {pairs.root}"
+    words = f"pictures: {where}; captions: column {', '.join(map(repr, captions))}"
+    own = "\t" if pairs.source.suffix.lower() == ".tsv" else ","
+    if pairs.form == "csv" and pairs.delimiter != own:
+        words += f"; parted by {DELIMITERS[pairs.delimiter]}"
+    return f"{pairs.source}: {f'{len(pairs.files)} files; ' if pairs.files[1:] else ''}{words}"
 
 
 def table(record: dict, seconds: float) -> list[str]:
@@ -121,10 +136,11 @@ def table(record: dict, seconds: float) -> list[str]:
         f"{record['samples']:>10}{record['captions']:>10}{record['shards']:>8}{record['bytes'] / 1e6:>10.1f}",
         *front.count_lines(f"left out (named in {out / 'skipped.jsonl'}):", record["skipped"]),
     ]
-    if record["repeated"]:
-        reason = "pictures repeated elsewhere in the list (sort it to join their captions)"
-        lines += front.count_lines("kept, worth knowing:", {reason: record["repeated"]})
-    return lines
+    noted = {
+        "pictures repeated elsewhere in the list (sort it to join their captions)": record["repeated"],
+        "names with backslashes, which are read as / where no file has the name": record["backslashes"],
+    }
+    return lines + front.count_lines("kept, worth knowing:", {reason: n for reason, n in noted.items() if n})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Read Flickr8k as people have it: captioned images by split, and a record of everything left out.
 
 Three layouts: the original distribution (Flicker8k_Dataset/, Flickr8k.token.txt, Flickr_8k.*Images.txt), Kaggle's
-(Images/, captions.txt) and Karpathy's JSON (dataset_flickr8k.json); in folders or zips, which are read in place.
+(Images/, captions.txt or .csv) and Karpathy's JSON (dataset_flickr8k.json); in folders, or in zips, read in place.
 Data set: M. Hodosh, P. Young, J. Hockenmaier, JAIR 47 (2013).
 """
 
@@ -28,7 +28,7 @@ LISTED = {"train": "train", "dev": "val", "test": "test"}  # the word in a list 
 NOT_COMPARABLE = "not comparable with published numbers"
 _IMAGE_NAME = re.compile(r".+\.(jpe?g|png|webp)(\.\d+)?", re.IGNORECASE)  # Flickr8k's captions name one .jpg.1
 _TOKEN_LINE = re.compile(r"(.+?)#\d+(?:\s+(.*))?")
-_CSV_ROW_START = re.compile(r'"?[^,"\n]+\.(jpe?g|png|webp)"?\s*,|image\s*,', re.IGNORECASE)
+_CSV_ROW_START = re.compile(r'(?:\d*,)?"?[^,"\n]+\.(jpe?g|png|webp)"?\s*,|image\s*,', re.IGNORECASE)
 _UNDECODABLE = re.compile("[\ud800-\udfff]")  # what errors="surrogateescape" makes of bytes that are not UTF-8
 
 # Reason -> what happened. The first group was left out; the second stays in and is worth knowing.
@@ -136,7 +136,8 @@ def read_source(
         captions, split = _read_karpathy(raw, str(text_file), defects, with_splits)
     else:
         text = decode_text(raw)
-        captions = _group(token_rows(text, defects) if layout == "original" else csv_rows(text, defects), defects)
+        rows = token_rows(text, defects) if layout == "original" else csv_rows(text, defects, text_file.name)
+        captions = _group(rows, defects)
         listed = find_files([lists], defects) if lists is not None else found
         split = _read_lists(listed, defects) if with_splits else None
         if lists is not None and split is None:
@@ -193,13 +194,13 @@ def _caption_file(files: list[SourceFile], sources: Sequence[str | Path], defect
     found = {
         "karpathy": [p for p in jsons if p.name == "dataset_flickr8k.json"] or jsons,
         "original": [p for p in files if p.name.lower() == "flickr8k.token.txt"],
-        "kaggle": [p for p in files if p.name.lower() == "captions.txt"],
+        "kaggle": [p for p in files if p.name.lower() in ("captions.txt", "captions.csv")],
     }
     layouts = [layout for layout, files in found.items() if files]
     if not layouts:
         raise UserError(
-            f"{_named(sources)}: no captions there: expected Flickr8k.token.txt (original), captions.txt (Kaggle) or "
-            "dataset_flickr8k.json (Karpathy); name every zip or folder that belongs together"
+            f"{_named(sources)}: no captions there: expected Flickr8k.token.txt (original), captions.txt or "
+            "captions.csv (Kaggle), or dataset_flickr8k.json (Karpathy); name every zip or folder that belongs together"
         )
     for other in layouts[1:]:
         for file in found[other]:
@@ -252,22 +253,26 @@ def token_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
             defects.add("stray line", f"Flickr8k.token.txt line {number}: {line[:80]}")
 
 
-def csv_rows(text: str, defects: Defects) -> Iterator[tuple[str, str]]:
-    """Yield (image, caption) of Kaggle's captions.txt, in their order.
+def csv_rows(text: str, defects: Defects, file: str = "captions.txt") -> Iterator[tuple[str, str]]:
+    """Yield (image, caption) of Kaggle's captions.txt, in their order; the first line may name further columns.
 
     A record is parsed by itself, so that a quote that is never closed costs one caption and not the rest of the file.
     """
+    image, caption, last = 0, 1, 1
     for number, record in _csv_records(text):
         try:
             row = next(csv.reader(io.StringIO(record, newline=""), strict=True), [])
         except csv.Error:
             row = []
-        if [cell.strip().lower() for cell in row] == ["image", "caption"] and number == 1:
+        names = [cell.strip().lower() for cell in row] if number == 1 else []
+        if {"image", "caption"} <= set(names):
+            image, caption, last = names.index("image"), names.index("caption"), len(names) - 1
             continue
-        if len(row) >= 2 and _IMAGE_NAME.fullmatch(row[0].strip()):
-            yield row[0].strip(), ",".join(row[1:])  # a copy without quotes has commas of the caption as separators
+        if len(row) > max(image, caption) and _IMAGE_NAME.fullmatch(row[image].strip()):
+            # of a copy without quotes the caption's own commas part cells
+            yield row[image].strip(), ",".join(row[caption:]) if caption == last else row[caption]
         else:
-            defects.add("stray line", f"captions.txt line {number}: {record[:80]}")
+            defects.add("stray line", f"{file} line {number}: {record[:80]}")
 
 
 def _csv_records(text: str) -> Iterator[tuple[int, str]]:

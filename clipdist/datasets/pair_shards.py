@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from clipdist.data.index import index_path
 from clipdist.datasets.images import check_bytes, shrink
 from clipdist.datasets.pair_lists import Pair, PairList, Skip
-from clipdist.datasets.pool import in_order
+from clipdist.datasets.pool import AHEAD, in_order
 from clipdist.datasets.shard_writer import (
     Sample,
     ShardFacts,
@@ -39,6 +40,7 @@ from clipdist.storage import replacing
 FORMAT = 1  # of what is written: raise it when the same list would give other bytes
 MAX_SHARDS = 100_000  # img2dataset's keys count shards with five digits
 MAX_IMAGE_BYTES = 1 << 28
+_WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\")
 _TOOL = "shard_pairs"
 
 PackCaptions = Callable[[list[str]], bytes]
@@ -50,7 +52,7 @@ class ShardPlan:
 
     Attributes:
         list: fingerprint of the list's content.
-        columns: of the image and of the caption.
+        columns: of the image, then those of captions.
         images_root: where relative file names start.
         per_shard: images of the list per shard.
         shrink: pixels of the shorter side at most; 0: bytes untouched.
@@ -59,7 +61,7 @@ class ShardPlan:
     """
 
     list: str
-    columns: tuple[str, str]
+    columns: tuple[str, ...]
     images_root: str
     per_shard: int
     shrink: int
@@ -102,7 +104,8 @@ def _write(job: _PairShardJob) -> ShardDone:
         nonlocal captions
         row = 0
         for number, pair in enumerate(pairs):
-            image = _read_image(os.path.join(job.plan.images_root, pair.file), job.plan)
+            data = _read_file(job.plan.images_root, pair.file) if pair.data is None else pair.data
+            image = data if isinstance(data, str) else _stored_image(data, job.plan)
             if isinstance(image, str):
                 skipped.append(Skip(pair.row, pair.file, image))
                 continue
@@ -126,19 +129,28 @@ class _StoredImage:
     sizes: dict[str, int]
 
 
-def _read_image(path: str, plan: ShardPlan) -> _StoredImage | str:
-    """Return the image as it is to be stored, or the reason why it is not."""
+def _read_file(root: str, name: str) -> bytes | str:
+    """Return a file's bytes, or the reason why it cannot be used; a backslash in its name may be one of Windows."""
+    path = os.path.join(root, name)
+    if "\\" in name and not os.path.lexists(path):
+        if _WINDOWS_DRIVE.match(name):
+            return "path on a Windows drive"
+        path = os.path.join(root, name.replace("\\", "/"))
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device would never end
             return "not a file"
         if status.st_size > MAX_IMAGE_BYTES:
             return "file too large"
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
         return "missing file"
     except OSError:
         return "unreadable file"
+
+
+def _stored_image(data: bytes, plan: ShardPlan) -> _StoredImage | str:
+    """Return the image as it is to be stored, or the reason why it is not."""
     header = check_bytes(data, plan.verified)
     if isinstance(header, str):
         return header
@@ -210,7 +222,8 @@ def write_pairs(
 
     with tqdm(total=images, desc="write", unit="picture", disable=None) as bar:
         bar.update(sum(map(images_of, journal.done)))
-        for done in in_order(_write, jobs, processes):
+        # Images that the list holds go to the processes with their jobs: few are prepared.
+        for done in in_order(_write, jobs, processes, ahead=1 if pairs.holds_images else AHEAD):
             journal.add(done)
             bar.update(images_of(done.shard))
     skipped = journal.write_skipped(out / "skipped.jsonl")

@@ -16,15 +16,18 @@ from clipdist.errors import Fault
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_AHEAD = 3  # items per process that are prepared: enough that none waits, few in memory
+AHEAD = 3  # items per process: enough that none waits, few in memory
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], processes: int, ahead: int = AHEAD
+) -> Iterator[Result]:
     """Yield work(item) for every item, in their order, whatever the number of processes.
 
     Args:
         work: a function that can be pickled, of a module that can be imported.
         processes: 0: one per core; 1: the work is done in this process.
+        ahead: items per process that are prepared, and in memory.
 
     Raises:
         Fault: a worker process was killed.
@@ -42,7 +45,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], processes: i
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) >= _AHEAD * processes:
+            if len(waiting) >= ahead * processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

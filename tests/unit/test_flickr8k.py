@@ -374,6 +374,32 @@ def test_csv_with_commas_quotes_and_damage() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("start", "row"),
+    [
+        ("image,caption\n", '{},"{}"\n'),
+        (",image,caption\n", '7,{},"{}"\n'),  # as pandas writes it
+        ("id,Image,Caption,words\n", '7,{},"{}",4\n'),
+    ],
+)
+def test_kaggles_captions_as_csv(tmp_path: Path, tool: Tool, start: str, row: str) -> None:
+    text = start + "".join(row.format(name(n), text) for n in range(12) for text in captions(n)) + "stray\n"
+    files = {file: data for file, data in KAGGLE.items() if file != "captions.txt"}
+    stats = tool(
+        make_folder(tmp_path / "in", files | {"captions.csv": text.encode()} | LISTS), "--out", tmp_path / "out"
+    )
+    assert stats["layout"] == "kaggle"
+    assert {split: count["captions"] for split, count in stats["splits"].items()} == {
+        "train": 35,
+        "val": 10,
+        "test": 10,
+        "extra": 5,
+    }
+    first = read_out(tmp_path / "out")["train"][0]
+    assert (first["filename"], first["captions"]) == (name(0), captions(0))
+    assert report(tmp_path / "out")["skipped"]["stray line"]["names"] == ["captions.csv line 62: stray"]
+
+
 def test_token_lines() -> None:
     defects = Defects()
     rows = list(

@@ -136,6 +136,8 @@ FORMS = {
     "tsv": lambda folder: as_csv(folder, "\t"),
     "csv with BOM and CRLF": lambda folder: as_csv(folder, start="\ufeff", end="\r\n"),
     "csv with ;": lambda folder: as_csv(folder, ";"),
+    "csv with tabs": lambda folder: as_csv(folder, "\t"),
+    "tsv with ,": as_csv,
     "jsonl": lambda folder: "\n\n".join(json.dumps(row) for row in ROWS).encode(),
     "parquet": as_parquet,
 }
@@ -148,7 +150,8 @@ def test_forms_of_lists_say_the_same(tmp_path: Path, images: Path, tool: Tool, f
     result = tool(source, "--out", tmp_path / "out")
     assert (result["image_column"], result["caption_column"]) == ("image", "text")
     assert (result["samples"], result["captions"], result["skipped"]) == (2, 3, {})
-    assert "pictures of column 'image'" in tool.printed
+    assert f"{source}: pictures: files of column 'image' in {images}; captions: column 'text'" in tool.printed
+    assert ("; parted by " in tool.printed) == ("with ;" in form or "with ," in form or "with tabs" in form)
     first, second = samples(tmp_path / "out")
     assert list(first) == ["jpg", "txt", "json", "key"]
     assert first["jpg"] == picture(0)
@@ -176,6 +179,89 @@ def test_forms_of_lists_say_the_same(tmp_path: Path, images: Path, tool: Tool, f
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 2}
 
 
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason="Parquet lists need pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "name"),
+    [
+        ("image", lambda data: data, "row 4"),
+        ("image", lambda data: {"bytes": data, "path": "https://x.org/y.jpg"}, "https://x.org/y.jpg"),  # Hugging Face's
+        ("image", lambda data: {"bytes": data, "path": None}, "row 4"),
+        ("scan", lambda data: data, "row 4"),
+    ],
+)
+def test_parquet_that_holds_the_pictures(tmp_path: Path, tool: Tool, column: str, cell, name: str) -> None:
+    """Four files, the pictures in them, five captions in columns; one picture twice, and a row without a picture."""
+    for number in range(4):
+        texts = {f"caption_{i}": f"picture {number}, {i}" for i in range(5)}
+        row = {column: cell(picture(number)), **texts, "score": number / 4}
+        rows = [row, {**row, "caption_0": "again"}, {**row, column: None}] if number == 3 else [row]
+        write_parquet(tmp_path / f"in/data/train-0000{number}.parquet", rows)
+    options = ["--image-column", "scan"] if column == "scan" else []
+    result = tool(tmp_path / "in", *options, "--out", tmp_path / "out", "--per-shard", 2, processes=2)
+    captions = ", ".join(f"'caption_{i}'" for i in range(5))
+    assert f"4 files; pictures: the bytes of column '{column}'; captions: column {captions}" in tool.printed
+    assert (result["samples"], result["captions"], result["repeated"]) == (4, 25, 0)
+    assert skipped(tmp_path / "out") == [{"row": 6, "file": "", "reason": "no picture named"}]
+    assert [sample["jpg"] for sample in samples(tmp_path / "out")] == [picture(number) for number in range(4)]
+    last = records(tmp_path / "out")[3]
+    assert last["captions"] == [f"picture 3, {i}" for i in range(5)] + ["again"] + [
+        f"picture 3, {i}" for i in range(1, 5)
+    ]
+    assert (last["score"], "caption_1" in last) == (0.75, False)
+    assert last["filename"] == name
+    assert tool(tmp_path / "in", *options, "--out", tmp_path / "out", "--per-shard", 2)["shards_written_now"] == 0
+
+
+def test_parquet_of_several_splits_is_not_mixed(tmp_path: Path, images: Path, tool: Tool) -> None:
+    for split in ("train", "test"):
+        row = {"image": {"bytes": None, "path": str(images / "0.jpg")}, "caption": split}
+        write_parquet(tmp_path / f"in/{split}-00000-of-00001.parquet", [row, {"image": {"bytes": b"", "path": ""}}])
+    with pytest.raises(UserError, match=r"of several splits \(test, train\): name one, .*'.*/in/train\*\.parquet'"):
+        tool(tmp_path / "in", "--out", tmp_path / "out")
+    assert tool(tmp_path / "in/train*.parquet", "--out", tmp_path / "out")["samples"] == 1  # a path instead of bytes
+    assert records(tmp_path / "out")[0]["caption"] == "train"
+    write_parquet(tmp_path / "in/train-2.parquet", [{"image": b"", "text": "x"}])
+    with pytest.raises(UserError, match=r"train-2\.parquet: has no column caption, which .*train-00000-of-00001"):
+        tool(tmp_path / "in/train*.parquet", "--out", tmp_path / "more")
+    write_parquet(tmp_path / "lists.parquet", [{"image": [{"bytes": b""}], "caption": "a"}])
+    with pytest.raises(UserError, match=r"column 'image' is list<.*>: expected names, bytes, or a struct of bytes and"):
+        tool(tmp_path / "lists.parquet", "--out", tmp_path / "more")
+    for pattern, says in (("none*.parquet", "no such file"), ("*", "a pattern is of Parquet files")):
+        (tmp_path / "in/readme.md").touch()
+        with pytest.raises(UserError, match=says):
+            tool(tmp_path / "in" / pattern, "--out", tmp_path / "more")
+
+
+def test_coco_captions(tmp_path: Path, images: Path, tool: Tool) -> None:
+    listed = [{"id": 7 * n, "file_name": f"{n}.jpg", "height": 9, "license": 3} for n in (0, 4, 5)]
+    said = [{"image_id": 28, "id": 1, "caption": "four"}, {"image_id": 0, "id": 2, "caption": "a"}]
+    said.append({"image_id": 0, "id": 3, "caption": "b\n"})
+    source = tmp_path / "captions_val2017.json"
+    source.write_text(json.dumps({"info": {}, "images": listed, "annotations": said, "licenses": []}))
+    result = tool(source, "--images-root", images, "--out", tmp_path / "out")
+    assert (result["samples"], result["captions"], result["skipped"]) == (2, 3, {"empty caption": 1})
+    first, second = records(tmp_path / "out")
+    assert (first["filename"], first["captions"], second["captions"]) == ("0.jpg", ["a", "b"], ["four"])
+    assert (first["id"], first["license"], first["height"]) == (0, 3, 18)
+    assert skipped(tmp_path / "out") == [{"row": 3, "file": "5.jpg", "reason": "empty caption"}]
+
+
+def test_windows_paths(tmp_path: Path, images: Path, tool: Tool) -> None:
+    (images / "a\\b.jpg").write_bytes(picture(5))
+    rows = "image,caption\nimages\\0.jpg,a\n.\\images\\4.jpg,b\nimages/a\\b.jpg,c\nC:\\images\\6.jpg,d\n"
+    result = tool(write_csv(tmp_path, rows), "--out", tmp_path / "out")
+    assert [sample["jpg"] for sample in samples(tmp_path / "out")] == [picture(0), picture(4), picture(5)]
+    assert (result["backslashes"], result["skipped"]) == (4, {"path on a Windows drive": 1})
+    assert "         4  names with backslashes, which are read as / where no file has the name" in tool.printed
+
+
 def test_folder_of_pairs(tmp_path: Path, tool: Tool) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -191,6 +277,8 @@ def test_folder_of_pairs(tmp_path: Path, tool: Tool) -> None:
     (folder / "f.jpg").write_bytes(picture(6))
     (folder / "f.json").write_text("{")
     (folder / "sub" / "back").symlink_to(folder)
+    for name in ("g.tif", "g.txt", "h.txt", "noise", ".hidden"):
+        (folder / name).write_text("five")
     result = tool(folder, "--out", tmp_path / "out")
     first, second, third = records(tmp_path / "out")
     assert [first["captions"], second["captions"], third["captions"]] == [["one", "two"], ["four"], ["three"]]
@@ -200,8 +288,30 @@ def test_folder_of_pairs(tmp_path: Path, tool: Tool) -> None:
         "d.gif": "caption is not UTF-8",
         "e.jpg": "no caption beside it",
         "f.jpg": "caption file cannot be read",
+        "g.tif": "suffix .tif is not of a picture",
+        "h.txt": "caption without picture",
+        "noise": "suffix none is not of a picture",
     }
+    assert "         1  suffix .tif is not of a picture" in tool.printed
     assert result["samples"] == 3
+
+
+def test_shards_in_the_folder_of_pairs_are_no_part_of_it(tmp_path: Path, tool: Tool) -> None:
+    for name, data in (("0.jpg", picture(0)), ("0.txt", b"a"), ("1.tif", b"b")):
+        (tmp_path / name).write_bytes(data)
+    for out, skips in ((tmp_path / "shards", {"suffix .tif is not of a picture": 1}), (tmp_path, {})):
+        first, again = (tool(tmp_path, "--out", out) for _ in range(2))
+        assert (first["samples"], first["skipped"], first["shards_written_now"]) == (1, skips, 1)
+        assert (again["skipped"], again["shards_written_now"]) == (skips, 0)
+
+
+def test_a_folder_without_pictures_says_what_is_there(tmp_path: Path, tool: Tool) -> None:
+    (tmp_path / "0.tif").touch()
+    (tmp_path / "0.txt").write_text("a")
+    with pytest.raises(
+        UserError, match=r"no picture with a caption in it: '0\.tif': suffix \.tif is not of a picture$"
+    ):
+        tool(tmp_path, "--out", tmp_path / "out")
 
 
 def test_only_neighbouring_rows_are_one_sample(tmp_path: Path, images: Path, tool: Tool) -> None:
@@ -420,6 +530,13 @@ def test_a_full_disk_is_a_fault(tmp_path: Path, images: Path, tool: Tool, monkey
         ("a.jsonl", b"1\n", "line 1: not a JSON object"),
         ("a.jsonl", b'{"image": "\\u0000.jpg", "caption": "a"}\n', "1 x missing file"),
         ("a.json", b'[{"image": "0.jpg"}]', "is one JSON array"),
+        ("a.json", b'{"images": [{"sentences": []}]}', "is Karpathy's JSON, of several splits.*jq -c"),
+        (
+            "a.json",
+            b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "bbox": []}]}',
+            "not COCO's captions .*'caption'",
+        ),
+        ("a.json", b'{"images": [{"id": 1}], "annotations": [{"image_id', "not COCO's captions .*Unterminated"),
     ],
 )
 def test_bad_lists(tmp_path: Path, images: Path, tool: Tool, name: str, content: bytes | None, says: str) -> None:
@@ -449,11 +566,13 @@ def test_parquet_that_is_cut_off_or_cannot_be_read(
 
 def test_columns_that_are_named(tmp_path: Path, images: Path) -> None:
     source = write_csv(images, "image,caption,title,shot\n0.jpg,a,b,4.jpg\n")
-    assert list(open_list(source, "shot", "title")) == [Pair(1, "4.jpg", ("b",), {"image": "0.jpg", "caption": "a"})]
+    both = open_list(source, None, ["title", "caption"])
+    assert list(both) == [Pair(1, "0.jpg", ("b", "a"), {"shot": "4.jpg"})]
+    assert list(open_list(source, "shot", ["title"])) == [Pair(1, "4.jpg", ("b",), {"image": "0.jpg", "caption": "a"})]
     with pytest.raises(UserError, match=r"--image-column no: .* its columns are: image, caption, title, shot"):
         open_list(source, image_column="no")
     with pytest.raises(UserError, match="cannot hold both"):
-        open_list(source, "image", "image")
+        open_list(source, "image", ["image"])
     with pytest.raises(UserError, match="has no columns"):
         open_list(images, "image")
 
