@@ -10,7 +10,6 @@ are standardised with the training set's mean and deviation.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -40,27 +39,23 @@ LR_GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of SGD, cautious to bold
 RISE = 1.02  # over the lowest held-out loss, and less accurate: weaker penalties, the slowest, are then not tried
 HELD_OUT = 0.2  # share of the training set that chooses the penalty
 MAX_ITERATIONS = 1000
-# L-BFGS ends where no gradient is larger than the first, or a step changes less than the second.
-EXACT, ROUGH = (1e-5, 1e-8), (1e-4, 1e-6)  # rough in the search
+GRADIENT, CHANGE = 1e-5, 1e-8  # L-BFGS ends where no gradient, or no step's change of the mean loss, is larger
 EPOCHS = 50  # of SGD
 SGD_BATCH, MOMENTUM = 256, 0.9
 BEAT_S = 1.0  # between two signs of life to the ranks that wait for the fit
 
 
 @dataclass(frozen=True)
-class _Scaled:
-    """Features less their mean, over a scale of each column, or of all columns in common, which changes no optimum.
+class _Prepared:
+    """Features as a solver takes them: x -> (x - mean) @ basis, or (x - mean) / scale."""
 
-    A layer fits better, and as L-BFGS goes faster, to features around 0.
-    """
-
-    features: Tensor  # fp32 [n, D]
+    features: Tensor  # fp32 [n, D], or [n, n] where D is larger
     labels: Tensor  # int64 [n]
-    mean: Tensor  # [D]
-    scale: Tensor  # [D] or []
+    deviation: Tensor  # of every column of the features; 1 where that is 0
+    transform: Callable[[Tensor], Tensor]  # of other features
 
 
-Fit = Callable[[_Scaled, float, nn.Linear], nn.Linear]  # (data, penalty or learning rate, where to start) -> a layer
+Fit = Callable[[_Prepared, float, nn.Linear], nn.Linear]  # (data, penalty or learning rate, where to start) -> a layer
 
 
 @dataclass(frozen=True)
@@ -185,31 +180,38 @@ def fit_probe(
         raise UserError("the image features are not finite: the weights have diverged")
     if len(train) < 2:
         raise UserError(f"the probe needs at least 2 training pictures; got {len(train)}")
-    shared = solver == "lbfgs"
-    fit: Fit = partial(_fit_lbfgs if shared else partial(_fit_sgd, seed=seed, epochs=epochs), tick=tick)
-    rough: Fit = partial(_fit_lbfgs, tolerance=ROUGH, tick=tick) if shared else fit
-    with tqdm(total=(L2_FITS if shared else len(LR_GRID)) + 1, desc=title, disable=None if title else True) as bar:
-        score = _Score(rough, train, train_labels, len(classes), seed, shared, bar)
-        chosen = _search_l2(score) if shared else min(LR_GRID, key=lambda lr: score(lr)[1])
-        whole = _scaled(train, train_labels, shared)
-        layer = fit(whole, chosen, _zero_layer(train, len(classes)))
+    sgd = solver == "sgd"
+    fit: Fit = partial(partial(_fit_sgd, seed=seed, epochs=epochs) if sgd else _fit_lbfgs, tick=tick)
+    prepare = _standardised if sgd else _rotated
+    with tqdm(total=(len(LR_GRID) if sgd else L2_FITS) + 1, desc=title, disable=None if title else True) as bar:
+        score = _Score(fit, prepare, train, train_labels, len(classes), seed, bar)
+        chosen = min(LR_GRID, key=lambda lr: score(lr)[1]) if sgd else _search_l2(score)
+        whole = prepare(train, train_labels)
+        layer = fit(whole, chosen, _zero_layer(whole.features, len(classes)))
         bar.update()
-    scores = _scores(layer, (test - whole.mean) / whole.scale)
-    return Probe(scores, test_labels.cpu(), tuple(classes), **{"l2" if shared else "lr": chosen})
+    scores = _scores(layer, whole.transform(test))
+    return Probe(scores, test_labels.cpu(), tuple(classes), **{"lr" if sgd else "l2": chosen})
 
 
 class _Score:
     """Fits to a part of the training set, and measures on the rest."""
 
     def __init__(
-        self, fit: Fit, features: Tensor, labels: Tensor, classes: int, seed: int, shared: bool, bar: tqdm
+        self,
+        fit: Fit,
+        prepare: Callable[[Tensor, Tensor], _Prepared],
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        seed: int,
+        bar: tqdm,
     ) -> None:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
         held, kept = order.split([count := max(1, round(HELD_OUT * len(order))), len(order) - count])
         self._fit, self._bar = fit, bar
-        self._kept = _scaled(features[kept], labels[kept], shared)
-        self._held, self._held_labels = (features[held] - self._kept.mean) / self._kept.scale, labels[held]
-        self._layers = {math.inf: _zero_layer(features, classes)}
+        self._kept = prepare(features[kept], labels[kept])
+        self._held, self._held_labels = self._kept.transform(features[held]), labels[held]
+        self._layers = {math.inf: _zero_layer(self._kept.features, classes)}
 
     def __call__(self, setting: float) -> tuple[float, float]:
         """Return accuracy (0 to 1) and cross-entropy (inf: it has diverged) on the part that is held out.
@@ -255,11 +257,22 @@ def _penalty(place: int) -> float:
     return 10.0 ** (place / L2_STEPS)
 
 
-def _scaled(features: Tensor, labels: Tensor, shared: bool) -> _Scaled:
-    mean, scale = statistics(features)
-    if shared:
-        scale = (features - mean).square().mean().sqrt().clamp(min=1e-7)
-    return _Scaled((features - mean) / scale, labels, mean, scale)
+def _standardised(features: Tensor, labels: Tensor) -> _Prepared:
+    mean, deviation = statistics(features)
+    return _Prepared((features - mean) / deviation, labels, deviation, lambda x: (x - mean) / deviation)
+
+
+def _rotated(features: Tensor, labels: Tensor) -> _Prepared:
+    """Turn features to their principal axes, around their mean: that changes no optimum, and L-BFGS is there sooner."""
+    mean = features.mean(0)
+    centred = features - mean
+    basis = torch.eye(features.shape[1], device=features.device)
+    if len(features) < features.shape[1]:  # the optimum lies in the space of the rows
+        basis = torch.linalg.qr(centred.T).Q
+        centred = centred @ basis
+    basis = basis @ torch.linalg.eigh(centred.T @ centred).eigenvectors
+    turned = (features - mean) @ basis
+    return _Prepared(turned, labels, statistics(turned)[1], lambda x: (x - mean) @ basis)
 
 
 def _zero_layer(features: Tensor, classes: int) -> nn.Linear:
@@ -274,40 +287,44 @@ def _scores(layer: nn.Linear, features: Tensor) -> Tensor:
     return layer(features).cpu()
 
 
-def _fit_lbfgs(
-    data: _Scaled,
-    l2: float,
-    layer: nn.Linear,
-    tolerance: tuple[float, float] = EXACT,
-    tick: Callable[[], None] = lambda: None,
-) -> nn.Linear:
-    """Minimise the sum of cross-entropies + l2 / 2 * |W|^2, where W is the layer of the features before scaling.
+def _fit_lbfgs(data: _Prepared, l2: float, layer: nn.Linear, tick: Callable[[], None] = lambda: None) -> nn.Linear:
+    """Minimise the sum of cross-entropies + l2 / 2 * |W|^2, which is convex: `layer` is only where it starts.
 
-    This is convex: where the layer starts decides only how long it takes.
+    The variables are W over a step per column that makes the curvature about the same in all of them: a column's is
+    about p (1 - p) of its variance, where p = 1 / classes, and the penalty's.
     """
-    of_mean = l2 / len(data.labels) / data.scale.item() ** 2  # the penalty beside the mean loss, of the scaled layer
-    layer = copy.deepcopy(layer)
+    penalty, share = l2 / len(data.labels), 1 / layer.out_features
+    step = (data.deviation.square() + penalty / (share * (1 - share) or 1)).rsqrt()
+    variables, bias = (layer.weight.detach() / step).requires_grad_(), layer.bias.detach().clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
-        layer.parameters(),
+        [variables, bias],
         max_iter=MAX_ITERATIONS,
-        tolerance_grad=tolerance[0],
-        tolerance_change=tolerance[1],
+        tolerance_grad=GRADIENT,
+        tolerance_change=CHANGE,
         history_size=20,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
-        loss = F.cross_entropy(layer(data.features), data.labels) + of_mean / 2 * layer.weight.square().sum()
+        weight = variables * step
+        loss = F.cross_entropy(F.linear(data.features, weight, bias), data.labels)
+        loss = loss + penalty / 2 * weight.square().sum()
         loss.backward()
         tick()
         return loss
 
     optimiser.step(closure)
-    return layer
+    fitted = _zero_layer(data.features, layer.out_features)
+    with torch.no_grad():
+        fitted.weight.copy_(variables * step)
+        fitted.bias.copy_(bias)
+    return fitted
 
 
-def _fit_sgd(data: _Scaled, lr: float, layer: nn.Linear, seed: int, epochs: int, tick: Callable[[], None]) -> nn.Linear:
+def _fit_sgd(
+    data: _Prepared, lr: float, layer: nn.Linear, seed: int, epochs: int, tick: Callable[[], None]
+) -> nn.Linear:
     """Train a layer like this one, from 0, in random order; the learning rate falls from `lr` to 0 along a cosine."""
     features, labels = data.features, data.labels
     layer = _zero_layer(features, layer.out_features)

@@ -235,18 +235,22 @@ def test_result_does_not_depend_on_the_origin_or_chance() -> None:
     assert 40 < first.accuracy < 99
 
 
+@pytest.mark.parametrize("width", [6, 12, 240])
 @pytest.mark.parametrize("l2", [1000.0, 10.0, 0.1])
-def test_fit_is_the_optimum(l2: float) -> None:
+def test_fit_is_the_optimum(l2: float, width: int) -> None:
     """The gradient of sum of cross-entropies + l2 / 2 * |W|^2, by hand in float64, vanishes where L-BFGS stopped."""
     features, labels = clusters(150, 0, noise=2.0)
     features = 3 * features * torch.linspace(0.1, 2, 12) + 5
-    data = probe._scaled(features, labels, shared=True)
-    layer = probe._fit_lbfgs(data, l2, probe._zero_layer(features, 3))
-    weight, bias = layer.weight.detach().double() / data.scale, layer.bias.detach().double()
-    raw, centred = features.double(), features.double() - data.mean
-    error = (centred @ weight.T + bias).softmax(1) - F.one_hot(labels, 3)
+    features = features[:, :width] if width < 12 else torch.cat([features] * (width // 12), 1)
+    data = probe._rotated(features, labels)
+    layer = probe._fit_lbfgs(data, l2, probe._zero_layer(data.features, 3))
+    inputs = torch.cat([torch.zeros(1, width), torch.eye(width)])  # the layer and what precedes it are one affine map
+    answers = probe._scores(layer, data.transform(inputs)).double()
+    bias, weight = answers[0], (answers[1:] - answers[0]).T
+    raw = features.double()
+    error = (raw @ weight.T + bias).softmax(1) - F.one_hot(labels, 3)
     gradient = error.T @ raw + l2 * weight
-    assert gradient.abs().max() < 1e-4 * raw.abs().sum(0).max()
+    assert gradient.abs().max() < 3e-4 * raw.abs().sum(0).max()
     assert error.mean(0).abs().max() < 1e-4
     assert weight.abs().max() > 1e-3
 
@@ -286,9 +290,9 @@ def test_the_held_out_part_chooses_a_penalty_that_generalises() -> None:
     wrong = torch.rand(300, generator=generator) < 1 / 3
     labels = torch.where(wrong, (labels + 1) % 3, labels)
     chosen = fit_probe(train, labels, test, test_labels, NAMES)
-    data = probe._scaled(train, labels, shared=True)
-    weakest = probe._fit_lbfgs(data, PENALTIES[16], probe._zero_layer(train, 3))
-    by_heart = 100 * (probe._scores(weakest, (test - data.mean) / data.scale).argmax(1) == test_labels).double().mean()
+    data = probe._rotated(train, labels)
+    weakest = probe._fit_lbfgs(data, PENALTIES[16], probe._zero_layer(data.features, 3))
+    by_heart = 100 * (probe._scores(weakest, data.transform(test)).argmax(1) == test_labels).double().mean()
     assert (probe._scores(weakest, data.features).argmax(1) == labels).all()
     assert chosen.l2 is not None
     assert chosen.l2 > 1
@@ -303,6 +307,11 @@ def test_the_search_passes_penalties_that_are_far_too_strong() -> None:
     l2 = fit_probe(train, labels, train, labels, NAMES).l2
     assert l2 is not None
     assert l2 < 1e-2
+
+
+def test_a_single_class_is_always_right() -> None:
+    features = clusters(30, 0, noise=1.0)[0]
+    assert fit_probe(features, torch.zeros(30).long(), features, torch.zeros(30).long(), ("dog",)).accuracy == 100
 
 
 def test_a_constant_feature_is_harmless() -> None:
