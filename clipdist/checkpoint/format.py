@@ -156,7 +156,9 @@ def read_manifest(folder: str | Path, retry_s: float = 0.0) -> Manifest:
             raise UserError(f"{path}: damaged, its checksum does not fit what it says; take an older checkpoint")
         return Manifest(**record)
     except Missing:
-        raise UserError(f"{folder}: not a checkpoint (no {MANIFEST})") from None
+        newest = newest_checkpoint(run_folder(Path(folder)))
+        hint = f"; the newest of this run is {newest}" if newest else ""
+        raise UserError(f"{folder}: not a checkpoint (no {MANIFEST}){hint}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read as a manifest ({error}); take an older checkpoint") from None
 

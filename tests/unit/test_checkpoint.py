@@ -72,6 +72,9 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step-00000001"
     with pytest.raises(UserError, match="not a checkpoint"):
         read_manifest(checkpoint_dir(tmp_path, 2))
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(UserError, match=r"; the newest of this run is .*/checkpoints/step-00000001$"):
+            read_manifest(folder)
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
