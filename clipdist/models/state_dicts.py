@@ -81,7 +81,7 @@ def _unsafe(path: Path, error: Exception) -> str:
         return brief(error)
     if not unsafe:
         return brief(error)
-    return f"it holds objects of {', '.join(unsafe[:3])}, which might run code; save model.state_dict() alone"
+    return f"it holds objects of {', '.join(sorted(unsafe)[:3])}, which might run code; save model.state_dict() alone"
 
 
 def _holds(content: Any) -> str:
