@@ -9,9 +9,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from clipdist.errors import UserError
 from clipdist.fault_tolerance.signals import StopFlag
@@ -22,16 +24,52 @@ LOCK_WAIT_S = 1.0  # launch/status.py holds the lock briefly
 
 
 def command_line(words: list[str]) -> str:
-    """Return the command that resumes this run, with the launcher that started it."""
+    """Return the command that resumes this run, with the launcher that started it, as it was typed where that is known.
+
+    Several nodes: torchrun is typed on each of them, with its own --node-rank; deepspeed on one.
+    """
     by_deepspeed = any(word.startswith("--local_rank") for word in words)
     words = [word for word in words if not word.startswith("--local_rank")]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    environ = os.environ
+    if "CLIPDIST_JOB_FILES" in environ:
+        template = "deepspeed" if by_deepspeed else "train"
+        launcher = ["sbatch", "--nodes", environ["SLURM_JOB_NUM_NODES"], f"slurm/{template}.sbatch"]
+        return shlex.join([*launcher, *words])
+    if "TORCHELASTIC_RUN_ID" in environ:
+        launcher = _typed_launcher("torchrun") or _torchrun()
     elif by_deepspeed:
-        launcher = ["deepspeed", "--num_accelerators", os.environ["WORLD_SIZE"]]
+        launcher = _typed_launcher("deepspeed") or _deepspeed()
     else:
         launcher = ["python"]
     return shlex.join([*launcher, "clipdist/train.py", *words])
+
+
+def _typed_launcher(name: str) -> list[str]:
+    """Return the launcher and its options from the command line of the process above; empty if it is not visible."""
+    with suppress(psutil.Error, ValueError):
+        for process in psutil.Process().parents()[:2]:  # `deepspeed` starts deepspeed.launcher.launch, that the ranks
+            line = process.cmdline()
+            for start, word in enumerate(line):
+                if Path(word).name == name or (name, word) == ("torchrun", "torch.distributed.run"):
+                    return [name, *line[start + 1 : line.index(sys.argv[0])]]
+    return []
+
+
+def _torchrun() -> list[str]:
+    """Return a torchrun command of this node from the variables that torchrun sets."""
+    environ = os.environ
+    nodes, here = environ.get("GROUP_WORLD_SIZE", "1"), environ["LOCAL_WORLD_SIZE"]
+    if nodes == "1":
+        return ["torchrun", "--nproc-per-node", here]
+    meeting = ["--master-addr", environ["MASTER_ADDR"], "--master-port", environ["MASTER_PORT"]]
+    return ["torchrun", "--nnodes", nodes, "--node-rank", environ["GROUP_RANK"], *meeting, "--nproc-per-node", here]
+
+
+def _deepspeed() -> list[str]:
+    """Return a deepspeed command from the variables that its launcher sets on every node."""
+    nodes, here = os.environ.get("CROSS_SIZE", "1"), os.environ["LOCAL_SIZE"]
+    several = ["--hostfile", "HOSTFILE", "--num_nodes", nodes] if nodes != "1" else []
+    return ["deepspeed", *several, "--num_accelerators", here]
 
 
 @contextmanager

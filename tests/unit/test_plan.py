@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +24,8 @@ from clipdist.models.spec import resolve_spec
 from clipdist.process import command_line, lock_run_folder
 from clipdist.resume import plan_start
 from clipdist.train import train
+
+ROOT = Path(__file__).parents[2]
 
 
 def configured(shards, root, *words):
@@ -175,16 +180,57 @@ def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
     assert "finished at step 8" in capsys.readouterr().out
 
 
-def test_the_command_that_goes_on_names_its_launcher(monkeypatch):
-    words = ["--config", "a.yaml", "optim.lr=1e-3"]
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert command_line(words) == "python clipdist/train.py --config a.yaml optim.lr=1e-3"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    deepspeed = "deepspeed --num_accelerators 2 clipdist/train.py --config a.yaml optim.lr=1e-3"
-    assert command_line(["--local_rank=0", *words]) == deepspeed
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert command_line(words).startswith("torchrun --nproc-per-node 4 clipdist/train.py")
+WORDS = ["--config", "a.yaml", "optim.lr=1e-3"]
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
+NODES = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+DEEPSPEED = {"LOCAL_SIZE": "4", "WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "extra", "launcher"),
+    [
+        ({}, [], "python clipdist/train.py"),
+        (TORCHRUN, [], "torchrun --nproc-per-node 4 clipdist/train.py"),
+        (
+            TORCHRUN | NODES,
+            [],
+            "torchrun --nnodes 2 --node-rank 0 --master-addr node1 --master-port 29500 --nproc-per-node 4"
+            " clipdist/train.py",
+        ),
+        (DEEPSPEED, ["--local_rank=0"], "deepspeed --num_accelerators 4 clipdist/train.py"),
+        (
+            DEEPSPEED | {"CROSS_SIZE": "2"},
+            ["--local_rank=0"],
+            "deepspeed --hostfile HOSTFILE --num_nodes 2 --num_accelerators 4 clipdist/train.py",
+        ),
+        ({"CLIPDIST_JOB_FILES": "x", "SLURM_JOB_NUM_NODES": "2"}, [], "sbatch --nodes 2 slurm/train.sbatch"),
+    ],
+)
+def test_the_command_that_goes_on_names_its_launcher_and_nodes(monkeypatch, environment, extra, launcher):
+    for name in ("TORCHELASTIC_RUN_ID", "CLIPDIST_JOB_FILES", *TORCHRUN, *NODES, *DEEPSPEED, "CROSS_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert command_line([*extra, *WORDS]) == f"{launcher} --config a.yaml optim.lr=1e-3"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment"),
+    [
+        ("torchrun --nnodes 2 --node-rank 1 --rdzv-endpoint node1:29500", TORCHRUN),
+        ("deepspeed --hostfile nodes.txt --include node1:0,1@node2", DEEPSPEED),
+    ],
+)
+def test_the_launcher_is_told_as_it_was_typed(tmp_path, launcher, environment):
+    name, *options = launcher.split()
+    start = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[sys.argv.index('rank.py'):]])"
+    (tmp_path / name).write_text(start)
+    (tmp_path / "rank.py").write_text("import sys\nfrom clipdist.process import *\nprint(command_line(sys.argv[1:]))")
+    added = ["--local_rank=0"] if name == "deepspeed" else []
+    command = [sys.executable, name, *options, "rank.py", *added, *WORDS]
+    env = os.environ | environment | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert said.stdout == f"{launcher} clipdist/train.py {' '.join(WORDS)}\n", said.stderr
 
 
 def test_a_large_local_catalog_gets_windows_whose_tables_fit_into_memory():
