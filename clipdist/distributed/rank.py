@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from clipdist.errors import UserError
+from clipdist.errors import Fault, UserError
 
 AFTER_THE_WATCHDOG_S = 120
 
@@ -70,6 +70,26 @@ def time_limit(hang_s: float) -> timedelta:
 
 
 @contextmanager
+def _meeting(rank: int) -> Iterator[None]:
+    """Turn the errors of the rendezvous into one line.
+
+    Raises:
+        Fault: the ranks did not meet. A job that starts again does so at another port.
+    """
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise Fault(
+                f"the ranks cannot meet at {where}: another program uses this port, perhaps another training run;"
+                " choose a free one (deepspeed --master_port PORT, torchrun --master-port PORT, else MASTER_PORT)"
+            ) from None
+        reason = str(error).partition("\n")[0]
+        raise Fault(f"rank {rank} cannot meet the others at {where} ({reason}); all nodes must reach it") from None
+
+
+@contextmanager
 def joined_ranks(device: str, hang_s: float = 0.0) -> Iterator[DistEnv]:
     """Join the ranks that a launcher started into one process group (gloo on CPU, NCCL on GPUs), for a with block.
 
@@ -79,6 +99,9 @@ def joined_ranks(device: str, hang_s: float = 0.0) -> Iterator[DistEnv]:
     Args:
         device: cpu or cuda, as resolve_device returns it.
         hang_s: as train.hang_s; see time_limit.
+
+    Raises:
+        Fault: the ranks cannot meet.
     """
     os.environ["DS_ACCELERATOR"] = device  # before the first import of deepspeed
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -97,7 +120,8 @@ def joined_ranks(device: str, hang_s: float = 0.0) -> Iterator[DistEnv]:
         if world == 1:  # the store is in this process: no port is needed
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            with _meeting(rank):
+                dist.init_process_group(backend, timeout=timeout)
         yield DistEnv(rank, world, local_rank, where)
         failed = False
     finally:

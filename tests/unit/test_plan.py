@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex
 from clipdist.data.order import local_window
-from clipdist.errors import UserError
+from clipdist.distributed.rank import joined_ranks
+from clipdist.errors import Fault, UserError
 from clipdist.models.spec import resolve_spec
 from clipdist.process import command_line, lock_run_folder
 from clipdist.resume import plan_start
@@ -231,6 +233,16 @@ def test_the_launcher_is_told_as_it_was_typed(tmp_path, launcher, environment):
     env = os.environ | environment | {"PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert said.stdout == f"{launcher} clipdist/train.py {' '.join(WORDS)}\n", said.stderr
+
+
+def test_a_rendezvous_port_in_use_is_one_line_with_the_way_out(monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Fault, match=rf"127.0.0.1:{port}.*another program.*--master_port"), joined_ranks("cpu"):
+            pass
 
 
 def test_a_large_local_catalog_gets_windows_whose_tables_fit_into_memory():
