@@ -56,8 +56,15 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):  # a caption or file name that the terminal's encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    code = exit_code(main)
-    if sys._getframe(1).f_back is None and not sys.flags.inspect:
+    alone = sys._getframe(1).f_back is None and not sys.flags.inspect
+    try:
+        code = exit_code(main)
+    except Exception:
+        if not alone:
+            raise
+        sys.excepthook(*sys.exc_info())  # last: libraries that Python takes apart print pages about themselves
+        code = EXIT_FAULT
+    if alone:
         _leave(code)
     sys.exit(code)  # a profiler, a debugger or a test runs the program, and has something left to do
 

@@ -101,7 +101,8 @@ def listening_to_signals() -> Iterator[StopFlag]:
 
 def exit_before_training(reason: str) -> None:
     """Exit as the signal itself would: before training there is nothing to save, and ranks may wait for one another."""
-    print(f"{reason} before training began", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # to the others a launcher sends it after an error, which is to stay last
+        print(f"{reason} before training began", file=sys.stderr, flush=True)
     os._exit(128 + signal.Signals[reason])
 
 

@@ -179,7 +179,6 @@ def roll_back(config: Config, trainer: Trainer, outcome: Outcome) -> RunPlan:
     times = int(consensus.broadcast(str(rollbacks(config.run.dir))))
     reason = f"data steps {outcome.first_skipped} to {outcome.step - 1}: {trainer.last_skip}"
     if times >= config.guard.rollbacks:
-        trainer.journal.event(outcome.step, "fault", error=reason)
         trainer.close()
         raise Fault(
             f"{reason}. The run went back to a checkpoint already (guard.rollbacks={times}): lower optim.lr, or"

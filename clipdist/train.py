@@ -20,6 +20,7 @@ import argparse
 import gc
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from clipdist.config import DEFAULT_RECIPE, Config, load_config
@@ -103,6 +104,7 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
     from clipdist.engine.setup import prepare_deepspeed
     from clipdist.fault_tolerance.consistency import compare, facts
     from clipdist.fault_tolerance.watchdog import open_watchdog
+    from clipdist.monitor.metrics import open_metrics, record_fault
     from clipdist.trainer import Trainer
 
     prepare_deepspeed()
@@ -115,9 +117,11 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
             watchdog.stopping(config.launch.signal_s)
         if dist_env.rank == 0:
             stack.enter_context(lock_run_folder(config.run.dir, REQUEUED_LOCK_WAIT_S if restarts() else LOCK_WAIT_S))
+            open_metrics(config.run.dir)
             plan = replan(config, plan, dist_env.world_size)
         with watchdog.phase("start"):
             plan = agree_on_plan(config, plan, dist_env, consensus)
+            watchdog.record = partial(record_fault, config.run.dir, config.train.global_batch)
             compare(facts(config, plan.order_record, plan.val, plan.skipped, plan.resume), dist_env)
         while True:
             with watchdog.phase("start"):

@@ -150,8 +150,7 @@ class Trainer:
         try:
             with self.watchdog.phase("between steps"):
                 return self._loop(stop)
-        except UserError as error:
-            self.journal.event(self.step, "fault", error=str(error))
+        except UserError:
             self._wait_for_writer(LAST_SAVE_S)
             self.journal.close()
             raise

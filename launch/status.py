@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import argparse
 import glob
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clipdist.checkpoint.format import run_folder
+from clipdist.checkpoint.format import newest_checkpoint, run_folder, step_of
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.storage import json_lines, lock
 
@@ -32,7 +33,8 @@ EXAMPLES = """examples:
   python launch/status.py runs/flickr8k_rn50 --follow
 """
 RECENT = 20  # logged steps that the rate is taken from
-FRESH_S = 120  # a run that wrote within so long is taken to be running, where nothing else says so
+FRESH_S = 120  # a run that wrote within so long is taken to be running, where no lock tells
+NO_WORDS = "no process works on it any more, and none said why: killed from outside, out of memory, or a crash"
 LOG_BYTES = 64_000  # of a log's end that is looked through
 FOLLOW_S = 5.0  # between two looks
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
@@ -125,7 +127,7 @@ def status(folder: Path) -> RunStatus:
         faults=len(run.note("faults").splitlines()),
         rollbacks=run.kinds.count("rollback"),
         skips=run.kinds.count("skip"),
-        error=run.last_error() if state in ("failed", "unknown", "queued") else None,
+        error=run.last_error(state) if state in ("failed", "unknown", "queued") else None,
         written_s=time.time() - run.written if run.written else None,
         snapshot=run.job.get("snapshot"),
         logs=[str(log) for log in run.logs],
@@ -133,34 +135,38 @@ def status(folder: Path) -> RunStatus:
 
 
 def judge(run: RunFiles, slurm: str | None, all_steps_done: bool) -> str:
-    """Return the state, by the surest source first: Slurm on queued and running jobs, the folder on how a run ended."""
+    """Return the state, by the surest source first: Slurm on queued and running jobs, locks, how the run ended."""
     word = (slurm or "").split(" ")[0]
     if word in QUEUED:
         return "queued"
-    if word in ACTIVE or is_locked(run.folder):
+    held = run.is_held()
+    if word in ACTIVE or held:
         return "running"
-    if all_steps_done or "finished" in run.kinds or re.search(r"^finished \d+ steps", run.log, re.M):
+    fault = run.kinds[-1:] == ["fault"]
+    if not fault and (all_steps_done or re.search(r"^finished \d+ steps", run.log, re.M)):
         return "finished"
     given_up = re.search(r"^fault \(", run.log, re.M)  # the last line of launch/after.sh
     if run.kinds[-1:] == ["interrupted"] and not given_up:
         return "interrupted"
-    if given_up or re.search(r"^(error\b|Traceback)", run.log, re.M) or word in FAILED:
+    if given_up or fault or re.search(r"^(error\b|Traceback)", run.log, re.M) or word in FAILED:
         # To Slurm every exit code but 0 is a failure; the ranks' own note tells an interruption.
         return "interrupted" if run.note("code").strip() == str(EXIT_INTERRUPTED) else "failed"
     if word in ("CANCELLED", "TIMEOUT", "PREEMPTED"):
         return "interrupted"
+    if held is False:
+        return "failed"
     return "running" if run.written and time.time() - run.written < FRESH_S else "unknown"
 
 
-def is_locked(folder: Path) -> bool:
-    """Return whether a process holds the run folder; across machines where the file system has locks."""
+def is_locked(path: Path) -> bool | None:
+    """Return whether a process holds a lock on a file; None where there is no such file, or the system has no locks."""
     try:
-        with open(folder / ".lock") as file:
+        with open(path) as file:
             lock(file, shared=True, wait_s=0)
     except BlockingIOError:
         return True
     except OSError:
-        pass
+        return None
     return False
 
 
@@ -188,7 +194,7 @@ class RunFiles:
         job: the newest line of jobs.jsonl; empty without one.
         train, events: of metrics.jsonl, the last logged steps and all events.  kinds: of the events.
         logs: of the newest job, rank 0 first.  log: the end of the first, as far as it is of the job's newest start.
-        written: time of the last record; None without one.
+        written, step: time and step of the last record; None without one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -196,11 +202,13 @@ class RunFiles:
         self.job: dict[str, Any] = deque([{}, *json_lines(folder / "jobs.jsonl")], maxlen=1)[0]
         self.train: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self.events: list[dict[str, Any]] = []
+        self.step: int | None = None
         for record in json_lines(folder / "metrics.jsonl"):
             if record.get("type") == "train":
                 self.train.append(record)
             elif record.get("type") == "event":
                 self.events.append(record)
+            self.step = record.get("step", self.step)
         self.kinds = [event.get("event") for event in self.events]
         times = [record["time"] for record in (*self.train, *self.events) if "time" in record]
         self.written = max(times, default=None)
@@ -209,10 +217,31 @@ class RunFiles:
         starts = r"^.*: job \S+ (?:is queued again|starts again, .*)$"
         self.log = re.split(starts, tail(self.logs[0]), flags=re.M)[-1] if self.logs else ""
 
+    def is_held(self) -> bool | None:
+        """Return whether a process works on the run; None where that is not known.
+
+        A trainer locks .lock, submit.py --cluster local jobs.jsonl. Only on the trainer's machine is no lock sure to
+        mean no process: some network file systems keep locks to one machine.
+        """
+        trainer, launcher = (is_locked(self.folder / name) for name in (".lock", "jobs.jsonl"))
+        if trainer or launcher:
+            return True
+        with suppress(ValueError, AttributeError):
+            host = json.loads(read(self.folder / "environment.json")).get("host")
+            return False if trainer is False and host == platform.node() else None
+        return None
+
     def progress(self) -> tuple[int | None, int | None]:
-        """Return (steps done, steps in all), from the metrics, else the log's "step 12/400", else the configuration."""
+        """Return (steps done, steps in all).
+
+        Steps done from the metrics and the checkpoints, else from the log's "step 12/400"; all from the events, the
+        log, or the configuration.
+        """
         said = re.findall(r"^step (\d+)/(\d+)", self.log, re.M)
-        step = self.train[-1].get("step") if self.train else None
+        step = self.step
+        with suppress(UserError):
+            newest = newest_checkpoint(self.folder)
+            step = max(step or 0, step_of(newest) or 0) if newest else step
         if step is None and said:
             step = int(said[-1][0])
         named = [event["steps"] for event in self.events if "steps" in event]
@@ -233,14 +262,17 @@ class RunFiles:
         """Return what a Slurm job left beside its logs: "code", "faults"; empty where there is none."""
         return read(self.logs[0].parent / f"{self.job['job']}.{name}") if self.logs and self.job.get("job") else ""
 
-    def last_error(self) -> str | None:
-        """Return the last line of any rank's log that begins with "error"; else the end of a traceback."""
+    def last_error(self, state: str) -> str | None:
+        """Return the recorded fault; else the last line of any rank's log that begins with "error", or the end of a
+        traceback."""
+        if self.kinds[-1:] == ["fault"]:
+            return self.events[-1].get("error")
         for pattern in (r"^(error\b.*)$", r"^Traceback .*(?:\n\s.*)*\n(\S.*)$", r"^(fault \(.*)$"):
             for log in self.logs:
                 found = re.findall(pattern, tail(log), re.M)
                 if found:
                     return found[-1]
-        return None
+        return NO_WORDS if state == "failed" else None
 
 
 def find_logs(log: Path) -> list[Path]:
@@ -266,7 +298,7 @@ def read(path: Path) -> str:
 def tail(path: Path) -> str:
     with suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - LOG_BYTES))
-        return file.read().decode(errors="replace")
+        return re.sub(r"^\[rank\d+\]: ", "", file.read().decode(errors="replace"), flags=re.M)  # of torch's tracebacks
     return ""
 
 

@@ -14,12 +14,15 @@ if __name__ == "__main__":  # the checkout's own code, from any folder and besid
 import json
 import shlex
 import time
+from contextlib import suppress
 
 from clipdist.config import Config, to_yaml
 from clipdist.config.batches import check_ranks, launched_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
 from clipdist.models.spec import resolve_spec
+from clipdist.process import LOCK_WAIT_S
 from clipdist.run_plan import check_data, check_launch
+from clipdist.storage import lock
 from launch.arguments import LaunchRequest, read_arguments
 from launch.snapshot import take_snapshot
 
@@ -136,7 +139,10 @@ def run_in_turn(request: LaunchRequest, words: list[str]) -> int:
         snapshot = take_snapshot(run.config)
         folder = run.config.run.dir / "submitit"
         record(run.config, snapshot, words, log=str(folder.resolve()))
-        ended = run_here(run.config, folder, rank_command(snapshot, words))
+        with (run.config.run.dir / "jobs.jsonl").open() as jobs:
+            with suppress(OSError):  # for launch/status.py: between two starts no rank holds the run folder
+                lock(jobs, wait_s=LOCK_WAIT_S)
+            ended = run_here(run.config, folder, rank_command(snapshot, words))
         if ended == EXIT_INTERRUPTED:
             return ended
         code = code or ended

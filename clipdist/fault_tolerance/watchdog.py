@@ -70,6 +70,7 @@ class Watchdog:
 
     Attributes:
         linger: called before a forced end with the most seconds that it may take, for what must not be cut off.
+        record: called once with the step and the reason for the end; on rank 0, or on rank 1 where rank 0 was lost.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Watchdog:
             Fault: rank 0 cannot be reached.
         """
         self.linger: Callable[[float], None] | None = None
+        self.record: Callable[[int, str], None] | None = None
         self._rank, self._run_dir, self._hang_s = rank, run_dir, hang_s
         self._silence_s = silence_s if hang_s else 0.0
         self._beat_s = min(BEAT_S, silence_s / 4, hang_s / 4 or BEAT_S)
@@ -338,6 +340,8 @@ class Watchdog:
             _within(SPEAK_S, self._speak, verdict)
         if self._rank == 0:
             self._ranks.tell({"kind": "verdict", "verdict": asdict(verdict)})
+        if self.record is not None and self._rank == int(self._states[0].left):
+            _within(SPEAK_S, self.record, self._me.step or 0, verdict.line)
         if own:
             self._end_by = time.monotonic() + OWN_END_S, verdict.code
             self._released.set()

@@ -151,6 +151,19 @@ class Metrics:
                 print(line, file=sys.stderr, flush=True)
 
 
+def open_metrics(run_dir: Path) -> None:
+    """Make metrics.jsonl, which `record_fault` appends to. Metrics tells what is wrong where it cannot be made."""
+    with suppress(OSError):
+        (run_dir / "metrics.jsonl").touch()
+
+
+def record_fault(run_dir: Path, global_batch: int, step: int, error: str) -> None:
+    """Append to metrics.jsonl why the run ended, whatever state this process is in."""
+    record = {"type": "event", "step": step, "samples": step * global_batch, "time": time.time()}
+    with suppress(OSError):
+        _append(run_dir / "metrics.jsonl", json.dumps({**record, "event": "fault", "error": error}).encode() + b"\n")
+
+
 def _append(path: Path, line: bytes) -> None:
     """Append a line; where that fails, leave nothing of it.
 

@@ -99,12 +99,14 @@ class RunHistory:
         return None
 
     def state(self) -> str:
-        """Say whether the run finished, was interrupted, or has no recorded end."""
+        """Say whether the run finished, was interrupted, ended with an error, or has no recorded end."""
         planned = self.planned_steps()
-        if planned is not None and self.step >= planned:
-            return "finished"
         of = "" if planned is None else f" of {planned:,}"
         last = self.attempts()[-1]
+        if last and last[-1].get("event") == "fault":
+            return f"ended at step {self.step:,}{of}: {last[-1].get('error')}"
+        if planned is not None and self.step >= planned:
+            return "finished"
         if last and last[-1].get("event") == "interrupted":
             return f"interrupted at step {self.step:,}{of}"
         return f"at step {self.step:,}{of}: still going, or ended without a word"

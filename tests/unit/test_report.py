@@ -240,6 +240,9 @@ def test_parts_that_are_missing_are_named(call, tmp_path: Path) -> None:
     assert "environment.json cannot be read" in page.text
     assert "No validation is recorded" in page.text
     assert figures["state"].startswith("at step 1:")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record("event", 1, event="fault", error="rank 1 ended: no memory")) + "\n")
+    assert call(run)[1][0]["state"].endswith(": rank 1 ended: no memory")
     (run / "config.yaml").unlink()
     (run / "environment.json").unlink()
     (run / "metrics.jsonl").write_text("")

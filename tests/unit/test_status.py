@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from clipdist.checkpoint.format import MANIFEST, checkpoint_dir
 from clipdist.errors import UserError
 from launch import status
 
@@ -67,19 +69,47 @@ def test_a_held_lock_says_that_it_runs(tmp_path):
         assert status.status(run).state == "running"
 
 
+def test_a_direct_start_that_was_killed_a_moment_ago_does_not_run_any_more(tmp_path):
+    run = write_run(tmp_path / "run", began=time.time() - 4)
+    (run / ".lock").touch()
+    (run / "environment.json").write_text('{"host": "another"}')
+    assert status.status(run).state == "running"  # whether locks reach across machines is not known
+    (run / "environment.json").write_text(json.dumps({"host": platform.node()}))
+    found = status.status(run)
+    assert (found.state, found.error) == ("failed", status.NO_WORDS)
+    with open(run / "jobs.jsonl") as jobs:  # of launch/submit.py, which starts the ranks again
+        fcntl.flock(jobs, fcntl.LOCK_EX)
+        assert status.status(run).state == "running"
+
+
+def test_steps_are_known_from_checkpoints_where_none_was_logged(tmp_path):
+    run = write_run(tmp_path / "run", steps=0, events=({"event": "interrupted", "step": 2},))
+    assert status.status(run).step == 2
+    checkpoint_dir(run, 4).mkdir(parents=True)
+    (checkpoint_dir(run, 4) / MANIFEST).touch()
+    assert "interrupted  step 4/10" in status.describe(status.status(run))[0]
+
+
 @pytest.mark.parametrize(
     ("steps", "events", "log", "state"),
     [
         (10, (), "", "finished"),
         (3, (), "finished 3 steps; see runs\n", "finished"),
         (3, ({"event": "interrupted"},), "", "interrupted"),
+        (3, ({"event": "fault", "error": "no memory"},), "", "failed"),
+        (10, ({"event": "fault", "error": "no memory"},), "", "failed"),
+        (3, ({"event": "fault", "error": "no memory"}, {"event": "restart"}), "", "unknown"),
+        (3, (), "[rank0]: Traceback (most recent call last):\n[rank0]:   File x\n[rank0]: ValueError: bad\n", "failed"),
         (3, (), "Traceback (most recent call last):\n  File x\nValueError: bad\n", "failed"),
         (3, (), "error: rank 1 on node2 ended without a word\n", "failed"),
         (3, (), "error: old\nfault (exit code 1): job 7 starts again, restart 1 of 3\nstep 3/10\n", "unknown"),
     ],
 )
 def test_how_a_run_ended_is_read_from_its_folder(tmp_path, steps, events, log, state):
-    assert status.status(write_run(tmp_path / "run", steps, events, log)).state == state
+    found = status.status(write_run(tmp_path / "run", steps, events, log))
+    assert found.state == state
+    if state == "failed":
+        assert found.error in ("no memory", "ValueError: bad", "error: rank 1 on node2 ended without a word")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_rank_0_killed_is_noticed_by_the_others(start):
     assert ranks.codes() == [-signal.SIGKILL, 1, 1]
     for rank in (1, 2):
         assert ranks.said(rank).startswith(f"error (rank {rank}): rank 0 on node0 (pid {ranks.processes[0].pid}) ended")
+    assert (ranks.folder / "record").read_text() == f"1 120 {ranks.said(1).removeprefix('error (rank 1): ')}"
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -174,8 +175,10 @@ def test_an_unforeseen_error_keeps_its_traceback(start):
     ranks.tell(1, "RuntimeError out of memory")
     assert ranks.codes() == [1, 1]
     assert ranks.said(0).endswith("in phase validation: RuntimeError: out of memory\n")
-    assert "Traceback" in ranks.said(1)
+    assert ranks.said(1).startswith("Traceback")
+    assert ranks.said(1).endswith("RuntimeError: out of memory\n")
     assert "Traceback" not in ranks.said(0)
+    assert (ranks.folder / "record").read_text() == f"0 120 {ranks.said(0).removeprefix('error: ')}"
 
 
 def test_all_ranks_with_the_same_error_say_it_once_each_and_rank_0_first(start):

@@ -37,6 +37,7 @@ def main() -> None:
     threading.Thread(target=lambda: told.extend(iter(sys.stdin.readline, "")), daemon=True).start()
     with watch(do, do["port"]) as first:
         first.linger = lambda seconds: (Path(do["dir"]) / f"lingered-{do['rank']}").touch()
+        first.record = lambda step, why: append(Path(do["dir"]) / "record", f"{do['rank']} {step} {why}\n")
         train(first, told)
         if do["act"] == "hang":
             with first.phase("data"):
@@ -57,6 +58,11 @@ def main() -> None:
             time.sleep(0.01)
         with watch(do, int(told.pop(0))) as second:
             train(second, told)
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
 def watch(do: dict, port: int) -> Watchdog:
