@@ -38,7 +38,6 @@ class Journal:
     """Writes the logs of a run.
 
     Attributes:
-        results: the newest value of every metric, for TensorBoard's table of hyper-parameters.
         bad: counts samples that cannot be used.
         metrics: writes metrics.jsonl and TensorBoard.
         progress: writes progress lines.
@@ -46,7 +45,6 @@ class Journal:
 
     def __init__(self, config: Config, plan: RunPlan, dist_env: DistEnv) -> None:
         self.config, self.plan, self.dist_env = config, plan, dist_env
-        self.results: dict[str, float] = {}
         self.bad = BadSamples()
         self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step)
         self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
@@ -122,7 +120,6 @@ class Journal:
             "batch_hash": self._batch_hash(batch),
         }
         self.metrics.write("train", step, self._samples(step), **values)
-        self.results |= {"loss": values["loss"]}
         shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
         self.progress.show(step, {name: values[name] for name in shown})
 
@@ -163,7 +160,6 @@ class Journal:
         if not findings.values or self.dist_env.rank:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
-        self.results |= findings.values
         names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
         self.log(f"validation at step {step}: {shown}")
@@ -187,8 +183,8 @@ class Journal:
                 temporary.unlink()
 
     def finished(self) -> None:
-        """Write the final results."""
-        self.metrics.outcome(self.results)
+        """Show the final results on TensorBoard."""
+        self.metrics.outcome()
 
     def close(self) -> None:
         """Close all logs."""

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 # Steps past the resumed one are trained again and logged again; how attempts began and ended is not.
 KEPT_ON_RESUME = ("restart", "interrupted", "rollback", "save_failed", "fault")
 TENSORBOARD_RETRY_S = 60.0  # after a failed write
+WATCHED = {  # charts on TensorBoard's page of custom scalars: title, and a regular expression of names
+    "loss": "^train/loss$",
+    "R@1, %": "^val/(t2i|i2t)_r1$",
+    "log scale of the logits": "^train/logit_scale$",
+    "learning rate": "^train/lr$",
+    "samples per second": "^train/samples_per_s$",
+}
 
 
 class Metrics:
@@ -64,6 +71,7 @@ class Metrics:
             raise Fault(f"{self._path}: cannot be written ({reason}); mend it and start again") from None
         self._board: SummaryWriter | None = None
         self._board_not_before = 0.0  # monotonic time
+        self._results = {"train/loss"}  # names of what the HParams page shows
         self._hide_from: int | None = start_step + 1
         self._show(lambda board: None)
 
@@ -89,6 +97,7 @@ class Metrics:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._show(partial(_add_scalar, f"{kind}/{name}", value, step))
+                self._results |= {f"{kind}/{name}"} if kind == "val" else set()
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Show an image on TensorBoard's image page."""
@@ -99,16 +108,24 @@ class Metrics:
             self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 
     def settings(self, settings: dict[str, Any], text: str) -> None:
-        """Show the configuration, as text, on TensorBoard; keep it for `outcome`."""
+        """Show the configuration, as text, and the charts of WATCHED on TensorBoard; keep it for `outcome`."""
         if self._open:
+            charts = {title: ["Multiline", [names]] for title, names in WATCHED.items()}
+            self._show(lambda board: board.add_custom_scalars({"run": charts}))
             self._show(lambda board: board.add_text("config", "    " + text.replace("\n", "\n    ")))
             self._settings = {k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in settings.items()}
 
-    def outcome(self, results: dict[str, float]) -> None:
-        """Show hyper-parameters beside final results on TensorBoard's HParams page."""
-        if self._open and results:
-            named = {f"final/{name}": value for name, value in results.items()}
-            self._show(lambda board: board.add_hparams(self._settings, named, run_name="."))
+    def outcome(self) -> None:
+        """Show the settings beside the last loss and the last validation on TensorBoard's HParams page."""
+        if self._open:
+            self._show(self._add_hparams)
+
+    def _add_hparams(self, board: SummaryWriter) -> None:
+        """Name the curves whose last values the page shows; `add_hparams` would add a card of one point for each."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(self._settings, dict.fromkeys(sorted(self._results))):
+            board._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
         if self._open and self._board is not None:

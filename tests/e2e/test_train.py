@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ def test_a_run_folder_holds_what_it_promises(runs):
 
 def test_tensorboard_has_the_numbers_the_settings_and_a_picture(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     board = EventAccumulator(str(runs["deepspeed"]), size_guidance={"scalars": 0})
     board.Reload()
@@ -62,6 +66,13 @@ def test_tensorboard_has_the_numbers_the_settings_and_a_picture(runs):
     assert len(board.Scalars("train/loss")) == 4
     assert "val/retrieval" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
+    assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"train", "val"}  # no card of one point before them
+    layout = Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    assert [any(re.match(pattern, tag) for tag in tags["scalars"]) for pattern in patterns] == [True] * 5
+    content = board.PluginTagToContent("hparams")[EXPERIMENT_TAG]
+    columns = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert {"train/loss", "val/t2i_r1"} <= columns <= set(tags["scalars"])
 
 
 @pytest.mark.parametrize("launcher", ["python", "deepspeed"])
