@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from clipdist.checkpoint.format import MANIFEST, list_checkpoints, newest_checkpoint, step_of
 from clipdist.checkpoint.retention import set_aside
-from clipdist.config import Config
+from clipdist.config import Config, flat, saved_config
+from clipdist.config.batches import total_steps
 from clipdist.errors import Fault, UserError
 from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
 from clipdist.fault_tolerance.slurm import restarts
@@ -37,7 +38,39 @@ def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = Map
     catalogs = check_launch(config, world)
     notes: list[str] = []
     plan = make_plan(config, world, catalogs, find_start(config, passed_over, notes))
+    notes += changes(config, plan)
     return replace(plan, notes=tuple(notes))
+
+
+def changes(config: Config, plan: RunPlan) -> list[str]:
+    """Return lines on what differs from the configuration of the checkpoint that the run starts from."""
+    saved = saved_config(plan.resume.manifest.config) if plan.resume else None
+    if plan.resume is None or saved is None:
+        return []
+    theirs, ours = ({name: value for name, value in flat(each).items() if value != {}} for each in (saved, config))
+    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    told = [name for name in names if not name.startswith(("run.", "launch.")) and name != "train.resume"]
+    if not told:
+        return []
+    words = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in told)
+    return [f"other settings than those of {plan.resume.folder.name}: {words}", *_schedule_change(config, saved, plan)]
+
+
+def _schedule_change(config: Config, saved: Config, plan: RunPlan) -> list[str]:
+    """Return a line on the learning rate where the checkpoint's schedule is not that of the run."""
+    from clipdist.engine.optim import learning_rate
+
+    done = plan.start_step - 1
+    before = learning_rate(saved.optim, done, total_steps(saved.train, plan.steps_per_epoch))
+    if done < 0 or learning_rate(config.optim, done, plan.steps) == before:
+        return []
+    after = learning_rate(config.optim, plan.start_step, plan.steps)
+    word = "raises" if after > before else "lowers"
+    times = f", {after / before:.1f} times" if before and after > before else ""
+    return [
+        f"the other schedule {word} the learning rate{times}: {before:.3g} in the checkpoint's last step,"
+        f" {after:.3g} in the next; optim.lr scales it"
+    ]
 
 
 def replan(config: Config, plan: RunPlan, world: int) -> RunPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def to_yaml(config: Config) -> str:
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as nested dicts."""
     return dataclasses.asdict(config)
+
+
+def saved_config(tree: dict[str, Any]) -> Config | None:
+    """Return the configuration that a checkpoint holds, without its sections run and launch.
+
+    Args:
+        tree: as `to_dict` gave it, perhaps in an earlier version.
+
+    Returns:
+        None: it has keys that this version does not know.
+    """
+    with suppress(OmegaConfBaseException):
+        kept = upgrade(OmegaConf.create({name: value for name, value in tree.items() if name not in ("run", "launch")}))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config(objectives=Objectives())), kept))
+        assert isinstance(config, Config)
+        return config
+    return None
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -182,6 +182,35 @@ def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
     assert "finished at step 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "notes"),
+    [
+        (["launch.nodes=2", "train.resume=auto"], []),
+        (["train.log_every=3"], ["other settings than those of step-00000007: train.log_every 1 -> 3"]),
+        (
+            ["train.epochs=4", "optim.weight_decay=0.1", "engine.deepspeed.a=1"],
+            [
+                "other settings than those of step-00000007: optim.weight_decay 0.2 -> 0.1, engine.deepspeed.a None ->"
+                " 1, train.epochs 2 -> 4",
+                "the other schedule raises the learning rate, 2.9 times: 0.00025 in the checkpoint's last step,"
+                " 0.000717 in the next; optim.lr scales it",
+            ],
+        ),
+        (
+            ["optim.lr=1e-5"],
+            [
+                "other settings than those of step-00000007: optim.lr 0.001 -> 1e-05",
+                "the other schedule lowers the learning rate: 0.00025 in the checkpoint's last step, 6.7e-07 in the"
+                " next; optim.lr scales it",
+            ],
+        ),
+    ],
+)
+def test_a_resumed_run_says_what_differs_from_its_checkpoint(shards, tmp_path, words, notes):
+    fake_checkpoint(configured(shards, tmp_path), 7)
+    assert list(plan_start(configured(shards, tmp_path, *words), 1).notes) == notes
+
+
 WORDS = ["--config", "a.yaml", "optim.lr=1e-3"]
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
 NODES = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
