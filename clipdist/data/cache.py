@@ -315,11 +315,6 @@ def _mark_used(entry: int, opened: bool = True) -> None:
     os.fchmod(entry, 0o400 if opened else 0o600)
 
 
-def ranks_per_node() -> int:
-    """Return how many ranks share the folder, and the cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-
-
 def _try_lock(descriptor: int) -> bool:
     try:
         lock(descriptor, wait_s=0)

@@ -7,7 +7,6 @@ counts.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 import unicodedata
@@ -24,7 +23,6 @@ from clipdist import config
 from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import IMAGE, MODALITIES, Batch
-from clipdist.data.cache import ranks_per_node
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.members import CAPTIONS
@@ -33,6 +31,7 @@ from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
 from clipdist.data.workers import Workers
+from clipdist.distributed.node import cores_of_rank
 from clipdist.errors import Fault
 from clipdist.storage import AWAY, reason
 
@@ -380,5 +379,5 @@ def group_id(caption: str) -> int:
 
 
 def default_threads() -> int:
-    """Return this process' CPU cores divided by the ranks of this machine, at most 8."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks_per_node()))
+    """Return the CPU cores of this rank, at most 8."""
+    return min(8, cores_of_rank())

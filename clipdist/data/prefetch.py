@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clipdist.data.cache import ShardCache, ranks_per_node
+from clipdist.data.cache import ShardCache
 from clipdist.data.catalog import Catalog
 from clipdist.data.order import Order, OrderKey, next_position
 from clipdist.data.reader import Reader, typical_bytes
+from clipdist.distributed.node import ranks_per_node
 from clipdist.errors import UserError
 from clipdist.storage import AWAY
 

@@ -18,11 +18,12 @@ import numpy as np
 
 from clipdist import config
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.cache import ShardCache, ranks_per_node
+from clipdist.data.cache import ShardCache
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.fetch import is_remote, safe_name, without_query
 from clipdist.data.index import ShardIndex
 from clipdist.data.members import CAPTIONS, Captions, is_json, texts_at
+from clipdist.distributed.node import ranks_per_node
 from clipdist.errors import Fault, Unreadable, UserError
 from clipdist.storage import AWAY, Retry
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from clipdist.distributed.node import cores_of_rank
 from clipdist.errors import Fault, UserError
 
 AFTER_THE_WATCHDOG_S = 120
@@ -64,6 +65,24 @@ def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def device_index(local_rank: int, visible: int) -> int:
+    """Return the number of this rank's GPU among those that it sees.
+
+    Sites that bind GPUs (srun --gpus-per-task, --gpu-bind) show each task its own alone, as number 0.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        return 0
+    raise UserError(
+        f"rank {local_rank} of this node has no GPU: torch sees {visible}; start one rank per GPU, or let each see its"
+        " own (CUDA_VISIBLE_DEVICES)"
+    )
+
+
 def time_limit(hang_s: float) -> timedelta:
     """Return the time limit of a collective: after the watchdog's, which says why a run hangs."""
     return timedelta(seconds=hang_s + AFTER_THE_WATCHDOG_S) if hang_s else timedelta(days=30)
@@ -108,12 +127,13 @@ def joined_ranks(device: str, hang_s: float = 0.0) -> Iterator[DistEnv]:
     added = [name for name in alone if name not in os.environ]
     os.environ.update({name: alone[name] for name in added})
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    where = torch.device("cpu")
     if device == "cuda":
-        torch.cuda.set_device(local_rank)
+        where = torch.device(device, device_index(local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(where)
+        os.environ["LOCAL_RANK"] = str(where.index)  # which DeepSpeed takes for the device
     elif "OMP_NUM_THREADS" not in os.environ:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(cores_of_rank())
     failed = True
     try:
         backend, timeout = "nccl" if device == "cuda" else "gloo", time_limit(hang_s)

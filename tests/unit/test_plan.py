@@ -19,8 +19,10 @@ from clipdist.checkpoint.writer import write_manifest, write_part
 from clipdist.config import load_config, to_dict
 from clipdist.data.catalog import INDEX_MEMORY_BYTES, Catalog, Shard
 from clipdist.data.index import ShardIndex
+from clipdist.data.loader import default_threads
 from clipdist.data.order import local_window
-from clipdist.distributed.rank import joined_ranks
+from clipdist.distributed.node import cores_of_rank
+from clipdist.distributed.rank import device_index, joined_ranks
 from clipdist.errors import Fault, UserError
 from clipdist.models.spec import resolve_spec
 from clipdist.process import command_line, lock_run_folder
@@ -272,6 +274,51 @@ def test_a_rendezvous_port_in_use_is_one_line_with_the_way_out(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(Fault, match=rf"127.0.0.1:{port}.*another program.*--master_port"), joined_ranks("cpu"):
             pass
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "named", "index"),
+    [
+        (1, 2, None, 1),
+        (1, 2, "0,1", 1),
+        (1, 1, "0", 0),  # the site shows each task its own
+        (1, 1, "GPU-4ff6", 0),
+        (1, 1, None, "rank 1 of this node has no GPU: torch sees 1"),
+        (1, 1, "0,1", "rank 1 of this node has no GPU: torch sees 1"),  # as deepspeed sets it for two ranks
+        (2, 2, "0,1", "rank 2 of this node has no GPU: torch sees 2"),
+    ],
+)
+def test_every_rank_has_a_gpu_of_its_own(monkeypatch, local_rank, visible, named, index):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if isinstance(index, int):
+        assert device_index(local_rank, visible) == index
+    else:
+        with pytest.raises(UserError, match=index):
+            device_index(local_rank, visible)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "own", "parent", "slurm", "cores"),
+    [
+        (1, 16, 16, None, 16),
+        (4, 16, 16, None, 4),  # deepspeed, torchrun
+        (4, 4, 16, None, 4),  # deepspeed --bind_cores_to_rank: not divided again
+        (8, 8, 16, None, 2),  # bound to a socket that four ranks share
+        (8, 8, 8, "64", 8),  # srun binds the task, and the batch script's shell with it
+        (8, 128, 128, "64", 8),  # a node without binding, of which the job has a half
+        (8, 64, 64, "64", 8),  # the job's cores, not bound task by task
+        (8, 4, 4, None, 1),
+    ],
+)
+def test_a_rank_has_its_share_of_the_cores_once(monkeypatch, ranks, own, parent, slurm, cores):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    if slurm:
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", slurm)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(parent if pid else own))
+    assert (cores_of_rank(), default_threads()) == (cores, min(cores, 8))
 
 
 def test_a_large_local_catalog_gets_windows_whose_tables_fit_into_memory():
