@@ -19,11 +19,12 @@ import torch
 from clipdist.config import Config, flat, to_yaml
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import Batch
-from clipdist.data.loader import HASH_MODULUS, ids_hash
+from clipdist.data.loader import HASH_MODULUS, default_threads, ids_hash
 from clipdist.distributed.collectives import all_reduce_max, all_reduce_sum
-from clipdist.distributed.rank import DistEnv
+from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.optim import learning_rate
 from clipdist.errors import Fault, UserError
+from clipdist.losses.choose import sweeps
 from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit
@@ -82,12 +83,34 @@ class Journal:
         )
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
+        self.log(self._taken())
         how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
             self.log(f"goes on from {plan.resume.folder}")
             self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)
         else:
             self.event(plan.start_step, "start", **how)
+
+    def _taken(self) -> str:
+        """Return a line on what was taken where a setting leaves it open, or another setting comes first."""
+        config, plan, device = self.config, self.plan, self.dist_env.device
+        train = config.train
+        length = "train.samples" if train.samples else "train.steps" if train.steps else "train.epochs"
+        epoch = plan.steps_per_epoch
+        precision = resolve_precision(train.precision, device.type)
+        parts = [f"precision {precision}"]
+        if config.objectives.clip is not None:
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+            how = sweeps(config.objectives.clip.implementation, torch.empty(0, dtype=dtype, device=device))
+            parts.append(f"loss by {how.__name__.rpartition('.')[2]}")
+        parts += [
+            f"{config.data.threads or default_threads()} decoding threads a rank",
+            f"order of {plan.order.streams} streams and windows of {plan.order.window or 'a whole stream'}",
+            f"length by {length}, {epoch} steps an epoch",
+            f"checkpoint every {train.save_every or epoch} steps",
+            f"validation every {config.eval.every or epoch} steps" if plan.val else "no retrieval in validation",
+        ]
+        return f"settings taken: {', '.join(parts)}"
 
     def log(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -162,6 +185,9 @@ class Journal:
         self.metrics.write("val", step, self._samples(step), **findings.values)
         names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
+        if "candidates" in findings.values:
+            images, captions = (round(findings.values[name]) for name in ("candidates", "captions"))
+            shown += f"  (%, {images} images, {captions} captions; i2t counts any of an image's captions)"
         self.log(f"validation at step {step}: {shown}")
         try:
             self._show_sheet(step, findings, validation)

@@ -164,7 +164,8 @@ def print_table(
     title: str, metrics: dict[str, float], intervals: dict[str, tuple[float, float]], resamples: int
 ) -> None:
     n, m = metrics["candidates"], metrics["captions"]
-    print(f"{title}: {n:g} pictures, {m:g} captions; R@K and mAP in percent, ranks from 1")
+    print(f"{title}: {n:g} pictures, {m:g} captions; R@K and mAP in percent, ranks from 1, ties count against")
+    print("R@K of image to text: a picture counts where any of its captions is among the first K")
     print(f"{'':18}{'R@1':>14}{'R@5':>14}{'R@10':>14}{'mAP@10':>14}{'median rank':>13}{'mean rank':>18}")
     for name, direction in (("text to image", "t2i"), ("image to text", "i2t")):
         scores = "".join(f"{metrics[f'{direction}_{name}']:14.2f}" for name in NAMES)
