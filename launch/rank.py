@@ -16,12 +16,14 @@ if __name__ == "__main__":  # ahead of an installed clipdist
 
 from clipdist.config import REPOSITORY, Config, load_config
 from clipdist.errors import Fault, UserError, run_main
+from clipdist.fault_tolerance.signals import die_with_launcher
 from clipdist.fault_tolerance.slurm import note_exit, restarts
 
 PORT_STRIDE = 7919  # far from the ports of the next jobs, and prime: 20000 starts until one comes again
 
 
 def main(argv: list[str] | None = None) -> int:
+    die_with_launcher()
     parser = argparse.ArgumentParser(description="Runs one rank of a job; launch/submit.py calls it.")
     parser.add_argument("--config", required=True, help="resolved configuration")
     parser.add_argument("--resume-command", required=True, help="what the user types to go on")

@@ -122,9 +122,9 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 def die_with_launcher(words: list[str] | None = None) -> bool:
     """Have SIGTERM sent to this process when the launcher that started it dies. Call it early, from the main thread.
 
-    torchrun's agent or the launcher of deepspeed may be killed without a chance to end its ranks, which would keep
-    training on GPUs that seem to be free. A process that no launcher started is left alone, so that
-    `nohup python clipdist/train.py` outlives its shell. Nothing happens outside Linux.
+    torchrun's agent, the launcher of deepspeed or submit.py --cluster local may be killed without a chance to end its
+    ranks, which would keep training on GPUs that seem to be free. A process that no launcher started is left alone, so
+    that `nohup python clipdist/train.py` outlives its shell. Nothing happens outside Linux.
 
     Args:
         words: of the command line, by default this process'; the launcher of deepspeed adds --local_rank to them.
@@ -133,7 +133,8 @@ def die_with_launcher(words: list[str] | None = None) -> bool:
         Whether this process now depends on a launcher.
     """
     by_deepspeed = any(word.startswith("--local_rank") for word in (sys.argv if words is None else words))
-    if not sys.platform.startswith("linux") or not (by_deepspeed or "TORCHELASTIC_RUN_ID" in os.environ):
+    launched = by_deepspeed or "TORCHELASTIC_RUN_ID" in os.environ or "CLIPDIST_RESTARTS" in os.environ
+    if not sys.platform.startswith("linux") or not launched:
         return False
     launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

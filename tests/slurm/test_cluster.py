@@ -62,9 +62,9 @@ def test_every_node_is_a_machine_of_its_own(cluster):
     assert gpus.splitlines() == ["0,1,2,3,4,5,6,7"] * 2
 
 
-def test_a_task_that_is_bound_to_cpus_decodes_with_all_of_them(cluster):
+def test_a_task_that_is_bound_to_cpus_has_all_of_them(cluster):
     """On a machine with two cores both tasks are bound to the same two."""
-    look = "from clipdist.data.loader import default_threads; print(default_threads())"
+    look = "from clipdist.distributed.node import cores_of_rank; print(cores_of_rank())"
     bound = ["srun", "-N1", "--ntasks=2", "--cpus-per-task=2", "--cpu-bind=mask_cpu:0x3,0x3"]
     shell = f"cd {ROOT}; LOCAL_WORLD_SIZE=2 {sys.executable} -c '{look}'"
     assert cluster.exec(*bound, "sh", "-c", shell).split() == ["2", "2"]

@@ -136,6 +136,18 @@ def test_a_stop_ends_all_ranks_with_a_checkpoint(launch, run, number, more):
     assert not any(psutil.pid_exists(int((run / f"pid-{rank}").read_text())) for rank in (0, 1))
 
 
+def test_ranks_save_and_end_when_submit_itself_is_killed(launch, run):
+    process = launch("--setup", "export A=${HOME}/a")
+    wait_for_ranks(run)
+    process.kill()
+    deadline = time.monotonic() + LIMIT_S
+    logs = list(run.glob("submitit/*_log.out"))
+    assert len(logs) == 2
+    while not all("stopped by SIGTERM" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_stop_before_training_is_no_fault(launch, run):
     """Python has not begun to run in the ranks: a shell still runs the setup lines."""
     process = launch("--setup", f"touch {run}/setup; exec sleep 600")
