@@ -24,16 +24,13 @@ LOCK_WAIT_S = 1.0  # launch/status.py holds the lock briefly
 
 
 def command_line(words: list[str]) -> str:
-    """Return the command that resumes this run, with the launcher that started it, as it was typed where that is known.
-
-    Several nodes: torchrun is typed on each of them, with its own --node-rank; deepspeed on one.
-    """
+    """Return the command that resumes this run, with its launcher, as it was typed where that is known."""
     by_deepspeed = any(word.startswith("--local_rank") for word in words)
     words = [word for word in words if not word.startswith("--local_rank")]
     environ = os.environ
     if "CLIPDIST_JOB_FILES" in environ:
         template = "deepspeed" if by_deepspeed else "train"
-        launcher = ["sbatch", "--nodes", environ["SLURM_JOB_NUM_NODES"], f"slurm/{template}.sbatch"]
+        launcher = ["sbatch", "--nodes", environ.get("SLURM_JOB_NUM_NODES", "1"), f"slurm/{template}.sbatch"]
         return shlex.join([*launcher, *words])
     if "TORCHELASTIC_RUN_ID" in environ:
         launcher = _typed_launcher("torchrun") or _torchrun()
@@ -41,7 +38,8 @@ def command_line(words: list[str]) -> str:
         launcher = _typed_launcher("deepspeed") or _deepspeed()
     else:
         launcher = ["python"]
-    return shlex.join([*launcher, "clipdist/train.py", *words])
+    command = shlex.join([*launcher, "clipdist/train.py", *words])
+    return command + "  # and on the other nodes as before" * (environ.get("GROUP_WORLD_SIZE", "1") != "1")
 
 
 def _typed_launcher(name: str) -> list[str]:
@@ -67,7 +65,7 @@ def _torchrun() -> list[str]:
 
 def _deepspeed() -> list[str]:
     """Return a deepspeed command from the variables that its launcher sets on every node."""
-    nodes, here = os.environ.get("CROSS_SIZE", "1"), os.environ["LOCAL_SIZE"]
+    nodes, here = os.environ.get("CROSS_SIZE", "1"), os.environ.get("LOCAL_SIZE", "1")
     several = ["--hostfile", "HOSTFILE", "--num_nodes", nodes] if nodes != "1" else []
     return ["deepspeed", *several, "--num_accelerators", here]
 

@@ -44,9 +44,11 @@ def plan_start(config: Config, world: int, passed_over: Mapping[Path, str] = Map
 
 def changes(config: Config, plan: RunPlan) -> list[str]:
     """Return lines on what differs from the configuration of the checkpoint that the run starts from."""
-    saved = saved_config(plan.resume.manifest.config) if plan.resume else None
-    if plan.resume is None or saved is None:
+    if plan.resume is None:
         return []
+    saved = saved_config(plan.resume.manifest.config)
+    if saved is None:
+        return [f"{plan.resume.folder.name} is of another version: its settings cannot be compared with those here"]
     theirs, ours = ({name: value for name, value in flat(each).items() if value != {}} for each in (saved, config))
     names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     told = [name for name in names if not name.startswith(("run.", "launch.")) and name != "train.resume"]

@@ -36,13 +36,13 @@ def configured(shards, root, *words):
     return load_config("configs/tiny.yaml", [f"run.root={root}", f"data.train={shards / 'train'}", *words])
 
 
-def fake_checkpoint(config, step=4, world=1):
+def fake_checkpoint(config, step=4, world=1, **sections):
     """A checkpoint that holds nothing but says all about itself."""
     plan = plan_start(dataclasses.replace(config, train=dataclasses.replace(config.train, resume="auto")), world)
     state = {"model": resolve_spec(config.model).to_dict()}
     folder = checkpoint_dir(config.run.dir, step)
     write_part(folder, 0, [], "t")
-    manifest = Manifest(step, step, step * 16, 1, to_dict(config), plan.order_record, state)
+    manifest = Manifest(step, step, step * 16, 1, to_dict(config) | sections, plan.order_record, state)
     write_manifest(folder, manifest, "t")
     return folder
 
@@ -211,6 +211,9 @@ def test_a_finished_run_says_so(shards, tmp_path, no_model, capsys):
 def test_a_resumed_run_says_what_differs_from_its_checkpoint(shards, tmp_path, words, notes):
     fake_checkpoint(configured(shards, tmp_path), 7)
     assert list(plan_start(configured(shards, tmp_path, *words), 1).notes) == notes
+    fake_checkpoint(configured(shards, tmp_path), 7, later={"key": 1})
+    (told,) = plan_start(configured(shards, tmp_path, *words), 1).notes
+    assert "another version: its settings cannot be compared" in told
 
 
 WORDS = ["--config", "a.yaml", "optim.lr=1e-3"]
@@ -244,7 +247,8 @@ def test_the_command_that_goes_on_names_its_launcher_and_nodes(monkeypatch, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert command_line([*extra, *WORDS]) == f"{launcher} --config a.yaml optim.lr=1e-3"
+    nodes = "  # and on the other nodes as before" if environment.get("GROUP_WORLD_SIZE") else ""
+    assert command_line([*extra, *WORDS]) == f"{launcher} --config a.yaml optim.lr=1e-3{nodes}"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ def main() -> None:
     threading.Thread(target=lambda: told.extend(iter(sys.stdin.readline, "")), daemon=True).start()
     with watch(do, do["port"]) as first:
         first.linger = lambda seconds: (Path(do["dir"]) / f"lingered-{do['rank']}").touch()
-        first.record = lambda step, why: append(Path(do["dir"]) / "record", f"{do['rank']} {step} {why}\n")
         train(first, told)
         if do["act"] == "hang":
             with first.phase("data"):
@@ -81,6 +80,7 @@ def watch(do: dict, port: int) -> Watchdog:
         node=f"node{do['rank'] // 2}",
         silence_s=do["silence_s"],
     )
+    opened.record = lambda step, why: append(Path(do["dir"]) / "record", f"{do['rank']} {step} {why}\n")
     opened.progress(120)
     print("ready", flush=True)
     return opened
