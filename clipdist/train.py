@@ -125,8 +125,8 @@ def _train_together(config: Config, plan: RunPlan, dist_env: DistEnv, stop: Stop
             compare(facts(config, plan.order_record, plan.val, plan.skipped, plan.resume), dist_env)
         while True:
             with watchdog.phase("start"):
-                trainer = Trainer(config, plan, dist_env, consensus, watchdog)
-            outcome = trainer.run(stop)
+                trainer = Trainer(config, plan, dist_env, consensus, watchdog, stop)
+            outcome = trainer.run()
             if outcome.kind != "rollback":
                 break
             plan = roll_back(config, trainer, outcome)

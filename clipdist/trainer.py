@@ -23,6 +23,7 @@ from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
 from clipdist.data.batch import Batch
 from clipdist.data.loader import Interrupted, image_view, open_loader
+from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.order import next_position
 from clipdist.data.tokens import make_tokenizer
 from clipdist.distributed.consensus import Consensus, Flags
@@ -30,6 +31,7 @@ from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate
 from clipdist.engine.step import Engine, StepResult
 from clipdist.errors import Fault, UserError
+from clipdist.evals.locked import LockedTowers
 from clipdist.evals.validation import Validation
 from clipdist.fault_tolerance.guard import Guard
 from clipdist.fault_tolerance.replicas import compare_replicas
@@ -37,7 +39,7 @@ from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.load import NothingDrawn
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
@@ -74,21 +76,25 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, plan: RunPlan, dist_env: DistEnv, consensus: Consensus, watchdog: Watchdog
+        self,
+        config: Config,
+        plan: RunPlan,
+        dist_env: DistEnv,
+        consensus: Consensus,
+        watchdog: Watchdog,
+        stop: StopFlag,
     ) -> None:
-        self.config, self.plan, self.dist_env, self.consensus, self.watchdog = (
-            config,
-            plan,
-            dist_env,
-            consensus,
-            watchdog,
-        )
+        self.config, self.plan, self.dist_env, self.consensus = config, plan, dist_env, consensus
+        self.watchdog, self.stop = watchdog, stop
         state = plan.resume.manifest.state if plan.resume else {}
         self.step = plan.start_step
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
-        self.engine, self.spec = self._build_engine()
+        model = self._build_model()
+        self.spec = model.spec
         self.tokenizer = make_tokenizer(self.spec)
+        locked, locked_val = self._locked_features(model)
+        self.engine = self._build_engine(model)
         self.loader = open_loader(
             plan.catalog,
             plan.order,
@@ -100,9 +106,12 @@ class Trainer:
             world=dist_env.world_size,
             start=self.step,
             skipped=plan.skipped,
+            locked=locked,
             pin=dist_env.device.type == "cuda",
         )
-        self.validation = Validation(config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, dist_env)
+        self.validation = Validation(
+            config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, dist_env, locked_val
+        )
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""
         window = config.guard.window if config.guard.patience else 0
@@ -120,8 +129,8 @@ class Trainer:
         self._validated_at = int(consensus.broadcast(str(self.journal.metrics.validated_at)))
         self._newest_metrics: dict[str, float] = {}  # of the validation at step _validated_at
 
-    def _build_engine(self) -> tuple[Engine, ModelSpec]:
-        """Build the engine with new weights or those of the checkpoint. Return it with the model's description."""
+    def _build_model(self) -> DualEncoder:
+        """Build the model on this rank's device, with new weights or those of the checkpoint."""
         config, resume = self.config, self.plan.resume
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume else None
         with NothingDrawn() if resume else nullcontext():
@@ -130,41 +139,65 @@ class Trainer:
         model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size)
         if resume:
             _load(model, load_full_weights(resume.folder, config.data.retry_s), str(resume.folder))
-        if config.engine.activation_checkpointing:
+        return model.to(self.dist_env.device)
+
+    def _build_engine(self, model: DualEncoder) -> Engine:
+        if self.config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        engine = Engine(model.to(self.dist_env.device), make_objectives(config.objectives), config, self.dist_env)
-        if resume:
-            engine.zero.restore(resume)
+        engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env)
+        if self.plan.resume:
+            engine.zero.restore(self.plan.resume)
             engine.refresh_scalars()
-        return engine, model.spec
+        return engine
 
-    def run(self, stop: StopFlag) -> Outcome:
+    def _locked_features(self, model: DualEncoder) -> tuple[dict[str, LockedFeatures], dict[str, LockedFeatures]]:
+        """Return the features of locked towers for the training and the validation shards, as configured. Collective.
+
+        If a signal interrupts this, `self.incomplete` is set.
+        """
+        self.incomplete = False
+        if not self.config.data.cache_features:
+            return {}, {}
+
+        def tick() -> None:
+            self.watchdog.progress()
+            if self.stop.set:
+                raise Interrupted
+
+        def log(line: str) -> None:
+            if self.dist_env.rank == 0:
+                print(line, flush=True)
+
+        towers = LockedTowers(model, self.tokenizer, self.config.data, self.dist_env, tick, log)
+        with self.watchdog.phase("features of locked towers"):
+            found = [towers.features(catalog) if catalog else {} for catalog in (self.plan.catalog, self.plan.val)]
+        self.incomplete = None in found
+        return found[0] or {}, found[1] or {}
+
+    def run(self) -> Outcome:
         """Train until the end, a signal, or a rollback.
-
-        Args:
-            stop: set when a signal arrives.
 
         Raises:
             Fault: data cannot be read, loss or gradients are not finite, ranks differ, or the last save failed.
         """
         try:
             with self.watchdog.phase("between steps"):
-                return self._loop(stop)
+                return self._loop()
         except UserError:
             self._wait_for_writer(LAST_SAVE_S)
             self.journal.close()
             raise
 
-    def _loop(self, stop: StopFlag) -> Outcome:
+    def _loop(self) -> Outcome:
         self.journal.log_start(self.engine, self.spec.name, self.loader)
         timer = StepTimer(self.loader, self.step)
         while self._next_step() < self.plan.steps:
-            batch, fault = self._next_batch(stop)
-            flags = self._exchange_flags(stop, fault)
+            batch, fault = self._next_batch()
+            flags = self._exchange_flags(fault)
             if flags.trouble is not None:
                 self._stop_on_fault(flags.trouble, fault)
             if flags.stop:
-                return self._stop_on_signal(stop)
+                return self._stop_on_signal()
             with timer.paused():
                 self._between_steps(flags)
             assert batch is not None
@@ -181,21 +214,23 @@ class Trainer:
 
     # One step
 
-    def _next_batch(self, stop: StopFlag) -> tuple[Batch | None, Fault | None]:
+    def _next_batch(self) -> tuple[Batch | None, Fault | None]:
         """Return the batch of this step, or (None, None) after a signal, or (None, the fault of the loader)."""
+        if self.incomplete:  # the signal that interrupted the start is about to end the run
+            return None, None
         with self.watchdog.phase("data"):
             try:
-                return self.loader.next(interrupted=lambda: stop.set).to(self.dist_env.device), None
+                return self.loader.next(interrupted=lambda: self.stop.set).to(self.dist_env.device), None
             except Interrupted:
                 return None, None
             except UserError as error:  # of a file that was valid when the run started
                 return None, Fault(str(error))
 
-    def _exchange_flags(self, stop: StopFlag, fault: Fault | None) -> Flags:
+    def _exchange_flags(self, fault: Fault | None) -> Flags:
         """Exchange the state of all ranks and return the common flags. Collective."""
         with self.watchdog.phase("waiting for the other ranks"):
             return self.consensus.agree(
-                stop=stop.set,
+                stop=self.stop.set,
                 trouble=fault is not None,
                 overdue=self.dist_env.rank == 0 and time.monotonic() > self._save_deadline,
                 busy=self.saver.busy,
@@ -324,9 +359,9 @@ class Trainer:
 
     # The end of the run
 
-    def _stop_on_signal(self, stop: StopFlag) -> Outcome:
+    def _stop_on_signal(self) -> Outcome:
         """Save, log the signal, and requeue the job if it was requested."""
-        reason = self.consensus.first_text(stop.reason)
+        reason = self.consensus.first_text(self.stop.reason)
         self.journal.log(f"{reason}: writing a checkpoint at step {self.step}")
         self._save_last()
         self.journal.event(self.step, "interrupted", reason=reason)

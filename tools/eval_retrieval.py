@@ -71,6 +71,7 @@ def reuse(args: argparse.Namespace) -> tuple[Embeddings, dict[str, str]]:
 def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddings, dict[str, str]]:
     """Return all embeddings on every rank, of the whole catalog or of what the protocol names."""
     from clipdist.evals.embed import embed_catalog, gather_embeddings, model_encoder
+    from clipdist.evals.locked import kept_features
     from clipdist.evals.protocols import CAPTIONS, PROTOCOLS, read_test_names, require_whole, select_samples
 
     protocol = PROTOCOLS.get(args.protocol)
@@ -93,6 +94,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         front.share_of_work(args, dist_env),
         samples=list(place_of) if protocol else None,
         most_captions=CAPTIONS if protocol else None,
+        locked=kept_features(loaded, catalog, dist_env),
     )
     embeddings = gather_embeddings(own)
     if dist_env.rank == 0:

@@ -71,7 +71,7 @@ def main() -> None:
         front.require_writable(sheet, "--out")
         front.require_writable(page, "--page")
         encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
-        embeddings, kept = image_embeddings(loaded, encode, catalog, share, not args.no_cache)
+        embeddings, kept = image_embeddings(loaded, encode, catalog, share, not args.no_cache, dist_env)
     if embeddings is None or dist_env.rank:
         return
     front.tell_left_out(embeddings.bad)

@@ -34,7 +34,7 @@ def check(config: Config) -> None:
     """Raise UserError for the first value that is out of range or inconsistent with another one."""
     _check_ranges(config)
     _check_run(config.run)
-    _check_data(config.data, config.train)
+    _check_data(config.data, config.model, config.train)
     _check_model(config.model)
     _check_objectives(config.objectives)
     _check_optim(config.optim)
@@ -72,7 +72,7 @@ def _check_run(run: Run) -> None:
     _need(plain, "run.name", repr(run.name), "be a plain name")
 
 
-def _check_data(data: Data, train: Train) -> None:
+def _check_data(data: Data, model: Model, train: Train) -> None:
     _need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
     amounts = len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter)
     must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
@@ -89,6 +89,8 @@ def _check_data(data: Data, train: Train) -> None:
     ):
         names = getattr(data, key)
         _need(all(re.fullmatch(form, name) for name in names), f"data.{key}", names, must)
+    if data.cache_features:
+        _check_cached(data, model)
     divides = not data.streams or train.global_batch % data.streams == 0
     _need(divides, "data.streams", data.streams, "divide train.global_batch")
 
@@ -101,6 +103,17 @@ def _check_model(model: Model) -> None:
     _need(locked, "model.text_unlocked_layers", model.text_unlocked_layers, "come with model.lock_text=true")
     used = bool(model.weights) or not model.trust_weights
     _need(used, "model.trust_weights", "true", "come with model.weights, the file that is trusted")
+
+
+def _check_cached(data: Data, model: Model) -> None:
+    locked = model.lock_image or model.lock_text
+    _need(locked, "data.cache_features", True, "come with model.lock_image=true or model.lock_text=true")
+    if model.lock_image:  # its features are those of one view of an image, the evaluation's
+        must = "be {} with data.cache_features and model.lock_image: features of augmented images are not kept"
+        _need(data.crop_scale_min == 1, "data.crop_scale_min", data.crop_scale_min, must.format(1))
+        for name in ("flip", "grayscale", "jitter"):
+            value = getattr(data, name)
+            _need(not value, f"data.{name}", value, must.format("[]" if name == "jitter" else 0))
 
 
 def _check_objectives(objectives: Objectives) -> None:

@@ -56,6 +56,7 @@ class Data:
     max_bad_share: float = 0.01  # of the samples seen so far; the run ends when more cannot be decoded
     cache: str = ""  # folder on the node for remote shards; "": in the user's cache folder
     cache_gb: float = 0.0  # its maximum size, shared by the ranks of a node; 0: half of the free space, at most 64
+    cache_features: bool = False  # compute what locked towers give once, from images without augmentation; keep it
     stage: bool = False  # also cache local shards (on a slow network file system)
     retry_s: float = 300.0  # how long to retry a shard that cannot be fetched
 

@@ -11,7 +11,7 @@ import sys
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
+from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.members import CAPTIONS
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
@@ -63,11 +64,12 @@ def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
 
 
 class _RawSample(NamedTuple):
-    """The encoded image of a sample, the drawn caption, and its token ids if the shard contains them."""
+    """The image of a sample and the drawn caption, or the features of locked towers for them."""
 
-    image: bytes
-    caption: str  # empty if there is none and images are used without captions
-    ids: torch.Tensor | None  # int64 [L]
+    image: bytes | torch.Tensor  # encoded; or fp32 [w]
+    text: str | torch.Tensor  # empty if there is none and images are used without captions; or fp32 [w]
+    group: int  # of the caption
+    ids: torch.Tensor | None  # int64 [L], if the shard contains them
 
 
 class Loader:
@@ -77,6 +79,7 @@ class Loader:
         views: of every image.
         images_only: whether an image without a caption can be used; otherwise its row is bad.
         skipped: ranges [first, end) of positions to skip: their samples are neither drawn nor fetched.
+        locked: features that take the place of the images, or of the captions' tokens, by modality.
         pin: allocate batches in pinned memory for copies to a GPU, which then applies the colour changes.
 
     Attributes:
@@ -97,8 +100,10 @@ class Loader:
         images_only: bool = False,
         start: int = 0,
         skipped: Sequence[Sequence[int]] = (),
+        locked: Mapping[str, LockedFeatures] | None = None,
         pin: bool = False,
     ) -> None:
+        self.locked = locked or {}
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
         self.views, self.images_only = views, images_only
         self.rank, self.world, self.pin = rank, world, pin
@@ -153,8 +158,9 @@ class Loader:
     def memory_bytes(self) -> int:
         """Memory of the prefetched batches in bytes."""
         rows = self.order.key.global_batch // self.world
-        pixels = sum(view.size**2 for view in self.views)
-        return self.cfg.prefetch * rows * (3 * pixels + 8 * self.tokenizer.context_length + 17)
+        image, text = (self.locked[name].width * 4 if name in self.locked else 0 for name in MODALITIES)
+        image = image or 3 * sum(view.size**2 for view in self.views)
+        return self.cfg.prefetch * rows * (image + (text or 8 * self.tokenizer.context_length) + 17)
 
     def close(self) -> None:
         """Stop the threads and close the reader within two seconds; threads that hang in a read are abandoned."""
@@ -180,14 +186,23 @@ class Loader:
         colour = {view.name: colour_parameters(zeros, view.augmentation) for view in self.views if self.pin}
         return Batch(
             position=self._next,
-            # channels_last is fastest for resize()
-            images={v.name: self._pixels((b, v.size, v.size, 3)).permute(0, 3, 1, 2) for v in self.views},
-            tokens=torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin),
+            images={view.name: self._empty_images(b, view) for view in self.views},
+            tokens=self._empty_tokens(b),
             valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
             colour={name: parameters for name, parameters in colour.items() if parameters is not None},
         )
+
+    def _empty_images(self, b: int, view: View) -> torch.Tensor:
+        if "image" in self.locked:
+            return torch.zeros(b, self.locked["image"].width, pin_memory=self.pin)
+        return self._pixels((b, view.size, view.size, 3)).permute(0, 3, 1, 2)  # channels_last is fastest for resize()
+
+    def _empty_tokens(self, b: int) -> torch.Tensor:
+        if "text" in self.locked:
+            return torch.zeros(b, self.locked["text"].width, pin_memory=self.pin)
+        return torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin)
 
     def _pixels(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialised memory for images, uint8; reuse that of earlier batches that is no longer referenced.
@@ -215,17 +230,20 @@ class Loader:
         for row, sample in enumerate(samples):
             if isinstance(sample, _RawSample):
                 try:
-                    train_views(sample.image, self.views, view_uniforms[row], images[row], self.cfg.max_pixels)
+                    if isinstance(sample.image, bytes):
+                        train_views(sample.image, self.views, view_uniforms[row], images[row], self.cfg.max_pixels)
+                    else:
+                        images[row][0].copy_(sample.image)
                 except BadSample as error:
                     samples[row] = error.reason
             if isinstance(samples[row], str):
                 for pixels in images[row]:
                     pixels.zero_()
-        captions = [sample.caption if isinstance(sample, _RawSample) else "" for sample in samples]
-        batch.tokens[rows] = self._tokens(captions, samples)
-        batch.valid["image"][rows] = torch.tensor([isinstance(sample, _RawSample) for sample in samples])
-        batch.valid["text"][rows] = torch.tensor([bool(caption) for caption in captions])
-        batch.group_id[rows] = torch.tensor([group_id(caption) for caption in captions])
+        self._fill_texts(batch.tokens[rows], samples)
+        good = [sample if isinstance(sample, _RawSample) else None for sample in samples]
+        batch.valid["image"][rows] = torch.tensor([sample is not None for sample in good])
+        batch.valid["text"][rows] = torch.tensor([sample is not None and len(sample.text) > 0 for sample in good])
+        batch.group_id[rows] = torch.tensor([sample.group if sample is not None else group_id("") for sample in good])
         for number, view in enumerate(self.views):
             self._change_colour(batch, view, rows, view_uniforms[:, number])
         return [(sample_id, sample) for sample_id, sample in zip(ids, samples) if isinstance(sample, str)]
@@ -240,17 +258,37 @@ class Loader:
             Fault: the shard cannot be read.
         """
         try:
-            sample = self.reader.sample(sample_id)
-            captions = self._captions(sample)
-            chosen = int(uniform * len(captions)) if self.cfg.caption == "random" else 0
-            data = sample.read(self._token_kind) if self._stored_ids else None
-            ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
-            return _RawSample(sample.image(), captions[chosen], None if ids is None else ids[chosen])
+            stored = self.reader.sample(sample_id) if len(self.locked) < len(MODALITIES) else None
+            text, group, ids = self._draw_text(sample_id, stored, uniform)
+            if "image" in self.locked or stored is None:
+                return _RawSample(self.locked["image"].rows(sample_id)[0].features, text, group, ids)
+            return _RawSample(stored.image(), text, group, ids)
         except BadSample as error:
             return error.reason
         except AWAY as error:  # of a reader that does not retry
             tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
+
+    def _draw_text(
+        self, sample_id: int, stored: StoredSample | None, uniform: float
+    ) -> tuple[str | torch.Tensor, int, torch.Tensor | None]:
+        """Return one of a sample's captions or its features, the group, and token ids if the shard contains them."""
+        if stored is None or "text" in self.locked:
+            try:
+                rows = self.locked["text"].rows(sample_id)
+            except BadSample:
+                if not self.images_only:
+                    raise
+                return "", group_id(""), None
+            return *rows[self._choose(uniform, len(rows))], None
+        captions = self._captions(stored)
+        chosen = self._choose(uniform, len(captions))
+        data = stored.read(self._token_kind) if self._stored_ids else None
+        ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
+        return captions[chosen], group_id(captions[chosen]), None if ids is None else ids[chosen]
+
+    def _choose(self, uniform: float, captions: int) -> int:
+        return int(uniform * captions) if self.cfg.caption == "random" else 0
 
     def _captions(self, sample: StoredSample) -> list[str]:
         """Return the captions of a sample; [""] if it has none and its image can be used without.
@@ -264,6 +302,15 @@ class Loader:
             if not self.images_only:
                 raise
             return [""]
+
+    def _fill_texts(self, out: torch.Tensor, samples: list[_RawSample | str]) -> None:
+        """Write the captions' tokens, or features; a bad sample has the tokens of an empty text, or zeros."""
+        texts = [sample.text if isinstance(sample, _RawSample) else "" for sample in samples]
+        if "text" not in self.locked:
+            out.copy_(self._tokens([text for text in texts if isinstance(text, str)], samples))
+        for row, text in zip(out, texts):
+            if isinstance(text, torch.Tensor):
+                row.copy_(text)
 
     def _tokens(self, captions: list[str], samples: list[_RawSample | str]) -> torch.Tensor:
         """Return token ids, int64 [len(captions), L]: those stored in the shard for this tokenizer, else computed."""
@@ -309,6 +356,7 @@ def open_loader(
     images_only: bool = False,
     start: int = 0,
     skipped: Sequence[Sequence[int]] = (),
+    locked: Mapping[str, LockedFeatures] | None = None,
     pin: bool = False,
 ) -> Loader:
     """Return a loader with its order and reader. Arguments: see Loader.
@@ -331,6 +379,7 @@ def open_loader(
         images_only=images_only,
         start=start,
         skipped=skipped,
+        locked=locked,
         pin=pin,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
@@ -17,6 +17,7 @@ from clipdist import config
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import eval_image
+from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.members import Captions
 from clipdist.data.reader import Reader, open_reader
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
@@ -95,6 +96,7 @@ def embed_catalog(
     data: config.Data | None = None,
     samples: Sequence[int] | None = None,
     most_captions: int | None = None,
+    locked: Mapping[str, LockedFeatures] | None = None,
 ) -> Embeddings:
     """Embed this rank's contiguous slice of the catalog; the slices of ranks 0 .. world-1 in order are the catalog.
 
@@ -109,8 +111,9 @@ def embed_catalog(
         data: the cache for remote shards, and the pixel limit; None: as by default.
         samples: which samples, each once, in which order; None: all of the catalog.
         most_captions: an image's first ones; None: all.
+        locked: features that `encode` gets in place of the images, or of the captions' tokens, by modality.
     """
-    data = data or config.Data()
+    data, locked = data or config.Data(), locked or {}
     wanted = range(len(catalog)) if samples is None else samples
     rows, image_calls = share.of(len(wanted))
     mine = wanted[rows.start : rows.stop]
@@ -123,16 +126,45 @@ def embed_catalog(
         sources: Counter[str] = Counter()
         captions, text_calls = _plan_captions(reader, wanted, share, most_captions, sources) if texts else ({}, 0)
         bad = {sample_id: "missing caption" for sample_id, own in captions.items() if not own}
-        decoded = decode_ahead(load, mine, image_size, share.batch, image_calls, share.threads, bad)
-        image = encode_images(encode, (images for images, _ in share.bar(decoded, "pictures", image_calls)))
+        if "image" in locked:
+            known = [_image_row(locked["image"], sample_id, bad) for sample_id in mine]
+            images = _batches(known, locked["image"].width, share.batch, image_calls)
+        else:
+            decoded = decode_ahead(load, mine, image_size, share.batch, image_calls, share.threads, bad)
+            images = (pixels for pixels, _ in decoded)
+        image = encode_images(encode, share.bar(images, "pictures", image_calls))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]
-        encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], share.batch, text_calls)
+        if "text" in locked:
+            captioned = [(sample_id, len(own)) for sample_id, own in captions.items() if own]
+            known = [row.features for one, count in captioned for row in locked["text"].rows(one)[:count]]
+            tokens = _batches(known, locked["text"].width, share.batch, text_calls)
+            encoded = forward_batches(lambda features: encode(None, features)[1], tokens)
+        else:
+            encoded = encode_texts(encode, tokenizer, [caption for _, caption in flat], share.batch, text_calls)
         parts = list(share.bar(encoded, "captions", text_calls))
-        text = torch.cat(parts) if parts else torch.zeros(0, 0)  # no captions: of no width either
+        text = torch.cat(parts)[: len(flat)] if parts else torch.zeros(0, 0)  # no captions: of no width either
         keys = {sample_id: reader.key(sample_id) for sample_id in mine}
     finally:
         reader.close()
     return replace(_without_bad(image, text, flat, keys, bad), caption_sources=dict(sources))
+
+
+def _image_row(features: LockedFeatures, sample_id: int, bad: dict[int, str]) -> Tensor:
+    """Return the features of an image, fp32 [w]; zeros, with the reason in `bad`, if it has none."""
+    try:
+        return features.rows(sample_id)[0].features
+    except BadSample as error:
+        bad.setdefault(sample_id, error.reason)
+        return torch.zeros(features.width)
+
+
+def _batches(rows: Sequence[Tensor], width: int, batch: int, calls: int) -> Iterator[Tensor]:
+    """Yield `calls` batches [batch, width] of the rows, filled up with zeros."""
+    for first in range(0, calls * batch, batch):
+        filled = torch.zeros(batch, width)
+        for row, features in zip(filled, rows[first : first + batch]):
+            row.copy_(features)
+        yield filled
 
 
 def encode_images(encode: Encode, batches: Iterable[Tensor]) -> Tensor:

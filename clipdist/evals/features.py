@@ -8,20 +8,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipdist.data.decode import eval_pixels
+from clipdist.data.tensor_file import load_tensors, save_tensors
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_images
-from clipdist.evals.store import load_tensors, read_kept, save_tensors
+from clipdist.evals.store import read_kept
 from clipdist.models.dual_encoder import DualEncoder, assemble
+from clipdist.models.towers import find_projection, without_projection
 from clipdist.models.weights import weights_checksum
 
 FORMAT = "clipdist features 1"
@@ -56,8 +58,10 @@ def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -
         UserError: "tower" of a tower without a projection that is known.
     """
     model = model.to(device).eval().requires_grad_(False)
-    if kind == "tower":
-        _projection(model.visual)  # an unknown tower is heard of before images are decoded
+    known = find_projection(model.visual) is not None or hasattr(model.visual, "trunk")  # timm's may have none
+    if kind == "tower" and not known:  # heard of before images are decoded
+        name = type(model.visual).__name__
+        raise UserError(f"the image tower {name} has no projection that is known; take --features projected")
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert image is not None  # the probe has no sentences
@@ -70,46 +74,8 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
-    found = _projection(model.visual)
-    if found is None:
+    with without_projection(model.visual):
         return model.encode_image(image)
-    owner, name, stand_in = found
-    projection = getattr(owner, name)
-    setattr(owner, name, stand_in)
-    try:
-        return model.encode_image(image)
-    finally:
-        setattr(owner, name, projection)
-
-
-def _projection(tower: Any) -> tuple[nn.Module, str, nn.Module | None] | None:
-    """Return (module, attribute, what to put there instead) of an image tower's projection; None: it has none.
-
-    Of CLIP's ResNets, of the projection that belongs to attention pooling.
-
-    Raises:
-        UserError: the tower has none that is known.
-    """
-    if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
-        return tower, "proj", None
-    pool: Any = getattr(tower, "attnpool", None)
-    if isinstance(getattr(pool, "c_proj", None), nn.Linear):  # ModifiedResNet takes the layer's weights, never calls it
-        weight = pool.c_proj.weight
-        same = nn.Linear(weight.shape[1], weight.shape[1], device="meta").to_empty(
-            device=weight.device
-        )  # nothing drawn
-        nn.init.eye_(same.weight)
-        nn.init.zeros_(same.bias)
-        return pool, "c_proj", same.requires_grad_(False).to(weight.dtype)
-    head: Any = getattr(tower, "head", None)  # of open_clip's adapter for timm
-    for name in ("proj", "mlp"):
-        if isinstance(getattr(head, name, None), nn.Module):
-            return head, name, nn.Identity()
-    if hasattr(tower, "trunk") and isinstance(head, nn.Sequential):
-        return None
-    raise UserError(
-        f"the image tower {type(tower).__name__} has no projection that is known; take --features projected"
-    )
 
 
 def pixel_encoder(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

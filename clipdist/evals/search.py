@@ -22,6 +22,7 @@ from clipdist.data.decode import decode_pixels, eval_image
 from clipdist.data.index import IMAGE_KINDS
 from clipdist.data.reader import Reader
 from clipdist.distributed.collectives import gather_json
+from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 from clipdist.evals.embed import (
     Embeddings,
@@ -32,6 +33,7 @@ from clipdist.evals.embed import (
     encode_texts,
     gather_embeddings,
 )
+from clipdist.evals.locked import kept_features
 from clipdist.evals.prompts import SLOT
 from clipdist.evals.sheet import first_caption
 from clipdist.evals.store import load_embeddings, read_kept, save_embeddings, write_kept
@@ -194,7 +196,7 @@ def write_cache(path: Path, loaded: LoadedModel, catalog: Catalog, embeddings: E
 
 
 def image_embeddings(
-    loaded: LoadedModel, encode: Encode, catalog: Catalog, share: WorkShare, keep: bool
+    loaded: LoadedModel, encode: Encode, catalog: Catalog, share: WorkShare, keep: bool, dist_env: DistEnv
 ) -> tuple[Embeddings | None, bool]:
     """Return the images' features, of unit length, on rank 0, and whether they were kept from an earlier search.
 
@@ -211,7 +213,9 @@ def image_embeddings(
     if gather_json(kept is not None)[0]:
         return kept, True
     size = loaded.model.spec.image_size
-    embeddings = gather_embeddings(embed_catalog(encode, catalog, loaded.tokenizer, size, share, texts=False))
+    locked = kept_features(loaded, catalog, dist_env, text=False)
+    own = embed_catalog(encode, catalog, loaded.tokenizer, size, share, texts=False, locked=locked)
+    embeddings = gather_embeddings(own)
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
     embeddings = replace(embeddings, image=unit(embeddings.image))

@@ -5,6 +5,7 @@ It runs the code of the offline tools, on all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.loader import default_threads
+from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.tokens import Tokenizer
 from clipdist.datasets.labelled import open_labelled
 from clipdist.distributed.rank import DistEnv
@@ -56,6 +58,7 @@ class Validation:
     Args:
         val: the validation shards, if any.
         size: side of the model's images in pixels.
+        locked: features of the validation shards: see embed_catalog.
 
     Raises:
         UserError: eval.labelled cannot be read, or a setting needs it.
@@ -69,7 +72,9 @@ class Validation:
         tokenizer: Tokenizer,
         size: int,
         dist_env: DistEnv,
+        locked: Mapping[str, LockedFeatures] | None = None,
     ) -> None:
+        self._locked = locked
         self._cfg, self._data, self._val, self._tokenizer, self._size = cfg, data, val, tokenizer, size
         self._dist_env = dist_env
         self._labelled = open_labelled(cfg.labelled) if cfg.labelled else None
@@ -85,7 +90,9 @@ class Validation:
         values: dict[str, float] = {}
         embeddings = None
         if self._val is not None:
-            own = embed_catalog(model.encode, self._val, self._tokenizer, self._size, share, data=self._data)
+            own = embed_catalog(
+                model.encode, self._val, self._tokenizer, self._size, share, data=self._data, locked=self._locked
+            )
             measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
             values |= measured
         if self._labelled is not None:

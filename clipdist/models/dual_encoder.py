@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +23,10 @@ from clipdist.models.towers import (
     resize,
     run_on_shapes,
     text_positions,
+    trained_part,
+    without_projection,
 )
+from clipdist.models.weights import load_weights, weights_checksum
 
 PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
 
@@ -51,6 +56,7 @@ class DualEncoder(nn.Module):
         bias = torch.full([1], clip.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
         self._locked: list[nn.Module] = []
+        self._trained_parts: dict[str, nn.Module] = {}  # of the towers in `locked`
         # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
         self._convolutional = sum(isinstance(layer, nn.Conv2d) for layer in visual.modules()) > 1
         self.register_buffer("image_mean", torch.empty(1, 3, 1, 1), persistent=False)
@@ -73,6 +79,8 @@ class DualEncoder(nn.Module):
             tokens: int64 [b, L]; None: do not run the text tower.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
 
+        Either may also be what `locked_features` gave for it, float [b, w].
+
         Returns:
             features [b, D] under the name of each view; "text": features [b, D]; "logit_scale": the log scale t [1],
             which the objective bounds; "logit_bias": [1], if there is one.
@@ -84,12 +92,58 @@ class DualEncoder(nn.Module):
         return outputs | {name: getattr(self, name).clone() for name in self.scalars}
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the features [b, D] of images uint8 [b, 3, H, W], not normalised."""
+        """Return the features [b, D] of images uint8 [b, 3, H, W] (or see `locked_features`), not normalised."""
+        if image.is_floating_point():
+            return self._continue("image", image)
         return self.visual(self._normalise(image))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the features [b, D] of tokens int64 [b, L], not normalised."""
+        """Return the features [b, D] of tokens int64 [b, L] (or see `locked_features`), not normalised."""
+        if tokens.is_floating_point():
+            return self._continue("text", tokens)
         return self.text(tokens)
+
+    @property
+    def locked(self) -> tuple[str, ...]:
+        """The towers, "image" and "text", of which at most a projection trains."""
+        return tuple(self._trained_parts)
+
+    @torch.no_grad()
+    def locked_features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what the locked part of a tower in `locked` gives, before its projection if that trains.
+
+        Args:
+            inputs: images uint8 [b, 3, H, W], or tokens int64 [b, L].
+
+        Returns:
+            float [b, w], which the forward pass takes in place of `inputs`.
+        """
+        image = inputs.dtype == torch.uint8
+        with self._locked_part("image" if image else "text"):
+            return self.encode_image(inputs) if image else self.encode_text(inputs)
+
+    def locked_checksum(self, name: str) -> str:
+        """Return the SHA-256 of the weights that decide `locked_features` of a tower, 64 hex digits."""
+        with self._locked_part(name) as tower:
+            return weights_checksum(tower)
+
+    @contextmanager
+    def _locked_part(self, name: str) -> Iterator[nn.Module]:
+        """Yield a tower that gives what precedes its projection, if that trains, in evaluation mode."""
+        tower = self.visual if name == "image" else self.text
+        whole = isinstance(self._trained_parts[name], nn.Identity)
+        training = tower.training
+        tower.eval()
+        try:
+            with nullcontext() if whole else without_projection(tower):
+                yield tower
+        finally:
+            self.train(training)
+
+    def _continue(self, name: str, features: torch.Tensor) -> torch.Tensor:
+        """Map the features of a tower's locked part to the tower's output."""
+        part = self._trained_parts[name]
+        return part(features.to(next(part.parameters(), features).dtype))
 
     def train(self, mode: bool = True) -> DualEncoder:
         """Set the mode as nn.Module.train; locked modules stay in evaluation mode: no dropout, no BatchNorm updates."""
@@ -117,6 +171,8 @@ class DualEncoder(nn.Module):
                 " tower, or its last groups by model.image_unlocked_groups or model.text_unlocked_layers"
             )
         self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
+        parts = {"image": trained_part(self.visual), "text": trained_part(self.text)}
+        self._trained_parts = {name: part for name, part in parts.items() if part is not None}
         self.train(self.training)
 
     def check_sizes(self) -> None:
@@ -229,8 +285,6 @@ def build_model(
         assert isinstance(model.text, CBOW)
         load_word_vectors(model.text, cfg.word_vectors, BPETokenizer(model.text.vocab_size, spec.context_length))
     if cfg.weights and not restored:
-        from clipdist.models.weights import load_weights
-
         load_weights(model, cfg.weights, trust=cfg.trust_weights)
     model.lock_towers(cfg)
     return model
@@ -249,6 +303,11 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     """
     import open_clip
 
+    if spec.hf_text:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # its report of layers that a tower does not use, and its bar
+        logging.disable_progress_bar()
     described = {**spec.model, "vision_cfg": dict(spec.model["vision_cfg"]), "text_cfg": dict(spec.model["text_cfg"])}
     described.pop("custom_text", None)
     for section in ("vision_cfg", "text_cfg"):

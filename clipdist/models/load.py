@@ -32,6 +32,8 @@ class LoadedModel:
         run_dir, step: where it was trained; None for a model that is not from a run.
         manifest_sha256: of a checkpoint's manifest, which holds the checksums of all its parts; empty for a model that
             is not from a checkpoint.
+        kept: the data section of a run that keeps the features of locked towers; None: it does not. The towers are
+            then locked.
     """
 
     model: DualEncoder
@@ -40,6 +42,7 @@ class LoadedModel:
     run_dir: Path | None
     step: int | None
     manifest_sha256: str = ""
+    kept: config.Data | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,10 +134,14 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
     model.load_state_dict(weights, assign=True)  # mapped from the file: what is not used is not read
+    trained = manifest.config
+    kept = config.Data(**trained["data"]) if trained["data"].get("cache_features") else None
+    if kept:
+        model.lock_towers(config.Model(**trained["model"]))
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
-    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest)
+    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest, kept)
 
 
 class NothingDrawn(TorchFunctionMode):

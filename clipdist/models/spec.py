@@ -29,6 +29,7 @@ from clipdist.models.open_clip_files import (
 )
 
 DEFAULT_CONTEXT = 77
+LOCAL_TIMM = "local-dir:"  # timm's prefix of a folder with an image tower
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def find_model_json(name: str) -> Path:
     for path in reversed(places) if (REPOSITORY / SNAPSHOT).is_file() else places:
         if path.is_file():
             return path
+    if name.startswith("data/pretrained/"):  # as configs/flickr8k_pretrained.yaml names it
+        raise UserError(f"model.name={name}: no such file; make it: python tools/prepare_pretrained.py")
     shipped = sorted(f"configs/models/{path.name}" for path in (REPOSITORY / "configs/models").glob("*.json"))
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
     raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
@@ -194,16 +197,26 @@ def _read_json(path: Path) -> dict[str, Any]:
         pixels = description.get("preprocess_cfg", {})
         statistics = {f"image_{key}": pixels[key] for key in ("mean", "std") if key in pixels}
         description = {**description["model_cfg"], **statistics}
-    if isinstance(description, dict) and isinstance(description.get("text_cfg"), dict):
-        _localise(description["text_cfg"], path.parent)
+    if isinstance(description, dict):
+        vision, text = description.get("vision_cfg"), description.get("text_cfg")
+        if isinstance(vision, dict) and isinstance(text, dict):
+            _localise(vision, text, path.parent)
     return description
 
 
-def _localise(text: dict[str, Any], folder: Path) -> None:
-    """In a JSON file, a Hugging Face name may be a folder beside the file; its projection is linear unless it says."""
-    for key in ("hf_model_name", "hf_tokenizer_name"):
-        if text.get(key) and (folder / text[key]).is_dir():
-            text[key] = str((folder / text[key]).resolve())
+def _localise(vision: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
+    """In a JSON file, a tower may be a folder beside the file: a Hugging Face name, or timm's local-dir:NAME.
+
+    A Hugging Face tower's projection is linear unless the file says otherwise.
+    """
+    for section, key in ((vision, "timm_model_name"), (text, "hf_model_name"), (text, "hf_tokenizer_name")):
+        name = str(section.get(key) or "")
+        prefix = LOCAL_TIMM if name.startswith(LOCAL_TIMM) else ""
+        place = folder / name.removeprefix(prefix)
+        if name and place.is_dir():
+            section[key] = prefix + str(place.resolve())
+        elif prefix:
+            raise UserError(f"vision_cfg.timm_model_name={name}: no such folder as {place}")
     if text.get("hf_model_name"):
         text.setdefault("hf_proj_type", "linear")
 

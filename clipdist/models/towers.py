@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -93,6 +93,65 @@ def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from frozen_subtrees(child)
+
+
+class Projection(NamedTuple):
+    """The last layer of a tower: the attribute `name` of `owner`, and what the attribute is to be without it."""
+
+    owner: nn.Module
+    name: str
+    stand_in: nn.Module | None
+
+
+def find_projection(tower: Any) -> Projection | None:
+    """Return the projection of a tower; None where it has none that is known."""
+    if isinstance(getattr(tower, "proj", None), nn.Parameter):  # open_clip's VisionTransformer
+        return Projection(tower, "proj", None)
+    if hasattr(tower, "transformer") and isinstance(getattr(tower, "proj", None), nn.Module):  # HFTextEncoder
+        return Projection(tower, "proj", nn.Identity())
+    pool: Any = getattr(tower, "attnpool", None)
+    if isinstance(getattr(pool, "c_proj", None), nn.Linear):  # ModifiedResNet takes the layer's weights, never calls it
+        weight = pool.c_proj.weight
+        width = weight.shape[1]
+        same = nn.Linear(width, width, device="meta").to_empty(device=weight.device)  # nothing drawn
+        nn.init.eye_(same.weight)
+        nn.init.zeros_(same.bias)
+        return Projection(pool, "c_proj", same.requires_grad_(False).to(weight.dtype))
+    head: Any = getattr(tower, "head", None)  # of open_clip's adapter for timm
+    for name in ("proj", "mlp"):
+        if isinstance(getattr(head, name, None), nn.Module):
+            return Projection(head, name, nn.Identity())
+    return None
+
+
+@contextmanager
+def without_projection(tower: nn.Module) -> Iterator[None]:
+    """Let the tower give what precedes its projection, where it has one that is known."""
+    found = find_projection(tower)
+    if found is None:
+        yield
+        return
+    projection = getattr(found.owner, found.name)
+    setattr(found.owner, found.name, found.stand_in)
+    try:
+        yield
+    finally:
+        setattr(found.owner, found.name, projection)
+
+
+def trained_part(tower: nn.Module) -> nn.Module | None:
+    """Return what maps the features of a tower's locked part to its output: its projection, or nn.Identity.
+
+    None where more than a projection trains.
+    """
+    trained = {parameter for parameter in tower.parameters() if parameter.requires_grad}
+    if not trained:
+        return nn.Identity()
+    found = find_projection(tower)
+    projection = getattr(found.owner, found.name) if found else None
+    if found is None or not isinstance(projection, nn.Module) or not trained <= set(projection.parameters()):
+        return None
+    return found.owner if isinstance(found.owner, nn.Sequential) else projection  # with the dropout before it
 
 
 def keep_statistics_fp32(tower: nn.Module) -> None:

@@ -205,7 +205,7 @@ def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> No
         new, alone = SimpleNamespace(resume=None), SimpleNamespace(world_size=1)
         trainer: Any = SimpleNamespace(config=config, plan=new, dist_env=alone)
         with pytest.raises(UserError, match=told):
-            Trainer._build_engine(trainer)
+            Trainer._build_model(trainer)
         with pytest.raises(UserError, match=told):
             _ = make_estimate(config).total
     build(TINY_RN).check_rows(2)
@@ -485,3 +485,41 @@ def test_weights_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
         UserError, match=r"needs configuration and weights of .*bert from a local folder or the Hugging"
     ):
         build(model_json(tmp_path, text=text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "locked"),
+    [
+        (TINY_VIT, ["image"]),
+        (TINY_RN, ["image"]),
+        (TINY_CBOW, ["text"]),
+        ("timm", ["image"]),
+        ("hf", ["image", "text"]),
+    ],
+)
+def test_features_of_locked_towers_stand_for_their_inputs(kind: str, locked: list[str], tmp_path: Path) -> None:
+    locks = {f"lock_{name}": True for name in locked}
+    trained = []
+    if kind in ("timm", "hf"):  # whose projections still train
+        text = hf_tower(tmp_path) | {"hf_proj_type": "linear"} if kind == "hf" else TEXT
+        model = build(model_json(tmp_path, vision=TIMM, text=text), **locks)
+        trained = [model.visual.head, *([model.text.proj] if kind == "hf" else [])]
+    else:
+        model = build(kind, **locks)
+    assert model.locked == tuple(locked)
+    inputs = dict(zip(("image", "text"), batch(model)))
+    wanted = gradients(model, *inputs.values())
+    outputs = model(image=inputs["image"], tokens=inputs["text"])
+    checksums = {name: model.locked_checksum(name) for name in locked}
+    kept = inputs | {name: model.locked_features(inputs[name]) for name in locked}
+    model.zero_grad()
+    found = gradients(model, *kept.values())
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    again = model(image=kept["image"], tokens=kept["text"])
+    assert all(torch.equal(again[name], outputs[name]) for name in outputs)
+    for projection in trained:  # what trains is no part of what is kept
+        for parameter in projection.parameters():
+            torch.nn.init.ones_(parameter.data)
+    assert checksums == {name: model.locked_checksum(name) for name in locked}
+    assert all(torch.equal(model.locked_features(inputs[name]), kept[name]) for name in locked)
