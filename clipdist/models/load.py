@@ -134,10 +134,10 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
     model.load_state_dict(weights, assign=True)  # mapped from the file: what is not used is not read
-    trained = manifest.config
-    kept = config.Data(**trained["data"]) if trained["data"].get("cache_features") else None
+    data = manifest.config.get("data", {})
+    kept = config.Data(**data) if data.get("cache_features") else None
     if kept:
-        model.lock_towers(config.Model(**trained["model"]))
+        model.lock_towers(config.Model(**manifest.config["model"]))
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
