@@ -118,7 +118,10 @@ class LockedTowers:
                     continue
                 if not done or time.monotonic() - told > LOG_S:
                     told = time.monotonic()
-                    self._log(f"features of the locked {name} tower: shard {done + 1} of this rank's {len(shards)}")
+                    self._log(
+                        f"features of the locked {name} tower for {starts[-1]} samples: shard {done + 1} of"
+                        f" this rank's {len(shards)}"
+                    )
                 samples = range(starts[shard], starts[shard + 1])
                 features.write(shard, (self._images if name == "image" else self._texts)(reader, samples))
         finally:
