@@ -136,8 +136,13 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
         UserError: the checkpoint is of another model, other data, or another order.
     """
     manifest, where = reader.manifest, reader.folder
-    _check_model(config, reader)
     order = manifest.order
+    if not order:  # of tools/interpolate.py
+        raise UserError(
+            f"{where}: averaged weights, not the state of a run that could go on; start from them under another"
+            " run.name: python tools/export.py RUN --out FILE.safetensors, and model.weights=FILE.safetensors"
+        )
+    _check_model(config, reader)
     if order["version"] != ORDER_VERSION:
         raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
     if order["fingerprint"] != fingerprint:

@@ -35,7 +35,7 @@ def write_pairs(
     for shard, size in enumerate(shard_sizes(count, per_shard)):
         samples = []
         for row in range(size):
-            picture, captions = _pair(number)
+            picture, captions = draw_pair(number)
             picture = (bad or {}).get(number, picture)
             record = {"key": sample_key(shard, row), "captions": captions, "filename": f"{number}.png"}
             members = {"png": picture, "txt": captions[0].encode(), "json": json.dumps(record).encode()}
@@ -47,7 +47,7 @@ def write_pairs(
     return folder
 
 
-def _pair(number: int) -> tuple[bytes, list[str]]:
+def draw_pair(number: int) -> tuple[bytes, list[str]]:
     random = np.random.default_rng(number)
     colours, places = list(COLOURS), list(PLACES)
     ground, square = (colours[i] for i in random.permutation(len(colours))[:2])

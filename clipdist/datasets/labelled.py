@@ -4,7 +4,8 @@ Read as
 - CIFAR-10 or CIFAR-100: the folder of their python version, or the tar archive as it is;
 - shards: DIR/train/*.tar and DIR/test/*.tar (or DIR/val/*.tar), or DIR/*.tar or one tar, which are then the test set.
   A label is "label", "class" or "cls" of a sample's .json, or its .cls member: a number, or a class' name. Names of
-  numbers stand in DIR/classnames.txt, one a line; without it they are called by their numbers;
+  numbers stand in DIR/classnames.txt, one a line; without it they are called by their numbers. This is CLIP_benchmark's
+  form: prompt templates in DIR/zeroshot_classification_templates.txt are read, and "shards in all" in nshards.txt;
 - an image folder: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val), or DIR/CLASS/*, which is then the test set,
   in the order of the files' names.
 """
@@ -27,7 +28,11 @@ from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
 from clipdist.datasets.files import walk
 from clipdist.errors import UserError
 
-CLASS_NAMES = "classnames.txt"  # as clip_benchmark's shards have it
+CLASS_NAMES, TEMPLATES = (
+    "classnames.txt",
+    "zeroshot_classification_templates.txt",
+)  # as CLIP_benchmark's shards have them
+SHARD_COUNT = "nshards.txt"  # in the folder of a split
 _TEST_FOLDERS = ("test", "val")
 
 Label = int | str  # a number, or a class' name
@@ -53,12 +58,25 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Images of named classes; `train` is None where there is only one set of images."""
+    """Images of named classes.
+
+    Attributes:
+        train: None where there is only one set of images.
+        listed: whether the names are from a classnames.txt, which is written for prompts.
+        templates: the set's own, as its file has them: "{c}" is where the class goes; none without a file.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: Split | None
     test: Split
+    listed: bool = False
+    templates: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The classes as they stand in prompts: listed ones as they are, others with spaces for underscores."""
+        return self.classes if self.listed else tuple(name.replace("_", " ") for name in self.classes)
 
 
 def open_labelled(path: str | Path) -> LabelledSet:
@@ -170,12 +188,38 @@ def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split
 
 def _open_shards(path: Path, train: Path | None, test: Path | None) -> LabelledSet:
     sources = [source for source in (train, test or path) if source]
+    for source in sources:
+        require_all_shards(source)
     readers = [open_reader(Catalog.open([str(source)], what="--data")) for source in sources]
     labels = [_labels_of(reader, source) for reader, source in zip(readers, sources)]
-    classes = _class_names(path, labels[0])
+    beside = path if path.is_dir() else path.parent
+    listed = read_lines(beside / CLASS_NAMES)
+    classes = listed or _class_names(path, labels[0])
     splits = [_from_shards(reader, own, classes, source) for reader, own, source in zip(readers, labels, sources)]
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    return LabelledSet(name, classes, splits[0] if train else None, splits[-1])
+    train_split = splits[0] if train else None
+    return LabelledSet(name, classes, train_split, splits[-1], bool(listed), read_lines(beside / TEMPLATES))
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """Return the lines of a text file that are not blank; none without a file.
+
+    Raises:
+        UserError: not UTF-8.
+    """
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except ValueError:
+        raise UserError(f"{path}: not UTF-8") from None
+
+
+def require_all_shards(folder: Path) -> None:
+    """Raise UserError where a folder does not hold as many shards as its nshards.txt says."""
+    stated = read_lines(folder / SHARD_COUNT)
+    if stated and stated[0] != str(found := len(list(folder.glob("*.tar")))):
+        raise UserError(f"{folder}: holds {found} shards, but its {SHARD_COUNT} says {stated[0]}; fetch the others")
 
 
 def _labels_of(reader: Reader, source: Path) -> list[Label]:
@@ -206,13 +250,7 @@ def _label_of(reader: Reader, sample_id: int, source: Path) -> Label:
 
 
 def _class_names(path: Path, labels: Sequence[Label]) -> tuple[str, ...]:
-    """Return what classnames.txt says; else the names that occur, sorted, or numbers up to the largest."""
-    listed = (path if path.is_dir() else path.parent) / CLASS_NAMES
-    if listed.is_file():
-        try:
-            return tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
-        except ValueError:
-            raise UserError(f"{listed}: not UTF-8") from None
+    """Return the names that occur, sorted, or numbers up to the largest."""
     names = sorted({label for label in labels if isinstance(label, str)})
     if names:
         return tuple(names)

@@ -88,6 +88,13 @@ def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool
     parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
 
 
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add the positions of several models; `load_named` reads each."""
+    what = "run, checkpoint or Hugging Face CLIP folders, or NAME:WEIGHTS (an open_clip name with a tag or a file)"
+    parser.add_argument("models", metavar="RUN", nargs="+", help=what)
+    parser.add_argument("--trust-weights", action="store_true", help="run TorchScript files that are not OpenAI's")
+
+
 def add_data(parser: argparse.ArgumentParser) -> None:
     what = "CIFAR-10 or -100 (folder or tar), an image folder, or shards with labels"
     parser.add_argument("--data", required=True, metavar="PATH", help=what)
@@ -96,8 +103,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     what = "a class name per line, by label; or imagenet (the data's own)"
     parser.add_argument("--classes", default="", metavar="FILE", help=what)
-    what = "cifar10, imagenet, simple, a file with one per line, or one template (%(default)r)"
-    parser.add_argument("--templates", default="a photo of a {}.", metavar="NAME|FILE|TEXT", help=what)
+    what = (
+        "cifar10, imagenet, simple, a file with one per line, or one template (the data's own, or 'a photo of a {}.')"
+    )
+    parser.add_argument("--templates", default="", metavar="NAME|FILE|TEXT", help=what)
 
 
 def add_members(parser: argparse.ArgumentParser) -> None:
@@ -171,11 +180,12 @@ def open_classes(args: argparse.Namespace) -> tuple[tuple[str, ...], LabelledSet
     """
     from clipdist.evals.prompts import find_classes, find_templates
 
-    templates = find_templates(args.templates)
+    find_templates(args.templates)  # a misspelt word is reported before the data is opened
     from clipdist.datasets.labelled import open_labelled
 
     data = open_labelled(args.data)
-    return templates, data, find_classes(args.classes, data.classes)
+    names = find_classes(args.classes, data.words, data.listed)
+    return find_templates(args.templates, data.templates), data, names
 
 
 @contextmanager
@@ -201,6 +211,18 @@ def load(args: argparse.Namespace, source: str, step: int | None = None) -> Load
     from clipdist.models.load import load_model
 
     return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step)
+
+
+def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
+    """Load one of several models, on the CPU: a folder as load_model takes it, or NAME:WEIGHTS.
+
+    Raises:
+        UserError: as load_model.
+    """
+    from clipdist.models.load import load_model
+
+    name, _, weights = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    return load_model(name, weights=weights, trust_weights=args.trust_weights)
 
 
 def count_lines(title: str, counts: Mapping[str, int]) -> list[str]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -103,20 +104,26 @@ def probe_of(
     image_size: int,
     share: WorkShare = ALONE,
     progress: Callable[[], None] = lambda: None,
+    unit: bool = True,
+    device: str | torch.device = "cpu",
+    cache: Path | None = None,
 ) -> dict[str, float]:
-    """Run the probe as an evaluator during training, on projected features: {"accuracy", "top5", "l2"}. Collective.
+    """Run the probe where ranks go on with other work after it: {"accuracy", "top5", "l2"}. Collective.
 
     Every rank computes a slice of the features, always share.batch images a call and equally often; rank 0 fits the
-    layer on the CPU, which may take long. The others wait for it in short collectives, not in a long one that would
-    run into its time limit, and get {}.
+    layer, which may take long. The others wait for it in short collectives, not in a long one that would run into its
+    time limit, and get {}.
 
     Args:
         progress: called while the layer is fitted, on every rank, at least once per BEAT_S or pass over the images.
+        unit: scale the features to unit length, as projected ones are compared; those of a tower are taken as they are.
+        device: where rank 0 fits.
+        cache: as embed_set takes it.
 
     Raises:
         UserError: as embed_set and fit_probe.
     """
-    features = embed_set(encode, data, image_size, share)
+    features = embed_set(encode, data, image_size, share, cache)
     if share.rank:
         while gather_json(None)[0]:
             progress()
@@ -130,8 +137,10 @@ def probe_of(
             gather_json(True)
             told = time.monotonic()
 
-    train, test = (F.normalize(part.image, dim=1) for part in (features.train, features.test))
-    probe = fit_probe(train, features.train.labels, test, features.test.labels, data.classes, tick=tick)
+    parts = [part.image.to(device) for part in (features.train, features.test)]
+    train, test = (F.normalize(part, dim=1) for part in parts) if unit else parts
+    labels = features.train.labels.to(device)
+    probe = fit_probe(train, labels, test, features.test.labels, data.classes, tick=tick)
     gather_json(False)
     assert probe.l2 is not None  # L-BFGS has chosen one
     return {"accuracy": probe.accuracy, "top5": probe.top5, "l2": probe.l2}

@@ -51,8 +51,7 @@ def zero_shot_of(
 
     `encode` is called equally often on every rank, always with share.batch rows, first for sentences, then for images.
     """
-    names = [name.replace("_", " ") for name in data.classes]
-    classifier = zero_shot_classifier(encode, tokenizer, names, templates, share)
+    classifier = zero_shot_classifier(encode, tokenizer, data.words, templates, share)
     test = embed_split(encode, data.test, image_size, share)
     return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
 

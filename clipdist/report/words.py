@@ -19,6 +19,8 @@ LABELS = {
     **{f"{way}_mean_rank": f"{words}, mean rank" for way, words in DIRECTIONS.items()},
     **{f"batch_{way}_r1": f"{words} R@1 within the batch, %" for way, words in DIRECTIONS.items()},
     "rsum": "sum of the six R@K",
+    "mean_recall": "mean of the six R@K, %",
+    "kept": "kept, %",
     "candidates": "pictures",
     "chance": "chance, %",
     "top1": "top-1, %",

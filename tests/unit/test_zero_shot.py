@@ -57,10 +57,11 @@ def test_templates_and_classes_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_text("\ufeffa {}.\r\n\n  the {}  \n", encoding="utf-8")
     assert find_templates(str(file)) == ("a {}.", "the {}")
-    assert find_templates("one {}") == ("one {}",)
+    assert find_templates("one {}") == find_templates("one {c}") == find_templates("", ["one {c}"]) == ("one {}",)
+    assert find_templates("") == ("a photo of a {}.",)
     file.write_text("sea\nlawn mower\n")
     assert find_classes(str(file), ["a", "b"]) == ("sea", "lawn mower")
-    assert find_classes("", ["aquarium_fish", "b"]) == ("aquarium fish", "b")
+    assert find_classes("", ["b", "b"], listed=True) == ("b", "b")  # as CLIP_benchmark's ImageNet has two of them
     assert len(find_classes("imagenet", [str(n) for n in range(1000)])) == 1000
     assert write_prompts(["x{", "y"], ["{} and {}", "a {}"]) == ["x{ and x{", "a x{", "y and y", "a y"]
 
@@ -89,7 +90,7 @@ def test_bad_templates_and_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'red' stands for two classes"):
         find_classes(str(file), COLOURS)
     with pytest.raises(UserError, match="a class name is empty"):
-        find_classes("", ["a", "_"])
+        find_classes("", ["a", " "])
     with pytest.raises(UserError, match="got 3 and 0"):
         write_prompts(COLOURS, [])
     with pytest.raises(UserError, match="got 0 and 2"):

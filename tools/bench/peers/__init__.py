@@ -1,1 +1,1 @@
-"""Other trainers, as they are, for clipdist to be measured against. No training of clipdist's depends on them."""
+"""Other trainers and evaluations, as they are, beside clipdist's. No training of clipdist's depends on them."""
