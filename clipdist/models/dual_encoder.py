@@ -93,7 +93,7 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of images uint8 [b, 3, H, W] (or see `locked_features`), not normalised."""
-        if image.is_floating_point():
+        if image.dim() == 2:  # pixels of floating point are pixels: a perturbed image has fractions
             return self._continue("image", image)
         return self.visual(self._normalise(image))
 
