@@ -110,7 +110,7 @@ class Trainer:
             pin=dist_env.device.type == "cuda",
         )
         self.validation = Validation(
-            config.eval, config.data, plan.val, self.tokenizer, self.spec.image_size, dist_env, locked_val
+            config.eval, config.data, plan.val, self.tokenizer, self.spec.transform, dist_env, locked_val
         )
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""
@@ -190,6 +190,8 @@ class Trainer:
 
     def _loop(self) -> Outcome:
         self.journal.log_start(self.engine, self.spec.name, self.loader)
+        pixels = f"mean {list(self.spec.image_mean)}, deviation {list(self.spec.image_std)}"
+        self.journal.log(f"images in evaluation: {self.spec.transform}; {pixels}")
         timer = StepTimer(self.loader, self.step)
         while self._next_step() < self.plan.steps:
             batch, fault = self._next_batch()

@@ -90,7 +90,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         model_encoder(loaded.model, dist_env.device),
         catalog,
         loaded.tokenizer,
-        loaded.model.spec.image_size,
+        loaded.model.spec.transform,
         front.share_of_work(args, dist_env),
         samples=list(place_of) if protocol else None,
         most_captions=CAPTIONS if protocol else None,

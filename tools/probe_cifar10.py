@@ -53,6 +53,7 @@ def check_data(data: LabelledSet, args: argparse.Namespace) -> None:
 
 def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) -> None:
     """Compute features on all ranks and do the rest on rank 0."""
+    from clipdist.data.transform import EvalTransform
     from clipdist.evals.features import PIXEL_SIDE, embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
     from clipdist.evals.finetune import finetune, simclr_schedule
     from clipdist.evals.fractions import over_fractions
@@ -62,13 +63,14 @@ def probe_model(args: argparse.Namespace, data: LabelledSet, dist_env: DistEnv) 
     loaded = front.load(args, args.model)
     before = weights_checksum(loaded.model)
     folder = (loaded.run_dir or Path.home() / ".cache" / "clipdist") / "features"
-    share, device, size = front.share_of_work(args, dist_env), str(dist_env.device), loaded.model.spec.image_size
+    share, device = front.share_of_work(args, dist_env), str(dist_env.device)
     features: dict[str, Features] = {}
     for title, model in (("features", loaded.model), ("random weights", random_twin(loaded.model))):
         cache = None if args.no_cache else features_path(folder, model, data, args.features)
         encode = frozen_encoder(model, device, args.features)
-        features[title] = embed_set(encode, data, size, share, cache)
-    features["raw pixels"] = embed_set(pixel_encoder, data, PIXEL_SIDE, dataclasses.replace(share, progress=False))
+        features[title] = embed_set(encode, data, model.spec.transform, share, cache)
+    small = EvalTransform(PIXEL_SIDE)
+    features["raw pixels"] = embed_set(pixel_encoder, data, small, dataclasses.replace(share, progress=False))
     if dist_env.rank:
         return
     own = features["features"]

@@ -75,7 +75,7 @@ def main() -> None:
     if embeddings is None or dist_env.rank:
         return
     front.tell_left_out(embeddings.bad)
-    features_of = partial(encode_queries, encode, loaded.tokenizer, loaded.model.spec.image_size, batch=args.batch)
+    features_of = partial(encode_queries, encode, loaded.tokenizer, loaded.model.spec.transform, batch=args.batch)
     reader = open_reader(catalog)
     try:
         index = open_index(args, loaded, features_of, embeddings, reader) if args.index == "faiss" else None

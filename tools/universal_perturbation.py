@@ -15,6 +15,7 @@ from clipdist.evals import front
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from clipdist.data.transform import EvalTransform
     from clipdist.datasets.labelled import LabelledSet, Split
     from clipdist.evals.embed import WorkShare
     from clipdist.evals.perturb import Classify
@@ -40,9 +41,9 @@ def main() -> None:
 
     device, share = resolve_device(args.device), front.share_of_work(args)
     loaded = front.load(args, args.model)
-    model, size = loaded.model.to(device), loaded.model.spec.image_size
-    xi = default_xi(args.norm, size) if args.xi is None else args.xi
-    (train, train_labels), (images, labels) = choose_images(data, size, args, share)
+    model, transform = loaded.model.to(device), loaded.model.spec.transform
+    xi = default_xi(args.norm, transform.size) if args.xi is None else args.xi
+    (train, train_labels), (images, labels) = choose_images(data, transform, args, share)
     if args.classifier == "probe":
         classify = probe_of_training_images(model, data, device, share)
     else:
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def choose_images(
-    data: LabelledSet, size: int, args: argparse.Namespace, share: WorkShare
+    data: LabelledSet, transform: EvalTransform, args: argparse.Namespace, share: WorkShare
 ) -> list[tuple[Tensor, Tensor]]:
     """Choose random images to find v on, and others to try it on; a set without a training part is halved.
 
@@ -93,11 +94,11 @@ def choose_images(
     if not train:
         raise UserError(f"{args.data}: {len(data.test)} pictures are too few to find a perturbation and to try it")
     chosen = ((data.train or data.test, train[: args.pictures]), (data.test, held_out[: args.held_out]))
-    return [decode(split, rows, size, args, share) for split, rows in chosen]
+    return [decode(split, rows, transform, args, share) for split, rows in chosen]
 
 
 def decode(
-    split: Split, rows: list[int], size: int, args: argparse.Namespace, share: WorkShare
+    split: Split, rows: list[int], transform: EvalTransform, args: argparse.Namespace, share: WorkShare
 ) -> tuple[Tensor, Tensor]:
     import torch
 
@@ -105,7 +106,7 @@ def decode(
 
     bad: dict[int, str] = {}
     _, calls = share.of(len(rows))
-    batches = decode_split(split, rows, size, share.batch, calls, share.threads, bad)
+    batches = decode_split(split, rows, transform, share.batch, calls, share.threads, bad)
     images = torch.cat(list(share.bar(batches, "pictures", calls)))[: len(rows)]
     kept = [place for place, row in enumerate(rows) if row not in bad]
     if bad:
@@ -124,7 +125,7 @@ def probe_of_training_images(model: DualEncoder, data: LabelledSet, device: str,
         raise UserError(f"{data.name}: the probe needs training pictures: DIR/train beside DIR/test")
     require_classes(data.train, data.classes)
     encode = frozen_encoder(model, device, "projected")
-    train = embed_split(encode, data.train, model.spec.image_size, share)
+    train = embed_split(encode, data.train, model.spec.transform, share)
     return probe_classifier(model, train.image, train.labels, data.classes, device, "fit")
 
 

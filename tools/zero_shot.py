@@ -31,7 +31,7 @@ def main() -> None:
         loaded = front.load(args, args.model)
         encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
         classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share)
-        test = embed_split(encode, data.test, loaded.model.spec.image_size, share)
+        test = embed_split(encode, data.test, loaded.model.spec.transform, share)
     if dist_env.rank:
         return
     if test.left_out:

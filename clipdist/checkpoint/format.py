@@ -125,6 +125,25 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
+def checkpoint_of(folder: Path, step: int | None = None) -> Path:
+    """Return the checkpoint that a folder (a run, its checkpoints/, a checkpoint) and a step name; None: the newest.
+
+    Raises:
+        UserError: there is none, or none of that step.
+    """
+    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(run_folder(folder))
+    if not found and any(folder.glob("*.tar")):
+        raise UserError(f"{folder}: holds shards, not a run or model")
+    if not found:
+        raise UserError(f"{folder}: no complete checkpoint in it; is this a run folder, and has it saved yet?")
+    if step is None:
+        return found[-1]
+    steps = {read_manifest(checkpoint).step: checkpoint for checkpoint in found}
+    if step not in steps:
+        raise UserError(f"{folder}: no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
+    return steps[step]
+
+
 def list_checkpoints(run_dir: str | Path, retry_s: float = 0.0) -> list[Path]:
     """List the complete checkpoints of a run, oldest first; retry for `retry_s` seconds.
 

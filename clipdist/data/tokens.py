@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import threading
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +21,8 @@ from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
+_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads a folder's *.model with
+_FEWEST_IDS = 0.5  # of a text tower's: embeddings are padded to round numbers, but not to twice as many
 _MARKS = ("<start_of_text>", "<end_of_text>")
 _PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]
 
@@ -46,7 +50,7 @@ class TokenizerDescription(Protocol):
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """{"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options"}."""
+        """{"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids", "eos_id"}."""
 
     @property
     def context_length(self) -> int:
@@ -57,12 +61,14 @@ def make_tokenizer(spec: TokenizerDescription) -> Tokenizer:
     """Build the tokenizer that goes with a model.
 
     Raises:
-        UserError: the Hugging Face tokenizer is neither a local folder nor to be had from the hub, or the vocabulary
-            is too small for the byte-pair encoding's alphabet.
+        UserError: the Hugging Face tokenizer is neither a local folder nor to be had from the hub, or does not belong
+            to the text tower; or the vocabulary is too small for the byte-pair encoding's alphabet.
     """
     described = spec.tokenizer
     if described["kind"] == "hf":
-        return HFTokenizer(described["name"], spec.context_length, described["mode"], described["options"])
+        tokenizer = HFTokenizer(described["name"], spec.context_length, described["mode"], described["options"])
+        tokenizer.check(described.get("ids"), described.get("eos_id"))
+        return tokenizer
     return BPETokenizer(described["vocab_size"], spec.context_length, described["options"])
 
 
@@ -155,12 +161,18 @@ class HFTokenizer:
                 name, context_length=context_length, tokenizer_mode=mode, **options
             )
         except Exception as error:  # transformers and the hub raise many kinds for "not there"
+            lost = [package for package in _SENTENCEPIECE if not importlib.util.find_spec(package)]
+            if lost and any(Path(name).glob("*.model")):
+                raise UserError(
+                    f"tokenizer {name}: needs the package {lost[0]}: pip install -c constraints.txt -e '.[siglip]'"
+                ) from None
             raise UserError(
                 f"tokenizer {name}: neither a folder with tokenizer files nor to be had from the Hugging Face hub"
                 f" ({type(error).__name__}); offline, name a folder in the model JSON, or set HF_HUB_OFFLINE=1 and"
                 " HF_HOME to a filled cache"
             ) from None
         self._lock = threading.Lock()  # the fast tokenizers set padding on a shared object and refuse to be re-entered
+        self.name = name
         self.context_length = context_length
         self.vocab_size = len(self._hf.tokenizer)
 
@@ -169,6 +181,21 @@ class HFTokenizer:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         with self._lock:
             return self._hf(texts)
+
+    def check(self, ids: int | None, eos_id: int | None) -> None:
+        """Compare with what the text tower embeds, as far as it is known.
+
+        Raises:
+            UserError: an id that the tower has no vector for, hardly any of its ids, or another end of text.
+        """
+        belongs = "it does not belong to these weights; name the folder or model that has both"
+        if ids is not None and not _FEWEST_IDS * ids <= self.vocab_size <= ids:
+            raise UserError(f"tokenizer {self.name}: has {self.vocab_size} ids, the text tower {ids}: {belongs}")
+        own = self._hf.tokenizer.eos_token_id
+        if eos_id is not None and own != eos_id:
+            raise UserError(
+                f"tokenizer {self.name}: ends a text with id {own}, the text tower is read at id {eos_id}: {belongs}"
+            )
 
     def fingerprint(self) -> str:
         vocabulary = sorted(self._hf.tokenizer.get_vocab().items())

@@ -20,6 +20,7 @@ from clipdist.data.decode import eval_image
 from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.members import Captions
 from clipdist.data.reader import Reader, open_reader
+from clipdist.data.transform import EvalTransform
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
@@ -90,7 +91,7 @@ def embed_catalog(
     encode: Encode,
     catalog: Catalog,
     tokenizer: Callable[[list[str]], Tensor],
-    image_size: int,
+    transform: EvalTransform,
     share: WorkShare = ALONE,
     texts: bool = True,
     data: config.Data | None = None,
@@ -106,7 +107,7 @@ def embed_catalog(
 
     Args:
         tokenizer: captions -> int64 [b, L].
-        image_size: side of the square that the model takes, pixels.
+        transform: the model's evaluation transform.
         texts: False embeds images alone; `text` and `captions` are then empty.
         data: the cache for remote shards, and the pixel limit; None: as by default.
         samples: which samples, each once, in which order; None: all of the catalog.
@@ -120,7 +121,7 @@ def embed_catalog(
     reader = open_reader(catalog, data)
 
     def load(sample_id: int) -> Tensor:
-        return eval_image(reader.sample(sample_id).image(), image_size, data.max_pixels)
+        return eval_image(reader.sample(sample_id).image(), transform, data.max_pixels)
 
     try:
         sources: Counter[str] = Counter()
@@ -130,7 +131,7 @@ def embed_catalog(
             known = [_image_row(locked["image"], sample_id, bad) for sample_id in mine]
             images = _batches(known, locked["image"].width, share.batch, image_calls)
         else:
-            decoded = decode_ahead(load, mine, image_size, share.batch, image_calls, share.threads, bad)
+            decoded = decode_ahead(load, mine, transform.size, share.batch, image_calls, share.threads, bad)
             images = (pixels for pixels, _ in decoded)
         image = encode_images(encode, share.bar(images, "pictures", image_calls))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]

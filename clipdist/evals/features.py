@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipdist.data.decode import eval_pixels
 from clipdist.data.tensor_file import load_tensors, save_tensors
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.distributed.collectives import gather_json, sum_over_ranks
 from clipdist.errors import UserError
@@ -91,11 +92,11 @@ def random_twin(model: DualEncoder) -> DualEncoder:
         return assemble(model.spec, tower_weights=False).eval()
 
 
-def embed_split(encode: Encode, split: Split, image_size: int, share: WorkShare = ALONE) -> SplitFeatures:
+def embed_split(encode: Encode, split: Split, transform: EvalTransform, share: WorkShare = ALONE) -> SplitFeatures:
     """Return the features of all images on every rank; each computes a contiguous slice, in full batches. Collective.
 
     Args:
-        image_size: side of the square that the model takes, pixels.
+        transform: the model's evaluation transform.
 
     Raises:
         UserError: not one image can be decoded.
@@ -104,7 +105,7 @@ def embed_split(encode: Encode, split: Split, image_size: int, share: WorkShare 
     if not calls:
         raise UserError("no pictures to classify")
     bad: dict[int, str] = {}
-    images = decode_split(split, mine, image_size, share.batch, calls, share.threads, bad)
+    images = decode_split(split, mine, transform, share.batch, calls, share.threads, bad)
     features = encode_images(encode, share.bar(images, "pictures", calls))[: len(mine)]
     every = torch.zeros(len(split), features.shape[1])
     every[mine.start : mine.stop] = features
@@ -117,12 +118,12 @@ def embed_split(encode: Encode, split: Split, image_size: int, share: WorkShare 
 
 
 def embed_set(
-    encode: Encode, data: LabelledSet, size: int, share: WorkShare = ALONE, cache: Path | None = None
+    encode: Encode, data: LabelledSet, transform: EvalTransform, share: WorkShare = ALONE, cache: Path | None = None
 ) -> Features:
     """Return the features of both splits, from the cache where it has them. Collective: each rank computes a slice.
 
     Args:
-        size: side of the images that `encode` takes, pixels.
+        transform: the evaluation transform of the images that `encode` takes.
         cache: the file that keeps them (features_path); None: none. Rank 0 reads it and writes it; where it is found,
             the other ranks get no features.
 
@@ -135,7 +136,7 @@ def embed_set(
     if cache and gather_json(found is not None)[0]:
         nothing = SplitFeatures(torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), 0)
         return found or Features(nothing, nothing)
-    train, test = (embed_split(encode, split, size, share) for split in (data.train, data.test))
+    train, test = (embed_split(encode, split, transform, share) for split in (data.train, data.test))
     if cache and share.rank == 0:
         with suppress(UserError):  # a full disk or a run that may not be written to: they are computed again next time
             save_features(cache, Features(train, test))
@@ -145,13 +146,14 @@ def embed_set(
 def features_path(folder: Path, model: DualEncoder, data: LabelledSet, kind: Kind) -> Path | None:
     """Return the cache's file of a model's features of a set; None where the set's images have no digest.
 
-    Its name is made of all weights, of how images are normalised, of the images, and of the kind of features.
+    Its name is made of all weights, of the evaluation transform, of the images, and of the kind of features.
     """
     splits = [split for split in (data.train, data.test) if split is not None]
     if not all(split.digest for split in splits):
         return None
     spec = model.spec
-    facts = [weights_checksum(model), spec.image_size, spec.image_mean, spec.image_std, spec.quick_gelu, spec.model]
+    pixels = [asdict(spec.transform), spec.image_mean, spec.image_std]
+    facts = [weights_checksum(model), pixels, spec.quick_gelu, spec.model]
     text = json.dumps([kind, facts, [split.digest for split in splits]], sort_keys=True)
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
@@ -186,11 +188,17 @@ def load_features(path: Path) -> Features:
 
 
 def decode_split(
-    split: Split, rows: Sequence[int], size: int, batch: int, calls: int, threads: int, bad: dict[int, str]
+    split: Split,
+    rows: Sequence[int],
+    transform: EvalTransform,
+    batch: int,
+    calls: int,
+    threads: int,
+    bad: dict[int, str],
 ) -> Iterator[Tensor]:
     """Yield exactly `calls` batches uint8 [batch, 3, size, size] of these rows; see decode_ahead."""
 
     def load(row: int) -> Tensor:
-        return eval_pixels(split.read(row), size)
+        return eval_pixels(split.read(row), transform)
 
-    return (images for images, _ in decode_ahead(load, rows, size, batch, calls, threads, bad))
+    return (images for images, _ in decode_ahead(load, rows, transform.size, batch, calls, threads, bad))

@@ -83,7 +83,7 @@ def finetune(
         return network(image.to(device, non_blocking=True)), None
 
     share = WorkShare(batch=schedule.batch, threads=threads, progress=progress)
-    tested = embed_split(encode, data.test, model.spec.image_size, share)
+    tested = embed_split(encode, data.test, model.spec.transform, share)
     if not torch.isfinite(tested.image).all():
         raise Fault(f"fine-tuning with learning rate {schedule.lr:g} has diverged; give a smaller --batch")
     return Probe(tested.image, tested.labels, data.classes, lr=schedule.lr)

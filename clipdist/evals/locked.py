@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
@@ -70,7 +71,7 @@ class LockedTowers:
         self._tick, self._log = tick, log
         spec = model.spec
         facts: dict[str, list[Any]] = {
-            "image": [spec.image_size, spec.image_mean, spec.image_std, cfg.max_pixels],
+            "image": [asdict(spec.transform), spec.image_mean, spec.image_std, cfg.max_pixels],
             "text": [tokenizer.fingerprint()],
         }
         self._facts = {name: [model.locked_checksum(name), spec.quick_gelu, *facts[name]] for name in model.locked}
@@ -128,15 +129,15 @@ class LockedTowers:
             reader.close()
 
     def _images(self, reader: Reader, samples: range) -> ShardFeatures:
-        size, limit = self._model.spec.image_size, self._cfg.max_pixels
+        transform, limit = self._model.spec.transform, self._cfg.max_pixels
         bad: dict[int, str] = {}
 
         def load(sample_id: int) -> Tensor:
-            return eval_image(reader.sample(sample_id).image(), size, limit)
+            return eval_image(reader.sample(sample_id).image(), transform, limit)
 
         calls = -(-len(samples) // ROWS)
         threads = self._cfg.threads or default_threads()
-        decoded = decode_ahead(load, samples, size, ROWS, calls, threads, bad)
+        decoded = decode_ahead(load, samples, transform.size, ROWS, calls, threads, bad)
         rows = encode_images(self._encode, (images for images, _ in decoded))[: len(samples)]
         counts = [int(sample not in bad) for sample in samples]
         kept = rows[torch.tensor(counts, dtype=torch.bool)]

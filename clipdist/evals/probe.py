@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.distributed.collectives import gather_json
 from clipdist.errors import Fault, UserError
@@ -101,7 +102,7 @@ def require_unchanged(module: nn.Module, before: str) -> None:
 def probe_of(
     encode: Encode,
     data: LabelledSet,
-    image_size: int,
+    transform: EvalTransform,
     share: WorkShare = ALONE,
     progress: Callable[[], None] = lambda: None,
     unit: bool = True,
@@ -123,7 +124,7 @@ def probe_of(
     Raises:
         UserError: as embed_set and fit_probe.
     """
-    features = embed_set(encode, data, image_size, share, cache)
+    features = embed_set(encode, data, transform, share, cache)
     if share.rank:
         while gather_json(None)[0]:
             progress()

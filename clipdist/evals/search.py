@@ -21,6 +21,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.decode import decode_pixels, eval_image
 from clipdist.data.index import IMAGE_KINDS
 from clipdist.data.reader import Reader
+from clipdist.data.transform import EvalTransform
 from clipdist.distributed.collectives import gather_json
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
@@ -117,7 +118,7 @@ def read_queries(path: Path) -> list[Query]:
 def encode_queries(
     encode: Encode,
     tokenizer: Callable[[list[str]], Tensor],
-    image_size: int,
+    transform: EvalTransform,
     queries: Sequence[Query],
     prompts: Sequence[str] = (SLOT,),
     batch: int = 64,
@@ -141,7 +142,7 @@ def encode_queries(
         texts = unit(torch.cat(list(parts))).unflatten(0, (-1, len(prompts))).mean(1)
     if given:
         starts = range(0, len(given), batch)
-        images = unit(encode_images(encode, (_pixels(given[start : start + batch], image_size) for start in starts)))
+        images = unit(encode_images(encode, (_pixels(given[start : start + batch], transform) for start in starts)))
     of_sentences, of_images = iter(texts), iter(images)
     return unit(torch.stack([next(of_sentences if query.image is None else of_images) for query in queries]))
 
@@ -212,9 +213,9 @@ def image_embeddings(
     kept = read_cache(path, loaded, catalog) if asked else None
     if gather_json(kept is not None)[0]:
         return kept, True
-    size = loaded.model.spec.image_size
+    transform = loaded.model.spec.transform
     locked = kept_features(loaded, catalog, dist_env, text=False)
-    own = embed_catalog(encode, catalog, loaded.tokenizer, size, share, texts=False, locked=locked)
+    own = embed_catalog(encode, catalog, loaded.tokenizer, transform, share, texts=False, locked=locked)
     embeddings = gather_embeddings(own)
     if not len(embeddings.image):
         raise UserError("no picture in the shards could be decoded")
@@ -253,9 +254,9 @@ def _facts(loaded: LoadedModel, catalog: Catalog) -> dict[str, str]:
     return facts if catalog.members.images == IMAGE_KINDS else facts | {"members": images}
 
 
-def _pixels(images: list[bytes], size: int) -> Tensor:
+def _pixels(images: list[bytes], transform: EvalTransform) -> Tensor:
     try:
-        return torch.stack([eval_image(data, size) for data in images])
+        return torch.stack([eval_image(data, transform) for data in images])
     except BadSample as error:  # a long strip: it can be decoded, but not enlarged
         raise UserError(f"a picture among the queries: {error.reason}") from None
 

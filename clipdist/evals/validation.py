@@ -17,6 +17,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.loader import default_threads
 from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.tokens import Tokenizer
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.labelled import open_labelled
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
@@ -57,7 +58,7 @@ class Validation:
 
     Args:
         val: the validation shards, if any.
-        size: side of the model's images in pixels.
+        transform: the model's evaluation transform.
         locked: features of the validation shards: see embed_catalog.
 
     Raises:
@@ -70,12 +71,12 @@ class Validation:
         data: config.Data,
         val: Catalog | None,
         tokenizer: Tokenizer,
-        size: int,
+        transform: EvalTransform,
         dist_env: DistEnv,
         locked: Mapping[str, LockedFeatures] | None = None,
     ) -> None:
         self._locked = locked
-        self._cfg, self._data, self._val, self._tokenizer, self._size = cfg, data, val, tokenizer, size
+        self._cfg, self._data, self._val, self._tokenizer, self._transform = cfg, data, val, tokenizer, transform
         self._dist_env = dist_env
         self._labelled = open_labelled(cfg.labelled) if cfg.labelled else None
         self._templates = find_templates(cfg.templates)
@@ -91,7 +92,7 @@ class Validation:
         embeddings = None
         if self._val is not None:
             own = embed_catalog(
-                model.encode, self._val, self._tokenizer, self._size, share, data=self._data, locked=self._locked
+                model.encode, self._val, self._tokenizer, self._transform, share, data=self._data, locked=self._locked
             )
             measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
             values |= measured
@@ -101,13 +102,13 @@ class Validation:
                 self._tokenizer,
                 self._labelled,
                 self._templates,
-                self._size,
+                self._transform,
                 model.logit_scale(),
                 share,
             )
             values |= {f"zero_shot/{name}": value for name, value in measured.items()}
             if self._cfg.probe:
-                measured = probe_of(model.encode, self._labelled, self._size, share, model.progress)
+                measured = probe_of(model.encode, self._labelled, self._transform, share, model.progress)
                 values |= {f"probe/{name}": value for name, value in measured.items()}
         return Findings(values, embeddings)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.labelled import LabelledSet
 from clipdist.distributed.collectives import sum_over_ranks
 from clipdist.errors import UserError
@@ -43,7 +44,7 @@ def zero_shot_of(
     tokenizer: Callable[[list[str]], Tensor],
     data: LabelledSet,
     templates: Sequence[str],
-    image_size: int,
+    transform: EvalTransform,
     logit_scale: Tensor | float,
     share: WorkShare = ALONE,
 ) -> dict[str, float]:
@@ -52,7 +53,7 @@ def zero_shot_of(
     `encode` is called equally often on every rank, always with share.batch rows, first for sentences, then for images.
     """
     classifier = zero_shot_classifier(encode, tokenizer, data.words, templates, share)
-    test = embed_split(encode, data.test, image_size, share)
+    test = embed_split(encode, data.test, transform, share)
     return zero_shot_metrics(test.image, test.labels, classifier, logit_scale)
 
 

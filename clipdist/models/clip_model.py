@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from clipdist.errors import UserError
-from clipdist.models.hugging_face import ARGMAX_EOS, DEFAULT_EPS, FIELDS, clip_encoding, end_mark, read_config
+from clipdist.models.hugging_face import (
+    ARGMAX_EOS,
+    DEFAULT_EPS,
+    FIELDS,
+    clip_encoding,
+    end_mark,
+    read_config,
+    read_description,
+)
 from clipdist.models.spec import ModelSpec
 
 # Fields of open_clip's sections that CLIPModel's configuration can say, and those without effect in such a tower.
@@ -22,6 +30,7 @@ _WITHOUT_EFFECT = {
 
 # Of a folder's configuration: positions are interpolated; the projections' width is the top level's, and a shape; the
 # marks are the tokenizer's.
+_NOT_COMPARED_SIGLIP = ("image_size", "hf_tokenizer_name", "tokenizer_kwargs")
 _NOT_COMPARED = ("image_size", "projection_dim", "bos_token_id", "eos_token_id")
 
 
@@ -31,9 +40,13 @@ def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
     Raises:
         UserError: the folder holds another model than `spec` describes.
     """
+    theirs = read_config(folder)
+    if theirs["model_type"] == "siglip":
+        _check_same_siglip(folder, spec)
+        return
     if reason := inexpressible(spec):
         raise UserError(f"model.weights={folder}: holds Hugging Face's CLIPModel, but {spec.name} has {reason}")
-    theirs, ours = read_config(folder), config_of(spec)
+    ours = config_of(spec)
     for section in ("vision_config", "text_config"):
         for key, value in ours[section].items():
             if key not in _NOT_COMPARED and theirs[section][key] != value:
@@ -41,6 +54,23 @@ def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
                 raise UserError(
                     f"model.weights={folder}: does not fit {spec.name}: {section}.{key} is {found}, the model has"
                     f" {value}; model.name={folder} takes the folder's own description"
+                )
+
+
+def _check_same_siglip(folder: Path, spec: ModelSpec) -> None:
+    import open_clip
+
+    theirs = read_description(folder)
+    for section in ("vision_cfg", "text_cfg"):
+        kind = open_clip.CLIPVisionCfg if section == "vision_cfg" else open_clip.CLIPTextCfg
+        described = [
+            {**dataclasses.asdict(kind()), "timm_model_args": None, **model[section]} for model in (theirs, spec.model)
+        ]
+        for key, found in described[0].items():
+            if key not in _NOT_COMPARED_SIGLIP and described[1][key] != found:
+                raise UserError(
+                    f"model.weights={folder}: does not fit {spec.name}: {section}.{key} is {found} there, the model has"
+                    f" {described[1][key]}; model.name={folder} takes the folder's own description"
                 )
 
 

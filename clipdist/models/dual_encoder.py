@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from clipdist import config
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.towers import (
     buffers_keep_dtype,
@@ -318,13 +322,36 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     if spec.cbow:
         described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced below
     try:
-        towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
+        with _timm_arguments(described["vision_cfg"]):
+            towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
         resize(towers.visual, spec.image_size)
     except Exception as error:  # timm, transformers and the hub raise errors of many types for bad descriptions
         raise UserError(_cannot_build(described, spec, error)) from error
     keep_statistics_fp32(towers.visual)
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
     return DualEncoder(spec, towers.visual, text, clip or config.Clip())
+
+
+@contextmanager
+def _timm_arguments(vision: dict[str, Any]) -> Iterator[None]:
+    """Let timm's model have the arguments in "timm_model_args", which open_clip would not pass on.
+
+    timm takes them from a folder's config.json.
+    """
+    args = vision.pop("timm_model_args", None)
+    if not args:
+        yield
+        return
+    side = vision.get("image_size", 224)
+    described = {
+        "architecture": vision["timm_model_name"],
+        "pretrained_cfg": {"input_size": [3, side, side], "fixed_input_size": True},
+        "model_args": args,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(described), encoding="utf-8")
+        vision["timm_model_name"] = f"{LOCAL_TIMM}{folder}"
+        yield
 
 
 def _cannot_build(described: dict[str, Any], spec: ModelSpec, error: Exception) -> str:

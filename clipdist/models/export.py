@@ -78,6 +78,8 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     spec = model.spec
     if spec.cbow:
         raise UserError(f"{spec.name}: open_clip has no CBOW text tower; take --format torch_export")
+    if spec.model["vision_cfg"].get("timm_model_args"):
+        raise UserError(f"{spec.name}: open_clip has no place for timm_model_args; take --format torch_export")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
     if out.is_dir():
@@ -115,6 +117,8 @@ def _open_clip_lines(spec: ModelSpec, name: str, out: Path, description: Path | 
     pixels = ""
     if spec.image_mean != open_clip.OPENAI_DATASET_MEAN or spec.image_std != open_clip.OPENAI_DATASET_STD:
         pixels = f", image_mean={spec.image_mean}, image_std={spec.image_std}"
+    if (spec.image_resize_mode, spec.image_interpolation) != ("shortest", "bicubic"):
+        pixels += f', image_resize_mode="{spec.image_resize_mode}", image_interpolation="{spec.image_interpolation}"'
     tokenizer = f'open_clip.get_tokenizer("{name}")'
     if merges:
         tokenizer = f'open_clip.SimpleTokenizer("{merges}", context_length={spec.context_length})'
@@ -171,6 +175,8 @@ def export_hugging_face(model: DualEncoder, out: Path) -> Exported:
             f"{spec.name}: has {reason}, for which Hugging Face's CLIPModel has no place; take --format open_clip or"
             " torch_export"
         )
+    if spec.image_resize_mode == "longest":
+        raise UserError(f"{spec.name}: image_resize_mode=longest: CLIPImageProcessor cannot; take --format open_clip")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
     try:
@@ -197,10 +203,12 @@ def _write_folder(model: DualEncoder, folder: Path) -> None:
     CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
     _save(hugging_face.to_theirs(_tensors(model)), folder / "model.safetensors", {"format": "pt"})
     clip_model.clip_tokenizer(spec).save_pretrained(folder)
-    side = spec.image_size
+    side, resized = spec.image_size, spec.image_resize_size or spec.image_size
+    squash = spec.image_resize_mode == "squash"
     CLIPImageProcessor(
-        size={"shortest_edge": side},
+        size={"height": resized, "width": resized} if squash else {"shortest_edge": resized},
         crop_size={"height": side, "width": side},
+        resample=2 if spec.image_interpolation == "bilinear" else 3,
         image_mean=list(spec.image_mean),
         image_std=list(spec.image_std),
     ).save_pretrained(folder)

@@ -1,17 +1,18 @@
-"""Read a Hugging Face CLIP folder: its description in open_clip's form, its tensors under our names, and back.
+"""Read a Hugging Face folder of CLIP or SigLIP: its description in open_clip's form, its tensors under our names.
 
-CLIPModel is one architecture: a ViT with a class token, a causal text Transformer, one linear projection on each.
+CLIP's tensors go back as well. CLIPModel is one architecture: a ViT with a class token, a causal text Transformer, one
+linear projection on each. SigLIP's is in siglip.py.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError, brief
-from clipdist.models.open_clip_files import check_channels
+from clipdist.models import siglip
+from clipdist.models.open_clip_files import check_channels, mlp_ratio, read_json
 
 if TYPE_CHECKING:  # a model's description is read where torch is not imported
     import torch
@@ -19,6 +20,9 @@ if TYPE_CHECKING:  # a model's description is read where torch is not imported
 DEFAULT_EPS = 1e-5  # of LayerNorm, in open_clip as in CLIPModel
 ARGMAX_EOS = 2  # this eos_token_id makes CLIPModel read the text where the highest id stands, as early folders need it
 _MARKS = ("<|startoftext|>", "<|endoftext|>")
+KINDS = {"clip": "CLIPConfig", "siglip": "SiglipConfig"}  # model_type -> transformers' configuration
+_SIGLIP_PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}  # hidden_act -> ModelSpec.quick_gelu
 
 # Fields of CLIPConfig's sections and of open_clip's that say the same.
@@ -67,18 +71,25 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return a folder's model in open_clip's form, with quick_gelu, image_mean and image_std.
+    """Return a folder's model in open_clip's form, with quick_gelu and image_*.
 
-    The tokenizer is CLIP's byte-pair encoding where the folder's vocabulary is exactly that, else the folder's own.
+    CLIP's tokenizer is CLIP's byte-pair encoding where the folder's vocabulary is exactly that, else the folder's own.
 
     Raises:
         UserError: another architecture, values that our towers cannot have, or no tokenizer.
     """
     cfg = read_config(folder)
+    pixels = _pixels(folder, cfg["model_type"], cfg["vision_config"]["image_size"])
+    pixels = {f"image_{key}": value for key, value in pixels.items()}
+    if cfg["model_type"] == "siglip":
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")):
+            raise UserError(f"{folder}: no tokenizer in it (spiece.model or tokenizer.json, and tokenizer_config.json)")
+        return siglip.describe(f"{folder}/config.json", cfg, str(folder.resolve())) | pixels
     described: dict[str, Any] = {"embed_dim": cfg["projection_dim"], "quick_gelu": _quick_gelu(folder, cfg)}
     for part, fields in FIELDS.items():
         theirs = cfg[f"{part}_config"]
-        ours = {own: theirs[key] for key, own in fields.items()} | {"mlp_ratio": _mlp_ratio(theirs)}
+        ours = {own: theirs[key] for key, own in fields.items()}
+        ours["mlp_ratio"] = mlp_ratio(theirs["hidden_size"], theirs["intermediate_size"])
         if theirs["layer_norm_eps"] != DEFAULT_EPS:
             ours["norm_kwargs"] = {"eps": theirs["layer_norm_eps"]}
         described[f"{part}_cfg"] = ours
@@ -89,23 +100,19 @@ def read_description(folder: Path) -> dict[str, Any]:
     if _read_vocabulary(folder) != clip_encoding(text["vocab_size"])[0]:
         described["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
         described["custom_text"] = True
-    return described | _pixel_statistics(folder)
+    return described | pixels
 
 
 def weights_facts(folder: Path) -> dict[str, Any]:
-    """Return what a folder says of its weights: {"quick_gelu", "mean", "std"}.
+    """Return what a folder says of its weights: "quick_gelu", "image_size" and PIXEL_FACTS.
 
     Raises:
-        UserError: not a folder of Hugging Face's CLIP.
+        UserError: another architecture, or a processor that does what cannot be done here.
     """
-    if not is_hugging_face(folder):
-        raise UserError(
-            f"model.weights={folder}: a folder without config.json, so not one of Hugging Face's; of a run,"
-            " name what tools/export.py writes"
-        )
-    pixels = _pixel_statistics(folder)
-    facts: dict[str, Any] = {key.removeprefix("image_"): value for key, value in pixels.items()}
-    return facts | {"quick_gelu": _quick_gelu(folder, read_config(folder))}
+    cfg = read_config(folder)
+    size = cfg["vision_config"]["image_size"]
+    activation = {"quick_gelu": _quick_gelu(folder, cfg)} if cfg["model_type"] == "clip" else {}
+    return {**_pixels(folder, cfg["model_type"], size), **activation, "image_size": size}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -119,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            mapped = _read_json(index).get("weight_map")
+            mapped = read_json(index).get("weight_map")
             parts = sorted(set(mapped.values())) if isinstance(mapped, dict) and mapped else []
             if not parts or any(Path(part).name != part for part in parts):
                 raise UserError(f"{index}: does not name this folder's weight files")
@@ -130,9 +137,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename CLIPModel's tensors to ours ("visual.*", "text.*"); what has no counterpart keeps its name."""
+    """Rename CLIPModel's or SiglipModel's tensors to ours; what has no counterpart keeps its name."""
     import torch
 
+    if "vision_model.head.probe" in tensors:
+        return siglip.to_ours(tensors)
     renamed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         if name.endswith(".position_ids"):  # a buffer 0, 1, 2 ... that early transformers wrote
@@ -189,18 +198,23 @@ def end_mark(vocab_size: int) -> int:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json with all defaults filled in, checked for what any of our towers can be."""
-    from transformers import CLIPConfig
+    import transformers
 
-    found = _read_json(folder / "config.json")
+    found = read_json(folder / "config.json")
     kind = found.get("model_type")
-    if kind != "clip":
+    if kind == "siglip2":
         raise UserError(
-            f"{folder}: holds Hugging Face's {kind or 'unnamed'} architecture; only clip (CLIPModel) is read"
+            f"{folder}: SigLIP 2 with patches of a variable number (NaFlex) is not read; take its weights of a fixed"
+            " resolution, such as google/siglip2-base-patch16-224, whose model_type is siglip"
+        )
+    if kind not in KINDS:
+        raise UserError(
+            f"{folder}: holds Hugging Face's {kind or 'unnamed'} architecture; only {' and '.join(KINDS)} are read"
         )
     try:
-        cfg = CLIPConfig.from_dict(found).to_dict()
+        cfg = getattr(transformers, KINDS[kind]).from_dict(found).to_dict()
     except Exception as error:  # transformers' own checks raise several kinds
-        raise UserError(f"{folder}/config.json: not a configuration of CLIP: {brief(error)}") from None
+        raise UserError(f"{folder}/config.json: not a configuration of {kind}: {brief(error)}") from None
     for section in ("vision_config", "text_config"):
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(cfg[section][key], int) or cfg[section][key] < 1:
@@ -208,16 +222,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if cfg["vision_config"]["num_channels"] != 3:
         raise UserError(f"{folder}/config.json: pictures of {cfg['vision_config']['num_channels']} channels, not 3")
     return cfg
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
 
 
 def _quick_gelu(folder: Path, cfg: dict[str, Any]) -> bool:
@@ -230,35 +234,60 @@ def _quick_gelu(folder: Path, cfg: dict[str, Any]) -> bool:
     return _ACTIVATIONS[names[0]]
 
 
-def _mlp_ratio(section: dict[str, Any]) -> float:
-    width, hidden = section["hidden_size"], section["intermediate_size"]
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width  # open_clip rounds the product down
+def _pixels(folder: Path, kind: str, size: int) -> dict[str, Any]:
+    """Return PIXEL_FACTS as the folder's image processor has them; the kind's own where it does not say.
 
-
-def _pixel_statistics(folder: Path) -> dict[str, tuple[float, ...]]:
-    """Read image_mean and image_std of preprocessor_config.json; {}, which means OpenAI's, where it does not say."""
+    Raises:
+        UserError: a processor whose images are no squares of `size` pixels, or that does what EvalTransform cannot.
+    """
     path = folder / "preprocessor_config.json"
-    said = _read_json(path) if path.is_file() else {}
-    found: dict[str, tuple[float, ...]] = {}
+    said = read_json(path) if path.is_file() else {}
+    if not said and (folder / "processor_config.json").is_file():  # since transformers 5, with the tokenizer's part
+        path = folder / "processor_config.json"
+        said = read_json(path).get("image_processor") or {}
+    facts: dict[str, Any] = dict(_SIGLIP_PIXELS) if kind == "siglip" else {}
     for key in ("image_mean", "image_std"):
         if (values := said.get(key)) is not None:
             check_channels(f"{path}: {key}", values)
-            found[key] = tuple(values)
-    return found
+            facts[key.removeprefix("image_")] = tuple(values)
+    if said.get("do_normalize") is False:
+        facts |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    square = {"height": size, "width": size}
+    edges, crop = said.get("size", square if kind == "siglip" else size), said.get("crop_size", size)
+    edges = {"shortest_edge": edges} if isinstance(edges, int) else edges
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    crop = crop if said.get("do_center_crop", kind == "clip") else edges
+    resample, factor = said.get("resample", 3), said.get("rescale_factor", 1 / 255)
+    for key, wrong in (
+        ("do_resize", said.get("do_resize") is False),
+        ("rescale_factor", said.get("do_rescale") is False or abs(factor * 255 - 1) > 1e-6),
+        ("resample", resample not in _RESAMPLE),
+        ("size", set(edges) not in ({"shortest_edge"}, {"height", "width"}) or len(set(edges.values())) != 1),
+    ):
+        if wrong:
+            raise UserError(f"{path}: {key}={said.get(key)}: images cannot be prepared in this way here")
+    if set(crop) != {"height", "width"} or set(crop.values()) != {size}:
+        raise UserError(f"{path}: its images are not squares of {size} pixels, which the image tower takes; got {crop}")
+    resized = next(iter(edges.values()))
+    facts["resize_mode"] = "shortest" if "shortest_edge" in edges else "squash"
+    return facts | {
+        "interpolation": _RESAMPLE[resample],
+        "resize_size": 0 if resized == size else resized,
+        "floor_crop": facts["resize_mode"] == "shortest" or resized != size,
+    }
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int]:
     """Read ids by token, of tokenizer.json or vocab.json."""
     if (folder / "tokenizer.json").is_file():
-        content = _read_json(folder / "tokenizer.json")
+        content = read_json(folder / "tokenizer.json")
         try:
             added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
             return {**content["model"]["vocab"], **added}
         except (KeyError, TypeError):
             raise UserError(f"{folder}/tokenizer.json: no vocabulary in it") from None
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _read_json(folder / "vocab.json")
+        return read_json(folder / "vocab.json")
     raise UserError(
         f"{folder}: no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy its files there, or train"
         " from the weights alone: model.name=NAME model.weights=FOLDER"

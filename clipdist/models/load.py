@@ -13,12 +13,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
-from clipdist.checkpoint.format import MANIFEST, list_checkpoints, read_manifest, run_folder
+from clipdist.checkpoint.format import MANIFEST, checkpoint_of, read_manifest
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
-from clipdist.models.hugging_face import is_hugging_face
+from clipdist.models.hugging_face import is_hugging_face, read_config
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.weights import weights_checksum
 
@@ -69,7 +69,7 @@ def load_model(
 
     Args:
         source: a run folder or its checkpoints/ (the newest checkpoint, or the one of `step`), a checkpoint folder,
-            the folder of a Hugging Face CLIPModel, an open_clip name, or a model JSON.
+            the folder of a Hugging Face CLIPModel or SiglipModel, an open_clip name, or a model JSON.
         weights: for a name or JSON: an open_clip tag, or a file.
         trust_weights: run a TorchScript file that is not OpenAI's.
         allow_random: take a name or JSON without weights as it is drawn.
@@ -99,27 +99,9 @@ def load_model(
             raise UserError(f"{source}: no run or checkpoint folder; taken as a model: {error}") from None
         if not (weights or allow_random):
             raise UserError(f"{source}: a model without weights; name an open_clip tag (such as openai) or a file")
-    model = build_model(cfg)
+    biased = folder.is_dir() and read_config(folder)["model_type"] == "siglip"
+    model = build_model(cfg, config.Clip(loss="sigmoid") if biased else None)
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
-
-
-def checkpoint_of(folder: Path, step: int | None = None) -> Path:
-    """Return the checkpoint that a folder (a run, its checkpoints/, a checkpoint) and a step name; None: the newest.
-
-    Raises:
-        UserError: there is none, or none of that step.
-    """
-    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(run_folder(folder))
-    if not found and any(folder.glob("*.tar")):
-        raise UserError(f"{folder}: holds shards, not a run or model")
-    if not found:
-        raise UserError(f"{folder}: no complete checkpoint in it; is this a run folder, and has it saved yet?")
-    if step is None:
-        return found[-1]
-    steps = {read_manifest(checkpoint).step: checkpoint for checkpoint in found}
-    if step not in steps:
-        raise UserError(f"{folder}: no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
-    return steps[step]
 
 
 def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipdist.errors import UserError
 
+LOCAL_TIMM = "local-dir:"  # timm's prefix of a folder with an image tower
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, on the scale 0..1
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,6 +40,63 @@ def config_fields(class_name: str) -> frozenset[str]:
             fields = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
             return frozenset(target.id for target in fields if isinstance(target, ast.Name))
     raise LookupError(f"open_clip.model has no class {class_name}")
+
+
+def models_of(sizes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return the names of the models with a ViT or ResNet of open_clip's own that have tensors of these sizes.
+
+    Args:
+        sizes: by our names, "visual.*" and "text.*".
+    """
+    return [name for name in model_names() if _has_sizes(model_config(name) or {}, sizes)]
+
+
+def _has_sizes(described: dict[str, Any], sizes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether tensors have the sizes that one of open_clip's descriptions of its own towers means."""
+    vision, text = described.get("vision_cfg", {}), described.get("text_cfg", {})
+    if vision.get("timm_model_name") or text.get("hf_model_name") or "multimodal_cfg" in described:
+        return False
+    layers, width, pixels = vision.get("layers", 12), vision.get("width", 768), vision.get("image_size", 224)
+    wanted: dict[str, tuple[int, ...]] = {
+        "text.token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
+        "text.positional_embedding": (text.get("context_length", 77), text.get("width", 512)),
+        "text.text_projection": (text.get("width", 512), described["embed_dim"]),
+    }
+    counts = {"text.transformer.resblocks.": text.get("layers", 12)}
+    if isinstance(layers, int):
+        patch = vision.get("patch_size", 16)
+        side = pixels[0] if isinstance(pixels, list) else pixels
+        wanted["visual.conv1.weight"] = (width, 3, patch, patch)
+        wanted["visual.positional_embedding"] = ((side // patch) ** 2 + 1, width)
+        counts["visual.transformer.resblocks."] = layers
+    else:
+        wanted["visual.conv1.weight"] = (width // 2, 3, 3, 3)
+        counts |= {f"visual.layer{stage}.": blocks for stage, blocks in enumerate(layers, start=1)}
+    return all(sizes.get(name) == size for name, size in wanted.items()) and all(
+        len({name.removeprefix(prefix).split(".")[0] for name in sizes if name.startswith(prefix)}) == count
+        for prefix, count in counts.items()
+    )
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """Return the mlp_ratio of which open_clip and timm make a layer of `hidden` units: they round the product down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
 
 
 def check_channels(what: str, values: Any) -> None:

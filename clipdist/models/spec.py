@@ -1,9 +1,11 @@
 """Resolve the configuration's model section to a ModelSpec. No weights, no modules.
 
 A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
-form, with two additions:
+form, with additions:
 text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
-pseudo-code, and "image_mean" / "image_std" where they are not OpenAI's.
+pseudo-code; vision_cfg {"timm_model_args": {...}}, arguments of timm's model; and "image_mean", "image_std",
+"image_resize_mode", "image_interpolation", "image_fill_color", "image_resize_size" and "image_floor_crop" (see
+EvalTransform) where they are not OpenAI's.
 """
 
 from __future__ import annotations
@@ -11,25 +13,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
+from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
-from clipdist.models.open_clip_files import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    check_channels,
-    config_fields,
-    model_config,
-    model_names,
-)
+from clipdist.models.open_clip_files import LOCAL_TIMM, config_fields, model_config, model_names, read_json
+from clipdist.models.weight_facts import PIXEL_FACTS, pixel_facts, weights_facts
 
 DEFAULT_CONTEXT = 77
-LOCAL_TIMM = "local-dir:"  # timm's prefix of a folder with an image tower
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,9 @@ class ModelSpec:
         image_size: side of the square input, pixels.
         context_length: L, tokens per text.
         image_mean, image_std: of the channels, on the scale 0..1.
-        tokenizer: {"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options"}.
+        image_resize_mode ... image_floor_crop: see EvalTransform.
+        tokenizer: {"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids",
+            "eos_id"}: the ids that the text tower embeds, and the one at which it is read, where they are known.
         model: open_clip's model description {"embed_dim", "vision_cfg", "text_cfg", ...}, quick_gelu not included.
         quick_gelu: x * sigmoid(1.702 x) instead of GELU in open_clip's transformers: OpenAI's weights need it.
     """
@@ -56,6 +53,23 @@ class ModelSpec:
     tokenizer: dict[str, Any]
     model: dict[str, Any]
     quick_gelu: bool
+    image_resize_mode: str = "shortest"
+    image_interpolation: str = "bicubic"
+    image_fill_color: tuple[int, int, int] = (0, 0, 0)
+    image_resize_size: int = 0
+    image_floor_crop: bool = False
+
+    @property
+    def transform(self) -> EvalTransform:
+        """What happens to a decoded image in evaluation, before its pixels are normalised."""
+        return EvalTransform(
+            self.image_size,
+            self.image_resize_mode,
+            self.image_interpolation,
+            self.image_fill_color,
+            self.image_resize_size,
+            self.image_floor_crop,
+        )
 
     @property
     def cbow(self) -> dict[str, int] | None:
@@ -77,7 +91,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
-        known = {**values, "image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])}
+        """Return what to_dict gave; of earlier versions, too, which had one evaluation transform."""
+        known: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**known)
 
 
@@ -98,19 +115,18 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
     else:
         description = _open_clip_config(cfg.name)
     _check_description(cfg.name, description)
-    weights = _weights_facts(cfg)
-    mean, std = _pixel_statistics(cfg.name, description, weights)
+    weights = weights_facts(cfg)
+    size = _square(cfg.name, description["vision_cfg"].get("image_size", 224))
     text = description["text_cfg"]
     spec = ModelSpec(
         name=cfg.name,
         embed_dim=description["embed_dim"],
-        image_size=_square(cfg.name, description["vision_cfg"].get("image_size", 224)),
+        image_size=size,
         context_length=(text.get("cbow") or text).get("context_length", DEFAULT_CONTEXT),
-        image_mean=mean,
-        image_std=std,
         tokenizer=_tokenizer_description(text),
         model={key: value for key, value in description.items() if key not in _NOT_OPEN_CLIPS},
         quick_gelu=bool(description.get("quick_gelu") or weights.get("quick_gelu")),
+        **pixel_facts(cfg, description, weights, size),
     )
     if cfg.word_vectors and not spec.cbow:
         raise UserError(
@@ -140,30 +156,9 @@ def find_model_json(name: str) -> Path:
     raise UserError(f"model.name={name}: no such file; did you mean {', '.join(near) or 'an open_clip name'}?")
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, the form of OpenAI's .pt files (reads the table of contents only)."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _is_openai_state_dict(path: Path) -> bool:
-    """Whether a torch file holds OpenAI's tensors, saved again by somebody: it then needs QuickGELU as they do."""
-    from clipdist.models.state_dicts import read_torch_file
-
-    try:
-        return read_torch_file(path, device="meta").keys() >= OPENAI_FACTS  # names only: no tensor is read
-    except Exception:  # torch raises many kinds for what is no such file; reading the weights will tell what is wrong
-        return False
-
-
-# Numbers that stand among the tensors of OpenAI's files, and of nobody else's.
-OPENAI_FACTS = {"input_resolution", "context_length", "vocab_size"}
-
 # Keys of a description that are not handed to open_clip's constructors: ours, and what ModelSpec or the loss keeps.
 # A constant logit bias cancels in both softmaxes of InfoNCE.
-_NOT_OPEN_CLIPS = ("image_mean", "image_std", "quick_gelu", "init_logit_bias")
+_NOT_OPEN_CLIPS = (*(f"image_{key}" for key in PIXEL_FACTS), "quick_gelu", "init_logit_bias")
 
 
 # Values that open_clip would meet with a KeyError, or not at all.
@@ -195,8 +190,12 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"model.name={path}: not a JSON file: {error}") from None
     if isinstance(description, dict) and "model_cfg" in description:  # open_clip_config.json, as on the hub
         pixels = description.get("preprocess_cfg", {})
-        statistics = {f"image_{key}": pixels[key] for key in ("mean", "std") if key in pixels}
-        description = {**description["model_cfg"], **statistics}
+        said = {f"image_{key}": pixels[key] for key in PIXEL_FACTS if key in pixels}
+        description = {**description["model_cfg"], **said}
+        text = description.get("text_cfg")
+        holds_tokenizer = (path.parent / "tokenizer_config.json").is_file()
+        if isinstance(text, dict) and text.get("hf_tokenizer_name") and holds_tokenizer:
+            text["hf_tokenizer_name"] = "."
     if isinstance(description, dict):
         vision, text = description.get("vision_cfg"), description.get("text_cfg")
         if isinstance(vision, dict) and isinstance(text, dict):
@@ -234,7 +233,7 @@ def _check_description(name: str, description: Any) -> None:
     tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", *_NOT_OPEN_CLIPS}
     fields = {
         "": (description, tops),
-        "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg")),
+        "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | {"timm_model_args"}),
         "text_cfg.": (description["text_cfg"], config_fields("CLIPTextCfg") | {"cbow"}),
     }
     for prefix, (section, known) in fields.items():
@@ -249,6 +248,9 @@ def _check_description(name: str, description: Any) -> None:
         if value and value not in choices:
             raise UserError(f"{where}: {key}={value}: must be one of {', '.join(choices)}")
     _check_cbow(where, description["text_cfg"].get("cbow"))
+    vision = description["vision_cfg"]
+    if vision.get("timm_model_args") and vision.get("timm_model_pretrained", True):
+        raise UserError(f"{where}: vision_cfg.timm_model_args: only with timm_model_pretrained=false")
 
 
 def _check_cbow(where: str, cbow: Any) -> None:
@@ -276,7 +278,16 @@ def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if name and not text.get("cbow"):
-        return {"kind": "hf", "name": name, "mode": text.get("tokenizer_mode"), "options": options}
+        tower = text.get("hf_model_name")
+        reads_eos = not tower and text.get("pool_type") == "eos"
+        return {
+            "kind": "hf",
+            "name": name,
+            "mode": text.get("tokenizer_mode"),
+            "options": options,
+            "ids": _embedded_ids(Path(tower)) if tower else text.get("vocab_size", BPE_VOCABULARY),
+            "eos_id": text.get("eos_id") if reads_eos else None,
+        }
     return {
         "kind": "bpe",
         "vocab_size": (text.get("cbow") or text).get("vocab_size", BPE_VOCABULARY),
@@ -284,59 +295,8 @@ def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights_facts(cfg: config.Model) -> dict[str, Any]:
-    """Return what is known of weights before they are read: {} or {"quick_gelu", "mean", "std"} as far as they say."""
-    if not cfg.weights:
-        return {}
-    path = Path(cfg.weights)
-    if path.suffix == ".pt2":
-        raise UserError(
-            f"model.weights={path}: a torch.export program computes one tower's features and cannot be trained from;"
-            " export the run with --format open_clip or hugging_face instead"
-        )
-    if path.is_file():
-        if is_torchscript(path):  # the form in which OpenAI publishes, and nobody else does
-            return {"quick_gelu": True}
-        if path.suffix == ".safetensors":
-            return _exported_facts(path)
-        return {"quick_gelu": True} if _is_openai_state_dict(path) else {}
-    if path.is_dir():
-        from clipdist.models.hugging_face import weights_facts
-
-        return weights_facts(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in cfg.weights:
-        raise UserError(f"model.weights={cfg.weights}: no such file")
-    import open_clip
-
-    facts = open_clip.get_pretrained_cfg(cfg.name, cfg.weights)
-    if not facts:
-        tags = open_clip.list_pretrained_tags_by_model(cfg.name)
-        hint = f"its tags are {', '.join(tags)}" if tags else "it has no tags, name a file"
-        raise UserError(f"model.weights={cfg.weights}: neither a file nor a tag of {cfg.name}; {hint}")
-    return facts
-
-
-def _exported_facts(path: Path) -> dict[str, Any]:
-    """Return what tools/export.py wrote into the head of a .safetensors file, or what the names in it tell."""
-    import safetensors
-
-    try:
-        with safetensors.safe_open(str(path), framework="np") as file:
-            head, names = file.metadata() or {}, list(file.keys())
-    except safetensors.SafetensorError as error:
-        raise UserError(f"model.weights={path}: not a safetensors file: {error}") from None
-    if "clipdist" not in head:
-        return {"quick_gelu": True} if {name.rpartition(".")[2] for name in names} >= OPENAI_FACTS else {}
-    spec = json.loads(head["clipdist"])
-    return {"quick_gelu": spec["quick_gelu"], "mean": spec["image_mean"], "std": spec["image_std"]}
-
-
-def _pixel_statistics(
-    name: str, description: dict[str, Any], weights: dict[str, Any]
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return mean and deviation per channel: what the JSON says, else what belongs to the weights, else OpenAI's."""
-    mean = description.get("image_mean") or weights.get("mean") or OPENAI_MEAN
-    std = description.get("image_std") or weights.get("std") or OPENAI_STD
-    for key, values in (("image_mean", mean), ("image_std", std)):
-        check_channels(f"model.name={name}: {key}", values)
-    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+def _embedded_ids(tower: Path) -> int | None:
+    """Return how many token ids a local Hugging Face text tower embeds; None where its folder does not say."""
+    described = tower / "config.json"
+    found = read_json(described).get("vocab_size") if described.is_file() else None
+    return found if isinstance(found, int) else None

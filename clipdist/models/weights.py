@@ -9,15 +9,23 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from clipdist.checkpoint.format import checkpoint_of
+from clipdist.checkpoint.reader import load_full_weights
 from clipdist.errors import UserError, brief
 from clipdist.models.clip_model import check_same_architecture
-from clipdist.models.hugging_face import to_ours, weight_files
-from clipdist.models.spec import OPENAI_FACTS, ModelSpec, is_torchscript
+from clipdist.models.hugging_face import is_hugging_face, to_ours, weight_files
+from clipdist.models.open_clip_files import LOCAL_TIMM, models_of
+from clipdist.models.spec import ModelSpec
 from clipdist.models.state_dicts import plain_names, read_torch_file
+from clipdist.models.weight_facts import OPENAI_FACTS, is_torchscript, trained_spec
+
+# Of descriptions: positions are interpolated; the towers' own weights do not matter where all weights follow.
+_NOT_COMPARED = ("image_size", "timm_model_pretrained", "hf_model_pretrained", "tokenizer_kwargs", "hf_tokenizer_name")
 
 
 def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
@@ -27,7 +35,7 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
         model: a DualEncoder of the same architecture; only a ViT's image size may differ (positions are interpolated).
         weights: an open_clip tag of the model's name, or a file: .safetensors, a torch state dict or a training
             checkpoint that holds one, or a TorchScript archive in OpenAI's form; or the folder of a Hugging Face
-            CLIPModel.
+            CLIPModel or SiglipModel, or of a run or checkpoint.
         trust: run a TorchScript archive although its SHA-256 is not one of OpenAI's.
 
     Raises:
@@ -36,7 +44,11 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
     spec = model.spec
     assert isinstance(spec, ModelSpec)
     path = Path(weights)
-    if path.is_dir():
+    if (path.is_dir() or path.is_file()) and (trained := trained_spec(path)):
+        _check_same_model(path, trained, spec)
+    if path.is_dir() and not is_hugging_face(path):
+        found = load_full_weights(checkpoint_of(path))
+    elif path.is_dir():
         check_same_architecture(path, spec)
         found = to_ours({name: value for file in weight_files(path) for name, value in read_state_dict(file).items()})
     else:
@@ -50,6 +62,35 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
     tensors = _to_dual_encoder(found, model)
     _check_fit(model, spec.name, tensors, path)
     model.load_state_dict(tensors)
+
+
+def _check_same_model(path: Path, trained: dict[str, Any], spec: ModelSpec) -> None:
+    """Compare a model that clipdist trained with the one that takes its weights. Image sizes may differ.
+
+    Raises:
+        UserError: another architecture, or another tokenizer.
+    """
+    for section in ("vision_cfg", "text_cfg"):
+        theirs, ours = trained["model"][section], spec.model[section]
+        for key in sorted(theirs.keys() | ours.keys()):
+            if key not in _NOT_COMPARED and not _same(theirs.get(key), ours.get(key)):
+                raise UserError(
+                    f"model.weights={path}: does not fit {spec.name}: {section}.{key} is {theirs.get(key)} there, the"
+                    f" model has {ours.get(key)}; take model.name={trained['name']}, which it was trained as"
+                )
+    for key in ("kind", "name", "mode", "options", "vocab_size"):
+        theirs, ours = trained["tokenizer"].get(key), spec.tokenizer.get(key)
+        if not _same(theirs, ours):
+            raise UserError(
+                f"model.weights={path}: was trained with another tokenizer than {spec.name} has ({key} {theirs} instead"
+                f" of {ours}); take model.name={trained['name']}, which it was trained as"
+            )
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether two values of a description are equal, or both folders, which may have moved."""
+    folders = [str(value).removeprefix(LOCAL_TIMM).startswith("/") for value in (theirs, ours)]
+    return theirs == ours or all(folders)
 
 
 def read_state_dict(path: Path, trust: bool = False) -> dict[str, torch.Tensor]:
@@ -150,16 +191,27 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict
 def _check_fit(model: nn.Module, name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:
     where = f"model.weights={path}: does not fit {name}"
     own = model.state_dict()
-    if not own.keys() & tensors.keys() - {"logit_scale"}:
-        raise UserError(f"{where}: not one tensor is of this model; the file holds {', '.join(list(tensors)[:3])} ...")
-    for name, value in own.items():
-        if name not in tensors:
-            raise UserError(f"{where}: {name} is missing ({len(own.keys() - tensors.keys())} are)")
-        if value.shape != tensors[name].shape:
-            raise UserError(f"{where}: {name} is {list(tensors[name].shape)}, the model wants {list(value.shape)}")
+    reason = ""
     strangers = sorted(tensors.keys() - own.keys())
-    if strangers:
-        raise UserError(f"{where}: {strangers[0]} is not of this model ({len(strangers)} such)")
+    if not own.keys() & tensors.keys() - {"logit_scale"}:
+        reason = f"not one tensor is of this model; the file holds {', '.join(list(tensors)[:3])} ..."
+    for name, value in own.items() if not reason else ():
+        if name not in tensors:
+            reason = f"{name} is missing ({len(own.keys() - tensors.keys())} are)"
+        elif value.shape != tensors[name].shape:
+            reason = f"{name} is {list(tensors[name].shape)}, the model wants {list(value.shape)}"
+        if reason:
+            break
+    if strangers and not reason:
+        reason = f"{strangers[0]} is not of this model ({len(strangers)} such)"
+    if reason:
+        names = models_of({name: tuple(value.shape) for name, value in tensors.items()})
+        raise UserError(f"{where}: {reason}{f'; take model.name={_either(names)}' if names else ''}")
+
+
+def _either(names: list[str]) -> str:
+    shown = names[:4]
+    return f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
 
 
 def _sha256(path: Path) -> str:

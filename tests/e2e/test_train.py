@@ -28,6 +28,9 @@ def runs(shards, tmp_path_factory) -> dict[str, Path]:
         ):
             looked = f"{name}: 16 samples looked at: images are .png; captions are json:captions, 2 each; {taken}"
             assert looked in ended.stdout
+        assert (
+            "images in evaluation: shorter side resized to 32, centre of 32 x 32 cropped, bicubic; mean" in ended.stdout
+        )
         assert "settings taken: precision fp32, loss by tiles, " in ended.stdout
         assert "length by train.steps, 4 steps an epoch, checkpoint every 4 steps, valid" in ended.stdout
         assert "(%, 20 images, 40 captions; i2t counts any of an image's captions)" in ended.stdout

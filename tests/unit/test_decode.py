@@ -18,6 +18,7 @@ from views import train_image
 from clipdist.data.augment import UNIFORMS, Augmentation
 from clipdist.data.bad_sample import REASONS, BadSample
 from clipdist.data.decode import decode_jpeg, decode_pixels, eval_image, jpeg_shape, resize
+from clipdist.data.transform import EvalTransform
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -57,7 +58,7 @@ def test_eval_transform_is_open_clips_up_to_the_resize(size: tuple[int, int]) ->
     data = encoded(picture(*size), "JPEG", quality=95)
     plain = image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     theirs = (plain(Image.open(io.BytesIO(data))) * 255).round().to(torch.uint8)
-    ours = eval_image(data, 32)
+    ours = eval_image(data, EvalTransform(32))
     assert ours.shape == (3, 32, 32)
     assert ours.dtype == torch.uint8
     assert distance(ours, theirs) <= 2
@@ -97,7 +98,7 @@ def test_other_kinds_are_converted_as_open_clip_does(kind: str, mode: str, optio
     assert pixels.shape == (30, 40, 3)
     assert pixels.flags.writeable  # torch warns of arrays that are not
     assert np.array_equal(pixels, opened(data))
-    assert eval_image(data, 16).shape == (3, 16, 16)
+    assert eval_image(data, EvalTransform(16)).shape == (3, 16, 16)
 
 
 def test_transparency_does_not_change_colours() -> None:
@@ -167,7 +168,7 @@ def test_formats_outside_the_list_are_refused(kind: str) -> None:
 )
 def test_damage_has_a_name(data: bytes, reason: str) -> None:
     assert reason in REASONS
-    for use in (decode_pixels, lambda data: eval_image(data, 32)):
+    for use in (decode_pixels, lambda data: eval_image(data, EvalTransform(32))):
         with pytest.raises(BadSample) as caught:
             use(data)
         assert caught.value.reason == reason
@@ -253,8 +254,8 @@ def test_a_strip_that_would_fill_the_memory_is_refused() -> None:
     strip = encoded(Image.new("RGB", (20_000, 2)), "PNG")
     assert len(strip) < 1000
     with pytest.raises(BadSample, match="too many pixels"):
-        eval_image(strip, 224)
-    assert eval_image(encoded(Image.new("RGB", (400, 4)), "PNG"), 32).shape == (3, 32, 32)
+        eval_image(strip, EvalTransform(224))
+    assert eval_image(encoded(Image.new("RGB", (400, 4)), "PNG"), EvalTransform(32)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -323,7 +324,7 @@ def test_nothing_but_bad_sample_leaves_on_damaged_bytes(kind: str) -> None:
     augmentation = Augmentation(0.5, dct_scaling=True, flip=0.5)
     uses: list[Callable[[bytes], object]] = [
         lambda data: decode_pixels(data, 200_000),
-        lambda data: eval_image(data, 16, 200_000),
+        lambda data: eval_image(data, EvalTransform(16), 200_000),
         lambda data: train_image(data, 16, random.random(UNIFORMS), augmentation, 200_000),
     ]
     outcomes = {"fine": 0, **dict.fromkeys(REASONS, 0)}

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from clipdist.data.catalog import Catalog
+from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.evals.embed import Embeddings, WorkShare, embed_catalog, encode_images, gather_embeddings
 
@@ -82,7 +83,7 @@ def embed(
     catalog: Catalog, recorder: Recorder, batch: int = 4, rank: int = 0, world: int = 1, threads: int = 2, **wanted
 ) -> Embeddings:
     share = WorkShare(rank, world, batch, threads)
-    return embed_catalog(recorder, catalog, tokenizer, SIZE, share, **wanted)
+    return embed_catalog(recorder, catalog, tokenizer, EvalTransform(SIZE), share, **wanted)
 
 
 def test_rows_are_in_catalog_order_and_damage_is_named(catalog: Catalog) -> None:
@@ -132,7 +133,7 @@ def test_an_error_of_the_model_ends_it(catalog: Catalog) -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        embed_catalog(broken, catalog, tokenizer, SIZE)
+        embed_catalog(broken, catalog, tokenizer, EvalTransform(SIZE))
 
 
 def test_no_pictures_at_all() -> None:

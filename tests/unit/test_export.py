@@ -20,6 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 from clipdist.config import Clip, Model
 from clipdist.data.decode import eval_image
 from clipdist.data.tokens import make_tokenizer
+from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.export import Exported, export_hugging_face, export_model, export_programs
@@ -60,7 +61,10 @@ def test_a_picture_and_a_sentence_through_transformers(more: dict, tmp_path: Pat
     found = theirs.eval()(**inputs)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    image, text = model.encode_image(eval_image(file.getvalue(), 32)[None]), make_tokenizer(model.spec)(["a dog runs"])
+    image, text = (
+        model.encode_image(eval_image(file.getvalue(), EvalTransform(32))[None]),
+        make_tokenizer(model.spec)(["a dog runs"]),
+    )
     assert float((F.normalize(image) - found.image_embeds).abs().max()) < 1e-5
     assert float((F.normalize(model.encode_text(text)) - found.text_embeds).abs().max()) < 1e-5
 

@@ -147,13 +147,15 @@ def rewrite(file: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({"model_type": "siglip"}, "Hugging Face's siglip architecture; only clip"),
+        ({"model_type": "bert"}, "Hugging Face's bert architecture; only clip and siglip are read"),
+        ({"model_type": "siglip2"}, "a variable number .NaFlex. is not read; take its weights of a fixed resolution"),
+        ({"model_type": "siglip"}, "vision_config.layer_norm_eps must be 1e-06"),
         ({"model_type": None}, "unnamed architecture"),
         ({"text_config": {**TEXT, "hidden_act": "relu"}}, "hidden_act is quick_gelu of the pictures, relu of the text"),
         ({"vision_config": {**VISION, "num_channels": 1}}, "pictures of 1 channels, not 3"),
         ({"vision_config": {**VISION, "num_hidden_layers": 0}}, "num_hidden_layers is 0"),
-        ({"vision_config": {**VISION, "num_attention_heads": 0}}, "not a configuration of CLIP"),
-        ({"vision_config": "none"}, "not a configuration of CLIP"),
+        ({"vision_config": {**VISION, "num_attention_heads": 0}}, "not a configuration of clip"),
+        ({"vision_config": "none"}, "not a configuration of clip"),
         ({"text_config": {**TEXT, "max_position_embeddings": 9}}, r"is \[8, 16\], the model wants \[9, 16\]"),
     ],
 )

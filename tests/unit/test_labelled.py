@@ -17,6 +17,7 @@ from PIL import Image
 
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.decode import eval_image, eval_pixels
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard
@@ -254,9 +255,9 @@ def test_a_tar_that_holds_nothing_labelled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (40, 61), (90, 33), (7, 9)])
 def test_pixels_are_those_of_the_evaluation_transform(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    assert torch.equal(eval_pixels(pixels, 24), eval_image(png(pixels), 24))
+    assert torch.equal(eval_pixels(pixels, EvalTransform(24)), eval_image(png(pixels), EvalTransform(24)))
 
 
 def test_a_strip_is_refused() -> None:
     with pytest.raises(BadSample, match="too many pixels"):
-        eval_pixels(np.zeros((1, 4000, 3), np.uint8), 224)
+        eval_pixels(np.zeros((1, 4000, 3), np.uint8), EvalTransform(224))

@@ -19,6 +19,7 @@ from clipdist.data.loader import image_view, open_loader
 from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.describe import describe_samples, open_shards
 from clipdist.datasets.examine import read_samples
 from clipdist.datasets.shard_writer import Sample, write_shard
@@ -106,7 +107,7 @@ def test_everybody_takes_the_same_captions(tmp_path, form, settings, captions, s
     assert all(batch.valid["image"].all() and batch.valid["text"].all() for batch in batches)
     assert set(loader.tokenizer.texts) == set(captions)
 
-    embeddings = embed_catalog(encode, catalog, Recorder(), 8)
+    embeddings = embed_catalog(encode, catalog, Recorder(), EvalTransform(8))
     assert embeddings.captions == captions * 20
     assert embeddings.caption_sources == {source: 20}
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
 from clipdist.distributed.rank import DistEnv
@@ -512,20 +513,22 @@ def test_features_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     cache = features_path(tmp_path / "cache", model, data, "projected")
     assert cache is not None
-    first = embed_set(encode, data, 16, WorkShare(batch=8), cache)
+    first = embed_set(encode, data, EvalTransform(16), WorkShare(batch=8), cache)
     assert len(calls) == 4 + 3
     assert (first.train.image.shape, first.test.image.shape) == ((30, 12), (18, 12))
     assert torch.allclose(first.train.image.norm(dim=1), torch.ones(30))
-    again = embed_set(encode, data, 16, WorkShare(batch=8), cache)
+    again = embed_set(encode, data, EvalTransform(16), WorkShare(batch=8), cache)
     assert len(calls) == 7
     assert torch.equal(again.train.image, first.train.image)
     assert torch.equal(again.test.labels, torch.arange(18) % 3)
     assert [file.name for file in cache.parent.iterdir()] == [cache.name]
     cache.write_bytes(cache.read_bytes()[:100])  # a damaged file is computed anew
-    assert torch.equal(embed_set(encode, data, 16, WorkShare(batch=8), cache).test.image, first.test.image)
+    assert torch.equal(
+        embed_set(encode, data, EvalTransform(16), WorkShare(batch=8), cache).test.image, first.test.image
+    )
     assert len(calls) == 14
     save_file(load_file(cache), cache)  # as older versions wrote it: no format in its head
-    embed_set(encode, data, 16, WorkShare(batch=8), cache)
+    embed_set(encode, data, EvalTransform(16), WorkShare(batch=8), cache)
     assert len(calls) == 21
     lines = capsys.readouterr().err.splitlines()
     assert [line.endswith("made again") for line in lines if str(cache) in line] == [True, True]
@@ -552,11 +555,11 @@ def test_other_weights_data_or_features_are_another_file(tmp_path: Path) -> None
 
 def test_probe_of_an_encoder_on_its_own(tmp_path: Path) -> None:
     data = labelled_set(tmp_path)
-    result = probe_of(pixel_encoder, data, 8, WorkShare(batch=8))
+    result = probe_of(pixel_encoder, data, EvalTransform(8), WorkShare(batch=8))
     assert set(result) == {"accuracy", "top5", "l2"}
     assert result["accuracy"] > 90
     with pytest.raises(UserError, match="needs training pictures"):
-        probe_of(pixel_encoder, replace(data, train=None), 8)
+        probe_of(pixel_encoder, replace(data, train=None), EvalTransform(8))
 
 
 class Pixels:
@@ -582,7 +585,9 @@ def test_validation_decodes_in_the_threads_of_the_data_and_its_probe_shows_signs
     cfg = config.Eval(labelled=str(tmp_path / FOLDER), probe=True, batch=8)
     alone = DistEnv(0, 1, 0, torch.device("cpu"))
     model = Pixels()
-    found = Validation(cfg, config.Data(threads=5), None, lambda texts: torch.ones(len(texts), 4), 8, alone).run(model)
+    found = Validation(
+        cfg, config.Data(threads=5), None, lambda texts: torch.ones(len(texts), 4), EvalTransform(8), alone
+    ).run(model)
     assert found.values["probe/accuracy"] > 90
     assert model.threads == 5
     assert model.signs > 50
@@ -595,9 +600,11 @@ def probe_on(rank: int, port: int, folder: str) -> None:
         data = open_labelled(f"{folder}/cifar-10-batches-py")
         share = WorkShare(rank, 2, batch=8)
         probe.BEAT_S, signs = 0.0, list[int]()
-        result = probe_of(pixel_encoder, data, 8, share, lambda: signs.append(1))
+        result = probe_of(pixel_encoder, data, EvalTransform(8), share, lambda: signs.append(1))
         assert len(signs) > 50, "a rank that fits, or waits for the fit, shows no sign of life"
-        cached = [embed_set(pixel_encoder, data, 8, share, Path(folder) / "f.safetensors") for _ in range(2)]
+        cached = [
+            embed_set(pixel_encoder, data, EvalTransform(8), share, Path(folder) / "f.safetensors") for _ in range(2)
+        ]
         counts = [len(features.train.image) for features in cached]
         Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts]))
     finally:
@@ -611,7 +618,7 @@ def test_two_ranks_share_the_pictures(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
     mp.spawn(probe_on, (port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == [probe_of(pixel_encoder, data, 8, WorkShare(batch=8)), [30, 30]]
+    assert first == [probe_of(pixel_encoder, data, EvalTransform(8), WorkShare(batch=8)), [30, 30]]
     assert second == [{}, [30, 0]]  # where the cache answers, only rank 0 has features
 
 

@@ -18,6 +18,7 @@ from clipdist import config
 from clipdist.data.catalog import Catalog
 from clipdist.data.members import Members
 from clipdist.data.tokens import make_tokenizer
+from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.evals import approximate, search
 from clipdist.evals.approximate import build_index, read_index, require_faiss, write_index
@@ -85,7 +86,7 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 def test_prompts_are_averaged_as_directions_and_pictures_keep_their_place() -> None:
     queries = [Query("b"), Query("p.png", png((0, 0, 200))), Query("cc")]
-    vectors = encode_queries(encode, letters, 4, queries, ["aaa {}", "{}"], batch=2)
+    vectors = encode_queries(encode, letters, EvalTransform(4), queries, ["aaa {}", "{}"], batch=2)
     three_to_one = torch.tensor([3.0, 1, 0, 0]) / 10**0.5
     first = F.normalize((three_to_one + torch.tensor([0.0, 1, 0, 0]))[None])[0]
     assert torch.allclose(vectors[0], first, atol=1e-6)
@@ -95,7 +96,7 @@ def test_prompts_are_averaged_as_directions_and_pictures_keep_their_place() -> N
 
 
 def test_braces_in_a_sentence_are_left_alone() -> None:
-    assert encode_queries(encode, letters, 4, [Query("{0}{x")]).tolist() == [[0, 0, 0, 1]]
+    assert encode_queries(encode, letters, EvalTransform(4), [Query("{0}{x")]).tolist() == [[0, 0, 0, 1]]
 
 
 def test_diverged_weights_are_named() -> None:

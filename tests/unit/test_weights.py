@@ -26,7 +26,8 @@ from clipdist.models import weights as weights_module
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.export import export_model
 from clipdist.models.load import load_model
-from clipdist.models.spec import is_torchscript, resolve_spec
+from clipdist.models.spec import resolve_spec
+from clipdist.models.weight_facts import is_torchscript
 from clipdist.models.weights import load_weights, openai_hashes
 
 VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}

@@ -19,6 +19,7 @@ from cifar_files import write_cifar10
 
 from clipdist import config
 from clipdist.data.bad_sample import BadSample
+from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import LabelledImages
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import UserError
@@ -161,19 +162,19 @@ def test_classifier_is_the_normalised_mean_of_normalised_prompts() -> None:
 
 def test_pictures_that_cannot_be_decoded_are_left_out_and_counted() -> None:
     data = colour_set(10, broken=(2, 9))
-    found = embed_split(Colours(), data.test, 16, WorkShare(batch=4))
+    found = embed_split(Colours(), data.test, EvalTransform(16), WorkShare(batch=4))
     kept = [0, 1, 3, 4, 5, 6, 7, 8]
     assert found.left_out == 2
     assert found.labels.tolist() == data.test.labels[kept].tolist()
     assert found.image.argmax(1).tolist() == data.test.labels[kept].tolist()
     with pytest.raises(UserError, match="not one of 3 pictures"):
-        embed_split(Colours(), colour_set(3, broken=(0, 1, 2)).test, 16)
+        embed_split(Colours(), colour_set(3, broken=(0, 1, 2)).test, EvalTransform(16))
     with pytest.raises(UserError, match="no pictures"):
-        embed_split(Colours(), colour_set(0).test, 16)
+        embed_split(Colours(), colour_set(0).test, EvalTransform(16))
 
 
 def test_a_model_that_knows_the_classes_and_one_that_has_diverged() -> None:
-    metrics = zero_shot_of(Colours(), tokenizer, colour_set(), TEMPLATES, 16, 2.0)
+    metrics = zero_shot_of(Colours(), tokenizer, colour_set(), TEMPLATES, EvalTransform(16), 2.0)
     assert (metrics["top1"], metrics["mean_per_class"], metrics["pictures"]) == (100, 100, 23)
     assert metrics["chance"] == pytest.approx(100 / 3)
 
@@ -181,7 +182,7 @@ def test_a_model_that_knows_the_classes_and_one_that_has_diverged() -> None:
         return None, torch.full((64, 3), torch.nan)
 
     with pytest.raises(UserError, match="text features are not finite"):
-        zero_shot_of(diverged, tokenizer, colour_set(), TEMPLATES, 16, 2.0)
+        zero_shot_of(diverged, tokenizer, colour_set(), TEMPLATES, EvalTransform(16), 2.0)
 
 
 # Numbers
@@ -240,7 +241,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     encode = Colours()
     data = colour_set(11, broken=(4,))
-    metrics = zero_shot_of(encode, tokenizer, data, TEMPLATES, 16, 2.0, WorkShare(rank, world, batch=2))
+    metrics = zero_shot_of(encode, tokenizer, data, TEMPLATES, EvalTransform(16), 2.0, WorkShare(rank, world, batch=2))
     (Path(folder) / f"{rank}.json").write_text(json.dumps([metrics, encode.calls]))
     dist.destroy_process_group()
 
@@ -251,7 +252,7 @@ def test_ranks_share_the_work_with_equal_calls_and_agree_with_one_process(tmp_pa
         port = probe.getsockname()[1]
     mp.spawn(run_rank, (2, port, str(tmp_path)), nprocs=2)
     answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    alone = zero_shot_of(Colours(), tokenizer, colour_set(11, broken=(4,)), TEMPLATES, 16, 2.0)
+    alone = zero_shot_of(Colours(), tokenizer, colour_set(11, broken=(4,)), TEMPLATES, EvalTransform(16), 2.0)
     for metrics, calls in answers:
         assert metrics == pytest.approx(alone, rel=1e-5)
         assert calls == [["text", 2]] * 2 + [["image", 2]] * 3  # of 6 prompts and 11 pictures
@@ -281,7 +282,7 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     from clipdist.evals.embed import model_encoder
 
     encode, data = model_encoder(model, "cpu"), open_labelled(folder)
-    expected = zero_shot_of(encode, loaded.tokenizer, data, CIFAR10_TEMPLATES, 32, model.logit_scale)
+    expected = zero_shot_of(encode, loaded.tokenizer, data, CIFAR10_TEMPLATES, EvalTransform(32), model.logit_scale)
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert (record["pictures"], record["templates"], record["left_out"]) == (40, 18, 0)
     assert set(record["per_class"]) == set(COLOURS)

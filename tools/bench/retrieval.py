@@ -183,7 +183,7 @@ def measure_embedding(args: argparse.Namespace) -> dict[str, object]:
 
     def whole_pass(encode: Encode) -> None:
         share = WorkShare(batch=args.batch, threads=default_threads(), progress=False)
-        embed_catalog(encode, catalog, loaded.tokenizer, loaded.model.spec.image_size, share, samples=samples)
+        embed_catalog(encode, catalog, loaded.tokenizer, loaded.model.spec.transform, share, samples=samples)
 
     batches: list[tuple[Tensor | None, Tensor | None]] = []
 
