@@ -252,19 +252,19 @@ def measure(
     from clipdist.evals.zero_shot import zero_shot_classifier, zero_shot_metrics
 
     model, tokenizer, data, device = loaded.model, loaded.tokenizer, each.data, dist_env.device
-    size = model.spec.image_size
+    transform = model.spec.transform
     if isinstance(data, Catalog):
         locked = kept_features(loaded, data, dist_env)
-        own = embed_catalog(model_encoder(model, device), data, tokenizer, size, share, locked=locked)
+        own = embed_catalog(model_encoder(model, device), data, tokenizer, transform, share, locked=locked)
         metrics, whole = distributed_retrieval(own, device=device)
         return metrics | {"left_out": float(sum(map(len, whole.bad.values())))}
     if each.task == "probe":
         folder = (loaded.run_dir or Path.home() / ".cache" / "clipdist") / "features"
         cache = features_path(folder, model, data, "tower") if keep_features else None
         encode = frozen_encoder(model, device, "tower")
-        return probe_of(encode, data, size, share, unit=False, device=device, cache=cache)
+        return probe_of(encode, data, transform, share, unit=False, device=device, cache=cache)
     encode = model_encoder(model, device)
     classifier = zero_shot_classifier(encode, tokenizer, data.words, each.templates, share)
-    test = embed_split(encode, data.test, size, share)
+    test = embed_split(encode, data.test, transform, share)
     metrics = zero_shot_metrics(test.image, test.labels, classifier, model.logit_scale)
     return metrics | {"left_out": float(test.left_out)}
