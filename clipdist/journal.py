@@ -72,9 +72,10 @@ class Journal:
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
             self.log(f"note: {note}")
-        parameters = sum(engine.zero.numel().values())
+        parameters, trained = (sum(engine.zero.numel(trained_only).values()) for trained_only in (False, True))
+        part = f" ({trained / 1e6:.2g} M trained)" if trained < parameters else ""
         self.log(
-            f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters; {len(plan.catalog)} samples;"
+            f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters{part}; {len(plan.catalog)} samples;"
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )

@@ -10,14 +10,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from clipdist.checkpoint.format import Manifest
-from clipdist.checkpoint.reader import load_full_weights
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
@@ -40,7 +39,7 @@ from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
 from clipdist.models.dual_encoder import DualEncoder, build_model
-from clipdist.models.load import NothingDrawn
+from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
 from clipdist.run_plan import RunPlan
@@ -91,7 +90,7 @@ class Trainer:
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
         model = self._build_model()
-        self.spec = model.spec
+        self.spec, self.base = model.spec, model.base
         self.tokenizer = make_tokenizer(self.spec)
         locked, locked_val = self._locked_features(model)
         self.engine = self._build_engine(model)
@@ -117,7 +116,7 @@ class Trainer:
         window = config.guard.window if config.guard.patience else 0
         keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, window)
         self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
-        self.saver.prepare(*self.engine.zero.save_numel())
+        self.saver.prepare(*self.engine.zero.save_numel(trained_only=self.base is not None))
         self.engine.before_update = self.saver.wait_copied
         watchdog.linger = self._wait_for_writer
         self.journal = Journal(config, plan, dist_env)
@@ -132,13 +131,15 @@ class Trainer:
     def _build_model(self) -> DualEncoder:
         """Build the model on this rank's device, with new weights or those of the checkpoint."""
         config, resume = self.config, self.plan.resume
-        restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume else None
-        with NothingDrawn() if resume else nullcontext():
+        # Adapters are put on their base, which is built as at the start; other checkpoints hold the whole model.
+        whole = resume is not None and not config.model.lora
+        restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume and whole else None
+        with NothingDrawn() if whole else nullcontext():
             model = build_model(config.model, config.objectives.clip, restored=restored)
         train = config.train
         model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size)
         if resume:
-            _load(model, load_full_weights(resume.folder, config.data.retry_s), str(resume.folder))
+            load_trained(model, resume.folder, resume.manifest, config.data.retry_s)
         return model.to(self.dist_env.device)
 
     def _build_engine(self, model: DualEncoder) -> Engine:
@@ -338,12 +339,14 @@ class Trainer:
             state={
                 "scaler": self.engine.zero.scaler_state(),
                 "model": self.spec.to_dict(),
+                **({"base": asdict(self.base)} if self.base else {}),
                 "guard": self.guard.state(),
                 "metrics": self._newest_metrics if self._validated_at == self.step else {},
             },
         )
         with self.watchdog.phase("checkpoint"):
-            self.saver.save(list(self.engine.zero.live_pieces()), list(self.engine.zero.buffer_pieces()), manifest)
+            live = self.engine.zero.live_pieces(trained_only=self.base is not None)
+            self.saver.save(list(live), list(self.engine.zero.buffer_pieces()), manifest)
         self._saved_step = self._save_interval_start = self.step
         self._save_deadline = self._deadline(60 * self.config.train.save_minutes)
 
@@ -439,17 +442,3 @@ class _WatchedEncoder:
 
     def progress(self) -> None:
         self._watchdog.progress()
-
-
-def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Load the weights of checkpoint `where`.
-
-    Raises:
-        UserError: they are those of another model.
-    """
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{where}: a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from None
-    if missing or unexpected:
-        raise UserError(f"{where}: a checkpoint of another model ({(missing + unexpected)[0]} does not fit)")

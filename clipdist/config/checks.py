@@ -103,6 +103,12 @@ def _check_model(model: Model) -> None:
     _need(locked, "model.text_unlocked_layers", model.text_unlocked_layers, "come with model.lock_text=true")
     used = bool(model.weights) or not model.trust_weights
     _need(used, "model.trust_weights", "true", "come with model.weights, the file that is trusted")
+    if model.lora is not None:
+        _need(model.lora.rank >= 1, "model.lora.rank", model.lora.rank, "be at least 1")
+        _need(0 < model.lora.alpha < math.inf, "model.lora.alpha", model.lora.alpha, "be above 0")
+        for tower, locked in (("image", model.lock_image), ("text", model.lock_text)):
+            twice = locked and model.lora.towers in ("both", tower)
+            _need(not twice, f"model.lock_{tower}", locked, "be false for a tower with model.lora, which locks it")
 
 
 def _check_cached(data: Data, model: Model) -> None:

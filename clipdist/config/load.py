@@ -205,7 +205,12 @@ def _scalars_to_lists(tree: Any) -> Any:
             continue
         for leaf in dataclasses.fields(section.default_factory):
             if str(leaf.type).startswith("list["):
-                value = OmegaConf.select(tree, f"{section.name}.{leaf.name}", default=[])
-                if value is None or isinstance(value, (str, int, float)):
-                    OmegaConf.update(tree, f"{section.name}.{leaf.name}", [] if value in (None, "") else [value])
+                _scalar_to_list(tree, f"{section.name}.{leaf.name}")
+    _scalar_to_list(tree, "model.lora.targets")
     return tree
+
+
+def _scalar_to_list(tree: Any, key: str) -> None:
+    value = OmegaConf.select(tree, key, default=[])
+    if value is None or isinstance(value, (str, int, float)):
+        OmegaConf.update(tree, key, [] if value in (None, "") else [value])

@@ -62,6 +62,18 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the layers of a tower, which is locked otherwise (Hu et al., arXiv:2106.09685)."""
+
+    rank: int = 8
+    alpha: float = 16.0  # what an adapter gives is multiplied by alpha / rank
+    towers: Literal["both", "image", "text"] = "both"  # another tower trains whole, or as model.lock_... says
+    targets: list[str] = field(
+        default_factory=list
+    )  # names, or parts of names, of layers: mlp, attn.q_proj; empty: all
+
+
+@dataclass(frozen=True)
 class Model:
     """Architecture and initial weights of the model."""
 
@@ -73,6 +85,7 @@ class Model:
     lock_text: bool = False
     image_unlocked_groups: int = 0  # number of last groups of a locked image tower to train
     text_unlocked_layers: int = 0
+    lora: Lora | None = None  # train adapters alone (lora: {} with their defaults)
 
 
 @dataclass(frozen=True)

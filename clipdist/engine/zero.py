@@ -268,11 +268,11 @@ class Zero:
 
     # Checkpoints, and the comparison of ranks
 
-    def live_pieces(self) -> Iterator[Piece]:
+    def live_pieces(self, trained_only: bool = False) -> Iterator[Piece]:
         """Iterate over this rank's checkpoint pieces of fp32 weights and moments: views, valid until step()."""
         for fragment in self.fragments():
             first, last = fragment.own
-            if first == last:
+            if first == last or (trained_only and not fragment.trained):
                 continue
             own = slice(first - fragment.start, last - fragment.start)
             tensors = {"param": fragment.master} | (self.moments(fragment) if fragment.trained else {})
@@ -288,9 +288,10 @@ class Zero:
                 copy = buffer.detach().to("cpu", dtype, copy=True).reshape(-1)
                 yield Piece(f"buffer/{name}", tuple(buffer.shape), 0, copy)
 
-    def save_numel(self) -> tuple[int, bool]:
+    def save_numel(self, trained_only: bool = False) -> tuple[int, bool]:
         """Return the number of elements of live_pieces() once moments exist, and whether they are on a GPU."""
-        sizes = [(f.own[1] - f.own[0]) * (1 + len(MOMENTS) if f.trained else 1) for f in self.fragments()]
+        per_element = {True: 1 + len(MOMENTS), False: 0 if trained_only else 1}  # by whether they are trained
+        sizes = [(f.own[1] - f.own[0]) * per_element[f.trained] for f in self.fragments()]
         return sum(sizes), any(fragment.flat.is_cuda for fragment in self.fragments())
 
     def scaler_state(self) -> dict[str, float]:
@@ -309,6 +310,8 @@ class Zero:
         step = reader.manifest.optimizer_step
         for fragment in self.fragments():
             where = f"param/{fragment.name}"
+            if not fragment.trained and where not in reader.manifest.tensors and "base" in reader.manifest.state:
+                continue  # of the base of adapters, which was loaded already
             if where not in reader.manifest.tensors or reader.shape(where) != fragment.shape:
                 raise UserError(f"{reader.folder}: a checkpoint of another model ({fragment.name} does not fit)")
             reader.read_into(fragment.master, where, fragment.start)

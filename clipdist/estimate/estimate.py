@@ -179,7 +179,7 @@ class Estimate:
         return train.keep + regular + bool(train.keep_best) + back + 1
 
     def _state_bytes(self) -> int:
-        return self.sizes.trained * 12 + self.sizes.locked * 4
+        return self.sizes.trained * 12 + (0 if self.config.model.lora else self.sizes.locked * 4)
 
     def _batch_bytes(self) -> int:
         side, length = self.model.spec.image_size, self.model.spec.context_length

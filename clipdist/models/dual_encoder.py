@@ -15,6 +15,7 @@ from torch import nn
 from clipdist import config
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.towers import (
@@ -46,6 +47,7 @@ class DualEncoder(nn.Module):
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
         logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmax would cancel it.
+        base: what adapters were put on; None: the model has none.
     """
 
     image_mean: torch.Tensor
@@ -59,6 +61,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full([1], clip.first_log_scale))
         bias = torch.full([1], clip.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
+        self.base: Base | None = None
         self._locked: list[nn.Module] = []
         self._trained_parts: dict[str, nn.Module] = {}  # of the towers in `locked`
         # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
@@ -159,15 +162,19 @@ class DualEncoder(nn.Module):
     def lock_towers(self, cfg: config.Model) -> None:
         """Freeze towers as configured, except their last groups and a projection behind a timm or Hugging Face model.
 
-        A locked image tower is LiT (Zhai et al., arXiv:2111.07991).
+        A locked image tower is LiT (Zhai et al., arXiv:2111.07991). Towers with LoRA are locked, and get adapters.
 
         Raises:
-            UserError: a tower cannot be unlocked in part, nothing of it would be locked, or neither tower would train.
+            UserError: a tower cannot be unlocked in part, nothing of it would be locked, or neither tower would train;
+                or see add_adapters.
         """
-        if cfg.lock_image:
+        adapted = TOWERS[cfg.lora.towers] if cfg.lora else ()
+        if cfg.lock_image or "visual" in adapted:
             lock(self.visual, "model.image_unlocked_groups", cfg.image_unlocked_groups)
-        if cfg.lock_text:
+        if cfg.lock_text or "text" in adapted:
             lock(self.text, "model.text_unlocked_layers", cfg.text_unlocked_layers)
+        if cfg.lora:
+            add_adapters(self, cfg.lora)
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if trained and not {"image", "text"} & {self.part_of(name) for name in trained}:
             raise UserError(
@@ -274,7 +281,7 @@ def build_model(
     Args:
         clip: initial values of the scalars; None: the defaults.
         restored: the description of the model in a checkpoint, whose weights the caller loads: no weights are read
-            here, and the model JSON and weights file may be gone.
+            here, and the model JSON and weights file may be gone. (Not with LoRA, whose checkpoints lack the base.)
 
     Raises:
         UserError: the description is inconsistent, weights cannot be read, or towers cannot be locked as configured.
@@ -290,6 +297,8 @@ def build_model(
         load_word_vectors(model.text, cfg.word_vectors, BPETokenizer(model.text.vocab_size, spec.context_length))
     if cfg.weights and not restored:
         load_weights(model, cfg.weights, trust=cfg.trust_weights)
+    if cfg.lora:
+        model.base = base_of(model, cfg)
     model.lock_towers(cfg)
     return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
-from clipdist.checkpoint.format import MANIFEST, checkpoint_of, read_manifest
+from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_of, read_manifest
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
 from clipdist.models.hugging_face import is_hugging_face, read_config
+from clipdist.models.lora import Base, merge_adapters
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.weights import weights_checksum
+
+_OWN_WEIGHTS = "has weights of its own; leave {} out, or name a model instead"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def load_model(
     Args:
         source: a run folder or its checkpoints/ (the newest checkpoint, or the one of `step`), a checkpoint folder,
             the folder of a Hugging Face CLIPModel or SiglipModel, an open_clip name, or a model JSON.
-        weights: for a name or JSON: an open_clip tag, or a file.
+        weights: for a name or JSON: an open_clip tag, or a file; for a run with LoRA: where its base is by now.
         trust_weights: run a TorchScript file that is not OpenAI's.
         allow_random: take a name or JSON without weights as it is drawn.
 
@@ -78,11 +81,10 @@ def load_model(
         UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name.
     """
     folder = Path(source)
-    if folder.is_dir() and weights:
-        kind = "a Hugging Face folder" if is_hugging_face(folder) else "a run"
-        raise UserError(f"{source}: {kind} has weights of its own; leave {weights} out, or name a model instead")
     if folder.is_dir() and not is_hugging_face(folder):
-        return _load_checkpoint(checkpoint_of(folder, step), device)
+        return _load_checkpoint(checkpoint_of(folder, step), device, weights)
+    if folder.is_dir() and weights:
+        raise UserError(f"{source}: a Hugging Face folder {_OWN_WEIGHTS.format(weights)}")
     if step is not None:
         raise UserError(f"{source}: only a run folder has steps to choose from")
     if folder.is_dir():
@@ -104,11 +106,13 @@ def load_model(
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
-def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
+def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -> LoadedModel:
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
-    weights = load_full_weights(folder)
+    if base and "base" not in manifest.state:
+        raise UserError(f"{folder}: a run {_OWN_WEIGHTS.format(base)}")
+    weights = _merged_weights(folder, manifest, base) if "base" in manifest.state else load_full_weights(folder)
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
@@ -119,11 +123,60 @@ def _load_checkpoint(folder: Path, device: str | torch.device) -> LoadedModel:
     data = manifest.config.get("data", {})
     kept = config.Data(**data) if data.get("cache_features") else None
     if kept:
-        model.lock_towers(config.Model(**manifest.config["model"]))
+        model.lock_towers(config.Model(**{**manifest.config["model"], "lora": None}))
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
     return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest, kept)
+
+
+def _merged_weights(folder: Path, manifest: Manifest, base: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that has adapters alone: those of its base, built again, with them merged.
+
+    Args:
+        base: the weights of the base, if not where they were.
+    """
+    saved = config.saved_config(manifest.config)
+    if saved is None:
+        raise UserError(f"{folder}: of another version, which built its base from other settings; merge it with that")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(saved.train.seed)  # as training did, for parts of the base that are drawn
+        try:
+            model = build_model(replace(saved.model, weights=base or saved.model.weights), saved.objectives.clip)
+        except UserError as error:
+            told = "holds adapters alone, and their base cannot be built (--weights says where its weights are)"
+            raise UserError(f"{folder}: {told}: {error}") from None
+    load_trained(model, folder, manifest)
+    merge_adapters(model)
+    return model.state_dict()
+
+
+def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: float = 0.0) -> None:
+    """Load a checkpoint into the model that it was saved from: all weights, or with LoRA those that train.
+
+    Raises:
+        UserError: they are those of another model, or of adapters on another base.
+    """
+    saved = manifest.state.get("base")
+    base = Base(**saved) if saved else None
+    if base and model.base is None:
+        raise UserError(f"{folder}: holds adapters on {base}, and model.lora is not set; set it as that run did")
+    if model.base and base is None:
+        raise UserError(
+            f"{folder}: a checkpoint of a whole model, and model.lora is set; to put adapters on it, export it by"
+            " tools/export.py and name that file as model.weights of a new run"
+        )
+    if base and model.base and base.sha256 != model.base.sha256:
+        raise UserError(f"{folder}: holds adapters on {base}, but the base is another now: {model.base}")
+    weights = load_full_weights(folder, retry_s)
+    locked = {name for name, parameter in model.named_parameters() if base and not parameter.requires_grad}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from None
+    strangers = [*(name for name in missing if name not in locked), *unexpected]
+    if strangers:
+        raise UserError(f"{folder}: a checkpoint of another model ({strangers[0]} does not fit)")
 
 
 class NothingDrawn(TorchFunctionMode):

@@ -24,11 +24,18 @@ LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
 
 def cell(
-    *, model: str = VIT, stage: int = 2, loss: str = "infonce", precision: str = "fp32", micro: int = 0, steps: int = 1
+    *,
+    model: str = VIT,
+    stage: int = 2,
+    loss: str = "infonce",
+    precision: str = "fp32",
+    micro: int = 0,
+    steps: int = 1,
+    lora: bool = False,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it."""
     config = {
-        "model": {"name": model},
+        "model": {"name": model, **({"lora": {"rank": 2}} if lora else {})},
         "objectives": {"clip": {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0}},
         "optim": {"lr": 1e-3},
         "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision},
@@ -38,7 +45,7 @@ def cell(
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
     }
-    label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro}"
+    label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro}{' lora' if lora else ''}"
     return {"label": label, "config": config, "steps": steps}
 
 
@@ -54,6 +61,10 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(model=RESNET, micro=micro, steps=2), cell(model=DROPOUT, stage=3, micro=micro)]
         cells += [cell(model=CBOW, micro=micro)]
     if world == 2:
+        # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.
+        cells += [cell(stage=stage, micro=2 * (stage % 2), steps=2, lora=True) for stage in STAGES]
+        cells += [cell(stage=stage, micro=2, precision="bf16", steps=2, lora=True) for stage in (0, 3)]
+        cells += [cell(model=RESNET, stage=3, micro=4, steps=2, lora=True)]
         cells += [cell(stage=stage, precision="fp16", micro=m) for stage in STAGES for m in (0, 2)]
         half = [(RESNET, 0), (RESNET, 2), (TIMM, 2)]
         cells += [cell(model=name, precision="bf16", micro=m, steps=2) for name, m in half]

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from dist.launch import run_ranks
+from dist.launch import run_ranks, train
+from safetensors.torch import save_file
 
-from clipdist.checkpoint.format import newest_checkpoint
+from clipdist import config
+from clipdist.checkpoint.format import newest_checkpoint, read_manifest
 from clipdist.checkpoint.reader import CheckpointReader
+from clipdist.config import load_config
+from clipdist.errors import UserError
+from clipdist.models.dual_encoder import build_model
+from clipdist.models.load import load_model, load_trained
+from tools import export
 
 STEPS = 8  # two epochs of 70 // 16 = 4 steps
 RESNET = "configs/models/tiny_rn.json"  # running statistics must survive, too
+VIT = "configs/models/tiny_vit.json"
 
 
 def words(shards: Path, root: Path, name: str, **settings: object) -> list[str]:
@@ -76,19 +87,79 @@ def test_after_a_kill(shards, undisturbed, tmp_path):
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_another_number_of_ranks_and_another_stage_go_on(shards, tmp_path):
-    """Without BatchNorm the curve is that of the undisturbed run up to rounding."""
-    model = "configs/models/tiny_vit.json"
-    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "whole", model__name=model))
-    run_ranks("training.py", 2, "kill", "4", *words(shards, tmp_path, "run", model__name=model), expect=9)
-    settings = words(shards, tmp_path, "run", model__name=model, engine__zero_stage=0)
-    run_ranks("training.py", 1, "kill", "7", *settings, expect=9)
-    settings = words(shards, tmp_path, "run", model__name=model, engine__zero_stage=3)
-    out = run_ranks("training.py", 4, "none", "0", *settings)
+def adapted_text(folder: Path) -> dict[str, object]:
+    """A whole image tower and LoRA on the text tower, from weights that are made here."""
+    torch.manual_seed(3)
+    save_file(build_model(config.Model(name=VIT)).state_dict(), folder / "base.safetensors")
+    lora = "{rank: 2, towers: text}"
+    return {"model__name": VIT, "model__weights": folder / "base.safetensors", "model__lora": lora}
+
+
+@pytest.fixture(scope="module")
+def moved(shards, tmp_path_factory) -> Path:
+    """A folder with "run", which went on twice with other ranks and stages, and "whole", which was not disturbed."""
+    root = tmp_path_factory.mktemp("moved")
+    lora = adapted_text(root)
+    run_ranks("training.py", 2, "none", "0", *words(shards, root, "whole", **lora))
+    run_ranks("training.py", 2, "kill", "4", *words(shards, root, "run", **lora), expect=9)
+    run_ranks("training.py", 1, "kill", "7", *words(shards, root, "run", **lora, engine__zero_stage=0), expect=9)
+    out = run_ranks("training.py", 4, "none", "0", *words(shards, root, "run", **lora, engine__zero_stage=3))
     assert "step-00000006" in out
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    return root
+
+
+def test_another_number_of_ranks_and_another_stage_go_on(moved):
+    """Without BatchNorm the curve is that of the undisturbed run up to rounding."""
+    lines = (moved / "run" / "metrics.jsonl").read_text().splitlines()
     restarts = [record["world"] for record in map(json.loads, lines) if record.get("event") == "restart"]
     assert restarts == [1, 4]
-    ours, theirs = losses(tmp_path / "run"), losses(tmp_path / "whole")
+    ours, theirs = losses(moved / "run"), losses(moved / "whole")
     assert ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_checkpoint_of_lora_holds_what_trains_and_tools_merge_it(moved, monkeypatch):
+    run, base = moved / "run", load_model(VIT, str(moved / "base.safetensors")).model
+    saved = [name.removeprefix("param/") for name in tensors(run) if name.startswith("param/")]
+    adapters = [name for name in saved if name.startswith("text.")]
+    image = {name for name, _ in base.named_parameters() if name.startswith("visual.")}
+    assert {*saved} == {*adapters, *image, "logit_scale"}
+    assert len(adapters) == 24  # of q, k, v, output and two layers of the MLP, in two blocks
+    assert all("lora_" in name for name in adapters)
+    assert len(tensors(run)) == 3 * len(saved)  # with their moments, and nothing else
+
+    adapted, folder = build_model(load_config(run / "config.yaml").model).eval(), newest_checkpoint(run)
+    load_trained(adapted, folder, read_manifest(folder))
+    monkeypatch.setattr(sys, "argv", ["export.py", str(run), "--out", str(moved / "out.safetensors")])
+    assert export.main() == 0
+    merged, exported = load_model(str(run)).model, load_model(VIT, str(moved / "out.safetensors")).model
+    assert [*merged.state_dict()] == [*base.state_dict()] == [*exported.state_dict()]
+    tokens = torch.randint(1, 500, (4, base.spec.context_length))
+    with torch.no_grad():
+        adapted, merged, exported, base = (model.encode_text(tokens) for model in (adapted, merged, exported, base))
+    assert (adapted - base).norm() > 1e-2 * base.norm()
+    assert (adapted - merged).norm() < 1e-5 * base.norm()
+    assert torch.equal(merged, exported)
+
+
+def test_adapters_are_put_on_no_other_base(shards, moved, tmp_path):
+    shutil.copytree(moved / "run", tmp_path / "run")
+    folder = newest_checkpoint(tmp_path / "run")
+    lora = adapted_text(tmp_path)  # the same weights in another place
+    model = build_model(config.Model(name=VIT, weights=str(lora["model__weights"]), lora=config.Lora(2, towers="text")))
+    load_trained(model, folder, read_manifest(folder))
+    with pytest.raises(
+        UserError, match=r"holds adapters on .*base\.safetensors, SHA-256 .*, and model\.lora is not set"
+    ):
+        load_trained(build_model(config.Model(name=VIT)), folder, read_manifest(folder))
+    save_file(build_model(config.Model(name=VIT)).state_dict(), str(lora["model__weights"]))
+    ended = train(1, *words(shards, tmp_path, "run", **lora, train__steps=STEPS + 1)[2:])
+    assert ended.returncode == 2
+    told = "holds adapters on .*base.safetensors, SHA-256 .*, but the base is another now: .*base.safetensors, SHA-256 "
+    assert re.fullmatch(f"error: .*{told}.*\n", ended.stderr)
+    (moved / "base.safetensors").rename(moved / "elsewhere.safetensors")
+    with pytest.raises(
+        UserError, match=r"their base cannot be built .*: model\.weights=.*base\.safetensors: no such file"
+    ):
+        load_model(str(moved / "run"))
+    load_model(str(moved / "run"), str(moved / "elsewhere.safetensors"))
