@@ -38,8 +38,8 @@ class Tokenizer(Protocol):
     context_length: int
     vocab_size: int
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """int64 [len(texts), L]; longer texts are cut, shorter ones padded."""
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        """int64 [len(texts), L] ([1, L] of one text); longer texts are cut, shorter ones padded."""
 
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the same text might get other ids."""
@@ -111,7 +111,8 @@ class BPETokenizer:
         self.context_length = context_length
         self.vocab_size = self._bpe.vocab_size
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
         if not self._fast:
             return self._bpe(texts)
         tokens = np.zeros((len(texts), self.context_length), dtype=np.int64)
@@ -176,7 +177,8 @@ class HFTokenizer:
         self.context_length = context_length
         self.vocab_size = len(self._hf.tokenizer)
 
-    def __call__(self, texts: list[str]) -> torch.Tensor:
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
         if not texts:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         with self._lock:

@@ -149,6 +149,9 @@ class DualEncoder(nn.Module):
 
     def _continue(self, name: str, features: torch.Tensor) -> torch.Tensor:
         """Map the features of a tower's locked part to the tower's output."""
+        if name not in self._trained_parts:
+            takes = "uint8 [b, 3, H, W]" if name == "image" else "int64 [b, L]"
+            raise TypeError(f"encode_{name} takes {takes}, not {features.dtype} {list(features.shape)}")
         part = self._trained_parts[name]
         return part(features.to(next(part.parameters(), features).dtype))
 

@@ -9,12 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
 from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_of, read_manifest
 from clipdist.checkpoint.reader import load_full_weights
+from clipdist.data.bad_sample import BadSample
+from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
@@ -24,6 +28,33 @@ from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.weights import weights_checksum
 
 _OWN_WEIGHTS = "has weights of its own; leave {} out, or name a model instead"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """The evaluation transform of a model: an image as its image tower takes it."""
+
+    image_size: int
+
+    def __call__(self, image: str | Path | bytes | np.ndarray | Image.Image) -> torch.Tensor:
+        """Return uint8 [3, image_size, image_size] of a file, its bytes, pixels uint8 [h, w, 3], or Pillow's image.
+
+        Raises:
+            UserError: the file cannot be read, or is not an image.
+        """
+        name = str(image) if isinstance(image, (str, Path)) else "image"
+        try:
+            if isinstance(image, (str, Path)):
+                image = Path(image).read_bytes()
+            if isinstance(image, bytes):
+                return eval_image(image, self.image_size)
+            return eval_pixels(
+                np.array(image.convert("RGB") if isinstance(image, Image.Image) else image), self.image_size
+            )
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+        except BadSample as error:
+            raise UserError(f"{name}: {error.reason}") from None
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,10 @@ class LoadedModel:
     step: int | None
     manifest_sha256: str = ""
     kept: config.Data | None = None
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return Preprocess(self.model.spec.image_size)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ import json
 import pickle
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from clipdist.checkpoint import writer as checkpoint
@@ -33,6 +35,7 @@ from clipdist.models.weights import load_weights, openai_hashes
 VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
+README = Path(__file__).parents[2] / "README.md"
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
 
 
@@ -368,7 +371,7 @@ def run_folder(folder: Path, model: DualEncoder, step: int) -> Path:
     for rank, pieces in enumerate(parts):
         checkpoint.write_part(target, rank, pieces, attempt="a")
     state = {"model": model.spec.to_dict()}
-    manifest = checkpoint.Manifest(step, step, step * 8, world=2, config={}, order={}, state=state)
+    manifest = checkpoint.Manifest(step, step, step * 8, world=2, config={"data": {}}, order={}, state=state)
     checkpoint.write_manifest(target, manifest, attempt="a")
     return target
 
@@ -397,6 +400,31 @@ def test_runs_and_checkpoints_load_without_their_json(tmp_path: Path) -> None:
         load_model(str(run), step=7)
     with pytest.raises(UserError, match="a run has weights of its own"):
         load_model(str(run), weights="openai")
+
+
+@torch.no_grad()
+def test_the_lines_of_the_readme_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = README.read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
+    model = trained(model_json(tmp_path))
+    run_folder(tmp_path / "runs" / "demo", model, step=5)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "dog.jpg", format="PNG")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(textwrap.dedent(lines), space)
+    taken = torch.from_numpy(pixels[4:36].copy()).permute(2, 0, 1)[None]  # the centre
+    assert torch.equal(space["image"], model.encode_image(taken))
+    assert torch.equal(space["text"], model.encode_text(make_tokenizer(model.spec)(["a dog", "a cat"])))
+    preprocess, tokenizer = space["preprocess"], space["tokenizer"]
+    for same in (Path("dog.jpg"), Path("dog.jpg").read_bytes(), pixels, Image.open("dog.jpg").convert("RGBA")):
+        assert torch.equal(preprocess(same)[None], taken)
+    assert torch.equal(tokenizer("a dog"), tokenizer(["a dog"]))
+    (tmp_path / "cut.jpg").write_bytes(b"no image")
+    for name, complaint in (("cut.jpg", "cut.jpg: not an image"), ("x.jpg", "x.jpg: cannot be read")):
+        with pytest.raises(UserError, match=complaint):
+            preprocess(name)
+    with pytest.raises(TypeError, match=r"encode_image takes uint8 \[b, 3, H, W\], not torch\.float32"):
+        space["model"].encode_image(taken / 255)
 
 
 def test_a_fingerprint_changes_with_what_changes_features(tmp_path: Path) -> None:
