@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib.util
 import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -40,6 +41,22 @@ def brief(error: BaseException) -> str:
     text = " ".join(str(error).split())[:200]
     telling = text and not isinstance(error, (AttributeError, KeyError, TypeError))
     return text if telling else f"{type(error).__name__} {text}".strip()
+
+
+def require_extra(what: str, modules: Iterable[str], extra: str) -> None:
+    """Check that the modules of an optional extra can be imported; imports none.
+
+    Args:
+        what: what needs them, the beginning of the line: "--format onnx".
+
+    Raises:
+        UserError: one is missing; the line names the extra.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{what}: needs {' and '.join(missing)}, not installed: pip install -c constraints.txt -e '.[{extra}]'"
+        )
 
 
 @contextmanager

@@ -6,11 +6,13 @@ Each is loaded again by the library that it is for, and its features are compare
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 import torch
@@ -33,6 +35,17 @@ TOLERANCE = 1e-5  # of normalised features
 Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+# What is loaded of one tower: its inputs -> features [b, D]
+Tower = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FeatureError(NamedTuple):
+    """How far what is loaded is from the model: of normalised features, the largest difference and lowest cosine."""
+
+    difference: float
+    cosine: float
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written, and how it is loaded.
@@ -40,7 +53,7 @@ class Exported:
     Attributes:
         files: what was written; of an open_clip export, the weights first.
         lines: the Python lines that load it.
-        max_difference: largest difference of normalised features between the model and what those lines load.
+        error: between the model and what those lines load.
         name: for open_clip.create_model_and_transforms; empty for the other formats.
         config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
         merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
@@ -49,7 +62,7 @@ class Exported:
 
     files: tuple[Path, ...]
     lines: tuple[str, ...]
-    max_difference: float
+    error: FeatureError
     name: str = ""
     config: Path | None = None
     merges: Path | None = None
@@ -63,17 +76,21 @@ class Exported:
 # open_clip
 
 
-def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | None] | None = None) -> Exported:
+def export_model(
+    model: DualEncoder, out: Path, facts: dict[str, str | int | None] | None = None, half: bool = False
+) -> Exported:
     """Write the file and what goes with it, then loads it with open_clip and compares.
 
     Args:
         model: fp32, on the CPU, in evaluation mode.
         out: FILE.safetensors; FILE.json and FILE.bpe.txt.gz are written beside it where needed.
         facts: further entries of the file's metadata, such as the step.
+        half: write the towers' weights in fp16.
 
     Raises:
-        UserError: a CBOW text tower (open_clip has none), another suffix, or a folder that cannot be written.
-        RuntimeError: open_clip's features differ from the model's by more than 1e-5.
+        UserError: a CBOW text tower (open_clip has none), another suffix, a weight too large for fp16, or a folder
+            that cannot be written.
+        RuntimeError: open_clip's features differ from the model's by more than 1e-5; with `half`, are not finite.
     """
     spec = model.spec
     if spec.cbow:
@@ -90,7 +107,7 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     merges = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write_weights(model, out, facts or {})
+        _write_weights(model, out, facts or {}, half)
         if description:
             bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
             described = {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
@@ -98,8 +115,8 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
         if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
             merges = out.with_suffix(".bpe.txt.gz")
             merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+    except OSError as reason:
+        raise UserError(f"--out {out}: cannot be written: {reason.strerror or reason}") from None
     if description:
         open_clip.add_model_config(description)
     name = name or out.stem
@@ -108,9 +125,9 @@ def export_model(model: DualEncoder, out: Path, facts: dict[str, str | int | Non
     def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens)
 
-    worst = largest_difference(model, encode, str(out))
+    error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
     files = tuple(path for path in (out, description, merges) if path)
-    return Exported(files, _open_clip_lines(spec, name, out, description, merges), worst, name, description, merges)
+    return Exported(files, _open_clip_lines(spec, name, out, description, merges), error, name, description, merges)
 
 
 def _open_clip_lines(spec: ModelSpec, name: str, out: Path, description: Path | None, merges: Path | None) -> tuple:
@@ -141,10 +158,10 @@ def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
     return None
 
 
-def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None]) -> None:
+def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None], half: bool) -> None:
     """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
     prefix = "text." if model.spec.clip_class else ""
-    tensors = {name.removeprefix(prefix): value for name, value in _tensors(model).items()}
+    tensors = {name.removeprefix(prefix): value for name, value in _tensors(model, half).items()}
     for name in ("logit_scale", "logit_bias"):
         if name in tensors:
             tensors[name] = tensors[name].reshape([])
@@ -156,7 +173,7 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
 # Hugging Face
 
 
-def export_hugging_face(model: DualEncoder, out: Path) -> Exported:
+def export_hugging_face(model: DualEncoder, out: Path, half: bool = False) -> Exported:
     """Write a CLIPModel folder: config.json, model.safetensors, the tokenizer's files and preprocessor_config.json.
 
     It is written under another name, loaded with transformers, compared, and renamed last.
@@ -164,10 +181,12 @@ def export_hugging_face(model: DualEncoder, out: Path) -> Exported:
     Args:
         model: fp32, on the CPU, in evaluation mode; a ViT and a causal text Transformer of open_clip's plain kind.
         out: the folder; it must not be there yet, or be empty.
+        half: write the towers' weights in fp16.
 
     Raises:
-        UserError: towers that CLIPModel cannot be, a file or a filled folder in the way, or one that cannot be written.
-        RuntimeError: features or token ids differ.
+        UserError: towers that CLIPModel cannot be, a weight too large for fp16, a file or a filled folder in the way,
+            or one that cannot be written.
+        RuntimeError: features (with `half`: features that are not finite) or token ids differ.
     """
     spec = model.spec
     if reason := clip_model.inexpressible(spec):
@@ -183,25 +202,28 @@ def export_hugging_face(model: DualEncoder, out: Path) -> Exported:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out, shared=True) as temporary:
             temporary.mkdir()
-            _write_folder(model, temporary)
-            worst = largest_difference(model, _hugging_face_encoder(spec, temporary), str(out))
+            _write_folder(model, temporary, half)
+            encode = _hugging_face_encoder(spec, temporary)
+            error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
             _check_tokenizer(spec, temporary)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+    except OSError as failure:
+        raise UserError(f"--out {out}: cannot be written: {failure.strerror or failure}") from None
+    fp32 = ', dtype="float32"' if half else ""  # computes in fp32 with the rounded weights; else in fp16
     lines = (
         "from transformers import CLIPModel, CLIPProcessor",
-        f'model = CLIPModel.from_pretrained("{out}")',
+        f'model = CLIPModel.from_pretrained("{out}"{fp32})',
         f'processor = CLIPProcessor.from_pretrained("{out}")',
     )
-    return Exported((out,), lines, worst, left_out="" if model.logit_bias is None else "logit_bias")
+    return Exported((out,), lines, error, left_out="" if model.logit_bias is None else "logit_bias")
 
 
-def _write_folder(model: DualEncoder, folder: Path) -> None:
+def _write_folder(model: DualEncoder, folder: Path, half: bool) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor
 
     spec = model.spec
-    CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype="float32").save_pretrained(folder)
-    _save(hugging_face.to_theirs(_tensors(model)), folder / "model.safetensors", {"format": "pt"})
+    dtype = "float16" if half else "float32"
+    CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype=dtype).save_pretrained(folder)
+    _save(hugging_face.to_theirs(_tensors(model, half)), folder / "model.safetensors", {"format": "pt"})
     clip_model.clip_tokenizer(spec).save_pretrained(folder)
     side, resized = spec.image_size, spec.image_resize_size or spec.image_size
     squash = spec.image_resize_mode == "squash"
@@ -238,7 +260,7 @@ def _check_tokenizer(spec: ModelSpec, folder: Path) -> None:
             raise RuntimeError(f"{folder}: the tokenizer gives other ids than the model's for {sentence!r}")
 
 
-# torch.export
+# One file per tower
 
 
 class _ImageTower(nn.Module):
@@ -265,7 +287,48 @@ def export_programs(model: DualEncoder, out: Path) -> Exported:
         UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
         RuntimeError: the programs' features differ from the model's by more than 1e-5.
     """
-    targets = [out.with_name(f"{out.name}.{tower}.pt2") for tower in ("image", "text")]
+
+    def write(program: torch.export.ExportedProgram, tower: str, file: Path) -> None:
+        program._example_inputs = None  # they would be pickled into the file; nothing else is
+        torch.export.save(program, file)
+
+    def load(file: Path, tower: str) -> Tower:
+        return torch.export.load(file).module()
+
+    files, error = export_towers(model, out, "pt2", write, load, TOLERANCE)
+    lines = (
+        "import torch",
+        f'encode_image = torch.export.load("{files[0]}").module()  # uint8 [b, 3, S, S], 0 to 255',
+        f'encode_text = torch.export.load("{files[1]}").module()  # int64 [b, L]',
+    )
+    return Exported(files, lines, error)
+
+
+def export_towers(
+    model: DualEncoder,
+    out: Path,
+    suffix: str,
+    write: Callable[[torch.export.ExportedProgram, str, Path], None],
+    load: Callable[[Path, str], Tower],
+    tolerance: float,
+) -> tuple[tuple[Path, ...], FeatureError]:
+    """Trace both towers, write OUT.image.SUFFIX and OUT.text.SUFFIX, load them again and compare.
+
+    They are written elsewhere and renamed last, with any further file that `write` puts beside them.
+
+    Args:
+        write: writes a program, the tower's name ("image", "text") given, to a file.
+        load: reads it.
+
+    Returns:
+        The files, and what `compare` gives.
+
+    Raises:
+        UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
+        RuntimeError: see compare.
+    """
+    names = ("image", "text")
+    targets = tuple(out.with_name(f"{out.name}.{name}.{suffix}") for name in names)
     for target in targets:
         if target.is_dir():
             raise UserError(f"--out {out}: {target} is a folder")
@@ -274,35 +337,28 @@ def export_programs(model: DualEncoder, out: Path) -> Exported:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
             files = [Path(scratch) / target.name for target in targets]
-            for tower, example, file in zip(towers, sample_inputs(model), files):
-                _write_program(model.spec, tower, example, file)
-            image_tower, text_tower = (torch.export.load(file).module() for file in files)
-            worst = largest_difference(model, lambda image, ids: (image_tower(image), text_tower(ids)), str(out))
-            for file, target in zip(files, targets):
-                os.replace(file, target)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    image, text = targets
-    lines = (
-        "import torch",
-        f'encode_image = torch.export.load("{image}").module()  # uint8 [b, 3, S, S], 0 to 255',
-        f'encode_text = torch.export.load("{text}").module()  # int64 [b, L]',
-    )
-    return Exported((image, text), lines, worst)
+            for name, tower, example, file in zip(names, towers, sample_inputs(model), files):
+                write(_trace(model.spec, tower, example), name, file)
+            image_tower, text_tower = (load(file, name) for file, name in zip(files, names))
+            error = compare(model, lambda image, ids: (image_tower(image), text_tower(ids)), str(out), tolerance)
+            further = sorted(set(Path(scratch).iterdir()) - set(files))
+            for file in (*further, *files):
+                os.replace(file, out.with_name(file.name))
+    except OSError as reason:
+        raise UserError(f"--out {out}: cannot be written: {reason.strerror or reason}") from None
+    return (*targets, *(out.with_name(file.name) for file in further)), error
 
 
 @torch.no_grad()
-def _write_program(spec: ModelSpec, tower: nn.Module, example: torch.Tensor, file: Path) -> None:
+def _trace(spec: ModelSpec, tower: nn.Module, example: torch.Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     try:
-        program = torch.export.export(tower, (example,), dynamic_shapes=({0: batch},))
+        return torch.export.export(tower, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # its compiler raises many kinds, all of them about this tower's code
         raise UserError(
             f"{spec.name}: torch.export cannot trace its {type(tower).__name__}: {brief(error)};"
             " take --format open_clip"
         ) from error
-    program._example_inputs = None  # they would be pickled into the file; nothing else is
-    torch.export.save(program, file)
 
 
 # Writing and comparing
@@ -331,19 +387,19 @@ def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def largest_difference(model: DualEncoder, encode: Encoder, where: str) -> float:
-    """Return the largest difference of the normalised features of two random images and texts.
+def compare(model: DualEncoder, encode: Encoder, where: str, tolerance: float = TOLERANCE) -> FeatureError:
+    """Compare the normalised features of two random images and texts.
 
     Raises:
-        RuntimeError: more than 1e-5.
+        RuntimeError: they differ by more than the tolerance, or are not finite.
     """
     image, tokens = sample_inputs(model)
     mine = model.encode_image(image), model.encode_text(tokens)
-    pairs = zip(mine, encode(image, tokens))
-    worst = max(float((F.normalize(a) - F.normalize(b)).abs().max()) for a, b in pairs)
-    if not worst <= TOLERANCE:
+    pairs = [(F.normalize(a), F.normalize(b)) for a, b in zip(mine, encode(image, tokens))]
+    worst = max(float((a - b).abs().max()) for a, b in pairs)
+    if not worst <= tolerance:
         raise RuntimeError(f"{where}: its features differ from the model's by {worst:.1e}")
-    return worst
+    return FeatureError(worst, min(float((a * b).sum(dim=1).min()) for a, b in pairs))
 
 
 def _reads_eos(spec: ModelSpec) -> bool:
@@ -355,5 +411,17 @@ def _normalised(spec: ModelSpec, image: torch.Tensor) -> torch.Tensor:
     return (image / 255 - mean) / std
 
 
-def _tensors(model: DualEncoder) -> dict[str, torch.Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+def _tensors(model: DualEncoder, half: bool) -> dict[str, torch.Tensor]:
+    """Return the model's tensors, copied; with `half` the towers' parameters in fp16, statistics and scalars in fp32.
+
+    Raises:
+        UserError: a parameter is too large for fp16.
+    """
+    tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters() if half else ():
+        if name not in model.scalars:
+            tensors[name] = tensors[name].half()
+            if parameter.isfinite().all() and not tensors[name].isfinite().all():
+                largest = float(parameter.detach().abs().max())
+                raise UserError(f"--dtype fp16: {name} holds {largest:.3g}, and fp16 ends at 65504; leave --dtype out")
+    return tensors

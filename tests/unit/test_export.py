@@ -1,7 +1,8 @@
-"""Exports for transformers and torch.export: what others load has the features of the model, and nothing half done."""
+"""Exports for transformers, torch.export, ONNX: what others load has the model's features, and nothing half done."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import runpy
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from clipdist.data.decode import eval_image
 from clipdist.data.tokens import make_tokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
+from clipdist.models import onnx_export
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.export import Exported, export_hugging_face, export_model, export_programs
 from clipdist.models.load import load_model
@@ -48,7 +51,7 @@ def trained(folder: Path, loss: Clip | None = None, **more: Any) -> DualEncoder:
 def test_a_picture_and_a_sentence_through_transformers(more: dict, tmp_path: Path) -> None:
     model = trained(tmp_path, text_cfg={**TEXT, "context_length": 16}, **more)
     export = export_hugging_face(model, tmp_path / "out" / "clip")
-    assert export.max_difference < 1e-5
+    assert export.error.difference < 1e-5
     assert export.left_out == ""
     space: dict[str, Any] = {}
     exec("\n".join(export.lines), space)
@@ -171,7 +174,74 @@ def test_a_program_is_no_start_of_training(programs: tuple[DualEncoder, Exported
 def test_a_resnet_and_a_bag_of_words_become_programs(tmp_path: Path) -> None:
     cbow = {"cbow": {"width": 8, "vocab_size": 600, "context_length": 8}}
     model = trained(tmp_path, vision_cfg=RESNET, text_cfg=cbow)
-    assert export_programs(model, tmp_path / "rn").max_difference < 1e-5
+    assert export_programs(model, tmp_path / "rn").error.difference < 1e-5
+
+
+@torch.no_grad()
+def test_onnx_files_take_batches_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(tmp_path, vision_cfg={**VISION, "layers": 1}, text_cfg={**TEXT, "layers": 1})
+    monkeypatch.setattr(onnx_export, "LARGEST_BYTES", 45_000)  # the text tower's weights go to a file of their own
+    export = onnx_export.export_onnx(model, tmp_path / "out" / "mini")
+    assert export.error.difference < 1e-5
+    names = ["mini.image.onnx", "mini.text.onnx", "mini.text.onnx.data"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert [file.name for file in export.files] == names
+    assert str(Path.cwd()).encode() not in b"".join(file.read_bytes() for file in export.files)
+    space: dict[str, Any] = {}
+    exec("\n".join(export.lines), space)
+    for count in (1, 5):
+        image = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+        tokens = make_tokenizer(model.spec)(["a dog runs"] * count)
+        for found, wanted in (
+            (space["encode_image"](image.numpy()), model.encode_image(image)),
+            (space["encode_text"](tokens.numpy()), model.encode_text(tokens)),
+        ):
+            torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_in_half_precision(tmp_path: Path) -> None:
+    model = trained(tmp_path, quick_gelu=True)
+    file = export_model(model, tmp_path / "half.safetensors", half=True)
+    folder = export_hugging_face(model, tmp_path / "half", half=True)
+    again = build_model(Model(name=model.spec.name, weights=str(file.file))).state_dict()
+    for name, value in load_model(str(tmp_path / "half")).model.state_dict().items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, model.state_dict()[name].half().float())
+    assert 1e-5 < file.error.difference < 1e-2
+    assert folder.error.difference == pytest.approx(file.error.difference, abs=1e-5)
+    assert 0.999 < file.error.cosine < 1
+    space: dict[str, Any] = {}
+    exec("\n".join(folder.lines), space)
+    assert space["model"].dtype == torch.float32
+    assert file.file.stat().st_size < 0.6 * export_model(model, tmp_path / "whole.safetensors").file.stat().st_size
+    model.visual.proj.data[0, 0] = 1e5  # type: ignore[union-attr,index]
+    with pytest.raises(UserError, match=r"visual\.proj holds 1e\+05, and fp16 ends at 65504"):
+        export_model(model, tmp_path / "half.safetensors", half=True)
+
+
+def test_int8_by_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(tmp_path, vision_cfg={**VISION, "layers": 1}, text_cfg={**TEXT, "layers": 1})
+    source = export_model(model, tmp_path / "source.safetensors")
+    arguments = [str(source.config), "--weights", str(source.file), "--out", str(tmp_path / "mini")]
+    main = runpy.run_path(str(TOOL))["main"]
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--format", "onnx", "--dtype", "int8", "--json"])
+    assert main() == 0
+    printed = capsys.readouterr().out
+    record = json.loads(printed.splitlines()[-1])
+    assert 1e-4 < record["max_difference"] < 0.1
+    assert 0.99 < record["min_cosine"] < 1
+    assert f"for the rounding to int8 (lowest cosine {record['min_cosine']:.5f})" in printed
+    text = onnx.load(record["files"][1])
+    assert {"MatMulInteger", "DynamicQuantizeLinear"} <= {node.op_type for node in text.graph.node}
+    largest = max(text.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    assert (largest.data_type, list(largest.dims)) == (onnx.TensorProto.UINT8, [600, 16])  # the token embedding
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--dtype", "int8"])
+    with pytest.raises(UserError, match="--dtype int8: not with --format open_clip, which has fp32, fp16"):
+        main()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["export.py", *arguments, "--format", "onnx"])
+    with pytest.raises(UserError, match=r"--format onnx: needs onnx and .* pip install .* -e '\.\[onnx\]'"):
+        main()
 
 
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
