@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError, require_extra, run_main
 from clipdist.evals import front
 
+if TYPE_CHECKING:
+    from clipdist.models.export import Exported
+    from clipdist.models.load import LoadedModel
+
 EXAMPLES = """examples:
   python tools/export.py runs/demo --out demo.safetensors
   python tools/export.py runs/demo --out demo_clip --format hugging_face
+  python tools/export.py runs/demo --out demo_clip --format open_clip_folder --push-ready me/demo
   python tools/export.py runs/demo --out demo --format torch_export    # demo.image.pt2, demo.text.pt2
   python tools/export.py runs/demo --out demo --format onnx --dtype int8"""
 FORMATS = {  # what each can be rounded to
     "open_clip": ("fp32", "fp16"),
+    "open_clip_folder": ("fp32", "fp16"),
     "hugging_face": ("fp32", "fp16"),
     "torch_export": ("fp32",),
     "onnx": ("fp32", "int8"),
 }
+FOLDERS = ("open_clip_folder", "hugging_face")  # as the hub takes them
 
 
 def main() -> int:
     args = parse_args()
 
-    if args.dtype not in FORMATS[args.format]:
-        raise UserError(
-            f"--dtype {args.dtype}: not with --format {args.format}, which has {', '.join(FORMATS[args.format])}"
-        )
-    if args.format == "onnx":
-        require_extra("--format onnx", ("onnx", "onnxruntime", "onnxscript"), "onnx")
-    from clipdist.models import export
-    from clipdist.models.onnx_export import export_onnx
-
+    _check(args)
     loaded = front.load(args, args.run, args.step)
-    half = args.dtype == "fp16"
-    if args.format == "open_clip":
-        written = export.export_model(loaded.model, args.out, {"label": loaded.label, "step": loaded.step}, half)
-    elif args.format == "hugging_face":
-        written = export.export_hugging_face(loaded.model, args.out, half)
-    elif args.format == "onnx":
-        written = export_onnx(loaded.model, args.out, int8=args.dtype == "int8")
-    else:
-        written = export.export_programs(loaded.model, args.out)
+    written = _write(args, loaded)
     if written.left_out:
         print(f"left out, for CLIPModel has no place for it: {written.left_out} (a constant: no ranking changes)")
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
@@ -54,6 +46,9 @@ def main() -> int:
     )
     print(f"loaded again, its features differ by at most {written.error.difference:.0e}{rounded}; the same for you:")
     print("\n".join(f"    {line}" for line in written.lines))
+    if args.push_ready:
+        print(f"not pushed: read {args.out}/README.md, fill in its licence, then")
+        print(f"    hf upload {args.push_ready} {args.out} .")
     about = {"model": loaded.label, "step": loaded.step, "parameters": parameters}
     record: dict[str, Any] = {"format": args.format, "dtype": args.dtype, **about, "files": files}
     if written.name:
@@ -62,6 +57,45 @@ def main() -> int:
             record[key] = str(path) if path else None
     front.finish(args, record | {"max_difference": written.error.difference, "min_cosine": written.error.cosine})
     return 0
+
+
+def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
+    from clipdist.models import export
+    from clipdist.models.onnx_export import export_onnx
+    from clipdist.report.model_card import model_card
+
+    half = args.dtype == "fp16"
+    title = args.push_ready.rpartition("/")[2] or args.out.name
+    library = "transformers" if args.format == "hugging_face" else "open_clip"
+    folder: dict[str, Any] = {
+        "half": half,
+        "repository": args.push_ready,
+        "card": lambda lines: model_card(loaded, title, library, args.dtype, lines),
+    }
+    match args.format:
+        case "open_clip":
+            return export.export_model(loaded.model, args.out, {"label": loaded.label, "step": loaded.step}, half)
+        case "open_clip_folder":
+            return export.export_open_clip_folder(loaded.model, args.out, **folder)
+        case "hugging_face":
+            return export.export_hugging_face(loaded.model, args.out, **folder)
+        case "onnx":
+            return export_onnx(loaded.model, args.out, int8=args.dtype == "int8")
+        case _:
+            return export.export_programs(loaded.model, args.out)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together, and for an extra that is missing."""
+    dtypes = FORMATS[args.format]
+    if args.dtype not in dtypes:
+        raise UserError(f"--dtype {args.dtype}: not with --format {args.format}, which has {', '.join(dtypes)}")
+    if args.push_ready and args.format not in FOLDERS:
+        raise UserError(f"--push-ready: needs --format {' or '.join(FOLDERS)}; {args.format} writes files")
+    if args.push_ready and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.push_ready):
+        raise UserError(f"--push-ready {args.push_ready}: must be a name on the hub, USER/NAME")
+    if args.format == "onnx":
+        require_extra("--format onnx", ("onnx", "onnxruntime", "onnxscript"), "onnx")
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,7 +107,9 @@ def parse_args() -> argparse.Namespace:
     what = "FILE.safetensors; a new folder; or the towers' path without suffix"
     parser.add_argument("--out", required=True, type=Path, help=what)
     parser.add_argument("--format", choices=FORMATS, default="open_clip", help="default: open_clip")
-    what = "of the weights; fp16 with open_clip and hugging_face, int8 with onnx (fp32)"
+    what = "a folder for the hub under this name: its card says so, and the command that uploads it is printed"
+    parser.add_argument("--push-ready", default="", metavar="USER/NAME", help=what)
+    what = "of the weights; fp16 for open_clip and transformers, int8 for onnx (fp32)"
     parser.add_argument("--dtype", choices=("fp32", "fp16", "int8"), default="fp32", help=what)
     parser.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
     return parser.parse_args()

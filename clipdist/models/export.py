@@ -9,10 +9,11 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -26,7 +27,7 @@ from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError, brief
 from clipdist.models import clip_model, hugging_face
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.spec import ModelSpec
+from clipdist.models.spec import LOCAL_TIMM, ModelSpec
 from clipdist.storage import replacing
 
 TOLERANCE = 1e-5  # of normalised features
@@ -37,6 +38,9 @@ Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tenso
 
 # What is loaded of one tower: its inputs -> features [b, D]
 Tower = Callable[[torch.Tensor], torch.Tensor]
+
+Ids = Callable[[list[str]], list[list[int]]]  # sentences -> token ids
+Card = Callable[[Sequence[str]], str]  # lines of Python that load the model -> the text of README.md
 
 
 class FeatureError(NamedTuple):
@@ -93,10 +97,7 @@ def export_model(
         RuntimeError: open_clip's features differ from the model's by more than 1e-5; with `half`, are not finite.
     """
     spec = model.spec
-    if spec.cbow:
-        raise UserError(f"{spec.name}: open_clip has no CBOW text tower; take --format torch_export")
-    if spec.model["vision_cfg"].get("timm_model_args"):
-        raise UserError(f"{spec.name}: open_clip has no place for timm_model_args; take --format torch_export")
+    _check_for_open_clip(spec)
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
     if out.is_dir():
@@ -109,9 +110,7 @@ def export_model(
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_weights(model, out, facts or {}, half)
         if description:
-            bias = {"init_logit_bias": -10.0} if biased else {}  # its presence makes open_clip build the parameter
-            described = {**spec.model, "quick_gelu": spec.quick_gelu, **bias}
-            description.write_text(json.dumps(described, indent=4) + "\n", encoding="utf-8")
+            description.write_text(json.dumps(_described(model), indent=4) + "\n", encoding="utf-8")
         if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
             merges = out.with_suffix(".bpe.txt.gz")
             merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
@@ -122,12 +121,85 @@ def export_model(
     name = name or out.stem
     theirs = open_clip.create_model(name, pretrained=str(out)).eval()
 
-    def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens)
-
-    error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
+    error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
     files = tuple(path for path in (out, description, merges) if path)
     return Exported(files, _open_clip_lines(spec, name, out, description, merges), error, name, description, merges)
+
+
+def export_open_clip_folder(
+    model: DualEncoder, out: Path, *, half: bool = False, repository: str = "", card: Card | None = None
+) -> Exported:
+    """Write the folder that open_clip loads as local-dir:OUT, and as hf-hub:REPOSITORY once it is on the hub.
+
+    It holds open_clip_config.json, open_clip_model.safetensors and, where the tokenizer is not CLIP's own, the
+    tokenizer's files.
+
+    Args:
+        model, out, half: as export_hugging_face.
+        repository: its name on the hub, USER/NAME; open_clip looks for a tokenizer under the name in the description.
+        card: makes README.md of the lines that load the model; None: no card.
+
+    Raises:
+        UserError: a CBOW text tower, a Hugging Face text tower that is a folder of this machine, or as
+            export_hugging_face.
+        RuntimeError: as export_hugging_face.
+    """
+    spec = model.spec
+    _check_for_open_clip(spec)
+    described = _portable(spec, _described(model))
+    own_tokenizer = spec.tokenizer["kind"] == "hf" or spec.tokenizer["vocab_size"] < BPE_VOCABULARY
+    if own_tokenizer:
+        described["text_cfg"]["hf_tokenizer_name"] = repository or "."
+    pixels = {"mean": spec.image_mean, "std": spec.image_std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    content = {"model_cfg": described, "preprocess_cfg": pixels}
+
+    text = """import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("PLACE")
+tokenizer = open_clip.get_tokenizer("PLACE")"""
+    with _new_folder(out) as folder:
+        (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_weights(model, folder / "open_clip_model.safetensors", {}, half)
+        if own_tokenizer:
+            clip_model.clip_tokenizer(spec).save_pretrained(folder)
+        _write_card(folder, card, text, f"hf-hub:{repository}" if repository else f"local-dir:{out.name}")
+        theirs = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
+        error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        _check_tokenizer(spec, out, lambda sentences: tokenizer(sentences).tolist())
+    return Exported((out,), _lines(text, f"local-dir:{out}"), error)
+
+
+def _check_for_open_clip(spec: ModelSpec) -> None:
+    if spec.cbow:
+        raise UserError(f"{spec.name}: open_clip has no CBOW text tower; take --format torch_export")
+    if spec.model["vision_cfg"].get("timm_model_args"):
+        raise UserError(f"{spec.name}: open_clip has no place for timm_model_args; take --format torch_export")
+
+
+def _described(model: DualEncoder) -> dict[str, Any]:
+    """Return the model's description in open_clip's form."""
+    bias = {} if model.logit_bias is None else {"init_logit_bias": -10.0}  # makes open_clip build the parameter
+    return {**model.spec.model, "quick_gelu": model.spec.quick_gelu, **bias}
+
+
+def _portable(spec: ModelSpec, described: dict[str, Any]) -> dict[str, Any]:
+    """Return a description that names no folder of this machine."""
+    vision = dict(described["vision_cfg"])
+    name, local = vision.get("timm_model_name") or "", bool(spec.hf_text and Path(spec.hf_text).is_dir())
+    if name.startswith(LOCAL_TIMM):
+        found = json.loads((Path(name.removeprefix(LOCAL_TIMM)) / "config.json").read_text(encoding="utf-8"))
+        vision["timm_model_name"] = found["architecture"]
+        local = local or not found.get("model_args", {}).keys() <= {"in_chans", "num_classes", "global_pool"}
+    if local:
+        raise UserError(
+            f"{spec.name}: a tower is described by a folder of this machine, which open_clip's folder cannot hold; take"
+            " --format onnx or torch_export"
+        )
+    return {**described, "vision_cfg": vision, "text_cfg": dict(described["text_cfg"])}
+
+
+def _open_clip_encoder(spec: ModelSpec, theirs: Any) -> Encoder:
+    return lambda image, tokens: (theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens))
 
 
 def _open_clip_lines(spec: ModelSpec, name: str, out: Path, description: Path | None, merges: Path | None) -> tuple:
@@ -173,7 +245,9 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
 # Hugging Face
 
 
-def export_hugging_face(model: DualEncoder, out: Path, half: bool = False) -> Exported:
+def export_hugging_face(
+    model: DualEncoder, out: Path, *, half: bool = False, repository: str = "", card: Card | None = None
+) -> Exported:
     """Write a CLIPModel folder: config.json, model.safetensors, the tokenizer's files and preprocessor_config.json.
 
     It is written under another name, loaded with transformers, compared, and renamed last.
@@ -182,6 +256,8 @@ def export_hugging_face(model: DualEncoder, out: Path, half: bool = False) -> Ex
         model: fp32, on the CPU, in evaluation mode; a ViT and a causal text Transformer of open_clip's plain kind.
         out: the folder; it must not be there yet, or be empty.
         half: write the towers' weights in fp16.
+        repository: its name on the hub, USER/NAME, under which the card loads it.
+        card: makes README.md of the lines that load the model; None: no card.
 
     Raises:
         UserError: towers that CLIPModel cannot be, a weight too large for fp16, a file or a filled folder in the way,
@@ -196,25 +272,18 @@ def export_hugging_face(model: DualEncoder, out: Path, half: bool = False) -> Ex
         )
     if spec.image_resize_mode == "longest":
         raise UserError(f"{spec.name}: image_resize_mode=longest: CLIPImageProcessor cannot; take --format open_clip")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out, shared=True) as temporary:
-            temporary.mkdir()
-            _write_folder(model, temporary, half)
-            encode = _hugging_face_encoder(spec, temporary)
-            error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
-            _check_tokenizer(spec, temporary)
-    except OSError as failure:
-        raise UserError(f"--out {out}: cannot be written: {failure.strerror or failure}") from None
     fp32 = ', dtype="float32"' if half else ""  # computes in fp32 with the rounded weights; else in fp16
-    lines = (
-        "from transformers import CLIPModel, CLIPProcessor",
-        f'model = CLIPModel.from_pretrained("{out}"{fp32})',
-        f'processor = CLIPProcessor.from_pretrained("{out}")',
-    )
-    return Exported((out,), lines, error, left_out="" if model.logit_bias is None else "logit_bias")
+
+    text = f"""from transformers import CLIPModel, CLIPProcessor
+model = CLIPModel.from_pretrained("PLACE"{fp32})
+processor = CLIPProcessor.from_pretrained("PLACE")"""
+    with _new_folder(out) as folder:
+        _write_folder(model, folder, half)
+        _write_card(folder, card, text, repository or out.name)
+        encode = _hugging_face_encoder(spec, folder)
+        error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
+        _check_tokenizer(spec, out, _hugging_face_ids(spec, folder))
+    return Exported((out,), _lines(text, str(out)), error, left_out="" if model.logit_bias is None else "logit_bias")
 
 
 def _write_folder(model: DualEncoder, folder: Path, half: bool) -> None:
@@ -249,15 +318,11 @@ def _hugging_face_encoder(spec: ModelSpec, folder: Path) -> Encoder:
     return encode
 
 
-def _check_tokenizer(spec: ModelSpec, folder: Path) -> None:
-    """Compare the ids of sentences up to the end mark; what pads after it is never looked at."""
+def _hugging_face_ids(spec: ModelSpec, folder: Path) -> Ids:
     from transformers import AutoTokenizer
 
-    sentences = ["A dog's 2 puppies run!", "two snow-boarders jump over a red car", "naïve café"]
-    theirs = AutoTokenizer.from_pretrained(folder)(sentences, truncation=True, max_length=spec.context_length)
-    for sentence, found, wanted in zip(sentences, theirs["input_ids"], make_tokenizer(spec)(sentences).tolist()):
-        if found != wanted[: len(found)]:
-            raise RuntimeError(f"{folder}: the tokenizer gives other ids than the model's for {sentence!r}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda sentences: tokenizer(sentences, truncation=True, max_length=spec.context_length)["input_ids"]
 
 
 # One file per tower
@@ -362,6 +427,43 @@ def _trace(spec: ModelSpec, tower: nn.Module, example: torch.Tensor) -> torch.ex
 
 
 # Writing and comparing
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that takes the name `out` when the block is done without an error.
+
+    Raises:
+        UserError: a file or a filled folder is in the way, or it cannot be written.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already; name a new folder, or remove it first")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out, shared=True) as temporary:
+            temporary.mkdir()
+            yield temporary
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
+
+
+def _write_card(folder: Path, card: Card | None, text: str, place: str) -> None:
+    if card:
+        (folder / "README.md").write_text(card(_lines(text, place)), encoding="utf-8")
+
+
+def _lines(text: str, place: str) -> tuple[str, ...]:
+    """Return the lines that load a folder, with the name under which it is loaded."""
+    return tuple(text.replace("PLACE", place).splitlines())
+
+
+def _check_tokenizer(spec: ModelSpec, where: Path, ids: Ids) -> None:
+    """Compare the ids of sentences up to the end mark; what pads after it is never looked at."""
+    sentences = ["A dog's 2 puppies run!", "two snow-boarders jump over a red car", "naïve café"]
+    for sentence, found, wanted in zip(sentences, ids(sentences), make_tokenizer(spec)(sentences).tolist()):
+        end = min(len(found), max(place for place, token in enumerate(wanted) if token) + 1)  # zeros pad
+        if found[:end] != wanted[:end]:
+            raise RuntimeError(f"{where}: the tokenizer gives other ids than the model's for {sentence!r}")
 
 
 def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from clipdist.config import Model
-from clipdist.errors import exit_code
+from clipdist.errors import UserError, exit_code
+from clipdist.models.export import export_open_clip_folder
 from clipdist.models.load import load_model
 from tools import prepare_pretrained as tool
 
@@ -72,6 +74,14 @@ def test_the_towers_are_those_of_the_packages(packages, tmp_path, monkeypatch):
     hidden = bert(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state
     means = torch.stack([hidden[0, :3].mean(0), hidden[1, :2].mean(0)])
     assert torch.allclose(model.locked_features(tokens), means, atol=1e-5)
+    with pytest.raises(UserError, match="a folder of this machine, which open_clip's folder cannot hold"):
+        export_open_clip_folder(model, tmp_path / "hub")
+    described = json.loads((tmp_path / "out" / "model.json").read_text())
+    described["text_cfg"] = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}
+    (tmp_path / "out" / "plain.json").write_text(json.dumps(described))
+    plain = load_model(str(tmp_path / "out" / "plain.json"), allow_random=True).model
+    assert export_open_clip_folder(plain, tmp_path / "hub").error.difference < 1e-5
+    assert str(tmp_path) not in (tmp_path / "hub" / "open_clip_config.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import argparse
 import json
 import pickle
 import runpy
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clipdist.checkpoint import writer as checkpoint
-from clipdist.config import Clip, Model
+from clipdist.config import Clip, Model, load_config, to_yaml
 from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models import spec as spec_module
@@ -270,9 +271,9 @@ def test_a_download_that_fails_is_bad_input(tmp_path: Path, monkeypatch: pytest.
 # Export and loading back
 
 
-def trained(name: str, **settings: Any) -> DualEncoder:
+def trained(name: str, clip: Clip | None = None, **settings: Any) -> DualEncoder:
     torch.manual_seed(7)
-    model = build_model(Model(name=name, **settings)).eval()
+    model = build_model(Model(name=name, **settings), clip).eval()
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
     model.logit_scale.data.fill_(3.25)
@@ -476,3 +477,59 @@ def test_export_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert record["max_difference"] < 1e-5
     assert f'create_model_and_transforms("tool", pretrained="{out}")' in printed
     assert out.is_file()
+
+
+@torch.no_grad()
+def test_a_folder_for_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained(model_json(tmp_path, quick_gelu=True, image_mean=[0.5, 0.4, 0.3]), clip=Clip(loss="sigmoid"))
+    run = tmp_path / "run"
+    run_folder(run, model, step=5)
+    records = [{"type": "val", "step": step, "samples": 8 * step, "t2i_r1": 10.0 * step} for step in (4, 5, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = [f"data.train=[{tmp_path}/flickr8k/train,https://u:secret@host/x.tar?sig=secret]", "data.val=data/val"]
+    (run / "config.yaml").write_text(to_yaml(load_config(None, [*words, "train.global_batch=8"])))
+    main = runpy.run_path(str(TOOL))["main"]
+
+    def export(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["export.py", str(run), "--out", str(tmp_path / "hub"), *arguments])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    printed = export("--format", "open_clip_folder", "--push-ready", "me/demo", "--dtype", "fp16")
+    assert f"not pushed: read {tmp_path}/hub/README.md, fill in its licence, then\n    hf upload me/demo " in printed
+    space: dict[str, Any] = {}
+    lines = printed.partition("the same for you:\n")[2].partition("not pushed")[0]
+    exec(textwrap.dedent(lines), space)
+    theirs = space["model"].eval()
+    image, _ = inputs()
+    preprocess = space["preprocess"].transforms[-1]
+    assert list(preprocess.mean) == [0.5, 0.4, 0.3]
+    assert float(theirs.logit_bias) == float(model.logit_bias)
+    found = theirs.encode_image(preprocess(image / 255)), theirs.encode_text(space["tokenizer"](["A dog's café!"]))
+    wanted = model.encode_image(image), model.encode_text(make_tokenizer(model.spec)(["A dog's café!"]))
+    for mine, other in zip(wanted, found):
+        assert torch.nn.functional.cosine_similarity(mine, other).min() > 0.9999
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: open_clip\n")
+    assert "# license: fill in" in card
+    assert 'create_model_and_transforms("hf-hub:me/demo")' in card
+    assert "- flickr8k/train\n- https://host/x.tar\n" in card
+    assert "Measured by the run at step 5 on data/val" in card
+    assert "| text to image R@1, % | 50.00 |" in card
+    assert str(tmp_path) not in card
+    assert "secret" not in card
+    assert {path.name for path in (tmp_path / "hub").iterdir()} >= {"open_clip_config.json", "tokenizer.json"}
+    for arguments, complaint in (
+        (("--format", "onnx", "--push-ready", "me/demo"), "needs --format open_clip_folder or hugging_face"),
+        (("--format", "hugging_face", "--push-ready", "demo"), "must be a name on the hub, USER/NAME"),
+        (("--format", "hugging_face"), "is there already"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            export(*arguments)
+    shutil.rmtree(tmp_path / "hub")
+    export("--format", "hugging_face")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'CLIPModel.from_pretrained("hub")' in card
+    assert "- flickr8k/train\n" in card
