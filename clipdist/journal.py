@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from clipdist.run_plan import RunPlan
 if TYPE_CHECKING:
     from clipdist.engine.step import Engine, StepResult
     from clipdist.evals.validation import Findings, Validation
+    from clipdist.models.spec import ModelSpec
 
 
 class Journal:
@@ -50,11 +52,8 @@ class Journal:
         self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step)
         self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
 
-    def log_start(self, engine: Engine, model: str, loader: Any) -> None:
+    def log_start(self, engine: Engine, spec: ModelSpec, loader: Any) -> None:
         """Write config.yaml and environment.json, and log the start of the run.
-
-        Args:
-            model: name of the model.
 
         Raises:
             Fault: the run folder cannot be written.
@@ -75,7 +74,7 @@ class Journal:
         parameters, trained = (sum(engine.zero.numel(trained_only).values()) for trained_only in (False, True))
         part = f" ({trained / 1e6:.2g} M trained)" if trained < parameters else ""
         self.log(
-            f"{config.run.dir}: {model}, {parameters / 1e6:.1f} M parameters{part}; {len(plan.catalog)} samples;"
+            f"{config.run.dir}: {spec.name}, {parameters / 1e6:.1f} M parameters{part}; {len(plan.catalog)} samples;"
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
@@ -84,7 +83,7 @@ class Journal:
         )
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
-        self.log(self._taken())
+        self.log(self._taken(spec))
         how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
             self.log(f"goes on from {plan.resume.folder}")
@@ -92,7 +91,7 @@ class Journal:
         else:
             self.event(plan.start_step, "start", **how)
 
-    def _taken(self) -> str:
+    def _taken(self, spec: ModelSpec) -> str:
         """Return a line on what was taken where a setting leaves it open, or another setting comes first."""
         config, plan, device = self.config, self.plan, self.dist_env.device
         train = config.train
@@ -104,6 +103,9 @@ class Journal:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
             how = sweeps(config.objectives.clip.implementation, torch.empty(0, dtype=dtype, device=device))
             parts.append(f"loss by {how.__name__.rpartition('.')[2]}")
+            if narrower := config.objectives.clip.nested_widths(spec.embed_dim)[:-1]:
+                widths = ", ".join(map(str, narrower))
+                parts.append(f"mean of the losses at widths {widths} and {spec.embed_dim} (embed_dim)")
         parts += [
             f"{config.data.threads or default_threads()} decoding threads a rank",
             f"order of {plan.order.streams} streams and windows of {plan.order.window or 'a whole stream'}",
@@ -184,7 +186,8 @@ class Journal:
         if not findings.values or self.dist_env.rank:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
-        names = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
+        names: tuple[str, ...] = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
+        names += tuple(name for name in findings.values if re.fullmatch(r"width_\d+/t2i_r1", name))
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
         if "candidates" in findings.values:
             images, captions = (round(findings.values[name]) for name in ("candidates", "captions"))

@@ -108,8 +108,9 @@ class Trainer:
             locked=locked,
             pin=dist_env.device.type == "cuda",
         )
+        widths = config.objectives.clip.nested_widths(self.spec.embed_dim) if config.objectives.clip else ()
         self.validation = Validation(
-            config.eval, config.data, plan.val, self.tokenizer, self.spec.transform, dist_env, locked_val
+            config.eval, config.data, plan.val, self.tokenizer, self.spec.transform, dist_env, locked_val, widths[:-1]
         )
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""
@@ -190,7 +191,7 @@ class Trainer:
             raise
 
     def _loop(self) -> Outcome:
-        self.journal.log_start(self.engine, self.spec.name, self.loader)
+        self.journal.log_start(self.engine, self.spec, self.loader)
         pixels = f"mean {list(self.spec.image_mean)}, deviation {list(self.spec.image_std)}"
         self.journal.log(f"images in evaluation: {self.spec.transform}; {pixels}")
         timer = StepTimer(self.loader, self.step)

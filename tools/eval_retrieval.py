@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipdist.errors import UserError, run_main
 from clipdist.evals import front
@@ -42,7 +42,9 @@ def main() -> None:
 
             kept = {name: value for name, value in facts.items() if name != "run_dir"}  # others may use the file
             save_embeddings(args.save_embeddings, embeddings, kept)
-        folds = rank_folds(embeddings, facts, dist_env)
+        full = embeddings.image.shape[1]
+        narrower = widths_of(args, facts, full)
+        folds = {width: rank_folds(embeddings, facts, dist_env, width) for width in (full, *narrower)}
         if dist_env.rank == 0:
             report(args, folds, embeddings, facts)
 
@@ -110,6 +112,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
         "catalog": catalog.fingerprint(),
         "protocol": args.protocol,
         "positions": "[]",
+        "widths": json.dumps(loaded.widths),
     }
     if protocol:
         positions = [place_of[sample_id] for sample_id in embeddings.sample_ids.tolist()]
@@ -119,8 +122,16 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
     return embeddings, facts
 
 
-def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv) -> list[Ranks]:
-    """Rank every fold. Collective where there are several ranks: each scores its share."""
+def widths_of(args: argparse.Namespace, facts: dict[str, str], full: int) -> list[int]:
+    """Return the widths below `full` at which retrieval is measured too: those named, or those that were trained."""
+    widths = args.widths or json.loads(facts.get("widths", "[]"))
+    if wrong := [width for width in widths if not 0 < width <= full]:
+        raise UserError(f"--widths {wrong[0]}: the features have {full} numbers")
+    return sorted({width for width in widths if width < full})
+
+
+def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv, width: int) -> list[Ranks]:
+    """Rank every fold by the first `width` features. Collective with several ranks: each scores its share."""
     from clipdist.evals.protocols import PROTOCOLS, folds_of
     from clipdist.evals.retrieval import retrieval_ranks
 
@@ -129,16 +140,22 @@ def rank_folds(embeddings: Embeddings, facts: dict[str, str], dist_env: DistEnv)
     if protocol:
         folds = folds_of(embeddings, json.loads(facts.get("positions", "[]")), protocol)
     device = dist_env.device
-    return [retrieval_ranks(image.to(device), text.to(device), rows.to(device), True) for image, text, rows in folds]
+    return [
+        retrieval_ranks(image[:, :width].to(device), text[:, :width].to(device), rows.to(device), True)
+        for image, text, rows in folds
+    ]
 
 
-def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings, facts: dict[str, str]) -> None:
+def report(
+    args: argparse.Namespace, folds_by_width: dict[int, list[Ranks]], embeddings: Embeddings, facts: dict[str, str]
+) -> None:
+    """Print the tables and write the record; `folds_by_width` has all features first."""
     from clipdist.data.members import tell_sources
     from clipdist.evals.protocols import CAPTIONS, PROTOCOLS
     from clipdist.evals.retrieval import bootstrap_intervals, mean_metrics
 
-    metrics = mean_metrics(folds)
-    intervals = bootstrap_intervals(folds, args.resamples, args.seed, LEVEL) if args.resamples else {}
+    full, *narrower = folds_by_width
+    folds = folds_by_width[full]
     name = facts.get("protocol", "")
     missing = PROTOCOLS[name].images - len(embeddings.keys) if name else 0
     title = facts.get("model", str(args.embeddings))
@@ -146,18 +163,25 @@ def report(args: argparse.Namespace, folds: list[Ranks], embeddings: Embeddings,
         title += f"; {name}" + (f", NOT the published set: {missing} pictures missing" if missing else "")
     if len(folds) > 1:
         title += f"; mean over {len(folds)} folds"
-    print_table(title, metrics, intervals, args.resamples)
+    record: dict[str, Any] = {}
+    for width, ranked in folds_by_width.items():
+        metrics = mean_metrics(ranked)
+        intervals = bootstrap_intervals(ranked, args.resamples, args.seed, LEVEL) if args.resamples else {}
+        first = "" if width == full else f"; the first {width} of {full} features"
+        print_table(title + first, metrics, intervals, args.resamples)
+        ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
+        ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
+        prefix = "" if width == full else f"width_{width}/"
+        record |= {prefix + key: value for key, value in (metrics | ends).items()}
     if embeddings.caption_sources:
         first = f", the first {CAPTIONS} of a picture" if name else ""
         print(f"captions are {tell_sources(embeddings.caption_sources)}{first}")
-    ends = {f"{key}_low": low for key, (low, _) in intervals.items()}
-    ends |= {f"{key}_high": high for key, (_, high) in intervals.items()}
     source = {"model": facts.get("model"), "step": int(facts["step"]) if facts.get("step") else None}
     left_out = {reason: len(keys) for reason, keys in embeddings.bad.items()}
     test_set = {"protocol": name or None, "folds": len(folds), "missing": missing, "left_out": left_out}
     test_set["caption_sources"] = embeddings.caption_sources
     drawn = {"resamples": args.resamples, "seed": args.seed}
-    record = {**metrics, **ends, **source, **test_set, **drawn}
+    record |= {**source, **test_set, **drawn, "widths": narrower}
     run_dir = Path(facts["run_dir"]) if facts.get("run_dir") else None
     front.finish(args, record, run_dir=run_dir, tool="eval_retrieval")
 
@@ -202,6 +226,7 @@ def parse_args() -> argparse.Namespace:
     add("--allow-missing", action="store_true", help="evaluate a protocol without some of its pictures")
     add("--embeddings", type=Path, metavar="FILE", help="saved earlier, in place of RUN and SHARDS")
     add("--save-embeddings", type=Path, metavar="FILE", help="keep them: a .safetensors file")
+    add("--widths", type=int, nargs="+", metavar="D", help="the first D features too (objectives.clip.widths of RUN)")
     front.add_number(parser, "--resamples", 1000, "for the intervals (1000); 0: none", "N", 0)
     front.add_number(parser, "--seed", 0, "of the resamples (0)", least=0)
     front.add_members(parser)

@@ -133,6 +133,8 @@ def _check_clip(clip: Clip) -> None:
     must = "be above 0; objectives.clip=null takes it out"
     _need(0 < clip.weight < math.inf, f"{key}weight", clip.weight, must)
     _need(0 <= clip.label_smoothing < 1, f"{key}label_smoothing", clip.label_smoothing, "lie in [0, 1)")
+    ascending = all(low < high for low, high in zip([0, *clip.widths], clip.widths))
+    _need(ascending, f"{key}widths", clip.widths, "be ascending numbers of features, such as [64, 128]")
     must = "not exceed ln 100 (the bound of the CLIP paper)"
     _need(clip.logit_scale_max <= math.log(100) + 1e-9, f"{key}logit_scale_max", clip.logit_scale_max, must)
     must = f"not exceed {key}logit_scale_max={clip.logit_scale_max}"

@@ -99,6 +99,7 @@ class Clip:
     logit_bias_init: float = -10.0  # of the sigmoid loss
     group_positives: bool = True  # pairs with equal captions are positives of one another, not negatives
     label_smoothing: float = 0.0  # share of the target that is spread over all candidates
+    widths: list[int] = field(default_factory=list)  # also trained: the first d features (Matryoshka); empty: all alone
     implementation: Literal["auto", "tiles", "kernel"] = "auto"  # all compute the same loss; kernel needs a GPU
 
     @property
@@ -107,6 +108,10 @@ class Clip:
         if self.logit_scale_init is not None:
             return self.logit_scale_init
         return math.log(10) if self.loss == "sigmoid" else math.log(1 / 0.07)
+
+    def nested_widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Return the widths whose losses are averaged, ascending: those of `widths`, and always embed_dim."""
+        return (*(width for width in self.widths if width < embed_dim), embed_dim)
 
 
 @dataclass(frozen=True)

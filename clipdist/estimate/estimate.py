@@ -143,7 +143,9 @@ class Estimate:
     @cached_property
     def wire(self) -> dict[str, float]:
         """Bytes that a rank sends in a step, by collective."""
-        return wire_bytes(self.sizes, self.layout, self.config.clip.loss, self.precision)
+        clip = self.config.clip
+        narrower = clip.nested_widths(self.sizes.width)[:-1]
+        return wire_bytes(self.sizes, self.layout, clip.loss, self.precision, narrower)
 
     @property
     def samples(self) -> int | None:
@@ -191,6 +193,9 @@ class Estimate:
         features = 2 * share * width * size + share * width * 4 + batch * (width * 4 + 16)  # and their fp32 gradients
         if self.world > 1:
             features += 3 * batch * width * size  # all ranks' text features; their gradients as sent and received
+        # Of every narrower width: copies of both sides, and their fp32 gradients until the backward pass.
+        narrow = sum(self.config.clip.nested_widths(width)[:-1])
+        features += 2 * share * narrow * (size + 4)
         if self.layout.pieces > 1:
             features += 2 * share * width * 4  # the feature gradients that micro-batches wait for
         return features

@@ -7,23 +7,27 @@ all-reduce (use_multi_rank_bucket_allreduce), not by a reduce-scatter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from clipdist.estimate.memory import LIVE, ModelSizes, StepLayout
 from clipdist.losses.wire import clipdist_bytes
 
 
-def wire_bytes(sizes: ModelSizes, layout: StepLayout, op: str, dtype: str) -> dict[str, float]:
+def wire_bytes(
+    sizes: ModelSizes, layout: StepLayout, op: str, dtype: str, narrower: Sequence[int] = ()
+) -> dict[str, float]:
     """Return bytes by collective; empty with one rank.
 
     Args:
         op: infonce or sigmoid.  dtype: fp32, bf16 or fp16.
+        narrower: widths that have a loss of their own, beside that of all features.
     """
     if layout.world == 1:
         return {}
     part = (layout.world - 1) / layout.world
     weights, gradients = sizes.all * layout.itemsize, sizes.trained * layout.itemsize
-    found = {
-        "loss: features, their gradients, sums": clipdist_bytes(op, layout.world, layout.share, sizes.width, dtype)
-    }
+    losses = [clipdist_bytes(op, layout.world, layout.share, width, dtype) for width in (*narrower, sizes.width)]
+    found = {"loss: features, their gradients, sums": sum(losses)}
     if layout.stage < 3:
         times = layout.pieces if layout.stage == 2 else 1  # stage 2 reduces after every micro-batch
         found["gradients: all-reduce"] = 2 * part * gradients * times

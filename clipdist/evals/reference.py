@@ -50,7 +50,7 @@ def dense_loss(
     bias: torch.Tensor | None,
     batch: Batch,
 ) -> torch.Tensor:
-    """Compute the global loss with the full matrix of logits, in the dtype of its inputs.
+    """Compute the global loss with the full matrix of logits, in the dtype of its inputs: the mean over the widths.
 
     Args:
         images, texts: features [B, D], not normalised.
@@ -63,14 +63,16 @@ def dense_loss(
     valid = batch.valid_in(MODALITIES).to(images.device)
     group_id = batch.group_id if cfg.group_positives else torch.arange(len(valid))
     group_id = group_id.to(images.device)[valid]
-    images = (images / images.norm(dim=1, keepdim=True))[valid]
-    texts = (texts / texts.norm(dim=1, keepdim=True))[valid]
-    logits = t.exp() * images @ texts.T
-    same = (group_id[:, None] == group_id[None, :]).to(logits.dtype)
-    if cfg.loss == "sigmoid":
-        assert bias is not None
-        return _sigmoid(logits + bias, same, cfg.label_smoothing)
-    return _info_nce(logits, same, cfg.label_smoothing)
+    same = (group_id[:, None] == group_id[None, :]).to(images.dtype)
+    values = []
+    for width in sorted({*cfg.widths, images.shape[1]}):
+        x, y = ((part / part.norm(dim=1, keepdim=True))[valid] for part in (images[:, :width], texts[:, :width]))
+        logits = t.exp() * x @ y.T
+        if bias is not None:
+            values.append(_sigmoid(logits + bias, same, cfg.label_smoothing))
+        else:
+            values.append(_info_nce(logits, same, cfg.label_smoothing))
+    return sum(values, torch.zeros_like(t[0])) / len(values)
 
 
 def _info_nce(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:

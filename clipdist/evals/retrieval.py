@@ -49,15 +49,26 @@ def retrieval_metrics(image_features: Tensor, text_features: Tensor, text_image:
 
 
 def distributed_retrieval(
-    own: Embeddings, process_group: dist.ProcessGroup | None = None, device: str | torch.device = "cpu"
+    own: Embeddings,
+    process_group: dist.ProcessGroup | None = None,
+    device: str | torch.device = "cpu",
+    widths: Sequence[int] = (),
 ) -> tuple[dict[str, float], Embeddings]:
     """Return metrics and all embeddings on every rank, from each rank's own slice. Collective: every rank must call it.
 
     The features are gathered; each rank then scores its share of the captions, on `device`.
+
+    Args:
+        widths: R@K of the first d features, each normalised anew, is measured too: width_64/t2i_r1 ...
     """
     whole = gather_embeddings(own, process_group)
-    features = (whole.image.to(device), whole.text.to(device), whole.text_image.to(device))
-    return summarise(retrieval_ranks(*features, together=True, process_group=process_group)), whole
+    image, text, rows = whole.image.to(device), whole.text.to(device), whole.text_image.to(device)
+    metrics = summarise(retrieval_ranks(image, text, rows, together=True, process_group=process_group))
+    for width in widths:
+        ranks = retrieval_ranks(image[:, :width], text[:, :width], rows, together=True, process_group=process_group)
+        found = summarise(ranks)
+        metrics |= {f"width_{width}/{way}_r{k}": found[f"{way}_r{k}"] for way in ("t2i", "i2t") for k in CUTOFFS}
+    return metrics, whole
 
 
 def retrieval_ranks(

@@ -5,7 +5,7 @@ It runs the code of the offline tools, on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +45,8 @@ class Findings:
     """Result of one validation.
 
     Attributes:
-        values: metrics by name: t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (only on rank 0).
+        values: metrics by name: t2i_r1 ...; width_64/t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (only on
+            rank 0).
         embeddings: of the validation shards, for the contact sheet; None: there are none.
     """
 
@@ -60,6 +61,7 @@ class Validation:
         val: the validation shards, if any.
         transform: the model's evaluation transform.
         locked: features of the validation shards: see embed_catalog.
+        widths: of features at which retrieval is measured too.
 
     Raises:
         UserError: eval.labelled cannot be read, or a setting needs it.
@@ -74,8 +76,9 @@ class Validation:
         transform: EvalTransform,
         dist_env: DistEnv,
         locked: Mapping[str, LockedFeatures] | None = None,
+        widths: Sequence[int] = (),
     ) -> None:
-        self._locked = locked
+        self._locked, self._widths = locked, widths
         self._cfg, self._data, self._val, self._tokenizer, self._transform = cfg, data, val, tokenizer, transform
         self._dist_env = dist_env
         self._labelled = open_labelled(cfg.labelled) if cfg.labelled else None
@@ -94,7 +97,7 @@ class Validation:
             own = embed_catalog(
                 model.encode, self._val, self._tokenizer, self._transform, share, data=self._data, locked=self._locked
             )
-            measured, embeddings = distributed_retrieval(own, device=self._dist_env.device)
+            measured, embeddings = distributed_retrieval(own, device=self._dist_env.device, widths=self._widths)
             values |= measured
         if self._labelled is not None:
             measured = zero_shot_of(

@@ -339,6 +339,8 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
         resize(towers.visual, spec.image_size)
     except Exception as error:  # timm, transformers and the hub raise errors of many types for bad descriptions
         raise UserError(_cannot_build(described, spec, error)) from error
+    if clip and max([0, *clip.widths]) > spec.embed_dim:
+        raise UserError(f"objectives.clip.widths={clip.widths}: {spec.name} has embed_dim={spec.embed_dim} features")
     keep_statistics_fp32(towers.visual)
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
     return DualEncoder(spec, towers.visual, text, clip or config.Clip())

@@ -20,6 +20,7 @@ from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.data.tokens import Tokenizer, make_tokenizer
+from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
 from clipdist.models.hugging_face import is_hugging_face, read_config
@@ -34,10 +35,10 @@ _OWN_WEIGHTS = "has weights of its own; leave {} out, or name a model instead"
 class Preprocess:
     """The evaluation transform of a model: an image as its image tower takes it."""
 
-    image_size: int
+    transform: EvalTransform
 
     def __call__(self, image: str | Path | bytes | np.ndarray | Image.Image) -> torch.Tensor:
-        """Return uint8 [3, image_size, image_size] of a file, its bytes, pixels uint8 [h, w, 3], or Pillow's image.
+        """Return uint8 [3, S, S] of a file, its bytes, pixels uint8 [h, w, 3], or Pillow's image.
 
         Raises:
             UserError: the file cannot be read, or is not an image.
@@ -47,10 +48,9 @@ class Preprocess:
             if isinstance(image, (str, Path)):
                 image = Path(image).read_bytes()
             if isinstance(image, bytes):
-                return eval_image(image, self.image_size)
-            return eval_pixels(
-                np.array(image.convert("RGB") if isinstance(image, Image.Image) else image), self.image_size
-            )
+                return eval_image(image, self.transform)
+            pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+            return eval_pixels(pixels, self.transform)
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
         except BadSample as error:
@@ -68,6 +68,7 @@ class LoadedModel:
             is not from a checkpoint.
         kept: the data section of a run that keeps the features of locked towers; None: it does not. The towers are
             then locked.
+        widths: of features that were trained too (objectives.clip.widths).
     """
 
     model: DualEncoder
@@ -77,10 +78,11 @@ class LoadedModel:
     step: int | None
     manifest_sha256: str = ""
     kept: config.Data | None = None
+    widths: tuple[int, ...] = ()
 
     @property
     def preprocess(self) -> Preprocess:
-        return Preprocess(self.model.spec.image_size)
+        return Preprocess(self.model.spec.transform)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -159,10 +161,13 @@ def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -
     kept = config.Data(**data) if data.get("cache_features") else None
     if kept:
         model.lock_towers(config.Model(**{**manifest.config["model"], "lora": None}))
+    objective = manifest.config.get("objectives", {}).get("clip") or {}
+    widths = tuple(objective.get("widths", ()))
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
-    return LoadedModel(model.to(device).eval(), make_tokenizer(spec), label, run_dir, manifest.step, digest, kept)
+    model = model.to(device).eval()
+    return LoadedModel(model, make_tokenizer(spec), label, run_dir, manifest.step, digest, kept, widths)
 
 
 def _merged_weights(folder: Path, manifest: Manifest, base: str) -> dict[str, torch.Tensor]:

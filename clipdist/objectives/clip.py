@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipdist import config
@@ -43,10 +44,17 @@ class ClipObjective:
         )
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
-        """Return the term. See Objective.loss."""
-        scalars = outputs["logit_scale"], outputs.get("logit_bias")
-        value, statistics = self.function(outputs[IMAGE], outputs["text"], *scalars, **self._rows(batch))
-        return Term(value, rank_and_world()[1], self.cfg.weight, statistics)
+        """Return the term: with objectives.clip.widths the mean of the losses of the first d features, each normalised
+        anew (Kusupati et al., arXiv:2205.13147, eq. 1 with equal weights). See Objective.loss.
+        """
+        scalars, rows = (outputs["logit_scale"], outputs.get("logit_bias")), self._rows(batch)
+        image, text = outputs[IMAGE], outputs["text"]
+        nested = [
+            self.function(image[..., :width].contiguous(), text[..., :width].contiguous(), *scalars, **rows)
+            for width in self.cfg.nested_widths(image.shape[-1])
+        ]
+        value = torch.stack([value for value, _ in nested]).mean() if len(nested) > 1 else nested[0][0]
+        return Term(value, rank_and_world()[1], self.cfg.weight, nested[0][1])
 
     def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
         """Return the number of valid pairs and the in-batch accuracies (percent). Collective."""

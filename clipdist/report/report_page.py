@@ -136,8 +136,12 @@ def _validation(runs: Runs) -> list[Markup]:
     if not any(run.of_type("val") for run in runs):
         return [parts.missing("No validation is recorded: data.val was empty, or none has been due yet.")]
     names = [name for name in recorded_names(runs, "val") if name not in RECORD_KEYS]
+    widths = tuple(name for name in names if name.startswith("width_"))
     evaluators = [n for n in names if "/" in n and label_of(n).endswith("%") and not n.endswith("/chance")]
-    specs = [*RETRIEVAL, *(ChartSpec(label_of(name), (name,), "val", zero=True) for name in evaluators)]
+    charts: list[tuple[str, tuple[str, ...]]] = [(label_of(name), (name,)) for name in evaluators if name not in widths]
+    if widths:
+        charts.append(("text to image R@1 by width, %", tuple(name for name in widths if name.endswith("/t2i_r1"))))
+    specs = [*RETRIEVAL, *(ChartSpec(label, shown, "val", zero=True) for label, shown in charts)]
     rows = [(label_of(name), [labelled_text(label_of(name), run.last("val", name)) for run in runs]) for name in names]
     contents = [*chart_grid(runs, specs), parts.heading("Last validation"), _by_run(runs, rows)]
     for run in runs:

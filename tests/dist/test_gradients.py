@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ DROPOUT = "tests/dist/vit_patch_dropout.json"
 BATCH = 16
 STAGES = (0, 1, 2, 3)
 LOSSES = ("infonce", "sigmoid")
+WIDTHS = (8, 16)  # of 32 features
 MISTAKES = ("without_w", "bad_rows_count", "local_rows")  # of tests/dist/gradients.py
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -32,11 +34,13 @@ def cell(
     micro: int = 0,
     steps: int = 1,
     lora: bool = False,
+    widths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it."""
+    clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
     config = {
         "model": {"name": model, **({"lora": {"rank": 2}} if lora else {})},
-        "objectives": {"clip": {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0}},
+        "objectives": {"clip": clip},
         "optim": {"lr": 1e-3},
         "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision},
         # tiny parameters are partitioned, too, as large ones are
@@ -45,7 +49,8 @@ def cell(
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
     }
-    label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro}{' lora' if lora else ''}"
+    more = f"{list(widths) or ''}{' lora' if lora else ''}"
+    label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     return {"label": label, "config": config, "steps": steps}
 
 
@@ -60,6 +65,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
     for micro in (0, share // 2):
         cells += [cell(model=RESNET, micro=micro, steps=2), cell(model=DROPOUT, stage=3, micro=micro)]
         cells += [cell(model=CBOW, micro=micro)]
+        cells += [cell(stage=stage, loss=LOSSES[stage % 2], micro=micro, widths=WIDTHS) for stage in STAGES]
     if world == 2:
         # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.
         cells += [cell(stage=stage, micro=2 * (stage % 2), steps=2, lora=True) for stage in STAGES]

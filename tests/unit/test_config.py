@@ -99,6 +99,8 @@ def test_deepspeed_settings_pass_through():
         ("data.image_members=a/b", ["data.image_members", "suffixes such as jpg"]),
         ("data.streams=3", ["data.streams=3", "divide train.global_batch"]),
         ("objectives.clip.logit_scale_max=5", ["objectives.clip.logit_scale_max=5", "ln 100"]),
+        ("objectives.clip.widths=[64,32]", ["objectives.clip.widths=[64, 32]", "ascending"]),
+        ("objectives.clip.widths=[0]", ["objectives.clip.widths=[0]", "ascending"]),
         ("model.text_unlocked_layers=-1", ["model.text_unlocked_layers=-1", "negative"]),
         ("model.image_unlocked_groups=2", ["model.image_unlocked_groups=2", "model.lock_image=true"]),
         ("model.text_unlocked_layers=1", ["model.text_unlocked_layers=1", "model.lock_text=true"]),

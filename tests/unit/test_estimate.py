@@ -16,6 +16,7 @@ from clipdist.estimate import activations, full_table, make_estimate, summary
 from clipdist.estimate.activations import Activations, meta_model, one_pass
 from clipdist.estimate.memory import ACTIVATIONS, ModelSizes, StepLayout, by_stage, optimizer_bytes, weight_bytes
 from clipdist.estimate.traffic import wire_bytes
+from clipdist.losses.wire import clipdist_bytes
 from clipdist.models.dual_encoder import build_model
 
 TINY = ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", "device=cpu"]
@@ -141,6 +142,8 @@ def test_bytes_on_the_wire_by_hand() -> None:
     assert one["weights: all-gather after the step"] == 3 / 4 * 8000
     pieces = wire_bytes(SIZES, layout(stage=2, micro=2), "infonce", "bf16")
     assert pieces["gradients: all-reduce"] == 4 * one["gradients: all-reduce"]
+    loss, narrow = "loss: features, their gradients, sums", clipdist_bytes("infonce", 4, layout().share, 8, "bf16")
+    assert wire_bytes(SIZES, layout(), "infonce", "bf16", [8])[loss] == one[loss] + narrow
     assert "gradients: reduce-scatter" in wire_bytes(SIZES, layout(stage=3), "infonce", "bf16")
 
 

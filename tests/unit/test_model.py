@@ -198,6 +198,14 @@ def test_sizes_that_a_tower_does_not_take_are_refused(vision: dict, context: int
             make()
 
 
+def test_widths_beyond_the_features_are_refused() -> None:
+    told = r"^objectives.clip.widths=\[8, 33\]: .*tiny_vit.json has embed_dim=32 features"
+    config = load_config(None, [f"model.name={TINY_VIT}", "objectives.clip.widths=[8,33]"])
+    for make in (lambda: build_model(config.model, config.clip), lambda: meta_model(config)):
+        with pytest.raises(UserError, match=told):
+            make()
+
+
 def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> None:
     told = "^train.global_batch, train.micro_batch: one pair in a forward pass leaves BatchNorm in .*tiny_rn"
     for words in (["train.global_batch=1"], ["train.global_batch=8", "train.micro_batch=1"]):

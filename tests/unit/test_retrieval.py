@@ -250,7 +250,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_shard(tmp_path / "00000.tar", [[f"picture {row}", f"number {row}"] for row in range(12)] + [[]])
-    run_tool(monkeypatch, "tiny", str(tmp_path), "--device", "cpu", "--batch", "5", "--json")
+    run_tool(monkeypatch, "tiny", str(tmp_path), "--device", "cpu", "--batch", "5", "--json", "--widths", "16", "32")
     captured = capsys.readouterr()
     record = json.loads(captured.out.splitlines()[-1])
     assert (record["candidates"], record["captions"], record["left_out"]) == (12, 24, {"missing caption": 1})
@@ -259,6 +259,9 @@ def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "captions are json:captions\n" in captured.out
     assert record["caption_sources"] == {"json:captions": 12}
     assert record["rsum_low"] <= record["rsum"] <= record["rsum_high"]
+    assert "tiny; the first 16 of 32 features: 12 pictures" in captured.out
+    assert (record["widths"], record["width_16/captions"]) == ([16], 24)
+    assert record["width_16/t2i_mean_rank"] != record["t2i_mean_rank"]
     for shown in (f"{record['i2t_r5']:14.2f}", f"{record['t2i_r5_low']:.2f}-{record['t2i_r5_high']:.2f}"):
         assert shown in captured.out
 
@@ -303,6 +306,8 @@ def test_tool_saves_and_reuses(
     computed = last_json(capsys)
     run_tool(monkeypatch, "--embeddings", saved, "--device", "cpu", "--json")
     assert last_json(capsys) == computed
+    with pytest.raises(UserError, match="--widths 65: the features have 32 numbers"):
+        run_tool(monkeypatch, "--embeddings", saved, "--device", "cpu", "--widths", "65")
     with pytest.raises(UserError, match="saved without --protocol"):
         run_tool(monkeypatch, "--embeddings", saved, "--protocol", "coco-5k")
 
