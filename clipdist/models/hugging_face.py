@@ -200,6 +200,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json with all defaults filled in, checked for what any of our towers can be."""
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()  # SigLIP's own folders name marks outside of their vocabulary
     found = read_json(folder / "config.json")
     kind = found.get("model_type")
     if kind == "siglip2":

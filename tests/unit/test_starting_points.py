@@ -26,10 +26,14 @@ from unit.test_decode import encoded, picture
 from unit.test_hugging_face import clip_folder
 from unit.test_weights import description, model_json, openai_archive, run_folder, source_model
 
-from clipdist.config import Clip, Model
+from clipdist.config import Clip, Data, Model
 from clipdist.data.decode import eval_image
+from clipdist.data.members import Members
 from clipdist.data.tokens import make_tokenizer
+from clipdist.data.transform import RESIZE_MODES
 from clipdist.errors import UserError
+from clipdist.evals.features import features_path
+from clipdist.evals.locked import LockedTowers
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.export import export_hugging_face, export_model, export_programs
 from clipdist.models.load import load_model
@@ -327,3 +331,15 @@ def test_weights_of_another_model_name_it(tmp_path: Path) -> None:
         "RN50",
         "RN50-quickgelu",
     ]
+
+
+def test_kept_features_are_those_of_one_transform(tmp_path: Path) -> None:
+    data: Any = SimpleNamespace(train=None, test=SimpleNamespace(digest="d"))
+    keys: set[Any] = set()
+    for mode in RESIZE_MODES:
+        torch.manual_seed(0)
+        model = build_model(Model(name=model_json(tmp_path, image_resize_mode=mode), lock_image=True))
+        env: Any = None  # nothing is computed
+        locked = LockedTowers(model, make_tokenizer(model.spec), Data(), env)
+        keys |= {locked._key("image", Members()), features_path(tmp_path, model, data, "projected")}
+    assert len(keys) == 6
