@@ -78,8 +78,9 @@ class Journal:
             f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
             f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
+        taken = {"all": "all", "first": "one", "random": "one"}.get(str(config.data.caption), f"{config.data.caption}")
         self.log(
-            f"data.train: {plan.catalog.contents}; of several a step takes one: data.caption={config.data.caption}"
+            f"data.train: {plan.catalog.contents}; of several a step takes {taken}: data.caption={config.data.caption}"
         )
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
@@ -102,7 +103,9 @@ class Journal:
         if config.objectives.clip is not None:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
             how = sweeps(config.objectives.clip.implementation, torch.empty(0, dtype=dtype, device=device))
-            parts.append(f"loss by {how.__name__.rpartition('.')[2]}")
+            several = config.data.several_captions
+            name = "tiles, as several texts an image need" if several else how.__name__.rpartition(".")[2]
+            parts.append(f"loss by {name}")
             if narrower := config.objectives.clip.nested_widths(spec.embed_dim)[:-1]:
                 widths = ", ".join(map(str, narrower))
                 parts.append(f"mean of the losses at widths {widths} and {spec.embed_dim} (embed_dim)")

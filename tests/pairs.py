@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,14 @@ def write_pairs(
     per_shard: int = 20,
     bad: dict[int, bytes] | None = None,
     without_caption: Collection[int] = (),
+    more: Mapping[int, dict[str, Any]] | None = None,
 ) -> Path:
     """Writes `count` samples of 32 x 32 pixels, PNG (lossless: the same pixels everywhere), two captions each.
 
     Args:
         bad: sample number -> bytes to stand in place of the picture.
         without_caption: numbers of samples that have a picture alone.
+        more: sample number -> fields of its .json, such as other captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
@@ -38,6 +41,7 @@ def write_pairs(
             picture, captions = draw_pair(number)
             picture = (bad or {}).get(number, picture)
             record = {"key": sample_key(shard, row), "captions": captions, "filename": f"{number}.png"}
+            record |= (more or {}).get(number, {})
             members = {"png": picture, "txt": captions[0].encode(), "json": json.dumps(record).encode()}
             if number in without_caption:
                 members = {"png": picture}

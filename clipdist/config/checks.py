@@ -36,7 +36,7 @@ def check(config: Config) -> None:
     _check_run(config.run)
     _check_data(config.data, config.model, config.train)
     _check_model(config.model)
-    _check_objectives(config.objectives)
+    _check_objectives(config.objectives, config.data)
     _check_optim(config.optim)
     _check_train(config.train)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
@@ -74,6 +74,9 @@ def _check_run(run: Run) -> None:
 
 def _check_data(data: Data, model: Model, train: Train) -> None:
     _need(0 < data.crop_scale_min <= 1, "data.crop_scale_min", data.crop_scale_min, "lie in (0, 1]")
+    caption = data.caption
+    known = caption in ("random", "first", "all") if isinstance(caption, str) else caption >= 2
+    _need(known, "data.caption", caption, "be random, first, all, or a number of captions from 2 on")
     amounts = len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter)
     must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
     _need(amounts and max([0, *data.jitter[3:]]) <= 0.5, "data.jitter", data.jitter, must)
@@ -122,10 +125,13 @@ def _check_cached(data: Data, model: Model) -> None:
             _need(not value, f"data.{name}", value, must.format("[]" if name == "jitter" else 0))
 
 
-def _check_objectives(objectives: Objectives) -> None:
+def _check_objectives(objectives: Objectives, data: Data) -> None:
     if objectives.clip is None:
         raise UserError("objectives: none is set; set one, such as objectives.clip={}")
     _check_clip(objectives.clip)
+    tiles = not data.several_captions or objectives.clip.implementation != "kernel"
+    must = f"be auto or tiles with data.caption={data.caption}: the kernel takes one text an image"
+    _need(tiles, "objectives.clip.implementation", "kernel", must)
 
 
 def _check_clip(clip: Clip) -> None:

@@ -36,7 +36,7 @@ class Data:
     weights: list[float] = field(default_factory=list)  # of a mixture, one per entry of data.train; empty: concatenated
     val: list[str] = field(default_factory=list)  # shards for retrieval during training; empty: no validation
     seed: int = 0  # of the order, the crops, and the choice of captions
-    caption: Literal["random", "first"] = "random"  # which of an image's captions a training step uses
+    caption: str | int = "random"  # of an image's captions a step uses one (random, first), a number of them, or all
     caption_members: list[str] = field(default_factory=list)  # empty: json:captions, txt, json:caption
     caption_lines: Literal["auto", "split", "whole"] = "auto"  # of a text: captions, or one caption; auto: by sample
     image_members: list[str] = field(default_factory=list)  # suffixes of images; empty: jpg, jpeg, png, webp, gif, bmp
@@ -59,6 +59,18 @@ class Data:
     cache_features: bool = False  # compute what locked towers give once, from images without augmentation; keep it
     stage: bool = False  # also cache local shards (on a slow network file system)
     retry_s: float = 300.0  # how long to retry a shard that cannot be fetched
+
+    @property
+    def several_captions(self) -> bool:
+        """Whether a step uses several captions of an image."""
+        return self.caption not in ("random", "first")
+
+    @property
+    def planned_texts(self) -> int:
+        """The texts of an image in a step; of all captions, as many as COCO and Flickr have: it differs by image."""
+        if isinstance(self.caption, int):
+            return self.caption
+        return 5 if self.caption == "all" else 1
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipdist.data.augment import apply_colour
 
 IMAGE = "image"  # the only view of CLIP
 MODALITIES = ("image", "text")
+EMPTY, CAPTION, NEGATIVE = 0, 1, 2  # what one of several places for texts of an image holds
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,11 @@ class Batch:
 
     Attributes:
         images: uint8 [b, 3, H, W] by the name of the view.
-        tokens: int64 [b, L].
+        tokens: int64 [b, L]; [b, K, L] with several texts of an image, where K may differ between ranks.
         valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
         sample_id: int64 [b].
-        group_id: int64 [b]; pairs with equal captions form a group.
+        group_id: int64 [b]; pairs with equal captions form a group. [b, K] with several texts.
+        roles: uint8 [b, K], what the K places of an image hold: EMPTY, CAPTION or NEGATIVE; None: one text an image.
         position: the number of the global batch, counted over all epochs.
         bad: (sample id, reason) of the rows that no objective can use.
         colour: float32 [b, C] on the CPU by the name of the view: colour changes that to() will apply.
@@ -37,6 +40,7 @@ class Batch:
     valid: dict[str, Tensor]
     sample_id: Tensor
     group_id: Tensor
+    roles: Tensor | None = None
     position: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     colour: dict[str, Tensor] = field(default_factory=dict)
@@ -60,6 +64,14 @@ class Batch:
         """Split into batches of `rows` rows; the last may have fewer."""
         return [self.rows(start, start + rows) for start in range(0, len(self), rows)]
 
+    def with_places(self, places: int) -> Batch:
+        """Return the batch with so many places for texts of each image, at least those that it has."""
+        assert self.roles is not None
+        more = places - self.roles.shape[1]
+        tokens = torch.cat([self.tokens, self.tokens[:, :1].expand(-1, more, -1)], dim=1)
+        group_id, roles = F.pad(self.group_id, (0, more)), F.pad(self.roles, (0, more), value=EMPTY)
+        return replace(self, tokens=tokens, group_id=group_id, roles=roles)
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, with the colour changes applied there."""
         moved = self.each(lambda tensor: tensor.to(device, non_blocking=True), colour={})
@@ -74,6 +86,7 @@ class Batch:
                 changed[name] = {key: change(tensor) for key, tensor in getattr(self, name).items()}
         for name in ("tokens", "sample_id", "group_id"):
             changed[name] = change(getattr(self, name))
+        changed["roles"] = None if self.roles is None else change(self.roles)
         return replace(self, **changed, **fixed)
 
 

@@ -22,7 +22,7 @@ import torch
 from clipdist import config
 from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.batch import IMAGE, MODALITIES, Batch
+from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.locked_features import LockedFeatures
@@ -63,13 +63,36 @@ def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
     return torch.tensor(int(total) % HASH_MODULUS, dtype=torch.int64)
 
 
+class _Text(NamedTuple):
+    """A text of a sample, or the features of a locked tower for it."""
+
+    content: str | torch.Tensor  # or fp32 [w]
+    group: int
+    ids: torch.Tensor | None = None  # int64 [L], if the shard contains them
+    role: int = CAPTION
+
+
 class _RawSample(NamedTuple):
-    """The image of a sample and the drawn caption, or the features of locked towers for them."""
+    """The image of a sample and the drawn texts, or the features of locked towers for them."""
 
     image: bytes | torch.Tensor  # encoded; or fp32 [w]
-    text: str | torch.Tensor  # empty if there is none and images are used without captions; or fp32 [w]
-    group: int  # of the caption
-    ids: torch.Tensor | None  # int64 [L], if the shard contains them
+    texts: list[_Text]  # empty if there are none and images are used without captions
+
+
+class _Texts(NamedTuple):
+    """Several texts each of some samples: counts by sample, then tokens [m, L] (or features), groups and roles [m]."""
+
+    counts: torch.Tensor
+    tokens: torch.Tensor
+    groups: torch.Tensor
+    roles: torch.Tensor
+
+
+class _Part(NamedTuple):
+    """What a thread found: (sample id, reason) of bad samples, and the texts where samples have several."""
+
+    bad: list[tuple[int, str]]
+    texts: _Texts | None
 
 
 class Loader:
@@ -109,6 +132,7 @@ class Loader:
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
         self._stored_ids = reader.members.captions == CAPTIONS  # those of other captions would be wrong
+        self._no_text = _Text("", group_id(""))
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
@@ -141,7 +165,7 @@ class Loader:
         batch, futures = self._ahead[0]
         began = time.perf_counter()
         try:
-            bad = _results(futures, interrupted)
+            parts = _results(futures, interrupted)
         except Interrupted:
             raise
         except BaseException:
@@ -152,7 +176,8 @@ class Loader:
         self._ahead.popleft()
         if self._prefetcher is not None:
             self._prefetcher.advance(batch.position)
-        return replace(batch, bad=bad)
+        texts = [part.texts for part in parts if part.texts is not None]
+        return self._place_texts(replace(batch, bad=[pair for part in parts for pair in part.bad]), texts)
 
     @property
     def memory_bytes(self) -> int:
@@ -160,7 +185,8 @@ class Loader:
         rows = self.order.key.global_batch // self.world
         image, text = (self.locked[name].width * 4 if name in self.locked else 0 for name in MODALITIES)
         image = image or 3 * sum(view.size**2 for view in self.views)
-        return self.cfg.prefetch * rows * (image + (text or 8 * self.tokenizer.context_length) + 17)
+        text = (text or 8 * self.tokenizer.context_length) * self.cfg.planned_texts
+        return self.cfg.prefetch * rows * (image + text + 17)
 
     def close(self) -> None:
         """Stop the threads and close the reader within two seconds; threads that hang in a read are abandoned."""
@@ -217,15 +243,15 @@ class Loader:
         self._memory.append(np.empty(shape, dtype=np.uint8))
         return torch.from_numpy(self._memory[-1])
 
-    def _fill(self, batch: Batch, draws: Draws, rows: slice) -> list[tuple[int, str]]:
-        """Read, decode and tokenise some rows in a thread. Return (sample id, reason) of bad samples."""
+    def _fill(self, batch: Batch, draws: Draws, rows: slice) -> _Part:
+        """Read, decode and tokenise some rows in a thread."""
         ids = draws.ids[rows].tolist()
-        count = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
-        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], count)
-        view_uniforms = uniforms[:, 1:].reshape(len(ids), len(self.views), UNIFORMS)
-        samples: list[_RawSample | str] = [
-            self._read(sample_id, u) for sample_id, u in zip(ids, uniforms[:, 0].tolist())
-        ]
+        views = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
+        more = self.cfg.planned_texts - 1 if self.cfg.several_captions else 0  # captions that are drawn
+        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], views + more)
+        view_uniforms = uniforms[:, 1:views].reshape(len(ids), len(self.views), UNIFORMS)
+        of_captions = np.delete(uniforms, slice(1, views), axis=1).tolist()
+        samples: list[_RawSample | str] = [self._read(sample_id, u) for sample_id, u in zip(ids, of_captions)]
         images = list(zip(*(batch.images[view.name][rows].split(1) for view in self.views)))
         for row, sample in enumerate(samples):
             if isinstance(sample, _RawSample):
@@ -239,59 +265,73 @@ class Loader:
             if isinstance(samples[row], str):
                 for pixels in images[row]:
                     pixels.zero_()
-        self._fill_texts(batch.tokens[rows], samples)
-        good = [sample if isinstance(sample, _RawSample) else None for sample in samples]
-        batch.valid["image"][rows] = torch.tensor([sample is not None for sample in good])
-        batch.valid["text"][rows] = torch.tensor([sample is not None and len(sample.text) > 0 for sample in good])
-        batch.group_id[rows] = torch.tensor([sample.group if sample is not None else group_id("") for sample in good])
+        texts = [sample.texts if isinstance(sample, _RawSample) else [] for sample in samples]
+        batch.valid["image"][rows] = torch.tensor([isinstance(sample, _RawSample) for sample in samples])
+        batch.valid["text"][rows] = torch.tensor([any(len(text.content) > 0 for text in own) for own in texts])
+        found = None
+        if self.cfg.several_captions:
+            found = self._several_texts(texts)
+        else:
+            single = [own[0] if own else self._no_text for own in texts]
+            self._fill_texts(batch.tokens[rows], single)
+            batch.group_id[rows] = torch.tensor([text.group for text in single])
         for number, view in enumerate(self.views):
             self._change_colour(batch, view, rows, view_uniforms[:, number])
-        return [(sample_id, sample) for sample_id, sample in zip(ids, samples) if isinstance(sample, str)]
+        bad = [(sample_id, sample) for sample_id, sample in zip(ids, samples) if isinstance(sample, str)]
+        return _Part(bad, found)
 
-    def _read(self, sample_id: int, uniform: float) -> _RawSample | str:
-        """Read a sample and draw one of its captions; return the reason if it cannot be used.
+    def _read(self, sample_id: int, uniforms: list[float]) -> _RawSample | str:
+        """Read a sample and draw of its captions; return the reason if it cannot be used.
 
         Args:
-            uniform: number in [0, 1) that selects the caption.
+            uniforms: numbers in [0, 1) that select captions, one for each.
 
         Raises:
             Fault: the shard cannot be read.
         """
         try:
             stored = self.reader.sample(sample_id) if len(self.locked) < len(MODALITIES) else None
-            text, group, ids = self._draw_text(sample_id, stored, uniform)
+            texts = self._draw_texts(sample_id, stored, uniforms)
             if "image" in self.locked or stored is None:
-                return _RawSample(self.locked["image"].rows(sample_id)[0].features, text, group, ids)
-            return _RawSample(stored.image(), text, group, ids)
+                return _RawSample(self.locked["image"].rows(sample_id)[0].features, texts)
+            return _RawSample(stored.image(), texts)
         except BadSample as error:
             return error.reason
         except AWAY as error:  # of a reader that does not retry
             tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
 
-    def _draw_text(
-        self, sample_id: int, stored: StoredSample | None, uniform: float
-    ) -> tuple[str | torch.Tensor, int, torch.Tensor | None]:
-        """Return one of a sample's captions or its features, the group, and token ids if the shard contains them."""
+    def _draw_texts(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[_Text]:
+        """Return captions of a sample, or their features; none if it has none and its image can be used without."""
         if stored is None or "text" in self.locked:
             try:
                 rows = self.locked["text"].rows(sample_id)
             except BadSample:
                 if not self.images_only:
                     raise
-                return "", group_id(""), None
-            return *rows[self._choose(uniform, len(rows))], None
+                return []
+            return [_Text(*rows[number]) for number in self._choose(uniforms, len(rows))]
         captions = self._captions(stored)
-        chosen = self._choose(uniform, len(captions))
-        data = stored.read(self._token_kind) if self._stored_ids else None
+        data = stored.read(self._token_kind) if self._stored_ids and captions else None
         ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
-        return captions[chosen], group_id(captions[chosen]), None if ids is None else ids[chosen]
+        return [
+            _Text(captions[number], group_id(captions[number]), None if ids is None else ids[number])
+            for number in self._choose(uniforms, len(captions))
+        ]
 
-    def _choose(self, uniform: float, captions: int) -> int:
-        return int(uniform * captions) if self.cfg.caption == "random" else 0
+    def _choose(self, uniforms: list[float], captions: int) -> list[int]:
+        """Return the numbers of the captions that a step uses, drawn without replacement."""
+        if self.cfg.caption == "first":
+            return list(range(captions))[:1]
+        left, chosen = list(range(captions)), []
+        if self.cfg.caption == "all":
+            return left
+        for uniform in uniforms[:captions]:
+            chosen.append(left.pop(int(uniform * len(left))))
+        return chosen
 
     def _captions(self, sample: StoredSample) -> list[str]:
-        """Return the captions of a sample; [""] if it has none and its image can be used without.
+        """Return the captions of a sample; [] if it has none and its image can be used without.
 
         Raises:
             BadSample: it has none, and needs one.
@@ -301,24 +341,46 @@ class Loader:
         except BadSample:
             if not self.images_only:
                 raise
-            return [""]
+            return []
 
-    def _fill_texts(self, out: torch.Tensor, samples: list[_RawSample | str]) -> None:
-        """Write the captions' tokens, or features; a bad sample has the tokens of an empty text, or zeros."""
-        texts = [sample.text if isinstance(sample, _RawSample) else "" for sample in samples]
+    def _several_texts(self, texts: list[list[_Text]]) -> _Texts:
+        flat = [text for own in texts for text in own]
+        tokens = self._empty_tokens(len(flat))
+        if flat:
+            self._fill_texts(tokens, flat)
+        groups = torch.tensor([text.group for text in flat], dtype=torch.int64)
+        roles = torch.tensor([text.role for text in flat], dtype=torch.uint8)
+        return _Texts(torch.tensor([len(own) for own in texts]), tokens, groups, roles)
+
+    def _place_texts(self, batch: Batch, parts: list[_Texts]) -> Batch:
+        """Return the batch with several texts of each image: [b, K, ...], K the most that an image has here."""
+        if not parts:
+            return batch
+        counts, tokens, groups, roles = (torch.cat(column) for column in zip(*parts))
+        shape = (len(counts), max(1, int(counts.max())))
+        rows = torch.arange(len(counts)).repeat_interleave(counts)
+        places = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[rows]
+        empty = self._empty_tokens(1)
+        self._fill_texts(empty, [self._no_text])
+        placed = []
+        for values, fill in ((tokens, empty), (groups, self._no_text.group), (roles, EMPTY)):
+            out = torch.empty(*shape, *values.shape[1:], dtype=values.dtype, pin_memory=self.pin)
+            out[:] = fill
+            out[rows, places] = values
+            placed.append(out)
+        return replace(batch, tokens=placed[0], group_id=placed[1], roles=placed[2])
+
+    def _fill_texts(self, out: torch.Tensor, texts: list[_Text]) -> None:
+        """Write the texts' tokens, or features; where there is no text, the tokens of an empty one, or zeros."""
         if "text" not in self.locked:
-            out.copy_(self._tokens([text for text in texts if isinstance(text, str)], samples))
+            out.copy_(self._tokens([text.content for text in texts if isinstance(text.content, str)], texts))
         for row, text in zip(out, texts):
-            if isinstance(text, torch.Tensor):
-                row.copy_(text)
+            if isinstance(text.content, torch.Tensor):
+                row.copy_(text.content)
 
-    def _tokens(self, captions: list[str], samples: list[_RawSample | str]) -> torch.Tensor:
+    def _tokens(self, captions: list[str], texts: list[_Text]) -> torch.Tensor:
         """Return token ids, int64 [len(captions), L]: those stored in the shard for this tokenizer, else computed."""
-        stored = {
-            row: sample.ids
-            for row, sample in enumerate(samples)
-            if isinstance(sample, _RawSample) and sample.ids is not None
-        }
+        stored = {row: text.ids for row, text in enumerate(texts) if text.ids is not None}
         # A damaged member without a checksum may contain ids outside the vocabulary.
         usable = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
         if not usable:
@@ -384,7 +446,7 @@ def open_loader(
     )
 
 
-def _results(futures: list[Future], interrupted: Callable[[], bool] | None) -> list[tuple[int, str]]:
+def _results(futures: list[Future[_Part]], interrupted: Callable[[], bool] | None) -> list[_Part]:
     """Return the results of all futures in order, or raise the first error at once. See Loader.next."""
     while True:
         done, waiting = wait(futures, _SLICE_S if interrupted else None, FIRST_EXCEPTION)
@@ -394,7 +456,7 @@ def _results(futures: list[Future], interrupted: Callable[[], bool] | None) -> l
             break
         if interrupted is not None and interrupted():
             raise Interrupted
-    return [pair for future in futures for pair in future.result()]
+    return [future.result() for future in futures]
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:

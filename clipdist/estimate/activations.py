@@ -149,11 +149,12 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
         UserError: BatchNorm cannot be trained with so few pairs.
     """
     model.check_rows(batch)
+    texts = config.data.planned_texts
     try:
-        return one_pass(model.to(DTYPES[precision]), batch)
+        return one_pass(model.to(DTYPES[precision]), batch, texts)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
         real = _locked(assemble(model.spec, config.objectives.clip, tower_weights=False), config).to(DTYPES[precision])
-        one, two = one_pass(real, 1), one_pass(real, 2)
+        one, two = one_pass(real, 1, texts), one_pass(real, 2, texts)
         saved, peak, peak_with_gradients = (
             getattr(one, name) + (getattr(two, name) - getattr(one, name)) * (batch - 1)
             for name in ("saved", "peak", "peak_with_gradients")
@@ -161,13 +162,13 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
         return Activations(saved, peak, peak_with_gradients, measured_on="cpu")
 
 
-def one_pass(model: DualEncoder, batch: int) -> Activations:
-    """Measure as `measure`, on the device that the model is on."""
+def one_pass(model: DualEncoder, batch: int, texts: int = 1) -> Activations:
+    """Measure as `measure`, on the device that the model is on, with so many texts of an image."""
     device = next(model.parameters()).device
     side, length = model.spec.image_size, model.spec.context_length
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
-    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    tokens[:, -1:] = 1
+    tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
+    tokens[..., -1:] = 1
     model.train()
     counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
     hooks = [p.register_post_accumulate_grad_hook(counter.complete) for p in model.parameters() if p.requires_grad]

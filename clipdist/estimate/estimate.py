@@ -145,7 +145,8 @@ class Estimate:
         """Bytes that a rank sends in a step, by collective."""
         clip = self.config.clip
         narrower = clip.nested_widths(self.sizes.width)[:-1]
-        return wire_bytes(self.sizes, self.layout, clip.loss, self.precision, narrower)
+        texts = self.config.data.planned_texts
+        return wire_bytes(self.sizes, self.layout, clip.loss, self.precision, narrower, texts)
 
     @property
     def samples(self) -> int | None:
@@ -185,27 +186,33 @@ class Estimate:
 
     def _batch_bytes(self) -> int:
         side, length = self.model.spec.image_size, self.model.spec.context_length
-        return self.layout.share * (3 * side**2 + 8 * length + 17)
+        return self.layout.share * (3 * side**2 + 8 * length * self.config.data.planned_texts + 17)
 
     def _feature_bytes(self) -> int:
         share, batch = self.layout.share, self.config.train.global_batch
         width, size = self.sizes.width, self.layout.itemsize
-        features = 2 * share * width * size + share * width * 4 + batch * (width * 4 + 16)  # and their fp32 gradients
+        texts = self.config.data.planned_texts
+        sides, all_texts = 1 + texts, batch * texts
+        # And their fp32 gradients.
+        features = sides * share * width * size + share * width * 4 + all_texts * (width * 4 + 16)
+        if texts > 1:
+            features += 4 * texts * share * width * 4  # sums over the texts and images of groups
         if self.world > 1:
-            features += 3 * batch * width * size  # all ranks' text features; their gradients as sent and received
+            features += 3 * all_texts * width * size  # all ranks' text features; their gradients as sent and received
         # Of every narrower width: copies of both sides, and their fp32 gradients until the backward pass.
         narrow = sum(self.config.clip.nested_widths(width)[:-1])
-        features += 2 * share * narrow * (size + 4)
+        features += sides * share * narrow * (size + 4)
         if self.layout.pieces > 1:
-            features += 2 * share * width * 4  # the feature gradients that micro-batches wait for
+            features += sides * share * width * 4  # the feature gradients that micro-batches wait for
         return features
 
     def _tile_bytes(self) -> int:
         """The logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
-        if self.device == "cuda" and self.config.clip.implementation in ("auto", "kernel"):
+        texts = self.config.data.planned_texts
+        if self.device == "cuda" and texts == 1 and self.config.clip.implementation in ("auto", "kernel"):
             return 0
         tile = choose_tile(torch.device("cpu"), GPU_TILE if self.device == "cuda" else None)
-        rows, columns = min(tile.rows, self.layout.share), min(tile.columns, self.config.train.global_batch)
+        rows, columns = min(tile.rows, self.layout.share), min(tile.columns, self.config.train.global_batch * texts)
         return 4 * (rows * columns + (rows + columns) * self.sizes.width)
 
     def refuse(self) -> None:

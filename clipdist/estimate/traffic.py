@@ -14,19 +14,20 @@ from clipdist.losses.wire import clipdist_bytes
 
 
 def wire_bytes(
-    sizes: ModelSizes, layout: StepLayout, op: str, dtype: str, narrower: Sequence[int] = ()
+    sizes: ModelSizes, layout: StepLayout, op: str, dtype: str, narrower: Sequence[int] = (), texts: int = 1
 ) -> dict[str, float]:
     """Return bytes by collective; empty with one rank.
 
     Args:
         op: infonce or sigmoid.  dtype: fp32, bf16 or fp16.
+        texts: of an image.
         narrower: widths that have a loss of their own, beside that of all features.
     """
     if layout.world == 1:
         return {}
     part = (layout.world - 1) / layout.world
     weights, gradients = sizes.all * layout.itemsize, sizes.trained * layout.itemsize
-    losses = [clipdist_bytes(op, layout.world, layout.share, width, dtype) for width in (*narrower, sizes.width)]
+    losses = [clipdist_bytes(op, layout.world, layout.share, width, dtype, texts) for width in (*narrower, sizes.width)]
     found = {"loss: features, their gradients, sums": sum(losses)}
     if layout.stage < 3:
         times = layout.pieces if layout.stage == 2 else 1  # stage 2 reduces after every micro-batch

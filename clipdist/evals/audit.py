@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
-from clipdist.distributed.collectives import all_gather, all_reduce_sum
+from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.engine.zero import Fragment, Zero
@@ -326,7 +326,10 @@ class ShardBatches:
 
     def batch(self, step: int) -> Batch:
         """See BatchSource.batch."""
-        return self.loader.next().to(self.device).each(_gathered)
+        batch = self.loader.next().to(self.device)
+        if batch.roles is not None:
+            batch = batch.with_places(int(all_reduce_max(torch.tensor(batch.roles.shape[1], device=self.device))))
+        return batch.each(_gathered)
 
     def close(self) -> None:
         self.loader.close()

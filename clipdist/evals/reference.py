@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from clipdist import config
 from clipdist.config import Config
-from clipdist.data.batch import IMAGE, MODALITIES, Batch
+from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.models.dual_encoder import DualEncoder
@@ -53,7 +53,7 @@ def dense_loss(
     """Compute the global loss with the full matrix of logits, in the dtype of its inputs: the mean over the widths.
 
     Args:
-        images, texts: features [B, D], not normalised.
+        images, texts: features [B, D], not normalised; texts [B, K, D] where the batch has several for each image.
         t, bias: [1]; the logits are exp(t) * cosine (+ bias).
         batch: gives valid rows and groups.
 
@@ -61,26 +61,38 @@ def dense_loss(
         scalar.
     """
     valid = batch.valid_in(MODALITIES).to(images.device)
-    group_id = batch.group_id if cfg.group_positives else torch.arange(len(valid))
-    group_id = group_id.to(images.device)[valid]
-    same = (group_id[:, None] == group_id[None, :]).to(images.dtype)
+    roles = torch.full((len(valid), 1), CAPTION) if batch.roles is None else batch.roles
+    roles = roles.to(images.device)
+    there, caption = (roles != EMPTY) & valid[:, None], roles == CAPTION  # [B, K]
+    owner = torch.arange(len(roles), device=images.device)[:, None].expand_as(roles)
+    if cfg.group_positives:
+        groups = batch.group_id.to(images.device).view_as(roles)
+        positive = ((groups[:, :, None] == groups[there]) & caption[:, :, None]).any(1)  # [B, M]
+    else:
+        positive = (owner[:, :1] == owner[there]) & caption[there]
+    positive, texts = positive[valid].to(images.dtype), texts.view(*roles.shape, -1)[there]
     values = []
     for width in sorted({*cfg.widths, images.shape[1]}):
-        x, y = ((part / part.norm(dim=1, keepdim=True))[valid] for part in (images[:, :width], texts[:, :width]))
+        x, y = (part[:, :width] / part[:, :width].norm(dim=1, keepdim=True) for part in (images[valid], texts))
         logits = t.exp() * x @ y.T
         if bias is not None:
-            values.append(_sigmoid(logits + bias, same, cfg.label_smoothing))
+            values.append(_sigmoid(logits + bias, positive, cfg.label_smoothing))
         else:
-            values.append(_info_nce(logits, same, cfg.label_smoothing))
+            values.append(_info_nce(logits, positive, caption[there], cfg.label_smoothing))
     return sum(values, torch.zeros_like(t[0])) / len(values)
 
 
-def _info_nce(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Return the cross-entropy of rows and columns; targets (1 - e) * uniform over the group + e / N."""
-    target = (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(logits)
-    rows = -(target * logits.log_softmax(1)).sum(1)
-    columns = -(target * logits.T.log_softmax(1)).sum(1)
-    return (rows.mean() + columns.mean()) / 2
+def _info_nce(logits: torch.Tensor, positive: torch.Tensor, caption: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Return the cross-entropy of rows, and of the columns of captions; targets uniform over positives, smoothed.
+
+    Args:
+        logits, positive: [N, M].  caption: bool [M].
+    """
+    losses = []
+    for s, y in ((logits, positive), (logits[:, caption].T, positive[:, caption].T)):
+        target = (1 - smoothing) * y / y.sum(1, keepdim=True) + smoothing / y.shape[1]
+        losses.append(-(target * s.log_softmax(1)).sum(1).mean())
+    return (losses[0] + losses[1]) / 2
 
 
 def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -283,6 +295,6 @@ def _random_state(device: torch.device) -> torch.Tensor:
 
 
 def concatenate_normalised(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Concatenate and normalise (image, text) features of micro-batches: float64 [2 B, D], all images first."""
-    images, texts = (F.normalize(torch.cat(side).double(), dim=1) for side in zip(*rows))
+    """Concatenate and normalise (image, text) features of micro-batches: float64 [rows, D], all images first."""
+    images, texts = (F.normalize(torch.cat(side).double().flatten(0, -2), dim=1) for side in zip(*rows))
     return torch.cat([images, texts])

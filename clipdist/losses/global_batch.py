@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -102,8 +102,9 @@ class GlobalBatch:
         if valid is None:
             valid = torch.ones(images.shape[:1], dtype=torch.bool, device=images.device)
         scalars = [images.new_zeros(1) if scalar is None else scalar.detach() for scalar in (log_scale, bias)]
-        counts, (t, self.bias) = check_agreement(self.images, self.texts, valid, scalars, group)
-        self.scale, self.count = math.exp(min(t, log_scale_max)), max(sum(counts), 1)
+        agreed = check_agreement(self.images, self.texts, valid, scalars, group)
+        t, self.bias = agreed.scalars
+        self.scale, self.count = math.exp(min(t, log_scale_max)), max(sum(agreed.valid), 1)
         b = len(images)
         self.own = slice(self.rank * b, (self.rank + 1) * b)
         ids = torch.arange(self.own.start, self.own.stop, device=images.device) if group_id is None else group_id
@@ -111,8 +112,8 @@ class GlobalBatch:
         self.all_texts = all_gather(self.texts, group)
         self.all_valid = rows[:, 1].float()
         self.valid = self.all_valid[self.own]
-        self.image_inverse = _inverse_norms(self.images) * self.valid
-        self.all_text_inverse = _inverse_norms(self.all_texts) * self.all_valid
+        self.image_inverse = inverse_norms(self.images) * self.valid
+        self.all_text_inverse = inverse_norms(self.all_texts) * self.all_valid
         self.text_inverse = self.all_text_inverse[self.own]
         self.all_groups = rows[:, 0]
         self.duplicates: _Duplicates | None = None
@@ -199,13 +200,13 @@ class GlobalBatch:
         text_gradient = reduce_scatter_sum(text_sums, self.texts.dtype, self.process_group)
         scale_gradient = torch.zeros_like(group_sum)
         for rows in self._chunks():
-            scale_gradient += _project(image_sums, self.unit_images(rows), self.image_inverse, rows, weight)
-            _project(text_gradient, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
+            scale_gradient += project(image_sums, self.unit_images(rows), self.image_inverse, rows, weight)
+            project(text_gradient, self.unit_texts(rows), self.text_inverse, rows, weight / self.scale)
         gradients = FeatureGradients(image_sums, text_gradient, scale_gradient, torch.zeros_like(scale_gradient))
         return group_sum, logit_sum, gradients
 
     def _chunks(self) -> list[slice]:
-        return _chunks(len(self.images))
+        return chunks(len(self.images))
 
     def _group_terms(
         self, dup: _Duplicates, image_sums: torch.Tensor, text_sums: torch.Tensor, weight: float, uniform: bool
@@ -295,31 +296,47 @@ class _Groups:
         return _Duplicates(members, group, counts, local, others)
 
 
+class Agreement(NamedTuple):
+    """What check_agreement found.
+
+    Attributes:
+        valid: the number of valid rows of every rank.
+        scalars: as Python numbers.
+        slots: the largest K of all ranks.
+    """
+
+    valid: list[int]
+    scalars: list[float]
+    slots: int
+
+
 def check_agreement(
     images: torch.Tensor,
     texts: torch.Tensor,
     valid: torch.Tensor,
     scalars: Sequence[torch.Tensor],
     group: ProcessGroup | None,
-) -> tuple[list[int], list[float]]:
+) -> Agreement:
     """Check that all ranks have features of the same shape and dtype, and that they are finite. Collective.
 
     Args:
+        images: [b, D].  texts: [b, D], or [b, K, D] with any K.
         valid: bool [b].
         scalars: [1] each, of this rank.
 
-    Returns:
-        the number of valid rows of every rank, and the scalars as Python numbers; the host waits once for all.
+    The host waits for the device once.
 
     Raises:
         UserError: shapes or dtypes differ; on every rank (the next collective would hang or mix up rows).
         NonFiniteFeatures: on every rank.
     """
     # A local error is sent as a shape that cannot agree, because the other ranks wait in the collective.
-    fits = images.ndim == 2 and images.shape == texts.shape and images.dtype == texts.dtype
+    same = (*images.shape,) == (*texts.shape[:1], *texts.shape[-1:])
+    fits = images.ndim == 2 and texts.ndim in (2, 3) and same and images.dtype == texts.dtype
     shape = [*images.shape, _DTYPES.index(images.dtype)] if fits else [-1, -1, -1]
+    slots = texts.shape[1] if texts.ndim == 3 else 1
     bad = [(~torch.isfinite(features)).any(dim=-1).sum() for features in (images, texts)]
-    own = torch.cat([upload(shape, torch.float64, images.device), torch.stack([*bad, valid.sum()]).double()])
+    own = torch.cat([upload([*shape, slots], torch.float64, images.device), torch.stack([*bad, valid.sum()]).double()])
     gathered = all_gather(own[None], group)
     numbers = torch.cat([gathered.view(-1), *(scalar.double().view(1) for scalar in scalars)]).tolist()
     table = [[int(n) for n in numbers[row * len(own) :][: len(own)]] for row in range(len(gathered))]
@@ -329,29 +346,30 @@ def check_agreement(
             f"the ranks' features do not fit together ({sizes}; -1: image and text features of different shapes):"
             " every rank must bring the same number of pairs, features of one width and one dtype"
         )
-    where = [(rank, TOWERS[i], row[3 + i]) for rank, row in enumerate(table) for i in range(2) if row[3 + i]]
+    where = [(rank, TOWERS[i], row[4 + i]) for rank, row in enumerate(table) for i in range(2) if row[4 + i]]
     if where:
         raise NonFiniteFeatures(where)
-    return [row[5] for row in table], numbers[len(table) * len(own) :]
+    valid_rows, scalar_numbers = [row[6] for row in table], numbers[len(table) * len(own) :]
+    return Agreement(valid_rows, scalar_numbers, max(row[3] for row in table))
 
 
-def _inverse_norms(features: torch.Tensor) -> torch.Tensor:
+def inverse_norms(features: torch.Tensor) -> torch.Tensor:
     """Return 1 / |x| of every row, fp32 [rows]; norms are at least 1e-12, as in torch.nn.functional.normalize."""
     return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
 
 
-def _chunks(b: int, rows: int = 1024) -> list[slice]:
+def chunks(b: int, rows: int = 1024) -> list[slice]:
     """Return slices of 0 .. b: work in chunks avoids a second copy of the features."""
     return [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
 
 
 def _weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Return the sum over rows of weight * features, fp32 [D]."""
-    parts = [torch.mv(features[rows].float().T, weights[rows]) for rows in _chunks(len(features))]
+    parts = [torch.mv(features[rows].float().T, weights[rows]) for rows in chunks(len(features))]
     return torch.stack(parts).sum(0)
 
 
-def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows: slice, weight: float) -> torch.Tensor:
+def project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows: slice, weight: float) -> torch.Tensor:
     """Replace gradients g of unit features u by those of the unnormalised features, weight * (g - (g.u) u) / |x|.
 
     Args:
@@ -367,7 +385,8 @@ def _project(sums: torch.Tensor, unit: torch.Tensor, inverse: torch.Tensor, rows
     return along.double().sum() * weight
 
 
-Compute = Callable[[GlobalBatch], tuple[torch.Tensor, FeatureGradients]]
+MakeBatch = Callable[..., Any]  # of the arguments of GlobalBatch
+Compute = Callable[[Any], tuple[torch.Tensor, FeatureGradients]]  # of what MakeBatch returns
 
 
 class _ValueAndGradients(torch.autograd.Function):
@@ -384,9 +403,10 @@ class _ValueAndGradients(torch.autograd.Function):
         valid: torch.Tensor | None,
         group_id: torch.Tensor | None,
         group: ProcessGroup | None,
+        make_batch: MakeBatch,
         compute: Compute,
     ) -> torch.Tensor:
-        batch = GlobalBatch(images, texts, log_scale, log_scale_max, bias, valid, group_id, group)
+        batch = make_batch(images, texts, log_scale, log_scale_max, bias, valid, group_id, group)
         value, ctx.gradients = compute(batch)
         ctx.like = (images.dtype, texts.dtype, log_scale, bias)
         return value.float()
@@ -403,7 +423,7 @@ class _ValueAndGradients(torch.autograd.Function):
             for g, like in ((gradients.scale, log_scale), (gradients.bias, bias))
         ]
         image = gradients.image.mul_(grad).to(image_dtype)
-        return image, gradients.text.mul_(grad).to(text_dtype), *scalars, None, None, None, None, None
+        return image, gradients.text.mul_(grad).to(text_dtype), *scalars, *[None] * 6
 
 
 @torch.compiler.disable
@@ -418,19 +438,22 @@ def value_and_gradients(
     group_id: torch.Tensor | None,
     group: ProcessGroup | None,
     compute: Compute,
+    make_batch: MakeBatch = GlobalBatch,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Compute a loss over the global batch. Collective.
 
     Args:
         log_scale_max: t is clamped to this maximum; its gradient is that of the identity.
-        compute: computes this rank's value and its gradients from the global batch.
+        compute: computes this rank's value and its gradients from the global batch, which make_batch makes.
         The others: see clipdist.losses.infonce.info_nce.
 
     Returns:
         value: fp32 scalar, differentiable.
         statistics: {"valid": the number of this rank's valid rows}, an fp32 scalar.
     """
-    value = _ValueAndGradients.apply(images, texts, log_scale, bias, log_scale_max, valid, group_id, group, compute)
+    value = _ValueAndGradients.apply(
+        images, texts, log_scale, bias, log_scale_max, valid, group_id, group, make_batch, compute
+    )
     rows = torch.ones(len(images), device=images.device) if valid is None else valid
     return value, {"valid": rows.detach().sum().float()}
 
@@ -443,5 +466,9 @@ def global_statistics(
     sums = all_reduce_sum(torch.stack([statistics[name] for name in names]), process_group).tolist()
     found = dict(zip(names, sums))
     valid = found.pop("valid")
-    accuracies = {f"batch_{name.removeprefix('correct_')}_r1": 100 * n / max(valid, 1) for name, n in found.items()}
+    queries = {"correct_t2i": found.pop("captions", valid)}  # an image may have several
+    accuracies = {
+        f"batch_{name.removeprefix('correct_')}_r1": 100 * n / max(queries.get(name, valid), 1)
+        for name, n in found.items()
+    }
     return {"valid": valid, **accuracies}

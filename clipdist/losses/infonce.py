@@ -125,30 +125,40 @@ def _negative_sums(
     """
     shift = max(0.0, batch.scale - SAFE_EXPONENT)
     row_sums, column_sums = sweep.exponential_sums(logits, shift, batch.valid, batch.all_valid)
-    underflows = _count_underflows(row_sums, own - shift, batch.valid)
+    underflows = count_underflows(row_sums + (own - shift).exp(), batch.valid)
     packed = all_reduce_sum(torch.cat([column_sums, underflows[None]]), batch.process_group)
     column_sums = packed[:-1]
-    underflows = packed[-1] + _count_underflows(column_sums, all_own - shift, batch.all_valid)
+    underflows = packed[-1] + count_underflows(column_sums + (all_own - shift).exp(), batch.all_valid)
     if any(batch.fetch(*([underflows] if shift else []))):
-        return _shift_by_maximum(batch, logits, own, all_own)
+        return *shift_by_maximum(logits, own, all_own, batch.valid, batch.all_valid, batch.process_group), tiles
     return shift, row_sums, column_sums, sweep
 
 
-def _count_underflows(sums: torch.Tensor, own: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def count_underflows(sums: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """Return how many valid sums may have lost terms to underflow, an fp32 scalar."""
-    return ((sums + own.exp() < _UNDERFLOW) & (valid > 0)).sum().float()
+    return ((sums < _UNDERFLOW) & (valid > 0)).sum().float()
 
 
-def _shift_by_maximum(
-    batch: GlobalBatch, logits: Logits, own: torch.Tensor, all_own: torch.Tensor
-) -> tuple[Shift, torch.Tensor, torch.Tensor, ModuleType]:
-    """Return what _negative_sums returns, each row and column shifted by its largest logit. Collective."""
-    row_max, _, column_max, _ = tiles.largest_logits(logits, batch.valid, batch.all_valid)
-    column_max = all_reduce_max(column_max, batch.process_group)
+def shift_by_maximum(
+    logits: Logits,
+    own: torch.Tensor,
+    all_own: torch.Tensor,
+    valid: torch.Tensor,
+    all_valid: torch.Tensor,
+    group: ProcessGroup | None,
+) -> tuple[Shift, torch.Tensor, torch.Tensor]:
+    """Return shift and sums with each row and column shifted by its largest logit. Collective.
+
+    Args:
+        own, all_own: fp32 [b], [N]: the shift of rows and columns without a candidate.
+        valid, all_valid: fp32 [b], [N].
+    """
+    row_max, _, column_max, _ = tiles.largest_logits(logits, valid, all_valid)
+    column_max = all_reduce_max(column_max, group)
     # Without negatives: the pair's own logit, whose exponential must not overflow fp32 either.
     shift = torch.where(row_max.isfinite(), row_max, own), torch.where(column_max.isfinite(), column_max, all_own)
-    row_sums, column_sums = tiles.exponential_sums(logits, shift, batch.valid, batch.all_valid)
-    return shift, row_sums, all_reduce_sum(column_sums, batch.process_group), tiles
+    row_sums, column_sums = tiles.exponential_sums(logits, shift, valid, all_valid)
+    return shift, row_sums, all_reduce_sum(column_sums, group)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import stat
 import struct
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-AGREEMENT_BYTES = 6 * 8  # per rank: shape, dtype, the numbers of rows that are not finite and of those that are valid
+AGREEMENT_BYTES = 7 * 8  # per rank: shape, dtype, texts per image, the numbers of rows not finite and of valid ones
 ROW_BYTES = 2 * 8  # per pair: group id, valid
 
 # Fields of struct tcp_info in linux/tcp.h, by their offsets.
@@ -26,22 +26,24 @@ _NOTSENT_BYTES = struct.Struct("=144xI")
 _BYTES_SENT = struct.Struct("=200xQQ")  # and bytes retransmitted
 
 
-def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:
+def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str, texts: int = 1) -> float:
     """Return the bytes that info_nce (op "infonce") or sigmoid_loss (op "sigmoid") sends per rank and step.
 
     (W-1) b D s            all-gather of the text features
     (W-1) b D s            reduce-scatter of their gradients in the features' dtype
-    (W-1) (16 b + 48)      group ids and validity; shapes
+    (W-1) (16 b + 56)      group ids and validity; shapes
     2 (W-1)/W 4 (N+1)      column sums in fp32: only infonce
     2 (W-1)/W 4            the largest gradient, by which fp16 is scaled: only fp16
 
     Args:
         world: W.  b: pairs per rank.  width: D.
         dtype: of the features, a key of BYTES.
+        texts: of an image; with several, b and N above count texts, and 4 b of the own pairs' logits are not sent.
     """
-    per_pair = 2 * width * BYTES[dtype] + ROW_BYTES + 4 * (op == "infonce")
+    per_text = 2 * width * BYTES[dtype] + ROW_BYTES + 4 * (op == "infonce" and texts == 1)
+    b *= texts
     reduced = 4 * (world * b + 1) * (op == "infonce") + 4 * (dtype == "fp16")
-    return (world - 1) * (per_pair * b + AGREEMENT_BYTES) + 2 * (world - 1) / world * reduced
+    return (world - 1) * (per_text * b + AGREEMENT_BYTES) + 2 * (world - 1) / world * reduced
 
 
 def open_clip_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:

@@ -83,18 +83,19 @@ class DualEncoder(nn.Module):
         """Return features, not normalised, and the scalars.
 
         Args:
-            tokens: int64 [b, L]; None: do not run the text tower.
+            tokens: int64 [b, L], or [b, K, L] of K texts for each image; None: do not run the text tower.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
 
         Either may also be what `locked_features` gave for it, float [b, w].
 
         Returns:
-            features [b, D] under the name of each view; "text": features [b, D]; "logit_scale": the log scale t [1],
-            which the objective bounds; "logit_bias": [1], if there is one.
+            features [b, D] under the name of each view; "text": [b, D] or [b, K, D]; "logit_scale": the log scale t
+            [1], which the objective bounds; "logit_bias": [1], if there is one.
         """
         outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
         if tokens is not None:
-            outputs["text"] = self.encode_text(tokens)
+            texts = self.encode_text(tokens.flatten(0, -2))
+            outputs["text"] = texts.unflatten(0, tokens.shape[:-1])
         # Copies: ZeRO stage 3 releases the parameters when the forward pass ends.
         return outputs | {name: getattr(self, name).clone() for name in self.scalars}
 

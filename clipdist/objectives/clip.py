@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from clipdist import config
-from clipdist.data.batch import IMAGE, Batch
+from clipdist.data.batch import CAPTION, EMPTY, IMAGE, Batch
 from clipdist.distributed.collectives import rank_and_world
 from clipdist.losses.global_batch import global_statistics
 from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.several_texts import contrast_texts, texts_accuracy
 from clipdist.losses.sigmoid import sigmoid_loss
 from clipdist.objectives.objective import Term
 
@@ -27,6 +28,7 @@ class ClipObjective:
 
     Attributes:
         function: the loss function, with the arguments of clipdist.losses.infonce.info_nce.
+        several: that of batches with several texts per image, see clipdist.losses.several_texts.contrast_texts.
     """
 
     name: str = "clip"
@@ -36,12 +38,9 @@ class ClipObjective:
     def __init__(self, cfg: config.Clip) -> None:
         self.cfg = cfg
         self.upper_bounds: Mapping[str, float] = {"logit_scale": cfg.logit_scale_max}
-        self.function: LossFunction = partial(
-            LOSSES[cfg.loss],
-            label_smoothing=cfg.label_smoothing,
-            logit_scale_max=cfg.logit_scale_max,
-            implementation=cfg.implementation,
-        )
+        settings: dict[str, Any] = {"label_smoothing": cfg.label_smoothing, "logit_scale_max": cfg.logit_scale_max}
+        self.function: LossFunction = partial(LOSSES[cfg.loss], implementation=cfg.implementation, **settings)
+        self.several: LossFunction = partial(contrast_texts, loss=cfg.loss, **settings)
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
         """Return the term: with objectives.clip.widths the mean of the losses of the first d features, each normalised
@@ -49,8 +48,9 @@ class ClipObjective:
         """
         scalars, rows = (outputs["logit_scale"], outputs.get("logit_bias")), self._rows(batch)
         image, text = outputs[IMAGE], outputs["text"]
+        function = self.function if batch.roles is None else self.several
         nested = [
-            self.function(image[..., :width].contiguous(), text[..., :width].contiguous(), *scalars, **rows)
+            function(image[..., :width].contiguous(), text[..., :width].contiguous(), *scalars, **rows)
             for width in self.cfg.nested_widths(image.shape[-1])
         ]
         value = torch.stack([value for value, _ in nested]).mean() if len(nested) > 1 else nested[0][0]
@@ -58,10 +58,14 @@ class ClipObjective:
 
     def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
         """Return the number of valid pairs and the in-batch accuracies (percent). Collective."""
-        accuracy = batch_accuracy(outputs[IMAGE], outputs["text"], **self._rows(batch))
+        measure = batch_accuracy if batch.roles is None else texts_accuracy
+        accuracy = measure(outputs[IMAGE], outputs["text"], **self._rows(batch))
         return global_statistics({**term.statistics, **accuracy})
 
     def _rows(self, batch: Batch) -> dict[str, Any]:
         """Return the valid rows and groups of a batch, as arguments of the loss."""
         groups = batch.group_id if self.cfg.group_positives else None
-        return {"valid": batch.valid_in(self.modalities), "group_id": groups}
+        several = {}
+        if batch.roles is not None:
+            several = {"captions": batch.roles == CAPTION, "candidates": batch.roles != EMPTY}
+        return {"valid": batch.valid_in(self.modalities), "group_id": groups, **several}

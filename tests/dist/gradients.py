@@ -1,7 +1,7 @@
 """One rank of the gradient proof: every cell of the test, one after another in the same processes.
 
-Reads cells {"label", "config", "steps", "loss", "only_valid"} as JSON from the file named first. Rank 0 writes the
-audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
+Reads cells {"label", "config", "steps", "texts", "loss", "only_valid"} as JSON from the file named first. Rank 0
+writes the audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 
 from clipdist import config
 from clipdist.config import load_config
-from clipdist.data.batch import IMAGE, Batch, pair_batch
+from clipdist.data.batch import CAPTION, IMAGE, Batch, pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import zero
 from clipdist.evals import audit
@@ -32,8 +32,12 @@ BATCH = 16
 FIRST_STEP = 7
 
 
-def make_batch(spec: ModelSpec) -> Batch:
-    """A global batch with two bad rows and two pairs of equal captions, the same on every rank."""
+def make_batch(spec: ModelSpec, texts: int = 1) -> Batch:
+    """A global batch with two bad rows and two pairs of equal captions, the same on every rank.
+
+    Args:
+        texts: of an image; of several some places are empty, or hold negatives, and one text belongs to two images.
+    """
     draw = torch.Generator().manual_seed(5)
     side, context = spec.image_size, spec.context_length
     tokens = torch.randint(1, 500, (BATCH, context), generator=draw)
@@ -44,7 +48,15 @@ def make_batch(spec: ModelSpec) -> Batch:
     group_id[9], group_id[14] = group_id[1], group_id[2]
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
     image[~valid] = 0
-    return pair_batch(image, tokens, valid, group_id)
+    if texts == 1:
+        return pair_batch(image, tokens, valid, group_id)
+    tokens = torch.randint(1, 500, (BATCH, texts, context), generator=draw)
+    tokens[..., -1] = spec.tokenizer["vocab_size"] - 1
+    roles = torch.randint(0, 3, (BATCH, texts), generator=draw).to(torch.uint8)
+    roles[:, 0] = CAPTION
+    group_id = torch.stack([group_id + 100 * place for place in range(texts)], dim=1)
+    group_id[4, 1], group_id[10, 1] = group_id[11, 0], group_id[10, 0]
+    return replace(pair_batch(image, tokens, valid, group_id), roles=roles)
 
 
 def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
@@ -86,7 +98,7 @@ def allow_fp16() -> None:
 def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"])
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.objectives.clip))
-    batch = make_batch(audited.spec)
+    batch = make_batch(audited.spec, cell["texts"])
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])
         batch = pair_batch(batch.images[IMAGE], batch.tokens, valid, batch.group_id)

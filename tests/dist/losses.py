@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from clipdist.errors import UserError
 from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.several_texts import contrast_texts, texts_accuracy
 from clipdist.losses.sigmoid import sigmoid_loss
 from clipdist.losses.tiles import Tile
 
@@ -68,6 +70,43 @@ def splitting_changes_nothing(rank: int, world: int) -> None:
             assert abs(float(count) - float(hits[name])) <= (0 if dtype == torch.float32 else 1), (case, name)
 
 
+def _on_first_texts(function, own: slice):
+    return lambda images, texts, *scalars, **options: function(images, texts[:, own], *scalars, **options)
+
+
+def ranks_may_have_different_numbers_of_texts(rank: int, world: int) -> None:
+    """Texts of an image: one more on each rank; negatives, empty places, and texts of several images among them."""
+    share, width = 5, 12
+    n = share * world
+    generator = torch.Generator().manual_seed(world)
+    images, texts = torch.randn(n, width, generator=generator), torch.randn(n, world + 1, width, generator=generator)
+    captions, candidates = torch.rand(2, n, world + 1, generator=generator) > 0.4
+    captions[:, 0] = True
+    candidates = (candidates | captions) & (torch.arange(world + 1) < 2 + torch.arange(n)[:, None] // share)
+    captions &= candidates
+    inputs = (images, texts, torch.tensor([2.0]), torch.tensor([-3.0]))
+    group = torch.randint(0, 2 * n, (n, world + 1), generator=generator)
+    valid = torch.rand(n, generator=generator) > 0.2
+    rows, own = slice(rank * share, (rank + 1) * share), slice(0, rank + 2)
+    for loss, groups in (("infonce", group), ("infonce", None), ("sigmoid", group)):
+        function = partial(contrast_texts, loss=loss, label_smoothing=0.1)
+        of_texts = {"captions": captions, "candidates": candidates, "group_id": groups}
+        whole = {**of_texts, "valid": valid}
+        split = {name: None if part is None else part[rows, own] for name, part in of_texts.items()}
+        split["valid"] = valid[rows]
+        found = run(_on_first_texts(function, own), inputs, rows, **split)
+        with Alone():
+            exact = run(function, inputs, slice(None), **whole)
+            hits = texts_accuracy(images, texts, **whole)
+        for place, (ours, theirs) in enumerate(zip(found, exact)):
+            dist.all_reduce(ours)
+            error = float((ours / world - theirs).norm() / theirs.norm().clamp(min=1e-6))
+            assert error < 1e-5, (loss, place, error)
+        for name, count in texts_accuracy(images[rows], texts[rows, own], **split).items():
+            dist.all_reduce(count)
+            assert count == hits[name], (loss, name)
+
+
 def bad_input_is_named_on_every_rank(rank: int, world: int) -> None:
     t, bias = torch.zeros(1), torch.zeros(1)
     for function in LOSSES:
@@ -87,6 +126,7 @@ def main() -> None:
     world = int(sys.argv[1])
     dist.init_process_group("gloo")
     splitting_changes_nothing(dist.get_rank(), world)
+    ranks_may_have_different_numbers_of_texts(dist.get_rank(), world)
     bad_input_is_named_on_every_rank(dist.get_rank(), world)
     dist.destroy_process_group()
 

@@ -35,6 +35,7 @@ def cell(
     steps: int = 1,
     lora: bool = False,
     widths: Sequence[int] = (),
+    texts: int = 1,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it."""
     clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
@@ -49,9 +50,9 @@ def cell(
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
     }
-    more = f"{list(widths) or ''}{' lora' if lora else ''}"
+    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
-    return {"label": label, "config": config, "steps": steps}
+    return {"label": label, "config": config, "steps": steps, "texts": texts}
 
 
 def exact_cells(world: int) -> list[dict[str, Any]]:
@@ -66,6 +67,8 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(model=RESNET, micro=micro, steps=2), cell(model=DROPOUT, stage=3, micro=micro)]
         cells += [cell(model=CBOW, micro=micro)]
         cells += [cell(stage=stage, loss=LOSSES[stage % 2], micro=micro, widths=WIDTHS) for stage in STAGES]
+        cells += [cell(stage=stage, loss=LOSSES[(stage + 1) % 2], micro=micro, texts=3) for stage in STAGES]
+        cells += [cell(stage=3, micro=micro, widths=WIDTHS, texts=2)]
     if world == 2:
         # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.
         cells += [cell(stage=stage, micro=2 * (stage % 2), steps=2, lora=True) for stage in STAGES]

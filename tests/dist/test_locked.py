@@ -17,7 +17,7 @@ from tools import eval_retrieval
 
 TOWERS = {
     "LiT": ("configs/models/tiny_vit.json", ["model.lock_image=true"]),
-    "projections": ("model.json", ["model.lock_image=true", "model.lock_text=true"]),
+    "projections": ("model.json", ["model.lock_image=true", "model.lock_text=true", "data.caption=all"]),
 }
 
 

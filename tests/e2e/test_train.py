@@ -144,14 +144,17 @@ def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
             for number in range(count):
                 Image.new("RGB", (24, 24), tuple(c - number for c in colour)).save(folder / f"{number}.png")
     words = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={tmp_path}", "train.steps=4"]
-    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true", "objectives.clip.widths=[16]")
+    forms = ["objectives.clip.widths=[16]", "data.caption=all"]
+    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true", *forms)
     assert asked.returncode == 0, asked.stderr
     last = records(tmp_path / "tiny", "val")[-1]
     assert last["probe/accuracy"] == 100  # two colours: any tower that sees tells them apart
     assert last["zero_shot/top1"] in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
     assert last["zero_shot/chance"] == 50
     assert "probe/accuracy 100.00" in asked.stdout
-    assert "loss by tiles, mean of the losses at widths 16 and 32 (embed_dim), " in asked.stdout
+    assert "json:captions, 2 each; of several a step takes all: data.caption=all" in asked.stdout
+    taken = "loss by tiles, as several texts an image need, mean of the losses at widths 16 and 32 (embed_dim), "
+    assert taken in asked.stdout
     assert f"width_16/t2i_r1 {last['width_16/t2i_r1']:.2f}" in asked.stdout
     assert last["width_16/i2t_r10"] >= last["width_16/i2t_r1"]
     refused = train(1, *words, "run.name=other", "eval.probe=true")

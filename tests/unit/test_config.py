@@ -93,6 +93,8 @@ def test_deepspeed_settings_pass_through():
         ("optim.min_lr=1", ["optim.min_lr=1", "not exceed"]),
         ("train.global_batch=0", ["train.global_batch=0"]),
         ("train.steps=-1", ["train.steps=-1", "negative"]),
+        ("data.caption=1", ["data.caption=1", "from 2 on"]),
+        ("data.caption=every", ["data.caption=every", "random, first, all"]),
         ("data.crop_scale_min=0", ["data.crop_scale_min=0"]),
         ("data.max_bad_share=2", ["data.max_bad_share=2"]),
         ("data.caption_members=[txt,'json:']", ["data.caption_members", "suffixes such as txt"]),

@@ -11,6 +11,7 @@ from pairs import Lengths, write_pairs
 from clipdist.config import Data
 from clipdist.data.augment import Augmentation, View
 from clipdist.data.bad_sample import BadSample
+from clipdist.data.batch import CAPTION, EMPTY
 from clipdist.data.catalog import Catalog
 from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
 from clipdist.data.order import OrderKey
@@ -113,6 +114,48 @@ def test_captions_and_crops_change_with_the_epoch(shards):
     assert sum(len(captions) == 2 for captions in seen.values()) > 60  # of 70, each with two captions
     firsts = {tuple(row) for batch in take(40, shards / "train", caption="first") for row in batch.tokens.tolist()}
     assert len(firsts) < sum(map(len, seen.values()))
+
+
+def several(folder):
+    """16 samples of two captions each, but one of five and one of one, and a bad one."""
+    five = ["a", "bb", "ccc", "dddd", "eeeee"]
+    return write_pairs(folder, 16, bad={7: b""}, more={3: {"captions": five}, 4: {"captions": ["one"]}}), five
+
+
+def lengths(batch, sample):
+    """The lengths of a sample's texts, and which of the places hold one."""
+    row = batch.sample_id.tolist().index(sample)
+    return batch.tokens[row, :, 0].tolist(), batch.roles[row].tolist(), batch.group_id[row].tolist()
+
+
+def test_all_captions_of_an_image_are_in_its_row(tmp_path):
+    folder, five = several(tmp_path)
+    (batch,) = take(1, folder, caption="all")
+    assert batch.tokens.shape == (16, 5, 2)
+    assert batch.roles.shape == batch.group_id.shape == (16, 5)
+    assert lengths(batch, 3) == ([1, 2, 3, 4, 5], [CAPTION] * 5, [group_id(text) for text in five])
+    assert lengths(batch, 4)[:2] == ([3, 0, 0, 0, 0], [CAPTION, *[EMPTY] * 4])
+    assert lengths(batch, 7)[1] == [EMPTY] * 5
+    assert batch.roles.sum() == 13 * 2 + 5 + 1
+    assert (~batch.valid["text"]).nonzero().tolist() == [[batch.sample_id.tolist().index(7)]]
+    ranks = [part for rank in (0, 1) for part in take(1, folder, rank=rank, world=2, caption="all")]
+    assert {part.tokens.shape[1] for part in ranks} == {5, 2}  # as many as an image of the rank has
+    whole = torch.cat([part.with_places(5).tokens for part in ranks])
+    assert torch.equal(whole[batch.roles > 0], batch.tokens[batch.roles > 0])
+
+
+def test_a_number_of_captions_is_drawn_without_replacement(tmp_path):
+    folder, _ = several(tmp_path)
+    epochs = take(30, folder, caption=3)
+    drawn = [tuple(lengths(batch, 3)[0]) for batch in epochs]
+    assert all(len(set(own)) == 3 for own in drawn)
+    assert len({frozenset(own) for own in drawn}) == 10  # of 5 any 3
+    assert all(lengths(batch, 4)[0] == [3, *[0] * (batch.tokens.shape[1] - 1)] for batch in epochs)
+    ranks = [take(30, folder, rank=rank, world=2, caption=3) for rank in (0, 1)]
+    for batch, *parts in zip(epochs, *ranks):
+        for part in parts:
+            if 3 in part.sample_id:
+                assert lengths(part, 3) == lengths(batch, 3)
 
 
 def test_a_bad_sample_keeps_its_row(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from clipdist.errors import UserError
 from clipdist.losses.global_batch import NonFiniteFeatures, global_statistics
 from clipdist.losses.infonce import batch_accuracy, info_nce
+from clipdist.losses.several_texts import contrast_texts, texts_accuracy
 from clipdist.losses.sigmoid import sigmoid_loss
 from clipdist.losses.tiles import Tile
 
@@ -283,3 +285,75 @@ def test_accuracy_counts_rows_whose_best_candidate_is_a_positive():
     assert float(grouped["correct_i2t"]) == float(grouped["correct_t2i"]) == 4
     masked = batch_accuracy(features, texts, valid=torch.tensor([True, True, True, False]))
     assert float(masked["correct_i2t"]) == 2
+
+
+def dense_texts(kind, images, texts, t, bias, captions, candidates, valid, group_id=None, label_smoothing=0.0):
+    """The formulas of clipdist/losses/several_texts.py, written out over the images and texts that are there."""
+    valid = valid & captions.any(1)
+    here = candidates & valid[:, None]
+    owner = torch.arange(len(valid))[:, None].expand_as(here)[here]
+    caption = captions[here]
+    if group_id is None:
+        positive = (owner[None] == torch.arange(len(valid))[:, None]) & caption
+    else:
+        own = (group_id[:, :, None] == group_id[here]) & captions[:, :, None]
+        positive = own.any(1)
+    positive = positive[valid].to(images.dtype)
+    logits = t.exp() * F.normalize(images[valid], dim=1) @ F.normalize(texts[here], dim=1).T
+    n, m = logits.shape
+    if kind == "sigmoid":
+        target = (1 - label_smoothing) * positive + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits + bias, target, reduction="sum") / n
+    rows = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True) + label_smoothing / m
+    columns, logits_of_captions = positive[:, caption], logits[:, caption]
+    columns = (1 - label_smoothing) * columns / columns.sum(0) + label_smoothing / n
+    image_loss = -(rows * logits.log_softmax(1)).sum(1).mean()
+    return (image_loss - (columns * logits_of_captions.log_softmax(0)).sum(0).mean()) / 2
+
+
+def draw_texts(t=2.659, b=40, k=4, d=17):
+    """Images with one to four captions, some negatives, and texts that several images share; one image has none."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = (torch.randn(b, d, generator=generator), torch.randn(b, k, d, generator=generator))
+    captions, candidates = torch.rand(2, b, k, generator=generator) > 0.4
+    captions[:, 0] = True
+    captions[7] = False
+    candidates |= captions
+    valid = torch.rand(b, generator=generator) > 0.1
+    groups = torch.randint(0, 60, (b, k), generator=generator)
+    return (*inputs, torch.tensor([t]), torch.tensor([-3.0])), {
+        "captions": captions,
+        "candidates": candidates,
+        "valid": valid,
+        "group_id": groups,
+    }
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("t", [0.0, 2.659, math.log(99)])
+@pytest.mark.parametrize("more", [{}, {"group_id": None}, {"label_smoothing": 0.1}])
+def test_several_texts_are_contrasted_as_defined(kind, t, more):
+    inputs, options = draw_texts(t)
+    options |= more
+    found = value_and_gradients(partial(contrast_texts, loss=kind), inputs, tile=SMALL, **options)
+    exact = value_and_gradients(lambda *x: dense_texts(kind, *x, **options), inputs, torch.float64)
+    assert max(errors(found, exact)) < 3e-6
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_one_text_per_image_is_the_loss_of_pairs(kind):
+    inputs = draw()
+    options = {**CASES["smoothed"], "captions": torch.ones(70, 1, dtype=torch.bool), "group_id": GROUPS[:, None]}
+    found = value_and_gradients(
+        lambda x, y, *scalars, **rest: contrast_texts(x, y[:, None], *scalars, loss=kind, **rest), inputs, **options
+    )
+    assert max(errors(found, value_and_gradients(LOSSES[kind], inputs, **CASES["smoothed"]))) < 3e-6
+
+
+def test_accuracy_of_several_texts_counts_images_and_captions():
+    features = torch.eye(4)
+    texts = torch.stack([features, features.roll(1, 0)], dim=1)  # the second text of each image is that of another
+    captions = torch.tensor([[True, False], [True, True], [True, False], [True, False]])
+    counts = texts_accuracy(features, texts, captions=captions)
+    assert counts["captions"] == 5  # of which the second one of image 1 lies at image 0
+    assert global_statistics({"valid": torch.tensor(4.0), **counts})["batch_t2i_r1"] == pytest.approx(100 * 4 / 5)
