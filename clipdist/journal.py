@@ -81,6 +81,7 @@ class Journal:
         taken = {"all": "all", "first": "one", "random": "one"}.get(str(config.data.caption), f"{config.data.caption}")
         self.log(
             f"data.train: {plan.catalog.contents}; of several a step takes {taken}: data.caption={config.data.caption}"
+            + (f", and {config.data.negatives} negatives, drawn" if config.data.negatives else "")
         )
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
@@ -103,7 +104,7 @@ class Journal:
         if config.objectives.clip is not None:
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
             how = sweeps(config.objectives.clip.implementation, torch.empty(0, dtype=dtype, device=device))
-            several = config.data.several_captions
+            several = config.data.several_texts
             name = "tiles, as several texts an image need" if several else how.__name__.rpartition(".")[2]
             parts.append(f"loss by {name}")
             if narrower := config.objectives.clip.nested_widths(spec.embed_dim)[:-1]:

@@ -6,7 +6,7 @@ The launcher calls check_launch before it queues a job; every rank calls clipdis
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,8 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
         raise UserError("data.train is empty: name the training shards, such as data.train=DIR/train")
     fetcher, members = fetcher_of(config.data), members_of(config.data)
     catalog = Catalog.open(config.data.train, "data.train", fetcher, members)
-    val = Catalog.open(config.data.val, "data.val", fetcher, members) if config.data.val else None
+    of_val = replace(members, negatives=())
+    val = Catalog.open(config.data.val, "data.val", fetcher, of_val) if config.data.val else None
     catalog.contents = look_at(catalog, "data.train", config.data.train)
     if val is not None:
         val.contents = look_at(val, "data.val", config.data.val)

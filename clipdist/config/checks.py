@@ -10,7 +10,7 @@ from clipdist.errors import UserError
 
 # Keys by section, for each bound.
 NOT_NEGATIVE = {
-    "data": ("cache_gb", "retry_s", "threads", "streams", "window"),
+    "data": ("negatives", "cache_gb", "retry_s", "threads", "streams", "window"),
     "model": ("image_unlocked_groups", "text_unlocked_layers"),
     "optim": ("warmup_steps", "weight_decay", "grad_clip", "min_lr"),
     "train": ("steps", "samples", "micro_batch", "save_every", "save_minutes", "keep_every", "compare_every", "hang_s"),
@@ -88,12 +88,15 @@ def _check_data(data: Data, model: Model, train: Train) -> None:
         _need(train.steps + train.samples > 0, "data.weights", data.weights, must)
     for key, form, must in (
         ("caption_members", r"[^:/\s]+(:[^:]+)?", "be suffixes such as txt, or fields such as json:captions"),
+        ("negative_members", r"[^:/\s]+(:[^:]+)?", "be suffixes such as neg, or fields such as json:negatives"),
         ("image_members", r"[^:/\s]+", "be suffixes such as jpg"),
     ):
         names = getattr(data, key)
         _need(all(re.fullmatch(form, name) for name in names), f"data.{key}", names, must)
     if data.cache_features:
         _check_cached(data, model)
+    used = bool(data.negatives) or not data.negative_members
+    _need(used, "data.negative_members", data.negative_members, "come with data.negatives, their number in a step")
     divides = not data.streams or train.global_batch % data.streams == 0
     _need(divides, "data.streams", data.streams, "divide train.global_batch")
 
@@ -117,6 +120,8 @@ def _check_model(model: Model) -> None:
 def _check_cached(data: Data, model: Model) -> None:
     locked = model.lock_image or model.lock_text
     _need(locked, "data.cache_features", True, "come with model.lock_image=true or model.lock_text=true")
+    must = "be 0 with data.cache_features and model.lock_text: features of captions alone are kept"
+    _need(not (model.lock_text and data.negatives), "data.negatives", data.negatives, must)
     if model.lock_image:  # its features are those of one view of an image, the evaluation's
         must = "be {} with data.cache_features and model.lock_image: features of augmented images are not kept"
         _need(data.crop_scale_min == 1, "data.crop_scale_min", data.crop_scale_min, must.format(1))
@@ -129,8 +134,9 @@ def _check_objectives(objectives: Objectives, data: Data) -> None:
     if objectives.clip is None:
         raise UserError("objectives: none is set; set one, such as objectives.clip={}")
     _check_clip(objectives.clip)
-    tiles = not data.several_captions or objectives.clip.implementation != "kernel"
-    must = f"be auto or tiles with data.caption={data.caption}: the kernel takes one text an image"
+    tiles = not data.several_texts or objectives.clip.implementation != "kernel"
+    several = f"data.caption={data.caption}, data.negatives={data.negatives}"
+    must = f"be auto or tiles with {several}: the kernel takes one text an image"
     _need(tiles, "objectives.clip.implementation", "kernel", must)
 
 

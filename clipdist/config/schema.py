@@ -39,6 +39,8 @@ class Data:
     caption: str | int = "random"  # of an image's captions a step uses one (random, first), a number of them, or all
     caption_members: list[str] = field(default_factory=list)  # empty: json:captions, txt, json:caption
     caption_lines: Literal["auto", "split", "whole"] = "auto"  # of a text: captions, or one caption; auto: by sample
+    negatives: int = 0  # further texts of an image that are no captions of it, in a step; 0: none
+    negative_members: list[str] = field(default_factory=list)  # empty: json:negatives, neg
     image_members: list[str] = field(default_factory=list)  # suffixes of images; empty: jpg, jpeg, png, webp, gif, bmp
     crop_scale_min: float = 0.9  # minimum share of the image's area in a training crop
     dct_scaling: bool = (
@@ -61,16 +63,21 @@ class Data:
     retry_s: float = 300.0  # how long to retry a shard that cannot be fetched
 
     @property
-    def several_captions(self) -> bool:
-        """Whether a step uses several captions of an image."""
-        return self.caption not in ("random", "first")
+    def several_texts(self) -> bool:
+        """Whether a step uses several texts of an image."""
+        return self.planned_texts > 1
 
     @property
-    def planned_texts(self) -> int:
-        """The texts of an image in a step; of all captions, as many as COCO and Flickr have: it differs by image."""
+    def planned_captions(self) -> int:
+        """The captions of an image in a step; of all, as many as COCO and Flickr have: it differs by image."""
         if isinstance(self.caption, int):
             return self.caption
         return 5 if self.caption == "all" else 1
+
+    @property
+    def planned_texts(self) -> int:
+        """The captions and negatives of an image in a step."""
+        return self.planned_captions + self.negatives
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,14 @@ class _Look(NamedTuple):
         kinds: of its members, empty ones left out.
         image: the kind of its image; "": it has none.
         captions: empty where they were not, or cannot be, read; None: it has none.
+        negatives: empty where there are none, or they were not read.
     """
 
     sample: StoredSample | None
     kinds: list[str]
     image: str
     captions: Captions | None
+    negatives: Captions = Captions([], "")
 
 
 def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = True) -> str:
@@ -75,7 +77,27 @@ def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = 
         least, most = min(len(own.texts) for own in read), max(len(own.texts) for own in read)
         each = f"{least} each" if least == most else f"{least} to {most} each"
         told += f"; captions are {tell_sources(Counter(own.source for own in read))}, {each}"
-    return told
+    return told + _negatives(found, catalog, what)
+
+
+def _negatives(looks: Sequence[_Look], catalog: Catalog, what: str) -> str:
+    """Return in words where negatives were found, if they are looked for.
+
+    Raises:
+        UserError: samples were read, and none has any.
+    """
+    sources, read = catalog.members.negatives, [look for look in looks if look.sample]
+    if not sources or not read:
+        return ""
+    having = [look.negatives for look in read if look.negatives.texts]
+    if not having:
+        raise UserError(
+            f"{what}: of {len(read)} samples looked at none has negatives ({', '.join(sources)} looked for);"
+            f" {_members(looks)}; data.negative_members names others"
+        )
+    most = max(len(own.texts) for own in having)
+    where = tell_sources(Counter(own.source for own in having))
+    return f"; {len(having)} have negatives: {where}, at most {most} each"
 
 
 def _look(reader: Reader, sample_id: int) -> _Look:
@@ -91,7 +113,7 @@ def _look(reader: Reader, sample_id: int) -> _Look:
             return _Look(None, kinds, image, Captions([], "") if there else None)
         sample = reader.sample(sample_id)
         try:
-            return _Look(sample, kinds, image, sample.find_captions())
+            return _Look(sample, kinds, image, sample.find_captions(), sample.find_negatives())
         except BadSample as error:
             return _Look(sample, kinds, image, None if error.reason in _NO_CAPTION else Captions([], ""))
     except AWAY as error:

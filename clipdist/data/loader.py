@@ -22,7 +22,7 @@ import torch
 from clipdist import config
 from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
+from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, NEGATIVE, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.locked_features import LockedFeatures
@@ -247,7 +247,7 @@ class Loader:
         """Read, decode and tokenise some rows in a thread."""
         ids = draws.ids[rows].tolist()
         views = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
-        more = self.cfg.planned_texts - 1 if self.cfg.several_captions else 0  # captions that are drawn
+        more = self.cfg.planned_texts - 1  # texts that are drawn, but for the first
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], views + more)
         view_uniforms = uniforms[:, 1:views].reshape(len(ids), len(self.views), UNIFORMS)
         of_captions = np.delete(uniforms, slice(1, views), axis=1).tolist()
@@ -267,9 +267,11 @@ class Loader:
                     pixels.zero_()
         texts = [sample.texts if isinstance(sample, _RawSample) else [] for sample in samples]
         batch.valid["image"][rows] = torch.tensor([isinstance(sample, _RawSample) for sample in samples])
-        batch.valid["text"][rows] = torch.tensor([any(len(text.content) > 0 for text in own) for own in texts])
+        batch.valid["text"][rows] = torch.tensor(
+            [any(len(text.content) > 0 and text.role == CAPTION for text in own) for own in texts]
+        )
         found = None
-        if self.cfg.several_captions:
+        if self.cfg.several_texts:
             found = self._several_texts(texts)
         else:
             single = [own[0] if own else self._no_text for own in texts]
@@ -302,6 +304,15 @@ class Loader:
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
 
     def _draw_texts(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[_Text]:
+        """Return captions of a sample, and then negatives."""
+        captions = self._draw_captions(sample_id, stored, uniforms[: self.cfg.planned_captions])
+        if not self.cfg.negatives or stored is None:
+            return captions
+        texts = stored.find_negatives().texts
+        chosen = _drawn(uniforms[self.cfg.planned_captions :], len(texts))
+        return captions + [_Text(texts[number], group_id(texts[number]), role=NEGATIVE) for number in chosen]
+
+    def _draw_captions(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[_Text]:
         """Return captions of a sample, or their features; none if it has none and its image can be used without."""
         if stored is None or "text" in self.locked:
             try:
@@ -320,15 +331,10 @@ class Loader:
         ]
 
     def _choose(self, uniforms: list[float], captions: int) -> list[int]:
-        """Return the numbers of the captions that a step uses, drawn without replacement."""
-        if self.cfg.caption == "first":
-            return list(range(captions))[:1]
-        left, chosen = list(range(captions)), []
-        if self.cfg.caption == "all":
-            return left
-        for uniform in uniforms[:captions]:
-            chosen.append(left.pop(int(uniform * len(left))))
-        return chosen
+        """Return the numbers of the captions that a step uses."""
+        if self.cfg.caption in ("first", "all"):
+            return list(range(captions))[: 1 if self.cfg.caption == "first" else None]
+        return _drawn(uniforms, captions)
 
     def _captions(self, sample: StoredSample) -> list[str]:
         """Return the captions of a sample; [] if it has none and its image can be used without.
@@ -457,6 +463,12 @@ def _results(futures: list[Future[_Part]], interrupted: Callable[[], bool] | Non
         if interrupted is not None and interrupted():
             raise Interrupted
     return [future.result() for future in futures]
+
+
+def _drawn(uniforms: list[float], count: int) -> list[int]:
+    """Return numbers below `count`, drawn without replacement: one for each of the uniforms, or all in some order."""
+    left = list(range(count))
+    return [left.pop(int(uniform * len(left))) for uniform in uniforms[:count]]
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clipdist import config
 
 CAPTIONS = ("json:captions", "txt", "json:caption")
+NEGATIVES = ("json:negatives", "neg")
 
 
 class Captions(NamedTuple):
@@ -33,20 +34,28 @@ class Members:
             each of which may lead into a list. A kind that ends in json, without a field, is a text or a list of texts.
         lines: whether the lines of a text are captions. auto: they are, unless "caption" of the .json is the same text,
             as img2dataset writes it.
+        negatives: as captions: texts that are no captions of the image; none are looked for.
     """
 
     images: tuple[str, ...] = IMAGE_KINDS
     captions: tuple[str, ...] = CAPTIONS
     lines: Literal["auto", "split", "whole"] = "auto"
+    negatives: tuple[str, ...] = ()
 
     @functools.cached_property
     def caption_kinds(self) -> frozenset[str]:
         """The kinds of members that captions are looked for in."""
         return frozenset(source.partition(":")[0] for source in self.captions)
 
+    @functools.cached_property
+    def negative_kinds(self) -> frozenset[str]:
+        """The kinds of members that negatives are looked for in."""
+        return frozenset(source.partition(":")[0] for source in self.negatives)
+
     def is_read(self, kind: str) -> bool:
         """Return whether a reader asks for members of this kind."""
-        return kind in self.images or kind == "json" or kind in self.caption_kinds or kind.endswith(".ids")
+        texts = kind == "json" or kind in self.caption_kinds or kind in self.negative_kinds
+        return texts or kind in self.images or kind.endswith(".ids")
 
     def split(self, kind: str, text: str, record: Any) -> Captions:
         """Return the captions that a text member holds.
@@ -73,6 +82,7 @@ def members_of(cfg: config.Data) -> Members:
         tuple(map(_kind, cfg.image_members)) or IMAGE_KINDS,
         tuple(map(_kind, cfg.caption_members)) or CAPTIONS,
         cfg.caption_lines,
+        (tuple(map(_kind, cfg.negative_members)) or NEGATIVES) if cfg.negatives else (),
     )
 
 

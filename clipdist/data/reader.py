@@ -277,7 +277,21 @@ class StoredSample:
         Raises:
             BadSample: there are none, or they are no text.
         """
-        for source in self.reader.members.captions:
+        found = self._first_texts(self.reader.members.captions)
+        if not found.texts:
+            raise BadSample("missing caption")
+        return found
+
+    def find_negatives(self) -> Captions:
+        """Return the texts that are no captions of the image, and where they come from: none, or as find_captions.
+
+        Raises:
+            BadSample: they are no text.
+        """
+        return self._first_texts(self.reader.members.negatives)
+
+    def _first_texts(self, sources: tuple[str, ...]) -> Captions:
+        for source in sources:
             found = self._captions_of(source)
             if not found.texts:
                 continue
@@ -286,7 +300,7 @@ class StoredSample:
             except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which is no text
                 raise BadSample("caption not UTF-8") from None
             return found
-        raise BadSample("missing caption")
+        return Captions([], "")
 
     def _captions_of(self, source: str) -> Captions:
         kind, _, field = source.partition(":")

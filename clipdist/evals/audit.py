@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
+from clipdist.data.members import members_of
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine
@@ -293,7 +294,7 @@ def open_batches(cfg: Config, spec: ModelSpec, dist_env: DistEnv) -> BatchSource
     try:
         if not cfg.data.train:
             raise UserError("data.train is empty")
-        catalog = Catalog.open(cfg.data.train, "data.train", fetcher_of(cfg.data))
+        catalog = Catalog.open(cfg.data.train, "data.train", fetcher_of(cfg.data), members_of(cfg.data))
     except UserError as error:
         return RandomBatches(cfg, spec, f"drawn random pictures and tokens, because {error}")
     if len(catalog) < cfg.train.global_batch:

@@ -91,10 +91,13 @@ def test_a_misspelt_key_is_one_line_and_exit_2(launcher, shards, tmp_path):
 
 
 def test_bad_samples_are_masked_counted_and_named(tmp_path):
-    write_pairs(tmp_path / "train", 70, bad={5: b"", 30: b"junk"})
+    negatives = {row: {"negatives": ["no square", "no field"][: row % 3]} for row in range(70)}
+    write_pairs(tmp_path / "train", 70, bad={5: b"", 30: b"junk"}, more=negatives)
     words = [f"data.train={tmp_path / 'train'}", f"run.root={tmp_path}", "data.val=", "train.steps=4"]
-    ended = train(1, *words, "data.max_bad_share=0.2", "run.name=tolerant")
+    ended = train(1, *words, "data.max_bad_share=0.2", "run.name=tolerant", "data.negatives=2")
     assert ended.returncode == 0, ended.stderr
+    assert " have negatives: json:negatives, at most 2 each; of several a step takes one: data.caption=" in ended.stdout
+    assert "loss by tiles, as several texts an image need, " in ended.stdout
     events = [record for record in records(tmp_path / "tolerant", "event") if record["event"] == "bad_sample"]
     named = {(event["reason"], event["shard"], event["key"]) for event in events}
     trained = records(tmp_path / "tolerant", "train")

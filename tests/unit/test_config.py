@@ -95,6 +95,8 @@ def test_deepspeed_settings_pass_through():
         ("train.steps=-1", ["train.steps=-1", "negative"]),
         ("data.caption=1", ["data.caption=1", "from 2 on"]),
         ("data.caption=every", ["data.caption=every", "random, first, all"]),
+        ("data.negatives=-1", ["data.negatives=-1", "negative"]),
+        ("data.negative_members=[neg]", ["data.negative_members=['neg']", "come with data.negatives"]),
         ("data.crop_scale_min=0", ["data.crop_scale_min=0"]),
         ("data.max_bad_share=2", ["data.max_bad_share=2"]),
         ("data.caption_members=[txt,'json:']", ["data.caption_members", "suffixes such as txt"]),

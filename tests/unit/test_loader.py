@@ -11,9 +11,10 @@ from pairs import Lengths, write_pairs
 from clipdist.config import Data
 from clipdist.data.augment import Augmentation, View
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.batch import CAPTION, EMPTY
+from clipdist.data.batch import CAPTION, EMPTY, NEGATIVE
 from clipdist.data.catalog import Catalog
 from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
+from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 
@@ -24,7 +25,7 @@ def loader(
     alone = settings.pop("images_only", False)
     cfg = dataclasses.replace(Data(threads=threads), **settings)
     return open_loader(
-        Catalog.open([str(folder)]),
+        Catalog.open([str(folder)], members=members_of(cfg)),
         OrderKey(0, 16, 4, 0),
         tokenizer or Lengths(),
         cfg,
@@ -156,6 +157,20 @@ def test_a_number_of_captions_is_drawn_without_replacement(tmp_path):
         for part in parts:
             if 3 in part.sample_id:
                 assert lengths(part, 3) == lengths(batch, 3)
+
+
+def test_negatives_follow_the_captions_and_are_drawn(tmp_path):
+    texts = ["n", "nn", "nnn", "nnnn"]
+    write_pairs(tmp_path, 16, more={3: {"negatives": texts}, 4: {"negatives": "single", "captions": []}})
+    epochs = take(20, tmp_path, caption="first", negatives=2)
+    assert epochs[0].tokens.shape == (16, 3, 2)
+    drawn = [lengths(batch, 3) for batch in epochs]
+    assert all(roles == [CAPTION, NEGATIVE, NEGATIVE] for _, roles, _ in drawn)
+    assert len({frozenset(own[1:]) for own, _, _ in drawn}) == 6  # of 4 any 2
+    assert drawn[0][2][1] == group_id("n" * drawn[0][0][1])
+    assert lengths(epochs[0], 5)[1] == [CAPTION, EMPTY, EMPTY]
+    whole = take(1, tmp_path, caption="first")[0].tokens
+    assert torch.equal(epochs[0].tokens[:, 0], whole)
 
 
 def test_a_bad_sample_keeps_its_row(tmp_path):

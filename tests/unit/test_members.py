@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pairs import write_pairs
 from PIL import Image
 
 from clipdist.config import Data, load_config
@@ -126,6 +127,16 @@ def test_everybody_takes_the_same_captions(tmp_path, form, settings, captions, s
     plan = check_data(load_config("configs/tiny.yaml", [f"data.train={tmp_path / 'set'}", "data.val=", *words]))[0]
     kind = next(kind for kind in FORMS[form] if FORMS[form][kind] == image())
     assert plan.contents == f"16 samples looked at: images are .{kind}; captions are {source}, {len(captions)} each"
+
+
+def test_negatives_are_looked_for_where_they_are_asked_for(tmp_path) -> None:
+    words = ["configs/tiny.yaml", [f"data.train={tmp_path}", "data.val=", "data.negatives=2"]]
+    write_pairs(tmp_path, 20, more={row: {"negatives": [f"{row}"] * row} for row in range(4)})
+    assert check_data(load_config(*words))[0].contents.endswith("; 3 have negatives: json:negatives, at most 3 each")
+    words[1].append("data.negative_members=[neg]")
+    told = r"^data.train: of 16 samples looked at none has negatives \(neg looked for\); their members are .*png"
+    with pytest.raises(UserError, match=told):
+        check_data(load_config(*words))
 
 
 def encode(images: torch.Tensor | None, tokens: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
