@@ -79,10 +79,8 @@ def write_page(page: Path, suite: Path, labels: list[str], results: list[list[di
     from clipdist.report.suite_page import suite_page
     from clipdist.storage import replacing
 
-    remarks = [
-        "R@K counts ties against the model; a probe follows Radford et al. 2021, A.3. All figures are in percent."
-    ]
-    text = suite_page(f"Suite {suite.stem}: {', '.join(labels)}", labels, results, remarks, datetime.now(timezone.utc))
+    remarks = ["R@K counts ties against the model; a probe follows Radford et al. 2021, A.3."]
+    text = suite_page(f"{suite.name}: {', '.join(labels)}", labels, results, remarks, datetime.now(timezone.utc))
     with writing(f"--out {page}"), replacing(page) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 

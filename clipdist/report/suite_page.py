@@ -34,7 +34,7 @@ def suite_page(
         [name, task_words(task), label_of(figure), *_marked(values)]
         for name, task, figure, values in headlines(results)
     ]
-    summary = [parts.table(rows, ["set", "task", "figure", *labels], numbers=True)]
+    summary = [parts.table(rows, ["set", "task", "figure", *labels])]
     sections: list[tuple[str, str, list[Markup]]] = [("summary", "All sets", summary)]
     for number, found in enumerate(zip(*results)):
         names = [name for name in found[0] if name not in NOT_FIGURES]
