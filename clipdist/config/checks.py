@@ -109,6 +109,9 @@ def _check_model(model: Model) -> None:
     _need(locked, "model.text_unlocked_layers", model.text_unlocked_layers, "come with model.lock_text=true")
     used = bool(model.weights) or not model.trust_weights
     _need(used, "model.trust_weights", "true", "come with model.weights, the file that is trusted")
+    free = not (model.lora or (model.lock_image and model.lock_text))
+    must = "come without model.lora and with a tower that is not locked"
+    _need(free or not model.biases_only, "model.biases_only", True, must)
     if model.lora is not None:
         _need(model.lora.rank >= 1, "model.lora.rank", model.lora.rank, "be at least 1")
         _need(0 < model.lora.alpha < math.inf, "model.lora.alpha", model.lora.alpha, "be above 0")

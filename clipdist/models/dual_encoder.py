@@ -24,6 +24,7 @@ from clipdist.models.towers import (
     frozen_subtrees,
     keep_statistics_fp32,
     lock,
+    lock_weights,
     native_size,
     resize,
     run_on_shapes,
@@ -177,6 +178,10 @@ class DualEncoder(nn.Module):
             lock(self.visual, "model.image_unlocked_groups", cfg.image_unlocked_groups)
         if cfg.lock_text or "text" in adapted:
             lock(self.text, "model.text_unlocked_layers", cfg.text_unlocked_layers)
+        if cfg.biases_only:  # BitFit
+            for tower, locked in ((self.visual, cfg.lock_image), (self.text, cfg.lock_text)):
+                if not locked:
+                    lock_weights(tower)
         if cfg.lora:
             add_adapters(self, cfg.lora)
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]

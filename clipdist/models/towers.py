@@ -73,6 +73,14 @@ def lock(tower: nn.Module, key: str, unlocked: int) -> None:
         raise UserError(f"{key}={unlocked}: {_kind(tower)} cannot be unlocked in part; set it to 0") from error
 
 
+def lock_weights(tower: nn.Module) -> None:
+    """Freeze a tower but its biases (BitFit, Ben Zaken et al., arXiv:2106.10199) and what `lock` leaves to train."""
+    lock(tower, "model.biases_only", 0)
+    for name, parameter in tower.named_parameters():
+        if name.endswith("bias"):  # in_proj_bias, too
+            parameter.requires_grad_(True)
+
+
 def _trained(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 

@@ -109,6 +109,8 @@ def test_deepspeed_settings_pass_through():
         ("model.image_unlocked_groups=2", ["model.image_unlocked_groups=2", "model.lock_image=true"]),
         ("model.text_unlocked_layers=1", ["model.text_unlocked_layers=1", "model.lock_text=true"]),
         ("model.trust_weights=true", ["model.trust_weights=true", "model.weights"]),
+        ("model={biases_only: true, lora: {}}", ["model.biases_only", "without model.lora"]),
+        ("model={biases_only: true, lock_text: true, lock_image: true}", ["model.biases_only", "not locked"]),
         ("model.lora.rank=0", ["model.lora.rank=0", "at least 1"]),
         ("model.lora.alpha=0", ["model.lora.alpha=0", "above 0"]),
         ("model={lora: {towers: text}, lock_text: true}", ["model.lock_text=True", "model.lora"]),

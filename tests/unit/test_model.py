@@ -206,6 +206,19 @@ def test_widths_beyond_the_features_are_refused() -> None:
             make()
 
 
+@pytest.mark.parametrize(("lock_text", "towers"), [(False, {"visual", "text"}), (True, {"visual"})])
+def test_biases_alone_train(lock_text: bool, towers: set[str]) -> None:
+    model = build(TINY_VIT, biases_only=True, lock_text=lock_text)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {
+        name
+        for name, _ in model.named_parameters()
+        if name == "logit_scale" or (name.partition(".")[0] in towers and name.endswith("bias"))
+    }
+    assert "visual.transformer.resblocks.0.attn.in_proj_bias" in trained
+    assert gradients(model, *batch(model)).keys() == trained
+
+
 def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> None:
     told = "^train.global_batch, train.micro_batch: one pair in a forward pass leaves BatchNorm in .*tiny_rn"
     for words in (["train.global_batch=1"], ["train.global_batch=8", "train.micro_batch=1"]):
