@@ -130,13 +130,28 @@ def _from_arrays(data: LabelledImages) -> Split:
 # An image folder
 
 
-def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledSet:
+def class_folders(path: Path) -> dict[Path, dict[str, list[Path]]]:
+    """Return the images of an image folder by class, of its training set, if it has one, and of its test set.
+
+    Raises:
+        UserError: no such folder, or as _images_by_class; a class of the test set that the training set does not have.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected folders DIR/CLASS, or DIR/train/CLASS and DIR/test/CLASS")
+    train, test = _split_folders(path)
     assert test is not None  # only a tar has none
     files = {folder: _images_by_class(folder) for folder in (train, test) if folder}
-    classes = tuple(files[train or test])
+    classes = files[train or test]
     unknown = sorted(set(files[test]) - set(classes))
     if unknown:
         raise UserError(f"{test / unknown[0]}: unknown label: {train} has no class {unknown[0]}")
+    return files
+
+
+def _open_folder(path: Path, train: Path | None, test: Path | None) -> LabelledSet:
+    assert test is not None
+    files = class_folders(path)
+    classes = tuple(files[train or test])
     splits = {folder: _from_files(found, classes) for folder, found in files.items()}
     return LabelledSet(path.resolve().name, classes, splits[train] if train else None, splits[test])
 

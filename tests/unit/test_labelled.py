@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import torch
 from cifar_files import write_cifar10
+from pairs import Lengths
 from PIL import Image
 
+from clipdist.config import Data
 from clipdist.data.bad_sample import BadSample
+from clipdist.data.catalog import Catalog
 from clipdist.data.decode import eval_image, eval_pixels
+from clipdist.data.loader import image_view, open_loader
+from clipdist.data.order import OrderKey
 from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
+from tools import shard_images
 
 NAMES = ("circle", "square", "star")
 
@@ -261,3 +267,66 @@ def test_pixels_are_those_of_the_evaluation_transform(shape: tuple[int, int]) ->
 def test_a_strip_is_refused() -> None:
     with pytest.raises(BadSample, match="too many pixels"):
         eval_pixels(np.zeros((1, 4000, 3), np.uint8), EvalTransform(224))
+
+
+def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Path:
+    """The shards that tools/shard_images.py makes of a folder."""
+    out = folder.parent / "shards"
+    monkeypatch.setattr("sys.argv", ["shard_images.py", str(folder), "--out", str(out), "--processes", "1", *words])
+    shard_images.main()
+    return out
+
+
+def write_classes(folder: Path, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.full((8, 8, 3), 20 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{name}{number}.png")
+
+
+@pytest.mark.parametrize("caption", ["random", "all"])
+def test_shards_of_labelled_images_have_their_classes_as_captions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caption: str
+) -> None:
+    write_classes(tmp_path / "pets" / "train", {"cat": 5, "guinea_pig": 3})
+    write_classes(tmp_path / "pets" / "test", {"cat": 1})
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a {}.\n" + ("the big {}.\n" if caption == "all" else ""))
+    out = sharded(tmp_path / "pets", monkeypatch, "--templates", str(templates))
+    found = open_labelled(out)
+    assert found.train is not None
+    assert sorted(found.train.labels) == [0] * 5 + [1] * 3
+    assert found.classes == ("cat", "guinea_pig")
+    assert found.train.labels.tolist() != sorted(found.train.labels.tolist())  # mixed
+    cfg = Data(caption=caption)
+    catalog = Catalog.open([str(out / "train")])
+    loader = open_loader(catalog, OrderKey(0, 8, 1, 0), Lengths(), cfg, views=[image_view(cfg, 8)], rank=0, world=1)
+    batch = loader.next()
+    loader.close()
+    groups = {tuple(row) for row in batch.group_id.view(8, -1).tolist()}
+    assert len(groups) == 2  # the images of a class have the same captions
+    wanted = [6, 12, 13, 19] if caption == "all" else [6, 13]  # "a cat.", "the big cat.", "a guinea pig." ...
+    assert sorted(set(batch.tokens[..., 0].flatten().tolist())) == wanted
+    before = {path.name: path.read_bytes() for path in (out / "train").glob("*.tar")}
+    sharded(tmp_path / "pets", monkeypatch, "--templates", str(templates))
+    assert before == {path.name: path.read_bytes() for path in (out / "train").glob("*.tar")}
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ({"cat": 2, "dog": 1}, "dog: a class with one picture; add some, or remove the folder"),
+        ({"cat": 2, "dog": 0}, "dog: a class without pictures; add some, or remove the folder"),
+        ({}, "no folders with pictures"),
+        (None, "pets: no such folder; expected folders DIR/CLASS"),
+    ],
+)
+def test_folders_of_which_no_shards_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: dict[str, int] | None, told: str
+) -> None:
+    if counts is not None:
+        (tmp_path / "pets").mkdir()
+        write_classes(tmp_path / "pets", counts)
+    with pytest.raises(UserError, match=told):
+        sharded(tmp_path / "pets", monkeypatch)
