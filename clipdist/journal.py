@@ -1,4 +1,4 @@
-"""Log a run: progress lines, metrics.jsonl and TensorBoard.
+"""Log a run: progress lines, metrics.jsonl, TensorBoard, and the loggers of run.logger.
 
 Collective methods reduce the numbers of all ranks, then rank 0 writes them.
 """
@@ -27,6 +27,7 @@ from clipdist.engine.optim import learning_rate
 from clipdist.errors import Fault, UserError
 from clipdist.losses.choose import sweeps
 from clipdist.monitor.bad_samples import BadSamples
+from clipdist.monitor.loggers import Loggers
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit
 from clipdist.run_plan import RunPlan
@@ -42,14 +43,15 @@ class Journal:
 
     Attributes:
         bad: counts samples that cannot be used.
-        metrics: writes metrics.jsonl and TensorBoard.
+        metrics: writes metrics.jsonl, TensorBoard and the loggers.
         progress: writes progress lines.
     """
 
     def __init__(self, config: Config, plan: RunPlan, dist_env: DistEnv) -> None:
         self.config, self.plan, self.dist_env = config, plan, dist_env
         self.bad = BadSamples()
-        self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step)
+        loggers = Loggers(config) if config.run.logger and dist_env.rank == 0 else None
+        self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step, loggers)
         self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
 
     def log_start(self, engine: Engine, spec: ModelSpec, loader: Any) -> None:

@@ -16,7 +16,7 @@ from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.first_look import look_at
 from clipdist.data.members import members_of
 from clipdist.data.order import ORDER_VERSION, OrderKey, first_order, whole_parts
-from clipdist.errors import UserError
+from clipdist.errors import UserError, require_extra
 from clipdist.fault_tolerance.rollback import skipped_ranges
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class RunPlan:
 
 
 def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
-    """Check rank count, data and run folder.
+    """Check rank count, loggers, data and run folder.
 
     Returns:
         The catalogs of the training and of the validation data.
@@ -53,6 +53,8 @@ def check_launch(config: Config, world: int) -> tuple[Catalog, Catalog | None]:
         UserError: the run could not start.
     """
     check_ranks(config, world)
+    for name in config.run.logger:
+        require_extra(f"run.logger={name}", [name], name)
     catalogs = check_data(config)
     check_run_folder(config.run.dir)
     return catalogs

@@ -1,4 +1,4 @@
-"""Write metrics.jsonl and TensorBoard's event files, and show progress."""
+"""Write metrics.jsonl, TensorBoard's event files and further loggers, and show progress."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
+    from clipdist.monitor.loggers import Loggers
+
 # Steps past the resumed one are trained again and logged again; how attempts began and ended is not.
 KEPT_ON_RESUME = ("restart", "interrupted", "rollback", "save_failed", "fault")
 TENSORBOARD_RETRY_S = 60.0  # after a failed write
@@ -37,7 +39,7 @@ WATCHED = {  # charts on TensorBoard's page of custom scalars: title, and a regu
 
 
 class Metrics:
-    """Write the records of one run to metrics.jsonl and TensorBoard. Do nothing on ranks other than 0.
+    """Write the records of one run to metrics.jsonl, TensorBoard and loggers. Do nothing on ranks other than 0.
 
     A write that fails (disk full, storage unavailable) is reported once on stderr and loses what it wrote; training
     goes on, and later writes are tried as usual.
@@ -46,6 +48,7 @@ class Metrics:
         run_dir: the run folder, which exists.
         start_step: the step that training continues from; later records of an earlier attempt are removed from
             metrics.jsonl and hidden in TensorBoard, and so is a line that a kill cut short.
+        loggers: those of run.logger, on rank 0.
 
     Attributes:
         validated_at: step of the last validation that is kept; 0 if there is none.
@@ -54,7 +57,7 @@ class Metrics:
         Fault: the run folder cannot be written at the start.
     """
 
-    def __init__(self, run_dir: Path, rank: int, start_step: int = 0) -> None:
+    def __init__(self, run_dir: Path, rank: int, start_step: int = 0, loggers: Loggers | None = None) -> None:
         self.validated_at = 0
         self._open = rank == 0
         if not self._open:
@@ -74,6 +77,7 @@ class Metrics:
         self._results = {"train/loss"}  # names of what the HParams page shows
         self._hide_from: int | None = start_step + 1
         self._show(lambda board: None)
+        self._loggers = loggers
 
     def write(self, kind: str, step: int, samples: int, **values: Any) -> None:
         """Append one record; its numbers also go to TensorBoard as kind/name.
@@ -94,18 +98,22 @@ class Metrics:
         if kind == "event":
             self._show(lambda board: board.add_text("events", json.dumps(values), step))
             return
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._show(partial(_add_scalar, f"{kind}/{name}", value, step))
-                self._results |= {f"{kind}/{name}"} if kind == "val" else set()
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            self._show(partial(_add_scalar, name, value, step))
+        self._results |= numbers.keys() if kind == "val" else set()
+        if self._loggers:
+            self._loggers.numbers(numbers, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Show an image on TensorBoard's image page."""
+        """Show an image on TensorBoard's image page, and in the loggers."""
         if self._open:
             import numpy as np
 
             pixels = np.asarray(image.convert("RGB"))
             self._show(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
+            if self._loggers:
+                self._loggers.image(name, image, step)
 
     def settings(self, settings: dict[str, Any], text: str) -> None:
         """Show the configuration, as text, and the charts of WATCHED on TensorBoard; keep it for `outcome`."""
@@ -119,6 +127,8 @@ class Metrics:
         """Show the settings beside the last loss and the last validation on TensorBoard's HParams page."""
         if self._open:
             self._show(self._add_hparams)
+            if self._loggers:
+                self._loggers.ended_well()
 
     def _add_hparams(self, board: SummaryWriter) -> None:
         """Name the curves whose last values the page shows; `add_hparams` would add a card of one point for each."""
@@ -130,6 +140,8 @@ class Metrics:
     def close(self) -> None:
         if self._open and self._board is not None:
             self._show(lambda board: board.close())
+        if self._open and self._loggers:
+            self._loggers.close()
         self._open = False
 
     def _show(self, put: Callable[[SummaryWriter], object]) -> None:

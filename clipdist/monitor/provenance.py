@@ -1,4 +1,4 @@
-"""Name the commit and the hardware, for run folders and benchmark tables."""
+"""Name the commit, the hardware and the data, for run folders, benchmark tables and other people."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def commit() -> str | None:
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         return None
+
+
+def without_secrets(name: str) -> str:
+    """Return the address of data without user, password and signature; any other name as it is."""
+    return re.sub(r"//[^/@\s]*@", "//", re.split(r"[?#]", name, maxsplit=1)[0]) if "://" in name else name
 
 
 def hardware(device: str, threads: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -11,6 +10,7 @@ from clipdist import __version__
 from clipdist.config import Config
 from clipdist.errors import UserError
 from clipdist.models.load import LoadedModel
+from clipdist.monitor.provenance import without_secrets
 from clipdist.report.history import Record, RunHistory, read_runs
 from clipdist.report.words import label_of, labelled_text
 
@@ -113,7 +113,5 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _public(name: str) -> str:
     """Return a name without what concerns this machine or its owner: leading folders, and secrets of an address."""
-    if "://" in name:
-        return re.sub(r"//[^/@\s]*@", "//", re.split(r"[?#]", name, maxsplit=1)[0])
     path = Path(name)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else name
+    return "/".join(path.parts[-2:]) if path.is_absolute() else without_secrets(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,14 +13,22 @@ from dist.launch import train
 from pairs import write_pairs
 from PIL import Image
 
+LOGGERS = Path(__file__).parents[1] / "loggers"
+
 
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory) -> dict[str, Path]:
     """The same short run by every launcher."""
+    monkeypatch = pytest.MonkeyPatch()
     root = tmp_path_factory.mktemp("launchers")
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={root}", "train.steps=4"]
     for launcher in LAUNCHERS:
-        ended = run(launcher, *data, f"run.name={launcher}")
+        more = []
+        if launcher == "deepspeed":  # with modules that stand in for wandb and mlflow
+            monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LOGGERS), *filter(None, [os.getenv("PYTHONPATH")])]))
+            monkeypatch.setenv("LOGGER_CALLS", str(root / "calls"))
+            more = ["run.logger=[wandb,mlflow]"]
+        ended = run(launcher, *data, f"run.name={launcher}", *more)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "finished 4 steps" in ended.stdout
         for name, taken in (
@@ -34,7 +43,19 @@ def runs(shards, tmp_path_factory) -> dict[str, Path]:
         assert "settings taken: precision fp32, loss by tiles, " in ended.stdout
         assert "length by train.steps, 4 steps an epoch, checkpoint every 4 steps, valid" in ended.stdout
         assert "(%, 20 images, 40 captions; i2t counts any of an image's captions)" in ended.stdout
+    monkeypatch.undo()
     return {launcher: root / launcher for launcher in LAUNCHERS}
+
+
+def test_loggers_get_what_tensorboard_gets_once(runs):
+    calls = [json.loads(line) for line in (runs["deepspeed"].parent / "calls").read_text().splitlines()]
+    assert [call["call"] for call in calls].count("wandb.init") == 1  # by one of the two ranks
+    logged = [call["values"] for call in calls if call["call"] == "wandb.log"]
+    losses = [values["train/loss"] for values in logged if "train/loss" in values]
+    assert losses == [record["loss"] for record in records(runs["deepspeed"], "train")]
+    assert {"val/t2i_r1", "val/retrieval"} <= {name for values in logged for name in values}
+    assert [c["values"].get("train/loss") for c in calls if c["call"] == "mlflow.metrics"][:4] == losses
+    assert calls[-1]["status"] == "FINISHED"
 
 
 def test_all_launchers_train_the_same_run(runs):

@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipdist.errors import Fault
+from clipdist.config import load_config
+from clipdist.errors import Fault, UserError
 from clipdist.monitor import metrics as metrics_module
+from clipdist.monitor.loggers import Loggers
 from clipdist.monitor.metrics import Metrics, Progress
 
 
@@ -144,3 +148,79 @@ def test_a_log_that_takes_nothing_ends_no_run(monkeypatch):
         with pytest.raises(OSError, match="No space"):
             full.flush()  # the test's stream did refuse
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+LOGGERS = Path(__file__).parents[1] / "loggers"  # modules that stand in for the packages
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A function that logs a short run named by the words, and returns what the packages were called with."""
+    monkeypatch.syspath_prepend(LOGGERS)
+    for name in ("wandb", "mlflow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("LOGGER_CALLS", str(tmp_path / "calls"))
+
+    def run(*losses, ended_well=True, name="one", start_step=0):
+        (tmp_path / "calls").write_text("")
+        address = "https://user:secret@host/x.tar?sig=secret"
+        words = [f"run.root={tmp_path}", f"run.name={name}", "run.logger=[wandb,mlflow]", f"data.train={address}"]
+        config = load_config(None, words)
+        config.run.dir.mkdir(exist_ok=True)
+        metrics = Metrics(config.run.dir, 0, start_step, Loggers(config))
+        metrics.settings({}, "")
+        for step, loss in enumerate(losses, start=start_step + 1):
+            metrics.write("train", step, step, loss=loss)
+            metrics.write("event", step, step, event="skip")
+        metrics.image("val/retrieval", Image.new("RGB", (8, 4)), 1)
+        if ended_well:
+            metrics.outcome()
+        metrics.close()
+        return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+    yield run
+    for name in ("wandb", "mlflow"):
+        sys.modules.pop(name, None)
+
+
+def of(calls, name):
+    return [call for call in calls if call["call"] == name]
+
+
+def test_loggers_go_on_with_the_run_that_they_began(logged, tmp_path):
+    first = logged(3.0, 2.0, ended_well=False)
+    (begun,) = of(first, "wandb.init")
+    assert (begun["project"], begun["name"], begun["dir"]) == ("clipdist", "one", str(tmp_path / "one"))
+    assert begun["config"]["data.train"] == ["https://host/x.tar"]
+    assert begun["config"]["optim.lr"] == 5e-4
+    logs = [call["values"] for call in of(first, "wandb.log")]
+    image = {"val/retrieval": "image of 8 x 4", "step": 1}
+    assert logs == [{"train/loss": 3.0, "step": 1}, {"train/loss": 2.0, "step": 2}, image]
+    assert [call["values"] | {"step": call["step"]} for call in of(first, "mlflow.metrics")] == logs[:2]
+    assert of(first, "wandb.finish")[0]["exit_code"] == 1
+    assert of(first, "mlflow.set_terminated")[0]["status"] == "KILLED"
+    assert "secret" not in str(first)
+    second = logged(1.0, start_step=1)
+    assert of(second, "wandb.init")[0]["id"] == begun["id"]
+    assert of(second, "mlflow.update_run")[0]["run_id"] == "made-by-mlflow"
+    assert of(second, "mlflow.create_run") == []
+    assert of(first, "mlflow.params")[0]["values"]["optim.lr"] == "0.0005"
+    assert of(second, "mlflow.params") == []
+    assert of(second, "wandb.log")[0]["values"]["step"] == 2
+    assert of(second, "wandb.finish")[0]["exit_code"] == 0
+    assert of(second, "mlflow.set_terminated")[0]["status"] == "FINISHED"
+
+
+def test_a_logger_that_fails_ends_no_run(logged, tmp_path, capsys):
+    calls = logged(3.0, -1, 2.0)
+    assert [call["values"]["train/loss"] for call in of(calls, "wandb.log")] == [3.0]
+    assert len(of(calls, "mlflow.metrics")) == 3
+    said = capsys.readouterr().err
+    assert said == "note: run.logger=wandb: the server is away; training goes on without it until the next start\n"
+    assert steps(tmp_path / "one") == [1, 1, 2, 2, 3, 3]
+    with pytest.raises(
+        UserError, match=r"run\.logger=wandb: cannot begin: No API key configured\. Use `wandb login`; with"
+    ):
+        logged(1.0, name="no key")
+    (tmp_path / "no key" / "loggers.json").write_text('{"wandb": "abc"}')  # it began once: the network is away now
+    assert of(logged(1.0, name="no key"), "mlflow.metrics")

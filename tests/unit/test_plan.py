@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import socket
@@ -64,10 +65,14 @@ def no_model(monkeypatch):
         (["model.name=configs/models/none.json"], r"none.json"),
         (["device=cuda"], r"device=cuda"),
         (["train.precision=fp16"], r"train.precision=fp16"),
+        (["run.logger=[tensorboard]"], r"run.logger=\['tensorboard'\]: must be a list of wandb and mlflow"),
+        (["run.logger=wandb"], r"run.logger=wandb: needs wandb, not installed: pip install .* -e '\.\[wandb\]'"),
         (["train.resume=/nowhere"], r"/nowhere: not a checkpoint"),
     ],
 )
-def test_what_is_wrong_and_where(shards, tmp_path, no_model, words, message):
+def test_what_is_wrong_and_where(shards, tmp_path, no_model, words, message, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(UserError, match=message) as caught:
         train(configured(shards, tmp_path, *words))
     assert "\n" not in str(caught.value)
