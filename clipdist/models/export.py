@@ -150,7 +150,8 @@ def export_open_clip_folder(
     own_tokenizer = spec.tokenizer["kind"] == "hf" or spec.tokenizer["vocab_size"] < BPE_VOCABULARY
     if own_tokenizer:
         described["text_cfg"]["hf_tokenizer_name"] = repository or "."
-    pixels = {"mean": spec.image_mean, "std": spec.image_std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    pixels = {"mean": spec.image_mean, "std": spec.image_std, "fill_color": spec.image_fill_color[0]}
+    pixels |= {"interpolation": spec.image_interpolation, "resize_mode": spec.image_resize_mode}
     content = {"model_cfg": described, "preprocess_cfg": pixels}
 
     text = """import open_clip
