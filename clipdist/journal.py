@@ -73,12 +73,14 @@ class Journal:
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
             self.log(f"note: {note}")
+        rows = "images" if config.data.several_texts else "pairs"
         parameters, trained = (sum(engine.zero.numel(trained_only).values()) for trained_only in (False, True))
         part = f" ({trained / 1e6:.2g} M trained)" if trained < parameters else ""
         self.log(
             f"{config.run.dir}: {spec.name}, {parameters / 1e6:.1f} M parameters{part}; {len(plan.catalog)} samples;"
-            f" {plan.steps} steps of {plan.order.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type},"
-            f" ZeRO {config.engine.zero_stage}; {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
+            f" {plan.steps} steps of {plan.order.global_batch} {rows} on"
+            f" {dist_env.world_size} x {dist_env.device.type}, ZeRO {config.engine.zero_stage};"
+            f" {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
         taken = {"all": "all", "first": "one", "random": "one"}.get(str(config.data.caption), f"{config.data.caption}")
         self.log(

@@ -169,7 +169,7 @@ class Engine:
 class Train:
     """Batch size, length, precision, checkpoints and supervision of the training."""
 
-    global_batch: int = 256  # pairs over all ranks: the batch of the contrastive loss
+    global_batch: int = 256  # pairs over all ranks, of several texts images: the batch of the loss
     micro_batch: int = 0  # pairs per rank and forward pass; 0: all of a rank. The loss is that of the global batch
     epochs: int = 30
     steps: int = 0  # instead of epochs
