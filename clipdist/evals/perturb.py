@@ -59,7 +59,7 @@ def feature_classifier(model: nn.Module, weight: Tensor, bias: Tensor | None = N
     model.eval().requires_grad_(False)
 
     def classify(pixels: Tensor) -> Tensor:
-        features = model.encode_image(pixels)  # type: ignore[operator]
+        features = model.encode_pixels(pixels)  # type: ignore[operator]
         return F.linear(F.normalize(features.float(), dim=1), weight, bias)
 
     return classify

@@ -102,9 +102,13 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of images uint8 [b, 3, H, W] (or see `locked_features`), not normalised."""
-        if image.dim() == 2:  # pixels of floating point are pixels: a perturbed image has fractions
+        if image.is_floating_point():
             return self._continue("image", image)
-        return self.visual(self._normalise(image))
+        return self.encode_pixels(image)
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features [b, D] of pixels in 0..255, [b, 3, H, W] of any dtype: perturbed images have fractions."""
+        return self.visual(self._normalise(pixels))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of tokens int64 [b, L] (or see `locked_features`), not normalised."""

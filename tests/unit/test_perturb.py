@@ -246,12 +246,12 @@ def test_predict_rounds_and_clips_where_told_to() -> None:
 
 def test_a_probe_behind_a_tower_answers_as_the_probe_does() -> None:
     class Tower(nn.Module):
-        def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        def encode_pixels(self, image: torch.Tensor) -> torch.Tensor:
             return image.flatten(1)[:, :7].float() - 128
 
     train, test = pictures(80), pictures(30, seed=5)
     labels = train.flatten(1)[:, :3].long().argmax(1)
-    features, asked = (Tower().encode_image(images) for images in (train, test))
+    features, asked = (Tower().encode_pixels(images) for images in (train, test))
     unit, asked_unit = (torch.nn.functional.normalize(part, dim=1) for part in (features, asked))
     expected = fit_probe(unit, labels, asked_unit, torch.zeros(30, dtype=torch.int64), ("a", "b", "c"))
     classify = probe_classifier(Tower(), features, labels, ("a", "b", "c"), "cpu")
