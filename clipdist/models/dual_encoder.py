@@ -107,7 +107,7 @@ class DualEncoder(nn.Module):
         return self.encode_pixels(image)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the features [b, D] of pixels in 0..255, [b, 3, H, W] of any dtype: perturbed images have fractions."""
+        """Return the features [b, D] of pixels in 0..255, any dtype [b, 3, H, W]: perturbed images have fractions."""
         return self.visual(self._normalise(pixels))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
