@@ -1,10 +1,10 @@
-"""Average the weights of models of one architecture: WiSE-FT between two, a uniform soup of several."""
+"""Average the weights of models of one architecture: WiSE-FT between two, a uniform or greedy soup of several."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ EXAMPLES = """examples:
   python tools/interpolate.py runs/start runs/tuned --alpha 0:1:0.1 --target data/flickr8k/val \\
       --keep cifar-10-python.tar.gz --templates cifar10 --out runs/wise
   python tools/interpolate.py ViT-B-32:openai runs/tuned --alpha 0.5 --out runs/half
-  python tools/interpolate.py runs/a runs/b runs/c --soup --target data/flickr8k/val --out runs/soup"""
+  python tools/interpolate.py runs/a runs/b runs/c --soup --target data/flickr8k/val --out runs/soup
+  python tools/interpolate.py runs/a runs/b runs/c --greedy --target data/flickr8k/val --out runs/soup"""
 RECALLS = tuple(f"{way}_r{k}" for way in ("t2i", "i2t") for k in (1, 5, 10))
 MOST_ALPHAS = 101
 RETRIEVAL, KEPT = "mean_recall", "kept"
+
+Row = dict[str, Any]  # "name", "weights" (the share of each model), and what was measured
 
 
 def main() -> None:
@@ -36,25 +39,31 @@ def main() -> None:
     target, keep = open_sets(args)
     with front.joined_ranks(args) as dist_env:
         models = [front.load_named(args, source) for source in args.models]
+        labels = front.distinct_labels(args.models, [loaded.label for loaded in models])
         require_same_architecture(dict(zip(args.models, (loaded.model for loaded in models))))
         states = [loaded.model.state_dict() for loaded in models]
         mixed = dataclasses.replace(models[0], run_dir=None, step=None, manifest_sha256="", kept=None)
         measured = sets_of(target, keep)
-        rows: list[dict[str, Any]] = []
-        for name, weights in mixtures(alphas, [loaded.label for loaded in models], bool(measured)):
+
+        def row_of(name: str, weights: list[float]) -> Row:
             mixed.model.load_state_dict(average(states, weights), assign=True)
-            rows.append({"name": name, "weights": weights} | measure_row(measured, mixed, args, dist_env))
+            return {"name": name, "weights": weights} | measure_row(measured, mixed, args, dist_env)
+
+        rows = [row_of(name, weights) for name, weights in mixtures(args, alphas, labels)]
+        if args.greedy:
+            best, taken, rule = greedy_soup(rows, row_of)
         if dist_env.rank:
             return
-        wanted = [f"{alpha:g}" for alpha in alphas] or ["soup"]
-        best, rule = choose(rows, wanted, args.may_lose)
-        print_table(rows, best, [loaded.label for loaded in models], args, keep)
-        print(f"taken: {rows[best]['name']}; {rule}")
+        if not args.greedy:
+            best, rule = choose(rows, [f"{alpha:g}" for alpha in alphas] or ["soup"], args.may_lose)
+            taken = rows[best]["name"]
+        print_table(rows, best, labels, args, keep)
+        print(f"taken: {taken}; {rule}")
         mixed.model.load_state_dict(average(states, rows[best]["weights"]), assign=True)
-        made_of = {"models": [loaded.label for loaded in models], "weights": rows[best]["weights"]}
+        made_of = {"models": labels, "weights": rows[best]["weights"]}
         checkpoint = save_run(args.out, mixed.model, made_of)
-    picture = draw(args.out, rows, best, keep) if target and not args.soup else None
-    record = {"taken": rows[best]["name"], "rule": rule, "checkpoint": str(checkpoint), "curve": rows, **made_of}
+    picture = draw(args.out, rows, best, keep) if target and alphas else None
+    record = {"taken": taken, "rule": rule, "checkpoint": str(checkpoint), "curve": rows, **made_of}
     lines = [f"written: {args.out}, a run folder that the tools take", *([f"curve: {picture}"] if picture else [])]
     front.finish(args, record | {"picture": str(picture) if picture else None}, lines, args.out, "interpolate")
 
@@ -87,10 +96,15 @@ def check(args: argparse.Namespace, alphas: Sequence[float]) -> None:
     """Raise UserError for arguments that do not go together."""
     if len(args.models) < 2:
         raise UserError(f"{args.models[0]}: one model; name at least two")
-    if args.soup == bool(alphas):
-        raise UserError("--alpha and --soup: give one of them: weights between two models, or the mean of all")
+    if sum((args.soup, args.greedy, bool(alphas))) != 1:
+        raise UserError(
+            "--alpha, --soup and --greedy: give one of them: weights between two models, the mean of all, or of those"
+            " that help"
+        )
     if alphas and len(args.models) > 2:
-        raise UserError(f"--alpha: lies between two models; of {len(args.models)} take --soup")
+        raise UserError(f"--alpha: lies between two models; of {len(args.models)} take --soup or --greedy")
+    if args.greedy and not args.target:
+        raise UserError("--greedy: needs --target SHARDS, on which it finds whether a model helps")
     if len(alphas) > 1 and not args.target:
         raise UserError("--alpha: several values need --target SHARDS, on which the best is found")
     if not args.keep and (args.probe or args.classes or args.templates):
@@ -111,20 +125,51 @@ def sets_of(target: EvalSet | None, keep: EvalSet | None) -> list[EvalSet]:
     return [each for each in (target, keep) if each]
 
 
-def mixtures(alphas: Sequence[float], labels: Sequence[str], measured: bool) -> list[tuple[str, list[float]]]:
+def mixtures(args: argparse.Namespace, alphas: Sequence[float], labels: Sequence[str]) -> list[tuple[str, list[float]]]:
     """Return the name and the weights of every row: both ends of a curve, or every model of a soup, among them."""
-    count = len(labels)
+    measured = bool(args.target or args.keep)
     if alphas:
         return [(f"{a:g}", [1 - a, a]) for a in sorted({0.0, *alphas, 1.0} if measured else alphas)]
-    singles = [(label, [float(row == number) for row in range(count)]) for number, label in enumerate(labels)]
-    return [*(singles if measured else []), ("soup", [1 / count] * count)]
+    count = len(labels)
+    singles = [(label, equal_shares([number], count)) for number, label in enumerate(labels)]
+    uniform = [] if args.greedy else [("soup", equal_shares(range(count), count))]
+    return [*(singles if measured else []), *uniform]
 
 
-def measure_row(sets: Sequence[EvalSet], mixed: LoadedModel, args: argparse.Namespace, dist_env: Any) -> dict[str, Any]:
+def equal_shares(taken: Sequence[int], count: int) -> list[float]:
+    return [1 / len(taken) if number in taken else 0.0 for number in range(count)]
+
+
+def greedy_soup(rows: list[Row], row_of: Callable[[str, list[float]], Row]) -> tuple[int, str, str]:
+    """Make the greedy soup (Wortsman et al., arXiv:2203.05482, recipe 1). Collective, as `row_of` is.
+
+    Models are tried from the highest mean of the six R@K down; one is taken unless the soup's mean falls with it.
+
+    Args:
+        rows: of the models; a row for every soup that is tried, "+ MODEL", is added to them.
+        row_of: measures what has a name and weights.
+
+    Returns:
+        The index of the row to export, the models that were taken, and by which rule, with those that were not.
+    """
+    singles = list(rows)
+    best, *others = sorted(range(len(singles)), key=lambda number: -singles[number][RETRIEVAL])
+    taken = [best]
+    for number in others:
+        rows.append(row_of(f"+ {singles[number]['name']}", equal_shares([*taken, number], len(singles))))
+        if rows[-1][RETRIEVAL] >= rows[best][RETRIEVAL]:
+            taken, best = [*taken, number], len(rows) - 1
+    left = [singles[number]["name"] for number in others if number not in taken]
+    rule = f"{len(taken)} of {len(singles)} models, from the highest mean of the six R@K down"
+    rule += f"; with {' or '.join(left)} it would fall" if left else ""
+    return best, " + ".join(singles[number]["name"] for number in taken), rule
+
+
+def measure_row(sets: Sequence[EvalSet], mixed: LoadedModel, args: argparse.Namespace, dist_env: Any) -> Row:
     """Return the six R@K and their mean of the target, and what is kept. Collective."""
     from clipdist.evals.suite import HEADLINES, measure
 
-    row: dict[str, Any] = {}
+    row: Row = {}
     for each in sets:
         figures = measure(each, mixed, dist_env, front.share_of_work(args, dist_env), keep_features=False)
         if each.task == "retrieval":
@@ -134,7 +179,7 @@ def measure_row(sets: Sequence[EvalSet], mixed: LoadedModel, args: argparse.Name
     return row
 
 
-def choose(rows: Sequence[dict[str, Any]], wanted: Sequence[str], may_lose: float) -> tuple[int, str]:
+def choose(rows: Sequence[Row], wanted: Sequence[str], may_lose: float) -> tuple[int, str]:
     """Return the index of the row to export, and by which rule.
 
     Args:
@@ -156,7 +201,7 @@ def choose(rows: Sequence[dict[str, Any]], wanted: Sequence[str], may_lose: floa
 
 
 def print_table(
-    rows: Sequence[dict[str, Any]], best: int, labels: Sequence[str], args: argparse.Namespace, keep: EvalSet | None
+    rows: Sequence[Row], best: int, labels: Sequence[str], args: argparse.Namespace, keep: EvalSet | None
 ) -> None:
     if args.alpha:
         print(f"alpha 0: {labels[0]}; alpha 1: {labels[1]}")
@@ -177,7 +222,7 @@ def accuracy_of(keep: EvalSet) -> str:
     return f"{keep.task.replace('_', '-')} accuracy on {Path(keep.source).name}"
 
 
-def draw(out: Path, rows: Sequence[dict[str, Any]], best: int, keep: EvalSet | None) -> Path:
+def draw(out: Path, rows: Sequence[Row], best: int, keep: EvalSet | None) -> Path:
     """Draw the target figure against the kept one, or against alpha, into the results of the run folder."""
     from clipdist.report.tradeoff import tradeoff_figure
 
@@ -192,14 +237,15 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], best: int, keep: EvalSet | N
 
 def parse_args() -> argparse.Namespace:
     parser = front.make_parser(
-        "Averages weights: (1 - alpha) of the first model's and alpha of the second's (WiSE-FT), or the mean of all\n"
-        "(a uniform soup); measures the curve, and writes the best as a run folder.",
+        "Averages weights: (1 - alpha) of the first model's and alpha of the second's (WiSE-FT), the mean of all\n"
+        "(a uniform soup), or of those that help (a greedy soup); measures them, and writes the best as a run folder.",
         EXAMPLES,
     )
     front.add_models(parser)
     add = parser.add_argument
     add("--alpha", metavar="FIRST:LAST:STEP|LIST", help="shares of the second model, in 0 .. 1: 0:1:0.1, or 0.3,0.5")
     add("--soup", action="store_true", help="the mean of all models, with equal shares")
+    add("--greedy", action="store_true", help="the mean of those that do not lower the R@K of --target, best first")
     add("--target", nargs="+", default=[], metavar="SHARDS", help="captioned shards: retrieval, which shall get better")
     add("--keep", metavar="PATH", help="labelled images, as zero_shot.py --data: accuracy, which shall not be lost")
     add("--probe", action="store_true", help="measure --keep by the linear probe instead of zero-shot")

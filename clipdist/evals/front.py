@@ -225,6 +225,11 @@ def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
     return load_model(name, weights=weights, trust_weights=args.trust_weights)
 
 
+def distinct_labels(sources: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return the labels of several models; those that are the same, as of runs of one name, with their source."""
+    return [f"{label} ({source})" if labels.count(label) > 1 else label for source, label in zip(sources, labels)]
+
+
 def count_lines(title: str, counts: Mapping[str, int]) -> list[str]:
     """Return a title and a line for every count; nothing where there are none."""
     return [title, *(f"{count:>10}  {reason}" for reason, count in counts.items())] if counts else []

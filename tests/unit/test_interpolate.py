@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,39 @@ def test_a_soup_is_the_mean_and_needs_no_data(made: Path) -> None:
             assert torch.allclose(value, sum(part[name] for part in parts) / 3, rtol=1e-5, atol=1e-6), name
 
 
+def test_a_greedy_soup_takes_what_does_not_lower_the_recall(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = made / "pairs/test"
+    (tmp_path / "x").mkdir()
+    shutil.copytree(made / "b", tmp_path / "x/b")  # the best twice: the soup stays as good, so both are taken
+    models = [made / "a", made / "b", made / "c", tmp_path / "x/b"]
+    interpolate(*models, "--greedy", "--target", shards, "--out", tmp_path / "soup")
+    table, record = last(capsys)
+    labels = [row["name"] for row in record["curve"][:4]]
+    assert labels == ["a, step 0", f"b, step 0 ({made / 'b'})", "c, step 0", f"b, step 0 ({tmp_path / 'x/b'})"]
+    recall = {row["name"]: row["mean_recall"] for row in record["curve"]}
+    order = sorted(labels, key=lambda label: -recall[label])
+    soup = [order[0]]
+    best = recall[order[0]]
+    for label in order[1:]:  # recipe 1
+        row = next(row for row in record["curve"] if row["name"] == f"+ {label}")
+        shares = [1 / (len(soup) + 1) if name in (*soup, label) else 0 for name in labels]
+        assert row["weights"] == pytest.approx(shares)
+        if row["mean_recall"] >= best:
+            soup, best = [*soup, label], row["mean_recall"]
+    assert 1 < len(soup) < 4  # the data has both cases
+    assert record["taken"] == " + ".join(soup)
+    assert f"taken: {record['taken']}; {len(soup)} of 4 models" in table
+    assert all(label in record["rule"] for label in labels if label not in soup)
+    assert record["weights"] == pytest.approx([(label in soup) / len(soup) for label in labels])
+    parts = [weights(path) for path in models]
+    for name, value in weights(tmp_path / "soup").items():
+        if value.is_floating_point():
+            mean = sum(share * part[name] for share, part in zip(record["weights"], parts))
+            assert torch.allclose(value, mean, rtol=1e-5, atol=1e-6), name
+
+
 def test_one_alpha_of_1_is_the_second_model_to_the_bit(made: Path) -> None:
     interpolate(made / "a", made / "b", "--alpha", 1, "--out", made / "second")
     b = weights(made / "b")
@@ -136,8 +170,10 @@ def test_the_best_gains_most_of_those_that_keep(
         ("a b --alpha nan", "nan is outside"),
         ("a b --alpha 0:1:1e-9", "101 values at most"),
         ("a --soup", "one model; name at least two"),
-        ("a b", "--alpha and --soup: give one of them"),
-        ("a b c --alpha 0.5", "lies between two models; of 3 take --soup"),
+        ("a b", "--alpha, --soup and --greedy: give one of them"),
+        ("a b --soup --greedy --target pairs/test", "--alpha, --soup and --greedy: give one of them"),
+        ("a b --greedy", "--greedy: needs --target SHARDS"),
+        ("a b c --alpha 0.5", "lies between two models; of 3 take --soup or --greedy"),
         ("a b --alpha 0:1:0.5", "several values need --target"),
         ("a b --alpha 0.5 --probe", "belong to --keep"),
         (
