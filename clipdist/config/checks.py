@@ -27,7 +27,7 @@ AT_LEAST_1 = {
 FROM_0_TO_1 = {"data": ("flip", "jitter_probability", "grayscale", "max_bad_share")}
 BELOW_1 = {"optim": ("beta1", "beta2")}
 ABOVE_0 = {"optim": ("lr", "eps")}
-LOGGERS = ("wandb", "mlflow")
+LOGGERS = ("wandb", "mlflow", "trackio")
 SEEDS = {"data": ("seed",), "train": ("seed",)}
 
 
@@ -72,7 +72,7 @@ def _check_run(run: Run) -> None:
     plain = run.name not in ("", ".", "..") and "/" not in run.name
     _need(plain, "run.name", repr(run.name), "be a plain name")
     known = set(run.logger) <= set(LOGGERS) and len(set(run.logger)) == len(run.logger)
-    _need(known, "run.logger", run.logger, f"be a list of {' and '.join(LOGGERS)}, each at most once")
+    _need(known, "run.logger", run.logger, f"be a list of {', '.join(LOGGERS)}, each at most once")
 
 
 def _check_data(data: Data, model: Model, train: Train) -> None:

@@ -21,7 +21,7 @@ class Run:
 
     name: str = "run"  # the run folder is root/name
     root: str = "runs"
-    logger: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, mlflow
+    logger: list[str] = field(default_factory=list)  # beside TensorBoard: wandb, mlflow, trackio
 
     @property
     def dir(self) -> Path:

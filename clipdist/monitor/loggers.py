@@ -1,8 +1,8 @@
-"""Send a run's numbers, settings and images to Weights & Biases or MLflow as well, where run.logger asks for it.
+"""Send a run's numbers, settings and images to Weights & Biases, MLflow or trackio, where run.logger asks for it.
 
 Each keeps its run under an id that lies in the run folder, so that a resumed run goes on in the same one. Addresses,
-keys and projects are taken from the environment, as both packages document: WANDB_MODE, WANDB_PROJECT,
-MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME ...
+keys and projects are taken from the environment, as the packages document: WANDB_MODE, WANDB_PROJECT,
+MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, TRACKIO_DIR, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL ...
 """
 
 from __future__ import annotations
@@ -108,7 +108,35 @@ class MlflowLogger:
         self._client.set_terminated(self.id, "FINISHED" if ended_well else "KILLED")
 
 
-LOGGERS: dict[str, Callable[[Config, str | None], Logger]] = {"wandb": WandbLogger, "mlflow": MlflowLogger}
+class TrackioLogger:
+    """A run of trackio: in a database of this machine, which is sent on where a space or a server is named.
+
+    trackio goes on with a run by its name, and takes the newest of that name: so the name ends in an id. It has no
+    word for how a run ended, and only warns of what cannot be sent.
+    """
+
+    def __init__(self, config: Config, known: str | None) -> None:
+        import trackio
+
+        self._trackio = trackio
+        self.id = known or f"{config.run.name}-{uuid.uuid4().hex[:8]}"
+        self._run = trackio.init(PROJECT, self.id, config=_settings(config), resume="allow", embed=False)
+
+    def numbers(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        self._run.log({name: self._trackio.Image(image)}, step=step)
+
+    def close(self, ended_well: bool) -> None:
+        self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[Config, str | None], Logger]] = {
+    "wandb": WandbLogger,
+    "mlflow": MlflowLogger,
+    "trackio": TrackioLogger,
+}
 
 
 class Loggers:
@@ -127,7 +155,7 @@ class Loggers:
         for name in config.run.logger:
             try:
                 self._open[name] = LOGGERS[name](config, known.get(name))
-            except Exception as error:  # both packages raise many kinds
+            except Exception as error:  # the packages raise many kinds
                 if name not in known:
                     offline = "; without a network: WANDB_MODE=offline" if name == "wandb" else ""
                     raise UserError(f"run.logger={name}: cannot begin: {brief(error)}{offline}") from None

@@ -24,10 +24,10 @@ def runs(shards, tmp_path_factory) -> dict[str, Path]:
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={root}", "train.steps=4"]
     for launcher in LAUNCHERS:
         more = []
-        if launcher == "deepspeed":  # with modules that stand in for wandb and mlflow
+        if launcher == "deepspeed":  # with modules that stand in for wandb, mlflow and trackio
             monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(LOGGERS), *filter(None, [os.getenv("PYTHONPATH")])]))
             monkeypatch.setenv("LOGGER_CALLS", str(root / "calls"))
-            more = ["run.logger=[wandb,mlflow]"]
+            more = ["run.logger=[wandb,mlflow,trackio]"]
         ended = run(launcher, *data, f"run.name={launcher}", *more)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert "finished 4 steps" in ended.stdout
@@ -55,7 +55,8 @@ def test_loggers_get_what_tensorboard_gets_once(runs):
     assert losses == [record["loss"] for record in records(runs["deepspeed"], "train")]
     assert {"val/t2i_r1", "val/retrieval"} <= {name for values in logged for name in values}
     assert [c["values"].get("train/loss") for c in calls if c["call"] == "mlflow.metrics"][:4] == losses
-    assert calls[-1]["status"] == "FINISHED"
+    assert [c["values"].get("train/loss") for c in calls if c["call"] == "trackio.log"][:4] == losses
+    assert [call["status"] for call in calls if call["call"] == "mlflow.set_terminated"] == ["FINISHED"]
 
 
 def test_all_launchers_train_the_same_run(runs):

@@ -157,14 +157,19 @@ LOGGERS = Path(__file__).parents[1] / "loggers"  # modules that stand in for the
 def logged(tmp_path, monkeypatch):
     """A function that logs a short run named by the words, and returns what the packages were called with."""
     monkeypatch.syspath_prepend(LOGGERS)
-    for name in ("wandb", "mlflow"):
+    for name in ("wandb", "mlflow", "trackio"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setenv("LOGGER_CALLS", str(tmp_path / "calls"))
 
     def run(*losses, ended_well=True, name="one", start_step=0):
         (tmp_path / "calls").write_text("")
         address = "https://user:secret@host/x.tar?sig=secret"
-        words = [f"run.root={tmp_path}", f"run.name={name}", "run.logger=[wandb,mlflow]", f"data.train={address}"]
+        words = [
+            f"run.root={tmp_path}",
+            f"run.name={name}",
+            "run.logger=[wandb,mlflow,trackio]",
+            f"data.train={address}",
+        ]
         config = load_config(None, words)
         config.run.dir.mkdir(exist_ok=True)
         metrics = Metrics(config.run.dir, 0, start_step, Loggers(config))
@@ -179,7 +184,7 @@ def logged(tmp_path, monkeypatch):
         return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
 
     yield run
-    for name in ("wandb", "mlflow"):
+    for name in ("wandb", "mlflow", "trackio"):
         sys.modules.pop(name, None)
 
 
@@ -199,6 +204,10 @@ def test_loggers_go_on_with_the_run_that_they_began(logged, tmp_path):
     assert [call["values"] | {"step": call["step"]} for call in of(first, "mlflow.metrics")] == logs[:2]
     assert of(first, "wandb.finish")[0]["exit_code"] == 1
     assert of(first, "mlflow.set_terminated")[0]["status"] == "KILLED"
+    assert [call["values"] | {"step": call["step"]} for call in of(first, "trackio.log")] == logs
+    (named,) = of(first, "trackio.init")
+    assert named["name"].startswith("one-")
+    assert (named["project"], named["config"], named["resume"]) == ("clipdist", begun["config"], "allow")
     assert "secret" not in str(first)
     second = logged(1.0, start_step=1)
     assert of(second, "wandb.init")[0]["id"] == begun["id"]
@@ -209,6 +218,8 @@ def test_loggers_go_on_with_the_run_that_they_began(logged, tmp_path):
     assert of(second, "wandb.log")[0]["values"]["step"] == 2
     assert of(second, "wandb.finish")[0]["exit_code"] == 0
     assert of(second, "mlflow.set_terminated")[0]["status"] == "FINISHED"
+    assert of(second, "trackio.init")[0]["name"] == named["name"]
+    assert len(of(second, "trackio.finish")) == 1
 
 
 def test_a_logger_that_fails_ends_no_run(logged, tmp_path, capsys):

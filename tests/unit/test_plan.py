@@ -65,7 +65,7 @@ def no_model(monkeypatch):
         (["model.name=configs/models/none.json"], r"none.json"),
         (["device=cuda"], r"device=cuda"),
         (["train.precision=fp16"], r"train.precision=fp16"),
-        (["run.logger=[tensorboard]"], r"run.logger=\['tensorboard'\]: must be a list of wandb and mlflow"),
+        (["run.logger=[tensorboard]"], r"run.logger=\['tensorboard'\]: must be a list of wandb, mlflow, trackio"),
         (["run.logger=wandb"], r"run.logger=wandb: needs wandb, not installed: pip install .* -e '\.\[wandb\]'"),
         (["train.resume=/nowhere"], r"/nowhere: not a checkpoint"),
     ],
