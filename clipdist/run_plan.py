@@ -140,9 +140,9 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
     """
     manifest, where = reader.manifest, reader.folder
     order = manifest.order
-    if not order:  # of tools/interpolate.py
+    if not order:  # of tools/interpolate.py, or of an export of adapters
         raise UserError(
-            f"{where}: averaged weights, not the state of a run that could go on; start from them under another"
+            f"{where}: weights alone, not the state of a run that could go on; start from them under another"
             " run.name: python tools/export.py RUN --out FILE.safetensors, and model.weights=FILE.safetensors"
         )
     _check_model(config, reader)

@@ -19,13 +19,20 @@ EXAMPLES = """examples:
   python tools/export.py runs/demo --out demo_clip --format hugging_face
   python tools/export.py runs/demo --out demo_clip --format open_clip_folder --push-ready me/demo
   python tools/export.py runs/demo --out demo --format torch_export    # demo.image.pt2, demo.text.pt2
-  python tools/export.py runs/demo --out demo --format onnx --dtype int8"""
+  python tools/export.py runs/demo --out demo --format onnx --dtype int8
+  python tools/export.py runs/lora --out adapters --format peft        # of a run with model.lora, without the base"""
 FORMATS = {  # what each can be rounded to
     "open_clip": ("fp32", "fp16"),
     "open_clip_folder": ("fp32", "fp16"),
     "hugging_face": ("fp32", "fp16"),
     "torch_export": ("fp32",),
     "onnx": ("fp32", "int8"),
+    "peft": ("fp32",),
+    "adapter": ("fp32",),
+}
+LEFT_OUT = {
+    "hugging_face": "for CLIPModel has no place for it: {} (a constant: no ranking changes)",
+    "peft": "for it is no adapter of this model of transformers: {}",
 }
 FOLDERS = ("open_clip_folder", "hugging_face")  # as the hub takes them
 
@@ -37,8 +44,8 @@ def main() -> int:
     loaded = front.load(args, args.run, args.step)
     written = _write(args, loaded)
     if written.left_out:
-        print(f"left out, for CLIPModel has no place for it: {written.left_out} (a constant: no ranking changes)")
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        print(f"left out, {LEFT_OUT[args.format].format(written.left_out)}")
+    parameters = written.parameters or sum(parameter.numel() for parameter in loaded.model.parameters())
     files = [str(file) for file in written.files]
     print(f"{', '.join(files)}: {loaded.label}, {parameters / 1e6:.1f} M parameters")
     rounded = (
@@ -60,7 +67,7 @@ def main() -> int:
 
 
 def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
-    from clipdist.models import export
+    from clipdist.models import adapter_export, export
     from clipdist.models.onnx_export import export_onnx
     from clipdist.report.model_card import model_card
 
@@ -81,8 +88,20 @@ def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
             return export.export_hugging_face(loaded.model, args.out, **folder)
         case "onnx":
             return export_onnx(loaded.model, args.out, int8=args.dtype == "int8")
+        case "peft":
+            return adapter_export.export_peft(_checkpoint(args), args.out, args.weights)
+        case "adapter":
+            return adapter_export.export_adapter(_checkpoint(args), args.out, args.weights)
         case _:
             return export.export_programs(loaded.model, args.out)
+
+
+def _checkpoint(args: argparse.Namespace) -> Path:
+    from clipdist.checkpoint.format import checkpoint_of
+
+    if not Path(args.run).is_dir():
+        raise UserError(f"{args.run}: --format {args.format} takes a run with adapters (model.lora)")
+    return checkpoint_of(Path(args.run), args.step)
 
 
 def _check(args: argparse.Namespace) -> None:

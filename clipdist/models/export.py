@@ -61,7 +61,8 @@ class Exported:
         name: for open_clip.create_model_and_transforms; empty for the other formats.
         config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
         merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
-        left_out: what of the model a Hugging Face folder does not hold; empty: nothing.
+        left_out: what of the model a Hugging Face or peft folder does not hold; empty: nothing.
+        parameters: how many were written; 0: all.
     """
 
     files: tuple[Path, ...]
@@ -71,6 +72,7 @@ class Exported:
     config: Path | None = None
     merges: Path | None = None
     left_out: str = ""
+    parameters: int = 0
 
     @property
     def file(self) -> Path:
@@ -157,7 +159,7 @@ def export_open_clip_folder(
     text = """import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("PLACE")
 tokenizer = open_clip.get_tokenizer("PLACE")"""
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         (folder / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _write_weights(model, folder / "open_clip_model.safetensors", {}, half)
         if own_tokenizer:
@@ -200,7 +202,7 @@ def _portable(spec: ModelSpec, described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_clip_encoder(spec: ModelSpec, theirs: Any) -> Encoder:
-    return lambda image, tokens: (theirs.encode_image(_normalised(spec, image)), theirs.encode_text(tokens))
+    return lambda image, tokens: (theirs.encode_image(normalised(spec, image)), theirs.encode_text(tokens))
 
 
 def _open_clip_lines(spec: ModelSpec, name: str, out: Path, description: Path | None, merges: Path | None) -> tuple:
@@ -240,7 +242,7 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
             tensors[name] = tensors[name].reshape([])
     metadata = {"format": "pt", "clipdist": json.dumps({**model.spec.to_dict(), **facts})}
     with replacing(out) as temporary:
-        _save(tensors, temporary, metadata)
+        save_tensors(tensors, temporary, metadata)
 
 
 # Hugging Face
@@ -278,7 +280,7 @@ def export_hugging_face(
     text = f"""from transformers import CLIPModel, CLIPProcessor
 model = CLIPModel.from_pretrained("PLACE"{fp32})
 processor = CLIPProcessor.from_pretrained("PLACE")"""
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         _write_folder(model, folder, half)
         _write_card(folder, card, text, repository or out.name)
         encode = _hugging_face_encoder(spec, folder)
@@ -293,7 +295,7 @@ def _write_folder(model: DualEncoder, folder: Path, half: bool) -> None:
     spec = model.spec
     dtype = "float16" if half else "float32"
     CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype=dtype).save_pretrained(folder)
-    _save(hugging_face.to_theirs(_tensors(model, half)), folder / "model.safetensors", {"format": "pt"})
+    save_tensors(hugging_face.to_theirs(_tensors(model, half)), folder / "model.safetensors", {"format": "pt"})
     clip_model.clip_tokenizer(spec).save_pretrained(folder)
     side, resized = spec.image_size, spec.image_resize_size or spec.image_size
     squash = spec.image_resize_mode == "squash"
@@ -313,7 +315,7 @@ def _hugging_face_encoder(spec: ModelSpec, folder: Path) -> Encoder:
     theirs.load_state_dict(load_file(folder / "model.safetensors"))  # strict: from_pretrained would only warn
 
     def encode(image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = theirs(input_ids=tokens, pixel_values=_normalised(spec, image))
+        found = theirs(input_ids=tokens, pixel_values=normalised(spec, image))
         return found.image_embeds, found.text_embeds
 
     return encode
@@ -431,7 +433,7 @@ def _trace(spec: ModelSpec, tower: nn.Module, example: torch.Tensor) -> torch.ex
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Yield a folder that takes the name `out` when the block is done without an error.
 
     Raises:
@@ -467,7 +469,7 @@ def _check_tokenizer(spec: ModelSpec, where: Path, ids: Ids) -> None:
             raise RuntimeError(f"{where}: the tokenizer gives other ids than the model's for {sentence!r}")
 
 
-def _save(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Save with the permissions of the user's umask: save_file alone lets nobody but the owner read the file."""
     file.touch()
     mode = file.stat().st_mode
@@ -509,7 +511,7 @@ def _reads_eos(spec: ModelSpec) -> bool:
     return spec.model["text_cfg"].get("pool_type") == "eos"
 
 
-def _normalised(spec: ModelSpec, image: torch.Tensor) -> torch.Tensor:
+def normalised(spec: ModelSpec, image: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.image_mean, spec.image_std))
     return (image / 255 - mean) / std
 

@@ -10,7 +10,8 @@ buffers, such as counts of batches, are the first model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,31 +79,40 @@ def save_run(out: Path, model: DualEncoder, made_of: dict[str, Any]) -> Path:
     Raises:
         UserError: it cannot be written.
     """
+    settings = config.load_config()
+    named = replace(settings, model=replace(settings.model, name=model.spec.name))
+    state = {"model": model.spec.to_dict(), "made_of": made_of}
+    return save_checkpoint(out, model.state_dict(), named, state, {name for name, _ in model.named_buffers()})
+
+
+def save_checkpoint(
+    out: Path, tensors: State, settings: config.Config, state: dict[str, Any], buffers: Collection[str] = ()
+) -> Path:
+    """Write a run folder with one checkpoint, of step 0, without what a run would need to go on. Return the checkpoint.
+
+    Args:
+        tensors: by name; on the CPU or not.
+        state: plain values for the manifest.
+        buffers: names of those tensors that are no parameters.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     folder = checkpoint_dir(out, 0)
-    parameters = {name for name, _ in model.named_parameters()}
     pieces = [
         Piece(
-            f"{'param' if name in parameters else 'buffer'}/{name}",
+            f"{'buffer' if name in buffers else 'param'}/{name}",
             tuple(value.shape),
             0,
             value.detach().cpu().contiguous().reshape(-1),
         )
-        for name, value in model.state_dict().items()
+        for name, value in tensors.items()
     ]
-    settings = config.to_dict(config.load_config())
-    settings["model"]["name"] = model.spec.name
-    manifest = Manifest(
-        step=0,
-        optimizer_step=0,
-        samples=0,
-        world=1,
-        config=settings,
-        order={},
-        state={"model": model.spec.to_dict(), "made_of": made_of},
-    )
+    settings_tree = config.to_dict(settings)
+    manifest = Manifest(step=0, optimizer_step=0, samples=0, world=1, config=settings_tree, order={}, state=state)
     with writing(f"--out {out}", "; name another folder"):
-        write_part(folder, 0, pieces, "average")
-        write_manifest(folder, manifest, "average")
+        write_part(folder, 0, pieces, "weights")
+        write_manifest(folder, manifest, "weights")
     return folder
 
 

@@ -149,7 +149,7 @@ def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -
     spec = ModelSpec.from_dict(manifest.state["model"])
     if base and "base" not in manifest.state:
         raise UserError(f"{folder}: a run {_OWN_WEIGHTS.format(base)}")
-    weights = _merged_weights(folder, manifest, base) if "base" in manifest.state else load_full_weights(folder)
+    weights = _merged_weights(folder, base) if "base" in manifest.state else load_full_weights(folder)
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
@@ -170,12 +170,28 @@ def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -
     return LoadedModel(model, make_tokenizer(spec), label, run_dir, manifest.step, digest, kept, widths)
 
 
-def _merged_weights(folder: Path, manifest: Manifest, base: str) -> dict[str, torch.Tensor]:
-    """Return the weights of a checkpoint that has adapters alone: those of its base, built again, with them merged.
+def _merged_weights(folder: Path, base: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint that has adapters alone, merged into those of its base."""
+    model, _, _ = adapted_model(folder, base)
+    merge_adapters(model)
+    return model.state_dict()
+
+
+def adapted_model(folder: Path, base: str = "") -> tuple[DualEncoder, config.Config, Manifest]:
+    """Return the model of a checkpoint that has adapters alone, with them on its base, which is built again.
 
     Args:
         base: the weights of the base, if not where they were.
+
+    Returns:
+        The model, the configuration it was trained by, and the checkpoint's manifest.
+
+    Raises:
+        UserError: a checkpoint of a whole model, a base that cannot be built, or another base by now.
     """
+    manifest = read_manifest(folder)
+    if "base" not in manifest.state:
+        raise UserError(f"{folder}: holds a whole model, no adapters (model.lora)")
     saved = config.saved_config(manifest.config)
     if saved is None:
         raise UserError(f"{folder}: of another version, which built its base from other settings; merge it with that")
@@ -187,8 +203,7 @@ def _merged_weights(folder: Path, manifest: Manifest, base: str) -> dict[str, to
             told = "holds adapters alone, and their base cannot be built (--weights says where its weights are)"
             raise UserError(f"{folder}: {told}: {error}") from None
     load_trained(model, folder, manifest)
-    merge_adapters(model)
-    return model.state_dict()
+    return model, saved, manifest
 
 
 def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: float = 0.0) -> None:

@@ -135,7 +135,7 @@ def test_averaged_weights_are_not_resumed_from(made: Path, shards: Path) -> None
 
     train = Catalog.open([str(shards / "train")])
     config = load_config(None, [f"data.train={shards / 'train'}", "data.val="])
-    with pytest.raises(UserError, match=r"averaged weights, not the state of a run .* tools/export.py"):
+    with pytest.raises(UserError, match=r"weights alone, not the state of a run .* tools/export.py"):
         make_plan(config, 1, (train, None), CheckpointReader(made / "a/checkpoints/step-00000000"))
 
 
