@@ -45,6 +45,9 @@ def main() -> int:
     written = _write(args, loaded)
     if written.left_out:
         print(f"left out, {LEFT_OUT[args.format].format(written.left_out)}")
+    if written.local:
+        told = "on another one, copy them along and change the entries"
+        print(f"{written.config} names folders of this machine ({', '.join(written.local)}): {told}")
     parameters = written.parameters or sum(parameter.numel() for parameter in loaded.model.parameters())
     files = [str(file) for file in written.files]
     print(f"{', '.join(files)}: {loaded.label}, {parameters / 1e6:.1f} M parameters")
@@ -67,7 +70,7 @@ def main() -> int:
 
 
 def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
-    from clipdist.models import adapter_export, export
+    from clipdist.models import adapter_export, export, siglip_export
     from clipdist.models.onnx_export import export_onnx
     from clipdist.report.model_card import model_card
 
@@ -84,6 +87,8 @@ def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
             return export.export_model(loaded.model, args.out, {"label": loaded.label, "step": loaded.step}, half)
         case "open_clip_folder":
             return export.export_open_clip_folder(loaded.model, args.out, **folder)
+        case "hugging_face" if siglip_export.is_siglip(loaded.model.spec):
+            return siglip_export.export_siglip(loaded.model, args.out, **folder)
         case "hugging_face":
             return export.export_hugging_face(loaded.model, args.out, **folder)
         case "onnx":

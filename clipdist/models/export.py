@@ -63,6 +63,7 @@ class Exported:
         merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
         left_out: what of the model a Hugging Face or peft folder does not hold; empty: nothing.
         parameters: how many were written; 0: all.
+        local: entries of `config` that name folders of this machine.
     """
 
     files: tuple[Path, ...]
@@ -73,6 +74,7 @@ class Exported:
     merges: Path | None = None
     left_out: str = ""
     parameters: int = 0
+    local: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -107,12 +109,13 @@ def export_model(
     biased = model.logit_bias is not None
     name = _name_in_open_clip(spec, biased)
     description = None if name else out.with_suffix(".json")
-    merges = None
+    merges, local = None, list[str]()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _write_weights(model, out, facts or {}, half)
         if description:
-            description.write_text(json.dumps(_described(model), indent=4) + "\n", encoding="utf-8")
+            described, local = _portable(_described(model))
+            description.write_text(json.dumps(described, indent=4) + "\n", encoding="utf-8")
         if spec.tokenizer["kind"] == "bpe" and spec.tokenizer["vocab_size"] < BPE_VOCABULARY:
             merges = out.with_suffix(".bpe.txt.gz")
             merges.write_bytes(truncated_merges(spec.tokenizer["vocab_size"]))
@@ -125,7 +128,8 @@ def export_model(
 
     error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
     files = tuple(path for path in (out, description, merges) if path)
-    return Exported(files, _open_clip_lines(spec, name, out, description, merges), error, name, description, merges)
+    lines = _open_clip_lines(spec, name, out, description, merges)
+    return Exported(files, lines, error, name, description, merges, local=tuple(local))
 
 
 def export_open_clip_folder(
@@ -148,7 +152,12 @@ def export_open_clip_folder(
     """
     spec = model.spec
     _check_for_open_clip(spec)
-    described = _portable(spec, _described(model))
+    described, local = _portable(_described(model))
+    if set(local) - {"text_cfg.hf_tokenizer_name"}:  # the tokenizer's files are in the folder
+        raise UserError(
+            f"{spec.name}: a tower is described by a folder of this machine, which open_clip's folder cannot hold; take"
+            " --format onnx or torch_export"
+        )
     own_tokenizer = spec.tokenizer["kind"] == "hf" or spec.tokenizer["vocab_size"] < BPE_VOCABULARY
     if own_tokenizer:
         described["text_cfg"]["hf_tokenizer_name"] = repository or "."
@@ -164,12 +173,12 @@ tokenizer = open_clip.get_tokenizer("PLACE")"""
         _write_weights(model, folder / "open_clip_model.safetensors", {}, half)
         if own_tokenizer:
             clip_model.clip_tokenizer(spec).save_pretrained(folder)
-        _write_card(folder, card, text, f"hf-hub:{repository}" if repository else f"local-dir:{out.name}")
+        write_card(folder, card, text, f"hf-hub:{repository}" if repository else f"local-dir:{out.name}")
         theirs = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
         error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        _check_tokenizer(spec, out, lambda sentences: tokenizer(sentences).tolist())
-    return Exported((out,), _lines(text, f"local-dir:{out}"), error)
+        check_tokenizer(spec, out, lambda sentences: tokenizer(sentences).tolist())
+    return Exported((out,), lines_of(text, f"local-dir:{out}"), error)
 
 
 def _check_for_open_clip(spec: ModelSpec) -> None:
@@ -185,20 +194,26 @@ def _described(model: DualEncoder) -> dict[str, Any]:
     return {**model.spec.model, "quick_gelu": model.spec.quick_gelu, **bias}
 
 
-def _portable(spec: ModelSpec, described: dict[str, Any]) -> dict[str, Any]:
-    """Return a description that names no folder of this machine."""
-    vision = dict(described["vision_cfg"])
-    name, local = vision.get("timm_model_name") or "", bool(spec.hf_text and Path(spec.hf_text).is_dir())
+def _portable(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Name a timm tower of a local folder by its architecture, where that says all.
+
+    Returns:
+        The description, and which of its entries still name folders of this machine.
+    """
+    vision, text = dict(described["vision_cfg"]), dict(described["text_cfg"])
+    name = vision.get("timm_model_name") or ""
     if name.startswith(LOCAL_TIMM):
         found = json.loads((Path(name.removeprefix(LOCAL_TIMM)) / "config.json").read_text(encoding="utf-8"))
-        vision["timm_model_name"] = found["architecture"]
-        local = local or not found.get("model_args", {}).keys() <= {"in_chans", "num_classes", "global_pool"}
-    if local:
-        raise UserError(
-            f"{spec.name}: a tower is described by a folder of this machine, which open_clip's folder cannot hold; take"
-            " --format onnx or torch_export"
-        )
-    return {**described, "vision_cfg": vision, "text_cfg": dict(described["text_cfg"])}
+        if found.get("model_args", {}).keys() <= {"in_chans", "num_classes", "global_pool"}:
+            vision["timm_model_name"] = found["architecture"]
+    sections = {"vision_cfg": vision, "text_cfg": text}
+    local = [
+        f"{section}.{key}"
+        for section, cfg in sections.items()
+        for key, value in cfg.items()
+        if isinstance(value, str) and Path(value.removeprefix(LOCAL_TIMM)).is_absolute()
+    ]
+    return {**described, **sections}, local
 
 
 def _open_clip_encoder(spec: ModelSpec, theirs: Any) -> Encoder:
@@ -236,7 +251,7 @@ def _name_in_open_clip(spec: ModelSpec, biased: bool) -> str | None:
 def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | None], half: bool) -> None:
     """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
     prefix = "text." if model.spec.clip_class else ""
-    tensors = {name.removeprefix(prefix): value for name, value in _tensors(model, half).items()}
+    tensors = {name.removeprefix(prefix): value for name, value in tensors_of(model, half).items()}
     for name in ("logit_scale", "logit_bias"):
         if name in tensors:
             tensors[name] = tensors[name].reshape([])
@@ -282,11 +297,11 @@ model = CLIPModel.from_pretrained("PLACE"{fp32})
 processor = CLIPProcessor.from_pretrained("PLACE")"""
     with new_folder(out) as folder:
         _write_folder(model, folder, half)
-        _write_card(folder, card, text, repository or out.name)
+        write_card(folder, card, text, repository or out.name)
         encode = _hugging_face_encoder(spec, folder)
         error = compare(model, encode, str(out), math.inf if half else TOLERANCE)
-        _check_tokenizer(spec, out, _hugging_face_ids(spec, folder))
-    return Exported((out,), _lines(text, str(out)), error, left_out="" if model.logit_bias is None else "logit_bias")
+        check_tokenizer(spec, out, _hugging_face_ids(spec, folder))
+    return Exported((out,), lines_of(text, str(out)), error, left_out="" if model.logit_bias is None else "logit_bias")
 
 
 def _write_folder(model: DualEncoder, folder: Path, half: bool) -> None:
@@ -295,7 +310,7 @@ def _write_folder(model: DualEncoder, folder: Path, half: bool) -> None:
     spec = model.spec
     dtype = "float16" if half else "float32"
     CLIPConfig(**clip_model.config_of(spec), architectures=["CLIPModel"], dtype=dtype).save_pretrained(folder)
-    save_tensors(hugging_face.to_theirs(_tensors(model, half)), folder / "model.safetensors", {"format": "pt"})
+    save_tensors(hugging_face.to_theirs(tensors_of(model, half)), folder / "model.safetensors", {"format": "pt"})
     clip_model.clip_tokenizer(spec).save_pretrained(folder)
     side, resized = spec.image_size, spec.image_resize_size or spec.image_size
     squash = spec.image_resize_mode == "squash"
@@ -450,17 +465,17 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
-def _write_card(folder: Path, card: Card | None, text: str, place: str) -> None:
+def write_card(folder: Path, card: Card | None, text: str, place: str) -> None:
     if card:
-        (folder / "README.md").write_text(card(_lines(text, place)), encoding="utf-8")
+        (folder / "README.md").write_text(card(lines_of(text, place)), encoding="utf-8")
 
 
-def _lines(text: str, place: str) -> tuple[str, ...]:
+def lines_of(text: str, place: str) -> tuple[str, ...]:
     """Return the lines that load a folder, with the name under which it is loaded."""
     return tuple(text.replace("PLACE", place).splitlines())
 
 
-def _check_tokenizer(spec: ModelSpec, where: Path, ids: Ids) -> None:
+def check_tokenizer(spec: ModelSpec, where: Path, ids: Ids) -> None:
     """Compare the ids of sentences up to the end mark; what pads after it is never looked at."""
     sentences = ["A dog's 2 puppies run!", "two snow-boarders jump over a red car", "naïve café"]
     for sentence, found, wanted in zip(sentences, ids(sentences), make_tokenizer(spec)(sentences).tolist()):
@@ -516,7 +531,7 @@ def normalised(spec: ModelSpec, image: torch.Tensor) -> torch.Tensor:
     return (image / 255 - mean) / std
 
 
-def _tensors(model: DualEncoder, half: bool) -> dict[str, torch.Tensor]:
+def tensors_of(model: DualEncoder, half: bool) -> dict[str, torch.Tensor]:
     """Return the model's tensors, copied; with `half` the towers' parameters in fp16, statistics and scalars in fp32.
 
     Raises:

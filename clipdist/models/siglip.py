@@ -1,4 +1,4 @@
-"""Describe a Hugging Face SigLIP folder in open_clip's form, and rename its tensors.
+"""Describe a Hugging Face SigLIP folder in open_clip's form, and rename its tensors; the same the other way.
 
 SigLIP (Zhai et al., arXiv:2303.15343) and SigLIP 2 of fixed resolution (Tschannen et al., arXiv:2502.14786) are one
 architecture: timm's ViT without a class token, pooled by attention, and a text Transformer without a causal mask, read
@@ -55,6 +55,7 @@ _LAYERS = {
         ".mlp.fc2.": ".mlp.c_proj.",
     },
 }
+INSTEAD = "take --format onnx or torch_export"
 _POOL = "vision_model.head.attention.in_proj_"
 
 
@@ -142,3 +143,78 @@ def to_ours(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 name = name.replace(theirs, ours)
         renamed[name] = value[None] if name == "visual.trunk.pos_embed" and value.ndim == 2 else value
     return renamed
+
+
+def to_theirs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename our tensors to SiglipModel's: queries, keys and values apart, but for the pooling's."""
+    import torch
+
+    tensors = dict(tensors)
+    for kind in ("weight", "bias"):
+        parts = [f"visual.trunk.attn_pool.{part}.{kind}" for part in ("q", "kv")]
+        if all(part in tensors for part in parts):
+            tensors[f"{_POOL}{kind}"] = torch.cat([tensors.pop(part) for part in parts])
+    renamed: dict[str, torch.Tensor] = {}
+    for own, value in tensors.items():
+        name = own
+        for tower, layers in _LAYERS.items():
+            in_layer = name.startswith(("visual.trunk.blocks.", "text.transformer.resblocks."))
+            for theirs, ours in layers.items() if in_layer and name.startswith(tower) else ():
+                name = name.replace(ours, theirs)
+        for theirs, ours in _NAMES.items():
+            name = name.replace(ours, theirs)
+        if ".self_attn.in_proj_" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                renamed[name.replace(".in_proj_", f".{letter}_proj.")] = part.clone()
+        else:
+            renamed[name] = (value[0] if own == "visual.trunk.pos_embed" else value).contiguous()
+    return renamed
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """Return SiglipConfig's arguments for a DualEncoder, as far as tensors do not show that its towers are SigLIP's.
+
+    Raises:
+        UserError: they are not.
+    """
+    import open_clip
+
+    spec = model.spec
+    trunk: Any = getattr(model.visual, "trunk", None)
+    text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
+    approximate = (text.act_kwargs or {}).get("approximate", "none")
+    plain = (text.no_causal_mask, text.proj_bias, text.pool_type, text.embed_cls) == (True, True, "last", False)
+    if spec.cbow or spec.hf_text or spec.quick_gelu or not plain or spec.tokenizer["kind"] != "hf":
+        raise UserError(f"{spec.name}: its text tower is not SigLIP's; {INSTEAD}")
+    try:
+        block = trunk.blocks[0]
+        acts = {"GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+        vision = {
+            "image_size": spec.image_size,
+            "patch_size": trunk.patch_embed.patch_size[0],
+            "hidden_size": trunk.embed_dim,
+            "intermediate_size": block.mlp.fc1.out_features,
+            "num_hidden_layers": len(trunk.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "hidden_act": acts[type(block.mlp.act).__name__],
+            "layer_norm_eps": block.norm1.eps,
+        }
+        same = (trunk.attn_pool.num_heads, trunk.attn_pool.norm.eps) == (block.attn.num_heads, block.norm1.eps)
+    except (AttributeError, TypeError, KeyError, IndexError):
+        same = False
+    if not same:
+        raise UserError(f"{spec.name}: its image tower is not SigLIP's; {INSTEAD}")
+    return {
+        "vision_config": vision,
+        "text_config": {
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "hidden_act": "gelu_pytorch_tanh" if approximate == "tanh" else "gelu",
+            "layer_norm_eps": (text.norm_kwargs or {}).get("eps", 1e-5),
+            "projection_size": spec.embed_dim,
+        },
+    }

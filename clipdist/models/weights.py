@@ -7,11 +7,13 @@ when their SHA-256 is one that OpenAI publishes, or when the user says that the 
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from clipdist.checkpoint.format import checkpoint_of
@@ -185,7 +187,25 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict
     if "logit_scale" in tensors:
         tensors["logit_scale"] = tensors["logit_scale"].reshape(1)
     resize_pos_embed(tensors, model)
+    _resize_timm_positions(tensors, model)
     return tensors
+
+
+def _resize_timm_positions(tensors: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Interpolate the positions of a timm ViT without a class token, SigLIP's, to the model's grid, in place.
+
+    Bicubic, as transformers does with interpolate_pos_encoding=True. With a class token their number is no square, and
+    the weights are refused by their shapes.
+    """
+    name = "visual.trunk.pos_embed"
+    if name not in tensors or name not in (own := model.state_dict()):
+        return
+    old, new = (math.isqrt(value.shape[1]) for value in (tensors[name], own[name]))
+    if old == new or old**2 != tensors[name].shape[1] or new**2 != own[name].shape[1]:
+        return
+    grid = tensors[name].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    tensors[name] = grid.flatten(2).transpose(1, 2).contiguous()
 
 
 def _check_fit(model: nn.Module, name: str, tensors: dict[str, torch.Tensor], path: Path) -> None:

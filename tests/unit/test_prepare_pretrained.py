@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from clipdist.config import Model
 from clipdist.errors import UserError, exit_code
-from clipdist.models.export import export_open_clip_folder
+from clipdist.models.export import export_model, export_open_clip_folder
 from clipdist.models.load import load_model
 from tools import prepare_pretrained as tool
 
@@ -76,6 +76,10 @@ def test_the_towers_are_those_of_the_packages(packages, tmp_path, monkeypatch):
     assert torch.allclose(model.locked_features(tokens), means, atol=1e-5)
     with pytest.raises(UserError, match="a folder of this machine, which open_clip's folder cannot hold"):
         export_open_clip_folder(model, tmp_path / "hub")
+    exported = export_model(model, tmp_path / "file.safetensors")  # on this machine it loads
+    written = json.loads((tmp_path / "file.json").read_text())
+    assert written["vision_cfg"]["timm_model_name"] == tool.IMAGE_TOWER
+    assert exported.local == ("text_cfg.hf_model_name", "text_cfg.hf_tokenizer_name")
     described = json.loads((tmp_path / "out" / "model.json").read_text())
     described["text_cfg"] = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}
     (tmp_path / "out" / "plain.json").write_text(json.dumps(described))

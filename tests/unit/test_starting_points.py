@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import runpy
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +39,10 @@ from clipdist.evals.features import features_path
 from clipdist.evals.locked import LockedTowers
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.export import export_hugging_face, export_model, export_programs
+from clipdist.models.hugging_face import read_description
 from clipdist.models.load import load_model
 from clipdist.models.open_clip_files import models_of
+from clipdist.models.siglip_export import export_siglip
 from clipdist.models.spec import resolve_spec
 from clipdist.models.weights import _check_fit
 
@@ -280,6 +285,67 @@ def test_a_starting_point_is_what_its_library_loads(
 
 
 # Refused
+
+
+@pytest.mark.parametrize("make", [siglip_folder, siglip2_folder])
+@torch.no_grad()
+def test_a_siglip_folder_goes_back(
+    make: Callable[..., tuple[Model, Source]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    _, source = make(tmp_path / "first")
+    loaded = load_model(str(tmp_path / "first"))
+    monkeypatch.chdir(tmp_path)
+    words = ["export.py", "first", "--out", "again", "--format", "hugging_face", "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert runpy.run_path(str(Path(__file__).parents[2] / "tools/export.py"))["main"]() == 0
+    theirs = transformers.SiglipModel.from_pretrained("again").eval()
+    once = transformers.SiglipModel.from_pretrained("first").state_dict()
+    assert all(torch.equal(value, once[name]) for name, value in theirs.state_dict().items())
+    again = of_transformers(theirs, tmp_path / "again", 64, lower=True)
+    image = picture(61, 45)
+    assert torch.equal(again.preprocess(image), source.preprocess(image))
+    assert torch.equal(again.tokenize(SENTENCES), loaded.tokenizer(SENTENCES))
+    pixels, ids = torch.rand(2, 3, 32, 32), loaded.tokenizer(SENTENCES)
+    assert (again.encode_image(pixels) - loaded.model.visual(pixels)).abs().max() < 1e-5
+    assert (again.encode_text(ids) - loaded.model.encode_text(ids)).abs().max() < 1e-5
+    assert "SiglipModel.from_pretrained" in Path("again/README.md").read_text()
+    assert {path.name for path in Path("again").iterdir()} >= {"config.json", "preprocessor_config.json"}
+    assert torch.equal(load_model("again").model.logit_bias, loaded.model.logit_bias)
+
+
+def test_towers_that_are_not_siglips_are_refused(tmp_path: Path) -> None:
+    siglip_folder(tmp_path)
+    model = load_model(str(tmp_path)).model
+    for text, told in (({"pool_type": "first"}, "text tower"), ({"no_causal_mask": False}, "text tower")):
+        other = copy.deepcopy(model)
+        other.spec = replace(model.spec, model={**model.spec.model, "text_cfg": model.spec.model["text_cfg"] | text})
+        with pytest.raises(UserError, match=f"its {told} is not SigLIP's; take --format"):
+            export_siglip(other, tmp_path / "out")
+    other = copy.deepcopy(model)
+    other.visual.trunk.blocks[0].ls1 = torch.nn.Linear(2, 2)  # more tensors than SigLIP has
+    with pytest.raises(UserError, match=r"its towers are not SigLIP's \(.*ls1.* differs\); take --format"):
+        export_siglip(other, tmp_path / "out")
+    other = copy.deepcopy(model)
+    other.spec = replace(model.spec, image_resize_mode="shortest")
+    with pytest.raises(UserError, match="SiglipImageProcessor squashes images"):
+        export_siglip(other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("side", [24, 48, 64])
+@torch.no_grad()
+def test_siglip_positions_are_interpolated_as_by_transformers(side: int, tmp_path: Path) -> None:
+    siglip_folder(tmp_path)
+    described = read_description(tmp_path)
+    described["vision_cfg"] |= {"image_size": side}
+    (tmp_path / "other.json").write_text(json.dumps(described))
+    model = build_model(Model(name=str(tmp_path / "other.json"), weights=str(tmp_path)), Clip(loss="sigmoid")).eval()
+    assert model.spec.image_size == side
+    theirs = transformers.SiglipModel.from_pretrained(tmp_path).eval()
+    pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    wanted = theirs.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+    assert (model.visual(pixels) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_siglip_folders_that_are_refused(tmp_path: Path) -> None:
