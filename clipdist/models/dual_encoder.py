@@ -19,6 +19,7 @@ from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.towers import (
+    MeanPooler,
     buffers_keep_dtype,
     checkpoint_image_tower,
     frozen_subtrees,
@@ -352,6 +353,8 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     if clip and max([0, *clip.widths]) > spec.embed_dim:
         raise UserError(f"objectives.clip.widths={clip.widths}: {spec.name} has embed_dim={spec.embed_dim} features")
     keep_statistics_fp32(towers.visual)
+    if isinstance(getattr(towers.text, "pooler", None), open_clip.hf_model.MeanPooler):
+        towers.text.pooler = MeanPooler()
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
     return DualEncoder(spec, towers.visual, text, clip or config.Clip())
 

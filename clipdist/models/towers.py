@@ -103,6 +103,17 @@ def frozen_subtrees(module: nn.Module) -> Iterator[nn.Module]:
         yield from frozen_subtrees(child)
 
 
+class MeanPooler(nn.Module):
+    """The mean of the tokens that are no padding; of a text without any, which open_clip makes nan, the first token."""
+
+    def forward(self, x: Any, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return [b, w] of x.last_hidden_state [b, L, w] and the mask, int64 [b, L]."""
+        first = torch.zeros_like(attention_mask)
+        first[:, 0] = 1
+        mask = torch.where(attention_mask.any(dim=-1, keepdim=True), attention_mask, first)
+        return (x.last_hidden_state * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(-1, keepdim=True)
+
+
 class Projection(NamedTuple):
     """The last layer of a tower: the attribute `name` of `owner`, and what the attribute is to be without it."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipdist.config import Clip, Model, load_config
 from clipdist.data.tokens import make_tokenizer
@@ -52,6 +53,21 @@ def hf_tower(folder: Path) -> dict:
     BertConfig(vocab_size=50, pad_token_id=0, **sizes).save_pretrained(folder / "bert")
     pooler = {"hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
     return {"hf_model_name": "bert", "hf_tokenizer_name": "bert", "context_length": 8, **pooler}
+
+
+def test_a_text_of_padding_alone_leaves_features_and_gradients_finite(tmp_path: Path) -> None:
+    model = build(model_json(tmp_path, text=hf_tower(tmp_path) | {"hf_proj_type": "mlp"})).eval()
+    tokens = torch.arange(1, 25).reshape(3, 8)
+    tokens[1, 3:] = tokens[2] = 0
+    features = model.encode_text(tokens)
+    ours, model.text.pooler = model.text.pooler, open_clip.hf_model.MeanPooler()
+    theirs = model.encode_text(tokens)
+    assert torch.equal(features[:2], theirs[:2])
+    assert theirs[2].isnan().all()
+    model.text.pooler = ours
+    assert features[2].norm() > 0
+    F.normalize(model.train().encode_text(tokens)).square().sum().backward()
+    assert all(value.grad.isfinite().all() for value in model.text.parameters() if value.grad is not None)
 
 
 def batch(model: DualEncoder, size: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
