@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from clipdist.config import DEFAULT_RECIPE, Config, load_config
+from clipdist.config import DEFAULT_RECIPE, Config, load_config, refuse_options
 from clipdist.errors import EXIT_INTERRUPTED, run_main
 from clipdist.fault_tolerance.signals import StopFlag, die_with_launcher
 from clipdist.fault_tolerance.slurm import note_start, restarts
@@ -60,9 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", default=DEFAULT_RECIPE, help=f"recipe (default {DEFAULT_RECIPE})")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings on top of the recipe")
-    args = parser.parse_intermixed_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    refuse_options(unknown, argv)
     config = load_config(args.config, args.overrides)
-    return train(config, command_line(sys.argv[1:] if argv is None else argv))
+    return train(config, command_line(argv))
 
 
 def train(config: Config, resume_command: str = "") -> int:

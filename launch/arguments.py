@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdist.config import DEFAULT_RECIPE, REPOSITORY, Config, load_config
+from clipdist.config import DEFAULT_RECIPE, REPOSITORY, Config, load_config, refuse_options
 from clipdist.config.load import escape_shell
 from clipdist.errors import UserError
 from launch.sweep import SweepPoint, points
@@ -64,7 +65,8 @@ def read_arguments(argv: list[str] | None) -> LaunchRequest:
     Raises:
         UserError: a setting that is unknown, of the wrong type, or does not go with others.
     """
-    args = make_parser().parse_intermixed_args(argv)
+    args, unknown = make_parser().parse_known_intermixed_args(argv)
+    refuse_options(unknown, sys.argv[1:] if argv is None else argv)
     given = {key: value for key, value in vars(args).items() if key.startswith("launch.") and value is not None}
     words = [*args.overrides, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
     words += [f"launch.slurm.{_slurm_option(word)}" for word in args.slurm]

@@ -1,6 +1,6 @@
 """Define, load and check the configuration of a run. Imports no torch."""
 
-from clipdist.config.load import flat, load_config, saved_config, to_dict, to_yaml
+from clipdist.config.load import flat, load_config, refuse_options, saved_config, to_dict, to_yaml
 from clipdist.config.schema import (
     DEFAULT_RECIPE,
     REPOSITORY,
@@ -39,6 +39,7 @@ __all__ = [
     "Train",
     "flat",
     "load_config",
+    "refuse_options",
     "saved_config",
     "to_dict",
     "to_yaml",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,34 @@ def load_config(
 
 def _did_you_mean(key: str) -> str:
     """Return ". Did you mean: ..." with the settings whose own name is that of a key, or close to it; "" if none is."""
+    found = _settings_like(key)
+    return f". Did you mean: {', '.join(found)}?" if found else ""
+
+
+def _settings_like(key: str) -> list[str]:
     full_names: dict[str, list[str]] = {}
     for full_name in flat(Config()):
         full_names.setdefault(full_name.rpartition(".")[2], []).append(full_name)
     name = key.rpartition(".")[2]
     names = [name] if name in full_names else difflib.get_close_matches(name, full_names)
-    found = [full_name for name in names for full_name in full_names[name]]
-    return f". Did you mean: {', '.join(found)}?" if found else ""
+    return [full_name for name in names for full_name in full_names[name]]
+
+
+def refuse_options(unknown: Sequence[str], argv: Sequence[str]) -> None:
+    """Raise UserError for options that a program does not have, with the setting that the first may stand for.
+
+    Args:
+        unknown: what argparse did not know of `argv`.
+    """
+    if not unknown:
+        return
+    option, equals, value = unknown[0].partition("=")
+    after = [*argv[list(argv).index(unknown[0]) + 1 :], ""][0]
+    value = value if equals else "VALUE" if after.startswith("-") or "=" in after else after or "VALUE"
+    key = option.lstrip("-").replace("-", "_")
+    found = [key] if key in flat(Config()) else _settings_like(key)
+    meant = " or ".join(f"{name}={value}" for name in found[:3]) or "section.key=value, such as optim.lr=1e-3"
+    raise UserError(f"{option}: no such option; settings are words without dashes: {meant}")
 
 
 def escape_shell(line: str) -> str:

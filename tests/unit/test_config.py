@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from clipdist import train
 from clipdist.config import DEFAULT_RECIPE, Clip, Config, flat, load_config, to_dict, to_yaml
 from clipdist.errors import UserError
+from launch.arguments import read_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -274,3 +277,23 @@ def test_the_configuration_of_an_earlier_versions_run_is_read(tmp_path):
     config = load_config(path)
     assert config.objectives.clip == Clip(loss="sigmoid", group_positives=False)
     assert (config.data.retry_s, config.train.steps) == (7.0, 3)
+
+
+@pytest.mark.parametrize("main", [train.main, read_arguments], ids=["train", "submit"])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--lr 1e-3", "--lr: no such option; settings are words without dashes: optim.lr=1e-3"),
+        ("run.name=x --lr=1e-3", "optim.lr=1e-3"),
+        ("--optim.lr 1e-3", "without dashes: optim.lr=1e-3"),
+        ("--global-batch 64", "train.global_batch=64"),
+        ("--global-bach", "train.global_batch=VALUE"),
+        ("--lr run.name=x", "optim.lr=VALUE"),
+        ("--xyzzy 3", "section.key=value, such as optim.lr=1e-3"),
+    ],
+)
+def test_an_option_is_answered_with_the_setting(main, words, told, monkeypatch):
+    monkeypatch.setattr(train, "die_with_launcher", lambda: None)
+    with pytest.raises(UserError, match=re.escape(told)) as ended:
+        main(words.split())
+    assert "\n" not in str(ended.value)
