@@ -47,11 +47,13 @@ def main() -> None:
                 keep_result(loaded.run_dir, "eval_suite", {"suite": args.suite.name, **facts[-1], "results": found})
     if dist_env.rank:
         return
+    labels = front.distinct_labels(args.models, [fact["model"] for fact in facts])
+    for fact, label in zip(facts, labels):
+        fact["model"] = label
     for fact, found in zip(facts, results):
         for each in found:
             if each.get("left_out"):
                 front.tell(f"{fact['model']}, {each['set']}: left out, cannot be used: {each['left_out']:g} samples")
-    labels = [fact["model"] for fact in facts]
     print_table(labels, results)
     write_page(page, args.suite, labels, results)
     print(f"page: {page}")

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from clipdist.checkpoint.format import newest_checkpoint
 from clipdist.config import Config, load_config
 from clipdist.errors import UserError
 from clipdist.evals.results import read_results
@@ -209,6 +210,12 @@ def _what_is_wrong(folder: Path) -> str:
     inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
     if inside:
         return f"is no run folder, but holds some: name {_listed(inside)} in it"
+    if newest_checkpoint(folder):  # of tools/interpolate.py, or an export of adapters
+        of = f"; its figures are in {folder / 'results'}" if (folder / "results").is_dir() else ""
+        return (
+            "holds weights alone, and no training to report: name the runs that it was made of, or compare it with them"
+            f" by tools/eval_suite.py{of}"
+        )
     over = next((parent for parent in folder.resolve().parents if (parent / "metrics.jsonl").is_file()), None)
     return f"is no run folder (no metrics.jsonl){f'; the run is {over}' if over else ''}"
 

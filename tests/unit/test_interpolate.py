@@ -17,6 +17,7 @@ from clipdist.config import load_config
 from clipdist.data.catalog import Catalog
 from clipdist.errors import UserError
 from clipdist.models.load import load_model
+from clipdist.report.history import read_runs
 from clipdist.run_plan import make_plan
 
 TOOL = Path(__file__).parents[2] / "tools/interpolate.py"
@@ -85,6 +86,10 @@ def test_a_curve_has_exact_ends_and_its_best_is_a_run(made: Path, capsys: pytest
 def test_a_soup_is_the_mean_and_needs_no_data(made: Path) -> None:
     interpolate(made / "a", made / "b", made / "c", "--soup", "--out", made / "soup")
     parts = [weights(made / name) for name in "abc"]
+    with pytest.raises(
+        UserError, match=r"soup: holds weights alone, .* tools/eval_suite\.py; its figures are in .*results"
+    ):
+        read_runs([made / "soup"])
     for name, value in weights(made / "soup").items():
         if value.is_floating_point():
             assert torch.allclose(value, sum(part[name] for part in parts) / 3, rtol=1e-5, atol=1e-6), name

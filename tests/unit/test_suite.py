@@ -98,6 +98,12 @@ def test_figures_are_those_of_the_single_tools_and_are_kept_by_checkpoint(
     assert cells.rows[1][:3] == ["colours", "zero-shot", "top-1, %"]
     assert cells.rows[1][3:] == [f"{model['zero_shot']['top1']:.2f}" for model in (a, b)]
     assert "<b>" in page.read_text()
+    shutil.copytree(made / "a", made / "x/a")  # figures are kept in it
+    run("eval_suite", made / "a", made / "x/a", "--suite", made / "suite.yaml", "--out", page)
+    lines, record = last(capsys)
+    assert "0 measured, 6 taken" in lines[-2]
+    apart = [f"a, step 0 ({made / 'a'})", f"a, step 0 ({made / 'x/a'})"]
+    assert [model["model"] for model in record["models"]] == apart == Cells(page.read_text()).rows[0][3:]
 
     def measured() -> list[bool]:
         return [not each["cached"] for each in measure_all(sets, load_model(str(made / "a")), ALONE, share)]
