@@ -13,7 +13,13 @@ __version__ = "0.1.0"
 
 
 def load(
-    source: str, weights: str = "", *, trust_weights: bool = False, device: str = "cpu", step: int | None = None
+    source: str,
+    weights: str = "",
+    *,
+    trust_weights: bool = False,
+    device: str = "cpu",
+    step: int | None = None,
+    ema: bool = False,
 ) -> tuple[DualEncoder, Preprocess, Tokenizer]:
     """Return a model in evaluation mode, fp32, with what prepares images and texts for it.
 
@@ -25,11 +31,12 @@ def load(
         weights: for a name or JSON: an open_clip tag, or a file.
         trust_weights: run a TorchScript file that is not OpenAI's.
         step: of a run, the checkpoint of this step instead of the newest.
+        ema: of a run with train.ema, the moving average of its weights.
 
     Raises:
         clipdist.errors.UserError: there is no such model, or it has no weights.
     """
     from clipdist.models.load import load_model  # imports torch
 
-    loaded = load_model(source, weights, trust_weights, device, step=step)
+    loaded = load_model(source, weights, trust_weights, device, step=step, ema=ema)
     return loaded.model, loaded.preprocess, loaded.tokenizer

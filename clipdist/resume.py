@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from clipdist.checkpoint.format import MANIFEST, list_checkpoints, newest_checkpoint, step_of
+from clipdist.checkpoint.format import EMA, MANIFEST, list_checkpoints, newest_checkpoint, step_of
 from clipdist.checkpoint.retention import set_aside
 from clipdist.config import Config, flat, saved_config
 from clipdist.config.batches import total_steps
@@ -55,7 +55,10 @@ def changes(config: Config, plan: RunPlan) -> list[str]:
     if not told:
         return []
     words = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in told)
-    return [f"other settings than those of {plan.resume.folder.name}: {words}", *_schedule_change(config, saved, plan)]
+    lines = [f"other settings than those of {plan.resume.folder.name}: {words}", *_schedule_change(config, saved, plan)]
+    if config.train.ema and not any(name.startswith(EMA) for name in plan.resume.manifest.tensors):
+        lines.append(f"train.ema: {plan.resume.folder.name} holds no average, which begins with its weights")
+    return lines
 
 
 def _schedule_change(config: Config, saved: Config, plan: RunPlan) -> list[str]:

@@ -117,7 +117,7 @@ class Trainer:
         window = config.guard.window if config.guard.patience else 0
         keep = RetentionPolicy(config.train.keep, config.train.keep_every, config.train.keep_best, window)
         self.saver = Saver(config.run.dir, keep, dist_env.rank, consensus.shared_token(), config.data.retry_s)
-        self.saver.prepare(*self.engine.zero.save_numel(trained_only=self.base is not None))
+        self.saver.prepare(*self.engine.save_numel(trained_only=self.base is not None))
         self.engine.before_update = self.saver.wait_copied
         watchdog.linger = self._wait_for_writer
         self.journal = Journal(config, plan, dist_env)
@@ -148,8 +148,7 @@ class Trainer:
             model.set_activation_checkpointing()
         engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env)
         if self.plan.resume:
-            engine.zero.restore(self.plan.resume)
-            engine.refresh_scalars()
+            engine.restore(self.plan.resume)
         return engine
 
     def _locked_features(self, model: DualEncoder) -> tuple[dict[str, LockedFeatures], dict[str, LockedFeatures]]:
@@ -262,7 +261,7 @@ class Trainer:
             self.journal.step(done, result, batch, self.engine, timer)
         if self._is_due_every(self.config.train.compare_every):
             with self.watchdog.phase("comparison of the ranks"):
-                compare_replicas(self.engine.zero, self.dist_env, done)
+                compare_replicas(self.engine, self.dist_env, done)
 
     def _train_step(self, batch: Batch, want_norms: bool) -> StepResult:
         return self.engine.train_step(
@@ -300,7 +299,11 @@ class Trainer:
 
     def _validate(self) -> None:
         with self.watchdog.phase("validation"):
-            findings = self.validation.run(_WatchedEncoder(self.engine, self.watchdog))
+            encoder = _WatchedEncoder(self.engine, self.watchdog)
+            findings = self.validation.run(encoder)
+            if self.engine.ema:
+                with self.engine.averaged():
+                    findings = findings.with_average(self.validation.run(encoder))
         best = self.config.train.keep_best
         if best and self.dist_env.rank == 0 and best not in findings.values:
             names = ", ".join(findings.values) or "nothing (data.val and eval.labelled are empty)"
@@ -346,7 +349,7 @@ class Trainer:
             },
         )
         with self.watchdog.phase("checkpoint"):
-            live = self.engine.zero.live_pieces(trained_only=self.base is not None)
+            live = self.engine.live_pieces(trained_only=self.base is not None)
             self.saver.save(list(live), list(self.engine.zero.buffer_pieces()), manifest)
         self._saved_step = self._save_interval_start = self.step
         self._save_deadline = self._deadline(60 * self.config.train.save_minutes)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from clipdist.checkpoint.format import CHUNK_BYTES, Missing, read_manifest, retried
+from clipdist.checkpoint.format import CHUNK_BYTES, EMA, Missing, read_manifest, retried
 from clipdist.errors import UserError
 
 T = TypeVar("T")
@@ -113,14 +113,22 @@ class CheckpointReader:
             raise _damaged(path, "missing") from None
 
 
-def load_full_weights(folder: str | Path, retry_s: float = 0.0) -> dict[str, torch.Tensor]:
+def load_full_weights(folder: str | Path, retry_s: float = 0.0, ema: bool = False) -> dict[str, torch.Tensor]:
     """Return the dual encoder's parameters (fp32) and buffers, whole, by their names in the module.
+
+    Args:
+        ema: take the moving average of those that have one.
+
+    Raises:
+        UserError: there is no average, and `ema` asks for it; or see CheckpointReader.
 
     Those stored in one piece are mapped from the files, whose disk space stays taken as long as the tensors live.
     """
     reader = CheckpointReader(folder, retry_s)
+    if ema and not reader.names(EMA):
+        raise UserError(f"{folder}: holds no moving average of the weights (--ema): the run had train.ema=0")
     weights = {}
-    for prefix in ("param/", "buffer/"):
+    for prefix in ("param/", "buffer/", *([EMA] if ema else [])):
         for name in reader.names(prefix):
             weights[name.removeprefix(prefix)] = reader.read_full(name)
     return weights

@@ -25,7 +25,7 @@ AT_LEAST_1 = {
     "launch": ("nodes", "gpus", "signal_s"),
 }
 FROM_0_TO_1 = {"data": ("flip", "jitter_probability", "grayscale", "max_bad_share")}
-BELOW_1 = {"optim": ("beta1", "beta2")}
+BELOW_1 = {"optim": ("beta1", "beta2"), "train": ("ema",)}
 ABOVE_0 = {"optim": ("lr", "eps")}
 LOGGERS = ("wandb", "mlflow", "trackio")
 SEEDS = {"data": ("seed",), "train": ("seed",)}

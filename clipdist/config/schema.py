@@ -176,6 +176,7 @@ class Train:
     samples: int = 0  # instead of epochs: total pairs, rounded up to a step; a mixture has no epochs
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     seed: int = 0  # of the initial weights and of dropout
+    ema: float = 0.0  # momentum of an exponential moving average of the weights, kept beside them; 0: none
     resume: str = "auto"  # auto: the newest good checkpoint of the run folder, if any; never; or a checkpoint folder
     save_every: int = 0  # steps between checkpoints; 0: once an epoch. The last step always saves
     save_minutes: float = 30.0  # maximum minutes between checkpoints; 0: no maximum

@@ -7,7 +7,8 @@ moments and running statistics together or changes none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -15,9 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from clipdist.checkpoint.format import Piece
+from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch
 from clipdist.distributed.rank import DistEnv
+from clipdist.engine.ema import Ema, warmed_up
 from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
@@ -99,6 +103,7 @@ class Engine:
         before_update: called right before weights change; a background copy of them must have ended when it returns.
             (BatchNorm's running statistics change earlier, in the forward pass.)
         scalars: fp32 master weights of the model's scalars, [1], on every rank.
+        ema: the moving average of the weights (train.ema), or None.
     """
 
     def __init__(self, model: nn.Module, objectives: Sequence[Objective], config: Config, dist_env: DistEnv) -> None:
@@ -113,6 +118,8 @@ class Engine:
         self.refresh_scalars()
         self._features = tuple(dict.fromkeys(name for objective in objectives for name in objective.features))
         self._statistics = RunningStatistics(self.zero.module)
+        momentum = config.train.ema
+        self.ema = Ema(self.zero, partial(warmed_up, momentum)) if momentum else None
 
     def train_step(
         self, batch: Batch, *, step: int, lr: float, want_norms: bool = False, guard: StepGuard | None = None
@@ -224,7 +231,7 @@ class Engine:
     def _update(
         self, forward: _Forward, step: int, guard: StepGuard | None, gradients: GradientStatistics | None
     ) -> StepResult:
-        """Take the optimiser step with clamping, running statistics and guard. In fp16 DeepSpeed skips overflows."""
+        """Take the optimiser step, bound scalars, average statistics and weights. In fp16 DeepSpeed skips overflows."""
         if self.before_update is not None:
             self.before_update()
         scale, lowest = self.zero.loss_scale, self.zero.loss_scale_is_lowest
@@ -235,6 +242,8 @@ class Engine:
                     self.zero.clamp(name, maximum)
             self.refresh_scalars()
             self._statistics.average()
+            if self.ema:
+                self.ema.update()
             if guard and gradients:
                 guard.accepted(step, gradients.loss, gradients.sizes)
         else:
@@ -289,6 +298,45 @@ class Engine:
     def logit_scale(self) -> float:
         """Return the log scale t of the fp32 master weights."""
         return float(self.scalars["logit_scale"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let `encode` and `logit_scale` use the moving average of the weights inside the context. Collective."""
+        assert self.ema is not None
+        if self.before_update is not None:
+            self.before_update()  # the weights that a background copy reads change, too
+        own, self.scalars = self.scalars, self.zero.gather(self.ema.read, self.zero.module.scalars)
+        try:
+            with self.ema.in_use():
+                yield
+        finally:
+            self.scalars = own
+
+    # Checkpoints, and the comparison of ranks: see Zero, whose tensors come first
+
+    def live_pieces(self, trained_only: bool = False) -> Iterator[Piece]:
+        """Iterate over this rank's checkpoint pieces, fp32 weights, moments, average: views, valid until a step."""
+        yield from self.zero.live_pieces(trained_only)
+        if self.ema:
+            yield from self.ema.live_pieces()
+
+    def save_numel(self, trained_only: bool = False) -> tuple[int, bool]:
+        """Return the number of elements of live_pieces() once moments exist, and whether they are on a GPU."""
+        numel, on_gpu = self.zero.save_numel(trained_only)
+        return numel + sum(piece.data.numel() for piece in self.ema.live_pieces()) if self.ema else numel, on_gpu
+
+    def restore(self, reader: CheckpointReader) -> None:
+        """Load weights, moments, counters and average of a checkpoint; see Zero.restore."""
+        self.zero.restore(reader)
+        self.refresh_scalars()
+        if self.ema:
+            self.ema.restore(reader)
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over (name, tensor) of all tensors that are replicated on every rank, between steps."""
+        yield from self.zero.replicated()
+        if self.ema:
+            yield from self.ema.replicated()
 
     def refresh_scalars(self) -> None:
         """Read the scalars from the master weights; call it after those were changed from outside. Collective."""

@@ -7,7 +7,8 @@ begin inside the parameter, at stage 3 an equal share of it, at stage 0 the whol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -26,6 +27,7 @@ from clipdist.engine.setup import prepare_deepspeed
 from clipdist.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GATHERED_ELEMENTS = 1 << 26  # of whole tensors at one time
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -237,11 +239,23 @@ class Zero:
     @torch.no_grad()
     def scalars(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the fp32 master weights of parameters with one element, [1], on every rank. Collective."""
-        found = {name: torch.zeros(1, device=self.device) for name in names}
+        return self.gather(lambda fragment: fragment.master, names)
+
+    def gather(self, read: Callable[[Fragment], Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return whole tensors of parameters from the fragments of all ranks, fp32 [numel] on every rank. Collective.
+
+        Args:
+            read: returns the elements of a fragment, 1-D.
+        """
+        parameters = (self.module.get_parameter(name) for name in names)
+        sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters]
+        flat = torch.zeros(sum(sizes), device=self.device)
+        whole = dict(zip(names, flat.split(sizes)))
         for fragment in self.fragments():
-            if fragment.name in found and fragment.own[0] < fragment.own[1]:
-                found[fragment.name] += fragment.master.to(self.device)
-        return dict(zip(found, all_reduce_sum(torch.stack(list(found.values())))))
+            if fragment.name in whole:
+                start, stop = fragment.own
+                whole[fragment.name][start:stop] = read(fragment)[start - fragment.start : stop - fragment.start]
+        return dict(zip(names, all_reduce_sum(flat).split(sizes)))
 
     @torch.no_grad()
     def clamp(self, name: str, maximum: float) -> None:
@@ -253,6 +267,40 @@ class Zero:
         # Stage 3 keeps small parameters gathered beside their partition, and uses both.
         for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
             tensor.data.clamp_(max=maximum)
+
+    @contextmanager
+    @torch.no_grad()
+    def computing_with(self, read: Callable[[Fragment], Tensor]) -> Iterator[None]:
+        """Let the module compute with other weights inside the context, and then with its own, to the bit. Collective.
+
+        It may not be trained inside: its own weights, in the precision of the run, are copied and put back. At stage 0
+        in fp32 they are the master weights.
+
+        Args:
+            read: returns the other weights of a trained fragment, 1-D.
+        """
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._partition_all()
+        held = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in trained.values()]
+        own = [tensor.clone() for tensor in held]
+        if self.stage == 3:
+            for fragment in self.fragments():
+                if fragment.trained:
+                    fragment.parameter.ds_tensor.detach().narrow(0, 0, fragment.numel).copy_(read(fragment))
+        else:
+            for names in _batches(self.numel(trained_only=True)):
+                for name, whole in self.gather(read, names).items():
+                    trained[name].detach().copy_(whole.view_as(trained[name]))
+        try:
+            yield
+        finally:
+            self._partition_all()
+            torch._foreach_copy_(held, own)
+
+    def _partition_all(self) -> None:
+        """Release what stage 3 keeps gathered beside its partitions."""
+        if self.stage == 3:
+            self._deepspeed.optimizer.empty_partition_cache()
 
     @property
     def loss_scale(self) -> float:
@@ -419,6 +467,17 @@ def _replicated(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
     numel, rank, world = parameter.numel(), dist.get_rank(), dist.get_world_size()
     own = (rank * numel // world, (rank + 1) * numel // world)
     return Fragment(name, parameter, tuple(parameter.shape), 0, numel, master, 0, parameter.requires_grad, own)
+
+
+def _batches(numel: dict[str, int]) -> Iterator[list[str]]:
+    """Group names so that each group has at most GATHERED_ELEMENTS elements, or one name."""
+    batch: list[str] = []
+    for name in numel:
+        if batch and sum(numel[other] for other in (*batch, name)) > GATHERED_ELEMENTS:
+            yield batch
+            batch = []
+        batch.append(name)
+    yield batch
 
 
 def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:

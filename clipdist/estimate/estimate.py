@@ -101,6 +101,7 @@ class Estimate:
             bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
             cpu=self.device == "cpu",
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
+            ema=train.ema > 0,
         )
 
     @property
@@ -134,10 +135,11 @@ class Estimate:
     @cached_property
     def host(self) -> dict[str, int]:
         """The host's memory for one rank, by name."""
+        average = ", average of weights" if self.layout.ema else ""
         return {
             "batches ahead": self.config.data.prefetch * self._batch_bytes(),
             "a checkpoint while it is written": self._state_bytes() // self.world,
-            **({"masters and moments": self.memory.offloaded} if self.memory.offloaded else {}),
+            **({f"masters and moments{average}": self.memory.offloaded} if self.memory.offloaded else {}),
         }
 
     @cached_property
@@ -163,7 +165,7 @@ class Estimate:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a whole checkpoint: fp32 weights and two moments, over all ranks."""
+        """Bytes of a whole checkpoint: fp32 weights, two moments and an average, over all ranks."""
         return self._state_bytes() + self.sizes.buffer_bytes
 
     @property
@@ -182,7 +184,8 @@ class Estimate:
         return train.keep + regular + bool(train.keep_best) + back + 1
 
     def _state_bytes(self) -> int:
-        return self.sizes.trained * 12 + (0 if self.config.model.lora else self.sizes.locked * 4)
+        locked = 0 if self.config.model.lora else self.sizes.locked
+        return self.sizes.trained * (12 + 4 * self.layout.ema) + locked * 4
 
     def _batch_bytes(self) -> int:
         side, length = self.model.spec.image_size, self.model.spec.context_length

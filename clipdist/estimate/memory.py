@@ -49,7 +49,8 @@ class StepLayout:
         itemsize: bytes of a weight, an activation and a gradient: 4 in fp32, else 2.
         bucket: elements of DeepSpeed's reduce bucket.
         cpu: the rank's device; there, memory that is allocated and never written to counts for nothing.
-        offload: masters and moments live in the host's memory.
+        offload: masters, moments and average live in the host's memory.
+        ema: a moving average of the weights is kept.
     """
 
     stage: int
@@ -61,6 +62,7 @@ class StepLayout:
     bucket: int
     cpu: bool
     offload: bool
+    ema: bool
 
     @property
     def pieces(self) -> int:
@@ -114,13 +116,13 @@ def weight_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
 
 
 def optimizer_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
-    """Return the bytes of the fp32 masters and the two fp32 moments of the elements that this rank updates.
+    """Return the bytes of fp32 masters, two fp32 moments and fp32 average of the elements that this rank updates.
 
     In fp32 and stage 0 the weights themselves are updated and there are no masters. Stage 3 in fp32 copies them all the
     same.
     """
     stepped = sizes.trained if layout.stage == 0 else -(-sizes.trained // layout.world)
-    return stepped * (8 if layout.itemsize == 4 and layout.stage == 0 else 12)
+    return stepped * ((8 if layout.itemsize == 4 and layout.stage == 0 else 12) + 4 * layout.ema)
 
 
 Moment = dict[str, int]

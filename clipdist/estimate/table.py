@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipdist.estimate.estimate import GB, Estimate
-from clipdist.estimate.memory import OVERHEAD, PARTS
+from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS
 
 
 def summary(found: Estimate) -> str:
@@ -36,6 +36,8 @@ def _parameters(found: Estimate) -> str:
 
 def _memory(found: Estimate) -> str:
     label = {OVERHEAD: f"{OVERHEAD} (assumed)"}
+    if found.layout.ema:
+        label[OPTIMIZER] = f"{OPTIMIZER}, average of weights"
     stages = found.stages.values()
     rows = [("memory of a rank, GB", [f"ZeRO {n}{'*' if n == found.layout.stage else ''}" for n in found.stages])]
     rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in PARTS]

@@ -19,7 +19,6 @@ from clipdist.data.members import members_of
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
 from clipdist.engine.step import Engine
-from clipdist.engine.zero import Fragment, Zero
 from clipdist.errors import UserError
 from clipdist.evals.reference import LossAndGradients, Reference, concatenate_normalised
 from clipdist.models.dual_encoder import build_model
@@ -51,26 +50,6 @@ class AuditRow:
     limit: float  # of the error
     passed: bool
     reference_norm: float
-
-
-def gather_full(zero: Zero, read: Callable[[Fragment], torch.Tensor], trained_only: bool) -> dict[str, torch.Tensor]:
-    """Gather a full tensor for every parameter from the fragments of all ranks. Collective.
-
-    Args:
-        read: returns the elements of a fragment, 1-D.
-        trained_only: whether to omit frozen parameters.
-
-    Returns:
-        fp32 [numel] by the name of the parameter, the same on all ranks.
-    """
-    sizes = zero.numel(trained_only)
-    flat = torch.zeros(sum(sizes.values()), device=zero.device)
-    full = dict(zip(sizes, flat.split(list(sizes.values()))))
-    for fragment in zero.fragments():
-        if fragment.name in full:
-            start, stop = fragment.own
-            full[fragment.name][start:stop] = read(fragment)[start - fragment.start : stop - fragment.start]
-    return dict(zip(sizes, all_reduce_sum(flat).split(list(sizes.values()))))
 
 
 class Audit:
@@ -121,7 +100,7 @@ class Audit:
             reference, dense = self.reference.measure(batch, step, micro=self.micro, scale=scale)
             rows = compare(measured, reference, self.precision, step=step + 1, part_of=self.part_of, dense=dense)
         zero = self.engine.zero
-        self.reference.load_weights(gather_full(zero, lambda fragment: fragment.master.float(), trained_only=False))
+        self.reference.load_weights(zero.gather(lambda fragment: fragment.master, list(zero.numel())))
         evaluated = self._evaluate(batch)
         if self.dist_env.rank == 0:
             rows.append(
@@ -160,7 +139,8 @@ class Audit:
     def _read_gradients(self) -> None:
         """Store the full gradients and their loss scale, between backward pass and update."""
         zero, scale = self.engine.zero, self.engine.zero.loss_scale
-        self._read = gather_full(zero, lambda piece: zero.gradient(piece).float() / scale, trained_only=True), scale
+        names = list(zero.numel(trained_only=True))
+        self._read = zero.gather(lambda piece: zero.gradient(piece).float() / scale, names), scale
 
     def notes(self) -> list[str]:
         """Return notes on inherent differences from one process on the whole batch; complete after the first step."""

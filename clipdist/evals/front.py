@@ -86,6 +86,7 @@ def add_model(parser: argparse.ArgumentParser, name: str = "run", optional: bool
     parser.add_argument(name, metavar=name.upper(), nargs="?" if optional else None, help=what)
     parser.add_argument("--weights", default="", help="of an open_clip name: a tag or a file")
     parser.add_argument("--trust-weights", action="store_true", help="run a TorchScript file that is not OpenAI's")
+    _add_ema(parser)
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +94,12 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     what = "run, checkpoint or Hugging Face CLIP folders, or NAME:WEIGHTS (an open_clip name with a tag or a file)"
     parser.add_argument("models", metavar="RUN", nargs="+", help=what)
     parser.add_argument("--trust-weights", action="store_true", help="run TorchScript files that are not OpenAI's")
+    _add_ema(parser)
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    what = "of a run with train.ema: the moving average of its weights; no figures are kept for the report"
+    parser.add_argument("--ema", action="store_true", help=what)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +217,7 @@ def load(args: argparse.Namespace, source: str, step: int | None = None) -> Load
     """Load the model that the arguments of add_model name, on the CPU; see load_model."""
     from clipdist.models.load import load_model
 
-    return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step)
+    return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step, ema=args.ema)
 
 
 def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
@@ -222,7 +229,7 @@ def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
     from clipdist.models.load import load_model
 
     name, _, weights = (source, "", "") if Path(source).is_dir() else source.partition(":")
-    return load_model(name, weights=weights, trust_weights=args.trust_weights)
+    return load_model(name, weights=weights, trust_weights=args.trust_weights, ema=args.ema)
 
 
 def distinct_labels(sources: Sequence[str], labels: Sequence[str]) -> list[str]:

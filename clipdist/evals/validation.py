@@ -6,13 +6,14 @@ It runs the code of the offline tools, on all ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
 from torch import Tensor
 
 from clipdist import config
+from clipdist.checkpoint.format import EMA
 from clipdist.data.catalog import Catalog
 from clipdist.data.loader import default_threads
 from clipdist.data.locked_features import LockedFeatures
@@ -46,12 +47,19 @@ class Findings:
 
     Attributes:
         values: metrics by name: t2i_r1 ...; width_64/t2i_r1 ...; zero_shot/top1 ...; probe/accuracy ... (only on
-            rank 0).
+            rank 0); with train.ema also ema/t2i_r1 ...
         embeddings: of the validation shards, for the contact sheet; None: there are none.
     """
 
     values: dict[str, float]
     embeddings: Embeddings | None
+
+    def with_average(self, average: Findings) -> Findings:
+        """Return these, and as ema/t2i_r1 ... those of the weights' moving average, but for the numbers of the data."""
+        own = ("candidates", "captions", "pictures", "classes", "chance")
+        kept = {name: value for name, value in average.values.items() if name.rpartition("/")[2] not in own}
+        theirs = {f"{EMA}{name}": value for name, value in kept.items()}
+        return replace(self, values=self.values | theirs)
 
 
 class Validation:

@@ -15,7 +15,7 @@ import torch
 from clipdist.distributed.collectives import all_equal, gather_json
 from clipdist.distributed.compare import by_value, name_ranks
 from clipdist.distributed.rank import DistEnv
-from clipdist.engine.zero import Zero
+from clipdist.engine.step import Engine
 from clipdist.errors import Fault
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -44,7 +44,7 @@ def _weights(chunk: int, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare_replicas(zero: Zero, dist_env: DistEnv, step: int) -> None:
+def compare_replicas(engine: Engine, dist_env: DistEnv, step: int) -> None:
     """Compare the checksums of the replicated tensors among ranks. Collective.
 
     Args:
@@ -56,7 +56,7 @@ def compare_replicas(zero: Zero, dist_env: DistEnv, step: int) -> None:
     if dist_env.world_size == 1:
         return
     names, sums = [], []
-    for name, tensor in zero.replicated():
+    for name, tensor in engine.replicated():
         names.append(name)
         sums.append(checksums(tensor).to(dist_env.device))
     on_host = torch.cat(sums).cpu().numpy()  # the only synchronisation with the device

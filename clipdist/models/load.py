@@ -15,7 +15,7 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from clipdist import config
-from clipdist.checkpoint.format import MANIFEST, Manifest, checkpoint_of, read_manifest
+from clipdist.checkpoint.format import EMA, MANIFEST, Manifest, checkpoint_of, read_manifest
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.decode import eval_image, eval_pixels
@@ -104,6 +104,7 @@ def load_model(
     device: str | torch.device = "cpu",
     allow_random: bool = False,
     step: int | None = None,
+    ema: bool = False,
 ) -> LoadedModel:
     """Load a model, fp32, in evaluation mode.
 
@@ -113,13 +114,17 @@ def load_model(
         weights: for a name or JSON: an open_clip tag, or a file; for a run with LoRA: where its base is by now.
         trust_weights: run a TorchScript file that is not OpenAI's.
         allow_random: take a name or JSON without weights as it is drawn.
+        ema: of a run with train.ema, the moving average of the weights; it counts as a model without a run folder,
+            where the figures of the weights themselves are.
 
     Raises:
         UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name.
     """
     folder = Path(source)
     if folder.is_dir() and not is_hugging_face(folder):
-        return _load_checkpoint(checkpoint_of(folder, step), device, weights)
+        return _load_checkpoint(checkpoint_of(folder, step), device, weights, ema)
+    if ema:
+        raise UserError(f"{source}: no run or checkpoint folder, and --ema takes the moving average that a run kept")
     if folder.is_dir() and weights:
         raise UserError(f"{source}: a Hugging Face folder {_OWN_WEIGHTS.format(weights)}")
     if step is not None:
@@ -143,13 +148,13 @@ def load_model(
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
-def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -> LoadedModel:
-    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "", ema: bool = False) -> LoadedModel:
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes() + EMA.encode() * ema).hexdigest()
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
     if base and "base" not in manifest.state:
         raise UserError(f"{folder}: a run {_OWN_WEIGHTS.format(base)}")
-    weights = _merged_weights(folder, base) if "base" in manifest.state else load_full_weights(folder)
+    weights = _merged_weights(folder, base, ema) if "base" in manifest.state else load_full_weights(folder, ema=ema)
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
@@ -165,19 +170,19 @@ def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "") -
     widths = tuple(objective.get("widths", ()))
     inside = folder.resolve().parent  # run/checkpoints, unless the folder was copied elsewhere by itself
     run_dir = inside.parent if inside.name == "checkpoints" else None
-    label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}"
-    model = model.to(device).eval()
-    return LoadedModel(model, make_tokenizer(spec), label, run_dir, manifest.step, digest, kept, widths)
+    label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}{', moving average' if ema else ''}"
+    model, where = model.to(device).eval(), None if ema else run_dir
+    return LoadedModel(model, make_tokenizer(spec), label, where, manifest.step, digest, kept, widths)
 
 
-def _merged_weights(folder: Path, base: str) -> dict[str, torch.Tensor]:
+def _merged_weights(folder: Path, base: str, ema: bool) -> dict[str, torch.Tensor]:
     """Return the weights of a checkpoint that has adapters alone, merged into those of its base."""
-    model, _, _ = adapted_model(folder, base)
+    model, _, _ = adapted_model(folder, base, ema)
     merge_adapters(model)
     return model.state_dict()
 
 
-def adapted_model(folder: Path, base: str = "") -> tuple[DualEncoder, config.Config, Manifest]:
+def adapted_model(folder: Path, base: str = "", ema: bool = False) -> tuple[DualEncoder, config.Config, Manifest]:
     """Return the model of a checkpoint that has adapters alone, with them on its base, which is built again.
 
     Args:
@@ -202,12 +207,15 @@ def adapted_model(folder: Path, base: str = "") -> tuple[DualEncoder, config.Con
         except UserError as error:
             told = "holds adapters alone, and their base cannot be built (--weights says where its weights are)"
             raise UserError(f"{folder}: {told}: {error}") from None
-    load_trained(model, folder, manifest)
+    load_trained(model, folder, manifest, ema=ema)
     return model, saved, manifest
 
 
-def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: float = 0.0) -> None:
+def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: float = 0.0, ema: bool = False) -> None:
     """Load a checkpoint into the model that it was saved from: all weights, or with LoRA those that train.
+
+    Args:
+        ema: load the moving average of the weights.
 
     Raises:
         UserError: they are those of another model, or of adapters on another base.
@@ -223,7 +231,7 @@ def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: 
         )
     if base and model.base and base.sha256 != model.base.sha256:
         raise UserError(f"{folder}: holds adapters on {base}, but the base is another now: {model.base}")
-    weights = load_full_weights(folder, retry_s)
+    weights = load_full_weights(folder, retry_s, ema)
     locked = {name for name, parameter in model.named_parameters() if base and not parameter.requires_grad}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)

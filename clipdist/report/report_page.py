@@ -14,6 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from clipdist.checkpoint.format import EMA
 from clipdist.config import flat, load_config, to_yaml
 from clipdist.report import curves
 from clipdist.report.history import RECALLS, RunHistory, number, run_figures
@@ -138,7 +139,10 @@ def _validation(runs: Runs) -> list[Markup]:
     names = [name for name in recorded_names(runs, "val") if name not in RECORD_KEYS]
     widths = tuple(name for name in names if name.startswith("width_"))
     evaluators = [n for n in names if "/" in n and label_of(n).endswith("%") and not n.endswith("/chance")]
-    charts: list[tuple[str, tuple[str, ...]]] = [(label_of(name), (name,)) for name in evaluators if name not in widths]
+    averaged = [name for name in evaluators if name.startswith(EMA)]  # in a chart with those of the weights themselves
+    alone = [name for name in evaluators if name not in (*widths, *averaged)]
+    charts: list[tuple[str, tuple[str, ...]]] = [(label_of(name), (name, EMA + name)) for name in alone]
+    charts += [(label_of(n), (n, EMA + n)) for n in ("t2i_r1", "i2t_r1") if EMA + n in averaged]
     if widths:
         charts.append(("text to image R@1 by width, %", tuple(name for name in widths if name.endswith("/t2i_r1"))))
     specs = [*RETRIEVAL, *(ChartSpec(label, shown, "val", zero=True) for label, shown in charts)]

@@ -39,21 +39,23 @@ def check_facts(dist_env: DistEnv) -> None:
 def check_stage(stage: int, precision: str, dist_env: DistEnv) -> None:
     """Three steps without a false alarm; then one bit is flipped on one rank."""
     engine = trained(stage, precision, dist_env)
-    compare_replicas(engine.zero, dist_env, 3)
-    names = [name for name, _ in engine.zero.replicated()]
+    compare_replicas(engine, dist_env, 3)
+    names = [name for name, _ in engine.replicated()]
     assert any(name.startswith("param/visual.") for name in names), names
     assert any(name.endswith("running_mean") for name in names), names
-    assert any(name.startswith("exp_avg/") for name in names) == (stage == 0), names
+    for kind in ("exp_avg/", "ema/visual.conv1"):
+        assert any(name.startswith(kind) for name in names) == (stage == 0), names
     parameters = [name for name in names if name.startswith("param/")]
-    for target in (parameters[-1], names[-1 - len(names) // 3]):
-        (tensor,) = (tensor for name, tensor in engine.zero.replicated() if name == target)
+    averages = [name for name in names if name.startswith("ema/")]
+    for target in (parameters[-1], averages[-1], names[-1 - len(names) // 2]):
+        (tensor,) = (tensor for name, tensor in engine.replicated() if name == target)
         flip(tensor, dist_env)
-        told = raised(compare_replicas, engine.zero, dist_env, 3)
+        told = raised(compare_replicas, engine, dist_env, 3)
         assert type(told) is Fault
         assert f"step 3: rank {STRANGE} on " in str(told), told
         assert f"in 1 of {len(names)} tensors, first in {target}." in str(told), told
         flip(tensor, dist_env)
-        compare_replicas(engine.zero, dist_env, 3)
+        compare_replicas(engine, dist_env, 3)
     engine.close()
 
 
@@ -68,6 +70,7 @@ def trained(stage: int, precision: str, dist_env: DistEnv) -> Engine:
         "model.name=configs/models/tiny_rn.json",
         f"engine.zero_stage={stage}",
         f"train.precision={precision}",
+        "train.ema=0.9",
         f"train.global_batch={BATCH}",
         f"train.micro_batch={BATCH // dist_env.world_size // (2 if stage in (1, 3) else 1)}",
     ]

@@ -97,6 +97,7 @@ def train(cell: tuple[int, str, int, str], dist_env: DistEnv, guarded: bool) -> 
         f"train.micro_batch={micro}",
         "guard.window=10",
         "optim.grad_clip=0",
+        "train.ema=0.9",
     ]
     if stage == 3:
         words.append("engine.deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}")
@@ -150,7 +151,7 @@ def check_stop(engine: Engine, accidents: Accidents, rows: Batch) -> None:
 
 
 def everything(engine: Engine) -> dict[str, torch.Tensor]:
-    """Copies of what this rank holds: masters, moments and their counters, the module's weights and buffers."""
+    """Copies of what this rank holds: masters, moments, their counters, the module's weights and buffers, average."""
     found: dict[str, torch.Tensor] = {}
     for fragment in engine.zero.fragments():
         found[f"master {fragment.name}"] = fragment.master.clone()
@@ -163,6 +164,8 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
         found[f"module {fragment.name}"] = module.detach().clone()
     for name, buffer in engine.zero.module.named_buffers():
         found[f"buffer {name}"] = buffer.clone()
+    for piece in engine.ema.live_pieces() if engine.ema else ():
+        found[piece.name] = piece.data.clone()
     return found
 
 
