@@ -161,6 +161,7 @@ def _check_clip(clip: Clip) -> None:
 
 def _check_optim(optim: Optim) -> None:
     _need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
+    _need(0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "lie in (0, 1]")
 
 
 def _check_train(train: Train) -> None:

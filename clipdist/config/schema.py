@@ -154,6 +154,7 @@ class Optim:
     eps: float = 1e-6
     weight_decay: float = 0.2  # not on biases, norms, position embeddings and the temperature
     grad_clip: float = 1.0  # norm over all parameters; 0: no clipping
+    layer_decay: float = 1.0  # factor of the learning rate from a tower's layer to the one before; 1: none
 
 
 @dataclass(frozen=True)

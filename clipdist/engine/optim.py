@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clipdist import config
+from clipdist.models.layers import layers_behind
 
 # Matrices that do not decay: position embeddings and special tokens, by the names of open_clip, timm and Hugging Face.
 NO_DECAY = (
@@ -34,16 +35,25 @@ def learning_rate(cfg: config.Optim, step: int, steps: int) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return the groups of trained parameters: matrices and filters decay; gains, biases, positions, scalars do not."""
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+def parameter_groups(model: nn.Module, cfg: config.Optim) -> list[dict]:
+    """Return the groups of trained parameters: weight decay, and "lr_scale", the factor of the learning rate.
+
+    Matrices and filters decay; gains, biases, positions, scalars do not. A parameter with n layers of its tower behind
+    it has the factor optim.layer_decay^n (BEiT, Bao et al., arXiv:2106.08254; Clark et al., arXiv:2003.10555).
+
+    Raises:
+        UserError: see layers_behind.
+    """
+    behind = layers_behind(model) if cfg.layer_decay < 1 else {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim < 2 or any(word in name for word in NO_DECAY)
-            (no_decay if exempt else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((behind.get(name, 0), exempt), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": 0.0 if exempt else cfg.weight_decay, "lr_scale": cfg.layer_decay**layers}
+        for (layers, exempt), params in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def make_optimizer(model: nn.Module, cfg: config.Optim, cpu_offload: bool) -> torch.optim.Optimizer:
@@ -52,7 +62,7 @@ def make_optimizer(model: nn.Module, cfg: config.Optim, cpu_offload: bool) -> to
     The learning rate starts at 0 and is set before every step: DeepSpeed's half-precision wrapper for stage 0 takes a
     step with zero gradients when it is built, which must not change the weights.
     """
-    groups = parameter_groups(model, cfg.weight_decay)
+    groups = parameter_groups(model, cfg)
     settings: dict[str, Any] = {"lr": 0.0, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
     if cpu_offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -120,9 +120,9 @@ class Zero:
         self._deepspeed.train(mode)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups."""
+        """Set the learning rate of all parameter groups: `lr` times a group's own factor."""
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the model."""

@@ -20,6 +20,7 @@ from clipdist.estimate.remedies import remedies
 from clipdist.estimate.traffic import wire_bytes
 from clipdist.losses.tiles import Tile, choose_tile
 from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.layers import layers_behind
 
 TOLERANCE = 1.15  # a run is refused above this share of the device: the prediction may be wrong by as much
 GPU_TILE = Tile(8192, 8192)  # the largest that a GPU uses
@@ -249,6 +250,8 @@ class MeasuredModel:
     def __init__(self, config: Config) -> None:
         self._activations: dict[tuple[bool, int, str], Activations] = {}
         model, self.spec = meta_model(config)
+        if config.optim.layer_decay < 1:
+            layers_behind(model)  # refuses what training would
         self._by_checkpointing: dict[bool, DualEncoder] = {config.engine.activation_checkpointing: model}
         numbers = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
         self.sizes = ModelSizes(
