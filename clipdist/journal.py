@@ -196,8 +196,8 @@ class Journal:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
         names: tuple[str, ...] = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
-        averaged = tuple(f"{EMA}{name}" for name in names)
-        names += tuple(name for name in findings.values if re.fullmatch(r"width_\d+/t2i_r1", name)) + averaged
+        names += tuple(name for name in findings.values if re.fullmatch(r"width_\d+/t2i_r1", name))
+        names += tuple(f"{EMA}{name}" for name in ("t2i_r1", "i2t_r1", "zero_shot/top1", "probe/accuracy"))
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
         if "candidates" in findings.values:
             images, captions = (round(findings.values[name]) for name in ("candidates", "captions"))

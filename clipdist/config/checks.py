@@ -167,6 +167,8 @@ def _check_optim(optim: Optim) -> None:
 def _check_train(train: Train) -> None:
     alone = not (train.steps and train.samples)
     _need(alone, "train.samples", train.samples, f"not come with train.steps={train.steps}")
+    measured = train.ema > 0 or not train.keep_best.startswith("ema/")
+    _need(measured, "train.keep_best", train.keep_best, "come with train.ema, the momentum of that average")
 
 
 def _check_launch(launch: Launch) -> None:

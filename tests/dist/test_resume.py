@@ -37,6 +37,7 @@ def words(shards: Path, root: Path, name: str, **settings: object) -> list[str]:
         "engine.zero_stage": 2,
         "train.steps": STEPS,
         "train.save_every": 3,
+        "train.ema": 0.9,
         **{key.replace("__", "."): value for key, value in settings.items()},
     }
     return ["--config", "configs/tiny.yaml", *(f"{key}={value}" for key, value in given.items())]
@@ -59,7 +60,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert losses(run) == losses(other)
     ours, theirs = tensors(run), tensors(other)
     assert ours.keys() == theirs.keys()
-    assert {name.partition("/")[0] for name in ours} == {"param", "exp_avg", "exp_avg_sq", "buffer"}
+    assert {name.partition("/")[0] for name in ours} == {"param", "exp_avg", "exp_avg_sq", "buffer", "ema"}
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
@@ -116,6 +117,13 @@ def test_another_number_of_ranks_and_another_stage_go_on(moved):
     ours, theirs = losses(moved / "run"), losses(moved / "whole")
     assert ours.keys() == theirs.keys()
     assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = tensors(moved / "run"), tensors(moved / "whole")
+    averages = [name for name in theirs if name.startswith("ema/")]
+    assert averages
+    assert {"param/" + name.removeprefix("ema/") for name in averages} == {n for n in theirs if n.startswith("param/")}
+    for name in averages:
+        assert not torch.equal(ours[name], ours["param/" + name.removeprefix("ema/")]), name
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_checkpoint_of_lora_holds_what_trains_and_tools_merge_it(moved, monkeypatch):
@@ -126,7 +134,7 @@ def test_a_checkpoint_of_lora_holds_what_trains_and_tools_merge_it(moved, monkey
     assert {*saved} == {*adapters, *image, "logit_scale"}
     assert len(adapters) == 24  # of q, k, v, output and two layers of the MLP, in two blocks
     assert all("lora_" in name for name in adapters)
-    assert len(tensors(run)) == 3 * len(saved)  # with their moments, and nothing else
+    assert len(tensors(run)) == 4 * len(saved)  # with their moments and average, and nothing else
 
     adapted, folder = build_model(load_config(run / "config.yaml").model).eval(), newest_checkpoint(run)
     load_trained(adapted, folder, read_manifest(folder))
@@ -140,6 +148,29 @@ def test_a_checkpoint_of_lora_holds_what_trains_and_tools_merge_it(moved, monkey
     assert (adapted - base).norm() > 1e-2 * base.norm()
     assert (adapted - merged).norm() < 1e-5 * base.norm()
     assert torch.equal(merged, exported)
+    averaged = load_model(str(run), ema=True).model.encode_text(tokens)
+    assert (averaged - base).norm() > 1e-2 * base.norm() < 1e3 * (averaged - merged).norm()
+
+
+def test_an_average_is_left_and_begun_anew(undisturbed, shards, tmp_path):
+    """A run goes on without train.ema, and then with it again: with the average of that checkpoint's weights."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    given = words(shards, tmp_path, "run", train__steps=STEPS + 1, train__ema=0)[2:]
+    assert "train.ema 0.9 -> 0.0" in train(2, *given).stdout
+    last = newest_checkpoint(tmp_path / "run")
+    assert not CheckpointReader(last).names("ema/")
+    with pytest.raises(UserError, match=f"{last.name}: holds no moving average"):
+        load_model(str(tmp_path / "run"), ema=True)
+    ended = train(2, *words(shards, tmp_path, "run", train__steps=STEPS + 2)[2:])
+    assert f"train.ema: {last.name} holds no average, which begins with its weights" in ended.stdout
+    before, after = CheckpointReader(last), CheckpointReader(newest_checkpoint(tmp_path / "run"))
+    for name in (name.removeprefix("param/") for name in before.names("param/")):
+        was, now = before.read_full(f"param/{name}"), after.read_full(f"param/{name}")
+        momentum = (1 + STEPS + 2) / (10 + STEPS + 2)
+        torch.testing.assert_close(after.read_full(f"ema/{name}"), momentum * was + (1 - momentum) * now)
+    model = load_model(str(tmp_path / "run"), ema=True).model.state_dict()
+    assert after.names("ema/")
+    assert all(torch.equal(after.read_full(name), model[name.removeprefix("ema/")]) for name in after.names("ema/"))
 
 
 def test_adapters_are_put_on_no_other_base(shards, moved, tmp_path):

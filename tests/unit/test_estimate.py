@@ -101,7 +101,7 @@ def test_a_model_that_needs_values_is_measured_in_two_small_runs(monkeypatch: py
 
 def layout(**changes: Any) -> StepLayout:
     plain = StepLayout(
-        stage=1, world=4, share=8, micro=8, itemsize=2, bfloat16=True, bucket=1000, cpu=False, offload=False
+        stage=1, world=4, share=8, micro=8, itemsize=2, bfloat16=True, bucket=1000, cpu=False, offload=False, ema=False
     )
     return replace(plain, **changes)
 
@@ -115,6 +115,7 @@ def test_weights_and_optimiser_by_hand() -> None:
     assert optimizer_bytes(SIZES, layout(stage=0)) == 4000 * 12
     assert optimizer_bytes(SIZES, layout(stage=0, itemsize=4)) == 4000 * 8  # the weights themselves are stepped
     assert optimizer_bytes(SIZES, layout()) == 1000 * 12
+    assert optimizer_bytes(SIZES, layout(ema=True)) == 1000 * 16
 
 
 def test_the_fullest_moment_depends_on_the_batch() -> None:
