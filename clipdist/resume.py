@@ -57,7 +57,7 @@ def changes(config: Config, plan: RunPlan) -> list[str]:
     words = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in told)
     lines = [f"other settings than those of {plan.resume.folder.name}: {words}", *_schedule_change(config, saved, plan)]
     if config.train.ema and not any(name.startswith(EMA) for name in plan.resume.manifest.tensors):
-        lines.append(f"train.ema: {plan.resume.folder.name} holds no average, which begins with its weights")
+        lines.append(f"train.ema: {plan.resume.folder.name} holds no average; it begins with the weights")
     return lines
 
 

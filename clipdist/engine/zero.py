@@ -27,7 +27,7 @@ from clipdist.engine.setup import prepare_deepspeed
 from clipdist.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-GATHERED_ELEMENTS = 1 << 26  # of whole tensors at one time
+GATHERED = 8  # whole parameters at one time
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -273,8 +273,7 @@ class Zero:
     def computing_with(self, read: Callable[[Fragment], Tensor]) -> Iterator[None]:
         """Let the module compute with other weights inside the context, and then with its own, to the bit. Collective.
 
-        It may not be trained inside: its own weights, in the precision of the run, are copied and put back. At stage 0
-        in fp32 they are the master weights.
+        Its own weights, in the precision of the run, are copied and put back: do not train inside.
 
         Args:
             read: returns the other weights of a trained fragment, 1-D.
@@ -288,8 +287,9 @@ class Zero:
                 if fragment.trained:
                     fragment.parameter.ds_tensor.detach().narrow(0, 0, fragment.numel).copy_(read(fragment))
         else:
-            for names in _batches(self.numel(trained_only=True)):
-                for name, whole in self.gather(read, names).items():
+            names = list(trained)
+            for first in range(0, len(names), GATHERED):
+                for name, whole in self.gather(read, names[first : first + GATHERED]).items():
                     trained[name].detach().copy_(whole.view_as(trained[name]))
         try:
             yield
@@ -467,17 +467,6 @@ def _replicated(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
     numel, rank, world = parameter.numel(), dist.get_rank(), dist.get_world_size()
     own = (rank * numel // world, (rank + 1) * numel // world)
     return Fragment(name, parameter, tuple(parameter.shape), 0, numel, master, 0, parameter.requires_grad, own)
-
-
-def _batches(numel: dict[str, int]) -> Iterator[list[str]]:
-    """Group names so that each group has at most GATHERED_ELEMENTS elements, or one name."""
-    batch: list[str] = []
-    for name in numel:
-        if batch and sum(numel[other] for other in (*batch, name)) > GATHERED_ELEMENTS:
-            yield batch
-            batch = []
-        batch.append(name)
-    yield batch
 
 
 def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_an_average_is_left_and_begun_anew(undisturbed, shards, tmp_path):
     with pytest.raises(UserError, match=f"{last.name}: holds no moving average"):
         load_model(str(tmp_path / "run"), ema=True)
     ended = train(2, *words(shards, tmp_path, "run", train__steps=STEPS + 2)[2:])
-    assert f"train.ema: {last.name} holds no average, which begins with its weights" in ended.stdout
+    assert f"train.ema: {last.name} holds no average; it begins with the weights" in ended.stdout
     before, after = CheckpointReader(last), CheckpointReader(newest_checkpoint(tmp_path / "run"))
     for name in (name.removeprefix("param/") for name in before.names("param/")):
         was, now = before.read_full(f"param/{name}"), after.read_full(f"param/{name}")
