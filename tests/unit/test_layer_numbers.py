@@ -34,7 +34,12 @@ TOWERS: dict[str, dict[str, int]] = {
         r"visual\.attnpool": 0,
     },
     "configs/models/tiny_cbow.json": {r"text\.token_embedding": 1, r"text\.proj": 0},
-    "tests/dist/timm_lcnet.json": {r"visual\.trunk\.(conv_stem|bn1)": 9, r"visual\.head": 0},
+    "tests/dist/timm_lcnet.json": {  # 13 blocks in six stages
+        r"visual\.trunk\.(conv_stem|bn1)": 14,
+        r"visual\.trunk\.blocks\.0\.0": 13,
+        r"visual\.trunk\.blocks\.5\.1": 1,
+        r"visual\.trunk\.(conv_head|classifier)": 0,
+    },
 }
 
 
