@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from clipdist.engine.step import Engine, StepResult
     from clipdist.evals.validation import Findings, Validation
     from clipdist.models.spec import ModelSpec
+    from clipdist.objectives.teacher import Teacher
 
 
 class Journal:
@@ -90,6 +91,8 @@ class Journal:
         )
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
+        if engine.teacher is not None:
+            self.log(_teacher_line(engine.teacher, spec))
         self.log(self._taken(spec))
         how = {"world": dist_env.world_size, "steps": plan.steps}
         if plan.resume:
@@ -269,6 +272,12 @@ def _key(reader: Any, sample_id: int) -> str:
         return reader.key(sample_id)
     except (OSError, UserError):
         return f"sample id {sample_id}"
+
+
+def _teacher_line(teacher: Teacher, spec: ModelSpec) -> str:
+    record, side = teacher.record, teacher.spec.image_size
+    resized = f"; its images are resized from {spec.image_size} to {side} pixels" if side != spec.image_size else ""
+    return f"teacher: {record['model']}, fingerprint {record['fingerprint']}, frozen{resized}"
 
 
 def environment() -> dict[str, Any]:

@@ -112,9 +112,13 @@ def make_plan(
         catalogs: see check_launch.
 
     Raises:
-        UserError: a checkpoint of another model, other data or another order; an unknown model.
+        UserError: a checkpoint of another model, other data or another order; an unknown model or teacher.
     """
     catalog, val = catalogs
+    if config.objectives.distill is not None:
+        from clipdist.objectives.teacher import check_teacher
+
+        check_teacher(config.objectives.distill, config.model)
     fingerprint = catalog.fingerprint()
     if resume:
         key = _order_of(config, fingerprint, resume)

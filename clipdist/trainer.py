@@ -32,6 +32,7 @@ from clipdist.engine.step import Engine, StepResult
 from clipdist.errors import Fault, UserError
 from clipdist.evals.locked import LockedTowers
 from clipdist.evals.validation import Validation
+from clipdist.fault_tolerance.consistency import compare
 from clipdist.fault_tolerance.guard import Guard
 from clipdist.fault_tolerance.replicas import compare_replicas
 from clipdist.fault_tolerance.signals import StopFlag
@@ -42,6 +43,7 @@ from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
+from clipdist.objectives.teacher import Teacher, open_teacher
 from clipdist.run_plan import RunPlan
 
 RETRY_SAVE_S = 60  # until the next attempt after a checkpoint that could not be written
@@ -89,6 +91,7 @@ class Trainer:
         self.step = plan.start_step
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
+        self.teacher = self._open_teacher(state.get("teacher"))
         model = self._build_model()
         self.spec, self.base = model.spec, model.base
         self.tokenizer = make_tokenizer(self.spec)
@@ -129,6 +132,13 @@ class Trainer:
         self._validated_at = int(consensus.broadcast(str(self.journal.metrics.validated_at)))
         self._newest_metrics: dict[str, float] = {}  # of the validation at step _validated_at
 
+    def _open_teacher(self, saved: dict[str, str] | None) -> Teacher | None:
+        """Load the teacher, the same on all ranks and the one that the checkpoint names. Collective if there is one."""
+        teacher = open_teacher(self.config, self.dist_env, saved)
+        if teacher is not None:
+            compare({"teacher": teacher.record["fingerprint"]}, self.dist_env)
+        return teacher
+
     def _build_model(self) -> DualEncoder:
         """Build the model on this rank's device, with new weights or those of the checkpoint."""
         config, resume = self.config, self.plan.resume
@@ -146,7 +156,7 @@ class Trainer:
     def _build_engine(self, model: DualEncoder) -> Engine:
         if self.config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env)
+        engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env, self.teacher)
         if self.plan.resume:
             engine.restore(self.plan.resume)
         return engine
@@ -344,6 +354,7 @@ class Trainer:
                 "scaler": self.engine.zero.scaler_state(),
                 "model": self.spec.to_dict(),
                 **({"base": asdict(self.base)} if self.base else {}),
+                **({"teacher": self.teacher.record} if self.teacher else {}),
                 "guard": self.guard.state(),
                 "metrics": self._newest_metrics if self._validated_at == self.step else {},
             },

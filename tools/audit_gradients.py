@@ -36,6 +36,8 @@ POLL_S = 0.1
 def main() -> int:
     args = parse_args()
     config = load_config(args.config, args.overrides)
+    if args.peers and config.objectives.clip is None:
+        raise UserError("--peers: compares losses of objectives.clip, which is not set")
     given = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else args.ranks
     if given:
         check_ranks(config, given)  # before torch is imported
@@ -79,9 +81,15 @@ def print_head(audit: Audit, data: str) -> None:
     micro = f"micro-batches of {audit.micro}" if cfg.train.micro_batch else "no micro-batches"
     print(
         f"{audit.spec.name}: {cfg.train.global_batch} pairs on {dist_env.world_size} x {dist_env.device.type}, {micro},"
-        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {cfg.clip.loss}\ndata: {data}",
+        f" ZeRO {cfg.engine.zero_stage}, {audit.precision}, {losses(cfg)}\ndata: {data}",
         flush=True,
     )
+
+
+def losses(cfg: Config) -> str:
+    """Return the losses of the objectives in words."""
+    clip, distill = cfg.objectives.clip, cfg.objectives.distill
+    return " and ".join([*([clip.loss] if clip else []), *([f"distilled {distill.target}"] if distill else [])])
 
 
 def print_step(rows: list[AuditRow], steps: int) -> None:
@@ -124,7 +132,7 @@ def report(args: argparse.Namespace, audit: Audit, rows: list[AuditRow], data: s
         "pass": passed,
         "rows": [asdict(row) for row in rows],
         "model": audit.spec.name,
-        "loss": cfg.clip.loss,
+        "loss": losses(cfg),
         "world": audit.dist_env.world_size,
         "global_batch": cfg.train.global_batch,
         "micro_batch": audit.micro,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from clipdist.config.schema import Clip, Config, Data, Engine, Launch, Model, Objectives, Optim, Run, Train
+from clipdist.config.schema import Clip, Config, Data, Distill, Engine, Launch, Model, Objectives, Optim, Run, Train
 from clipdist.errors import UserError
 
 # Keys by section, for each bound.
@@ -37,7 +37,7 @@ def check(config: Config) -> None:
     _check_run(config.run)
     _check_data(config.data, config.model, config.train)
     _check_model(config.model)
-    _check_objectives(config.objectives, config.data)
+    _check_objectives(config.objectives, config.data, config.model)
     _check_optim(config.optim)
     _check_train(config.train)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
@@ -136,14 +136,36 @@ def _check_cached(data: Data, model: Model) -> None:
             _need(not value, f"data.{name}", value, must.format("[]" if name == "jitter" else 0))
 
 
-def _check_objectives(objectives: Objectives, data: Data) -> None:
-    if objectives.clip is None:
+def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
+    clip, distill = objectives.clip, objectives.distill
+    if clip is None and distill is None:
         raise UserError("objectives: none is set; set one, such as objectives.clip={}")
-    _check_clip(objectives.clip)
-    tiles = not data.several_texts or objectives.clip.implementation != "kernel"
     several = f"data.caption={data.caption}, data.negatives={data.negatives}"
-    must = f"be auto or tiles with {several}: the kernel takes one text an image"
-    _need(tiles, "objectives.clip.implementation", "kernel", must)
+    if clip is not None:
+        _check_clip(clip)
+        tiles = not data.several_texts or clip.implementation != "kernel"
+        must = f"be auto or tiles with {several}: the kernel takes one text an image"
+        _need(tiles, "objectives.clip.implementation", "kernel", must)
+    if distill is not None:
+        _check_distill(distill, data, model)
+        must = f"be features with {several}: logits are those of one text an image"
+        _need(distill.target == "features" or not data.several_texts, "objectives.distill.target", "logits", must)
+        must = "be another model where no other objective is set: the start does not differ from itself"
+        _need(distill.teacher != "start" or clip is not None, "objectives.distill.teacher", distill.teacher, must)
+
+
+def _check_distill(distill: Distill, data: Data, model: Model) -> None:
+    key = "objectives.distill."
+    must = "be above 0; objectives.distill=null takes it out"
+    _need(0 < distill.weight < math.inf, f"{key}weight", distill.weight, must)
+    must = "be start, NAME:WEIGHTS (an open_clip name with a tag or a file), or the folder of a run or model"
+    _need(bool(distill.teacher), f"{key}teacher", repr(distill.teacher), must)
+    if distill.teacher == "start":
+        must = "come with model.weights: what is drawn at random is nothing to keep"
+        _need(bool(model.weights), f"{key}teacher", distill.teacher, must)
+    else:
+        must = "be start with data.cache_features: what is kept for this model's towers is nothing for those of another"
+        _need(not data.cache_features, f"{key}teacher", distill.teacher, must)
 
 
 def _check_clip(clip: Clip) -> None:

@@ -136,10 +136,20 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Distillation from a frozen teacher, which sees the same crops and captions."""
+
+    weight: float = 1.0  # of this objective in the loss
+    teacher: str = "start"  # start: what model.weights names; a run, checkpoint or Hugging Face folder; or NAME:WEIGHTS
+    target: Literal["features", "logits"] = "features"  # the teacher's features, of equal width; or its softmaxes
+
+
+@dataclass(frozen=True)
 class Objectives:
     """The objectives to train, those whose sections are set. A recipe without this section trains CLIP."""
 
     clip: Clip | None = None
+    distill: Distill | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ def resolve_device(wanted: str) -> str:
     return wanted
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def resolve_precision(wanted: str, device: str) -> str:
     """Resolve auto to bf16 on a GPU that has it, else to fp16; on a CPU to fp32.
 

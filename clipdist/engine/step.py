@@ -28,6 +28,7 @@ from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_updated_once
 from clipdist.objectives.objective import Objective, Term
+from clipdist.objectives.teacher import Teacher
 
 
 class StepGuard(Protocol):
@@ -97,6 +98,7 @@ class Engine:
         model: takes the inputs of a batch by name, returns outputs by name, and has `scalars` and `part_of`: see
             clipdist.models.dual_encoder.DualEncoder.
         objectives: whose weighted sum is the loss.
+        teacher: gives each step further outputs for the objectives, before the model's forward pass.
 
     Attributes:
         zero: the weights and optimiser states under ZeRO.
@@ -106,8 +108,15 @@ class Engine:
         ema: the moving average of the weights (train.ema), or None.
     """
 
-    def __init__(self, model: nn.Module, objectives: Sequence[Objective], config: Config, dist_env: DistEnv) -> None:
-        self.dist_env, self.objectives = dist_env, objectives
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Sequence[Objective],
+        config: Config,
+        dist_env: DistEnv,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.dist_env, self.objectives, self.teacher = dist_env, objectives, teacher
         self.seed = config.train.seed
         self.before_update: Callable[[], None] | None = None
         self.skip_nonfinite = config.guard.nonfinite == "skip"
@@ -140,8 +149,9 @@ class Engine:
         self.zero.set_lr(lr)
         self._statistics.save()
         run_forward = self._forward_whole if self.micro_batch >= len(batch) else self._forward_cached
+        taught = self.teacher(batch) if self.teacher else {}
         try:
-            forward = run_forward(batch, step)
+            forward = run_forward(batch, step, taught)
         except NonFiniteFeatures as error:
             nothing = _Forward(torch.full((), torch.nan, device=self.dist_env.device), {}, {}, lambda: None)
             return self._skip_step(nothing, step, guard, str(error), finite=False)
@@ -169,14 +179,18 @@ class Engine:
 
     # Forward and backward
 
-    def _forward_whole(self, batch: Batch, step: int) -> _Forward:
-        """Run the forward pass over all rows of this rank at once."""
+    def _forward_whole(self, batch: Batch, step: int, taught: Mapping[str, Tensor]) -> _Forward:
+        """Run the forward pass over all rows of this rank at once.
+
+        Args:
+            taught: what the teacher gives for these rows.
+        """
         seed_step(self.seed, step, self.dist_env.rank)
         outputs = self._forward(batch)
-        value, terms = self._loss(outputs, batch)
+        value, terms = self._loss(outputs, taught, batch)
         return _Forward(value, terms, outputs, partial(self.zero.backward, value))
 
-    def _forward_cached(self, batch: Batch, step: int) -> _Forward:
+    def _forward_cached(self, batch: Batch, step: int, taught: Mapping[str, Tensor]) -> _Forward:
         """Run the forward pass in micro-batches by gradient caching (Gao et al., arXiv:2101.06983, section 3).
 
         First the features of all micro-batches without gradients, then the gradients of the loss with respect to them;
@@ -192,7 +206,7 @@ class Engine:
         outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
         outputs |= {name: cached[0][name].detach().requires_grad_() for name in self.scalars}
         del cached
-        value, terms = self._loss(outputs, batch)
+        value, terms = self._loss(outputs, taught, batch)
         return _Forward(value, terms, outputs, partial(self._backward_cached, pieces, step, value, outputs))
 
     def _backward_cached(self, pieces: list[Batch], step: int, value: Tensor, outputs: dict[str, Tensor]) -> None:
@@ -219,12 +233,16 @@ class Engine:
             kept[name] = scalar.float() + (master - scalar.detach().float())
         return kept
 
-    def _loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, dict[str, Term]]:
+    def _loss(
+        self, outputs: Mapping[str, Tensor], taught: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, dict[str, Term]]:
         """Return the weighted sum of the terms, whose mean over ranks is the global loss, and the terms by name."""
-        terms = {objective.name: objective.loss(outputs, batch) for objective in self.objectives}
+        terms = {objective.name: objective.loss({**outputs, **taught}, batch) for objective in self.objectives}
         world = self.dist_env.world_size
         values = [term.weight * (world / term.count) * term.sum for term in terms.values()]
-        return (torch.stack(values).sum() if len(values) > 1 else values[0]), terms
+        # Of a scalar that no objective reads the gradient is 0: a reduction may wait for all parameters.
+        values += [0 * outputs[name].sum() for name in self.scalars]
+        return torch.stack(values).sum(), terms
 
     # Update
 

@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipdist.config import Config
+from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.spec import ModelSpec, resolve_spec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,29 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
         model = assemble(spec, config.objectives.clip, tower_weights=False).to("meta")
     model.check_sizes()
     return _locked(model, config), spec
+
+
+def meta_teacher(spec: ModelSpec) -> DualEncoder:
+    """Build a teacher of this description on the meta device."""
+    try:
+        with torch.device("meta"):
+            return assemble(spec, None, tower_weights=False)
+    except UserError:  # some towers read values while they are built
+        return assemble(spec, None, tower_weights=False).to("meta")
+
+
+def forward_peak(model: DualEncoder, batch: int, texts: int = 1) -> int:
+    """Return the peak bytes of a forward pass without gradients on the meta device; 0 for a tower that reads values."""
+    side, length = model.spec.image_size, model.spec.context_length
+    image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="meta")
+    tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device="meta")
+    counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
+    try:
+        with torch.no_grad(), fused_attention(), counter:
+            model.eval()(image=image, tokens=tokens)
+    except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
+        return 0
+    return counter.peak
 
 
 def _locked(model: DualEncoder, config: Config) -> DualEncoder:

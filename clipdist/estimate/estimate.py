@@ -12,8 +12,9 @@ import clipdist.estimate.memory as memory
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, launched_ranks, total_steps
 from clipdist.data.catalog import Catalog
+from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
-from clipdist.estimate.activations import Activations, measure, meta_model
+from clipdist.estimate.activations import Activations, forward_peak, measure, meta_model, meta_teacher
 from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stage
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
@@ -21,6 +22,7 @@ from clipdist.estimate.traffic import wire_bytes
 from clipdist.losses.tiles import Tile, choose_tile
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.layers import layers_behind
+from clipdist.objectives.teacher import check_teacher
 
 TOLERANCE = 1.15  # a run is refused above this share of the device: the prediction may be wrong by as much
 GPU_TILE = Tile(8192, 8192)  # the largest that a GPU uses
@@ -116,12 +118,17 @@ class Estimate:
     @cached_property
     def stages(self) -> dict[int, RankMemory]:
         """Memory of a rank under each ZeRO stage."""
+        teacher = self.model.teacher
         rest = {
+            memory.TEACHER: teacher.elements * self.layout.itemsize if teacher else 0,
             memory.FEATURES: self._feature_bytes(),
             memory.TILES: self._tile_bytes(),
             memory.BATCH: self._batch_bytes(),
         }
-        return by_stage(self.sizes, self.layout, self.activations, rest)
+        taught = 0
+        if teacher:
+            taught = teacher.forward_peak(self.layout.micro, self.precision, self.config.data.planned_texts)
+        return by_stage(self.sizes, self.layout, self.activations, rest, taught)
 
     @property
     def memory(self) -> RankMemory:
@@ -146,10 +153,23 @@ class Estimate:
     @cached_property
     def wire(self) -> dict[str, float]:
         """Bytes that a rank sends in a step, by collective."""
-        clip = self.config.clip
-        narrower = clip.nested_widths(self.sizes.width)[:-1]
-        texts = self.config.data.planned_texts
-        return wire_bytes(self.sizes, self.layout, clip.loss, self.precision, narrower, texts)
+        clip = self.config.objectives.clip
+        texts, taught = self.config.data.planned_texts, self._taught_width
+        return wire_bytes(
+            self.sizes, self.layout, clip.loss if clip else "", self.precision, self._narrower, texts, taught
+        )
+
+    @property
+    def _narrower(self) -> tuple[int, ...]:
+        """The widths that have a loss of their own, beside that of all features."""
+        clip = self.config.objectives.clip
+        return clip.nested_widths(self.sizes.width)[:-1] if clip else ()
+
+    @property
+    def _taught_width(self) -> int:
+        """The width of a teacher whose logits are distilled; 0: none are."""
+        distill, teacher = self.config.objectives.distill, self.model.teacher
+        return teacher.width if distill and teacher and distill.target == "logits" else 0
 
     @property
     def samples(self) -> int | None:
@@ -197,14 +217,21 @@ class Estimate:
         width, size = self.sizes.width, self.layout.itemsize
         texts = self.config.data.planned_texts
         sides, all_texts = 1 + texts, batch * texts
+        taught, teacher = self._taught_width, self.model.teacher
         # And their fp32 gradients.
         features = sides * share * width * size + share * width * 4 + all_texts * (width * 4 + 16)
+        if taught:  # the gradients of the first of two losses over the batch, and log-sum-exps
+            features += 2 * share * width * 4 + 3 * 16 * (share + batch)
+        if teacher:
+            features += sides * share * teacher.width * size
+        if taught and self.world > 1:
+            features += batch * taught * size
         if texts > 1:
             features += 4 * texts * share * width * 4  # sums over the texts and images of groups
         if self.world > 1:
             features += 3 * all_texts * width * size  # all ranks' text features; their gradients as sent and received
         # Of every narrower width: copies of both sides, and their fp32 gradients until the backward pass.
-        narrow = sum(self.config.clip.nested_widths(width)[:-1])
+        narrow = sum(self._narrower)
         features += sides * share * narrow * (size + 4)
         if self.layout.pieces > 1:
             features += sides * share * width * 4  # the feature gradients that micro-batches wait for
@@ -212,11 +239,14 @@ class Estimate:
 
     def _tile_bytes(self) -> int:
         """The logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
-        texts = self.config.data.planned_texts
-        if self.device == "cuda" and texts == 1 and self.config.clip.implementation in ("auto", "kernel"):
+        texts, clip, taught = self.config.data.planned_texts, self.config.objectives.clip, self._taught_width
+        fused = self.device == "cuda" and texts == 1 and clip is not None and clip.implementation != "tiles"
+        if (fused or clip is None) and not taught:
             return 0
         tile = choose_tile(torch.device("cpu"), GPU_TILE if self.device == "cuda" else None)
         rows, columns = min(tile.rows, self.layout.share), min(tile.columns, self.config.train.global_batch * texts)
+        if taught:  # logits of both models, the two softmaxes of each, and which pairs are valid
+            return rows * columns * 25 + 4 * (rows + columns) * (self.sizes.width + taught)
         return 4 * (rows * columns + (rows + columns) * self.sizes.width)
 
     def refuse(self) -> None:
@@ -245,9 +275,14 @@ class Estimate:
 
 
 class MeasuredModel:
-    """A model's sizes and activations, kept for configurations that differ in batch, stage or checkpointing alone."""
+    """A model's sizes and activations, kept for configurations that differ in batch, stage or checkpointing alone.
+
+    Attributes:
+        teacher: that of the configuration, if it has one.
+    """
 
     def __init__(self, config: Config) -> None:
+        self.teacher = MeasuredTeacher(config) if config.objectives.distill else None
         self._activations: dict[tuple[bool, int, str], Activations] = {}
         model, self.spec = meta_model(config)
         if config.optim.layer_decay < 1:
@@ -275,6 +310,28 @@ class MeasuredModel:
                 self._by_checkpointing[checkpointing] = meta_model(config)[0]
             self._activations[key] = measure(config, self._by_checkpointing[checkpointing], micro, precision)
         return self._activations[key]
+
+
+class MeasuredTeacher:
+    """A teacher's sizes.
+
+    Attributes:
+        elements: of its parameters and buffers.  width: of its features.
+
+    Raises:
+        UserError: there is none of that name, or it does not fit the model.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.objectives.distill is not None
+        spec = check_teacher(config.objectives.distill, config.model)
+        self._model = meta_teacher(spec)
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        self.elements, self.width = sum(tensor.numel() for tensor in tensors), spec.embed_dim
+
+    def forward_peak(self, micro: int, precision: str, texts: int) -> int:
+        """Return the bytes of the activations of its forward pass."""
+        return forward_peak(self._model.to(DTYPES[precision]), micro, texts)
 
 
 def _device(config: Config) -> str:

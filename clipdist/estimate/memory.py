@@ -1,9 +1,10 @@
 """Predict the memory of one rank, part by part, at the moment of a step that needs the most.
 
-A step has three moments that may be the fullest: the start of the backward pass, when activations are alive; the
-reduction of the gradients, when DeepSpeed holds them and a flat copy; and the optimiser's step, when it makes fp32
-gradients of its own partition. What DeepSpeed allocates at each of them was read in its source (0.19.8:
-runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py, fp16/unfused_optimizer.py, engine.py).
+A step has four moments that may be the fullest: the start of the backward pass, when activations are alive; the
+reduction of the gradients, when DeepSpeed holds them and a flat copy; the optimiser's step, when it makes fp32
+gradients of its own partition; and, before them, the forward pass of a teacher, if there is one. What DeepSpeed
+allocates was read in its source (0.19.8: runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py,
+fp16/unfused_optimizer.py, engine.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ CUDA_OVERHEAD = 1_000_000_000  # assumed: context, NCCL, cuBLAS workspaces, the 
 CPU_OVERHEAD = 95_000_000  # measured: growth of a process that trains a model of 0.1 M parameters
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimiser", "DeepSpeed's buffers"
 ACTIVATIONS, FEATURES, TILES, BATCH = "activations", "features", "loss tiles", "batch"
+TEACHER = "teacher"
 OVERHEAD = "framework"
-PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS, FEATURES, TILES, BATCH, OVERHEAD)
-MOMENTS = ("backward pass", "reduction", "optimiser step")
+PARTS = (WEIGHTS, TEACHER, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS, FEATURES, TILES, BATCH, OVERHEAD)
+MOMENTS = ("backward pass", "reduction", "optimiser step", "teacher's pass")
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,14 @@ class RankMemory:
         return sum(self.parts.values())
 
 
-def peak_memory(sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int]) -> RankMemory:
-    """Return the memory at the one of the three moments that needs the most.
+def peak_memory(
+    sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int], taught: int = 0
+) -> RankMemory:
+    """Return the memory at the one of the moments that needs the most.
 
     Args:
-        rest: bytes of FEATURES, TILES and BATCH, which are there throughout.
+        rest: bytes of TEACHER, FEATURES, TILES and BATCH, which are there throughout.
+        taught: bytes of the activations of a teacher's forward pass.
     """
     held = optimizer_bytes(sizes, layout)
     fixed = rest | {
@@ -99,7 +104,8 @@ def peak_memory(sizes: ModelSizes, layout: StepLayout, activations: Activations,
         OPTIMIZER: 0 if layout.offload else held,
         OVERHEAD: CPU_OVERHEAD if layout.cpu else CUDA_OVERHEAD,
     }
-    moments = _stage_3(sizes, layout, activations) if layout.stage == 3 else _stages_0_to_2(sizes, layout, activations)
+    of_stage = _stage_3 if layout.stage == 3 else _stages_0_to_2
+    moments = *of_stage(sizes, layout, activations), {ACTIVATIONS: taught}
     found = [
         RankMemory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
         for name, moment in zip(MOMENTS, moments)
@@ -201,8 +207,8 @@ def _stage_3(sizes: ModelSizes, layout: StepLayout, activations: Activations) ->
 
 
 def by_stage(
-    sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int]
+    sizes: ModelSizes, layout: StepLayout, activations: Activations, rest: dict[str, int], taught: int = 0
 ) -> dict[int, RankMemory]:
     """Return the memory under every ZeRO stage; stage 0 has no offloading."""
     layouts = [replace(layout, stage=stage, offload=layout.offload and stage > 0) for stage in range(4)]
-    return {one.stage: peak_memory(sizes, one, activations, rest) for one in layouts}
+    return {one.stage: peak_memory(sizes, one, activations, rest, taught) for one in layouts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipdist.estimate.estimate import GB, Estimate
-from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS
+from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS, TEACHER
 
 
 def summary(found: Estimate) -> str:
@@ -39,8 +39,9 @@ def _memory(found: Estimate) -> str:
     if found.layout.ema:
         label[OPTIMIZER] = f"{OPTIMIZER}, average of weights"
     stages = found.stages.values()
+    parts = [part for part in PARTS if part != TEACHER or found.model.teacher]
     rows = [("memory of a rank, GB", [f"ZeRO {n}{'*' if n == found.layout.stage else ''}" for n in found.stages])]
-    rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in PARTS]
+    rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in parts]
     rows.append(("  in all", [f"{memory.total / GB:.2f}" for memory in stages]))
     rows.append(("  fullest moment", [memory.moment for memory in stages]))
     lines = ["".join([f"{name:30}", *(f"{cell:>17}" for cell in cells)]) for name, cells in rows]

@@ -10,25 +10,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clipdist.estimate.memory import LIVE, ModelSizes, StepLayout
-from clipdist.losses.wire import clipdist_bytes
+from clipdist.losses.wire import clipdist_bytes, distill_bytes
 
 
 def wire_bytes(
-    sizes: ModelSizes, layout: StepLayout, op: str, dtype: str, narrower: Sequence[int] = (), texts: int = 1
+    sizes: ModelSizes,
+    layout: StepLayout,
+    op: str,
+    dtype: str,
+    narrower: Sequence[int] = (),
+    texts: int = 1,
+    taught: int = 0,
 ) -> dict[str, float]:
     """Return bytes by collective; empty with one rank.
 
     Args:
-        op: infonce or sigmoid.  dtype: fp32, bf16 or fp16.
+        op: infonce or sigmoid; "" without a contrastive objective.  dtype: fp32, bf16 or fp16.
         texts: of an image.
         narrower: widths that have a loss of their own, beside that of all features.
+        taught: width of a teacher whose logits are distilled; 0: none are.
     """
     if layout.world == 1:
         return {}
     part = (layout.world - 1) / layout.world
     weights, gradients = sizes.all * layout.itemsize, sizes.trained * layout.itemsize
-    losses = [clipdist_bytes(op, layout.world, layout.share, width, dtype, texts) for width in (*narrower, sizes.width)]
+    widths = (*narrower, sizes.width) if op else ()
+    losses = [clipdist_bytes(op, layout.world, layout.share, width, dtype, texts) for width in widths]
     found = {"loss: features, their gradients, sums": sum(losses)}
+    if taught:
+        found["distillation of logits: the same"] = distill_bytes(
+            layout.world, layout.share, sizes.width, taught, dtype
+        )
     if layout.stage < 3:
         times = layout.pieces if layout.stage == 2 else 1  # stage 2 reduces after every micro-batch
         found["gradients: all-reduce"] = 2 * part * gradients * times

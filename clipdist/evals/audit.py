@@ -17,21 +17,21 @@ from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.members import members_of
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
-from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.errors import UserError
 from clipdist.evals.reference import LossAndGradients, Reference, concatenate_normalised
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.clip import ClipObjective
+from clipdist.objectives.make import make_objectives
 from clipdist.objectives.objective import Objective
+from clipdist.objectives.teacher import open_teacher
 
 PARTS = ("image", "text", "temperature", "bias")
 IMPL = "clipdist"
 # Largest relative L2 error of a part's gradient that passes.
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 DENSE_MARGIN = 1.5  # below LOW_LOSS this multiple of the dense fp32 formula's error passes as well
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_ATTEMPTS = 24  # steps until the loss scale, halved from 2^16 at each overflow, fits
 PartOf = Callable[[str], str]  # name of a parameter -> part of the model
 
@@ -56,7 +56,7 @@ class Audit:
     """A training engine and its reference, trained on the same batches.
 
     Args:
-        objective: the objective of the engine; None: CLIP as configured.
+        objective: of the engine in place of CLIP's (tests make mistakes in it); None: all as configured.
 
     Attributes:
         precision: "fp32", "bf16" or "fp16".
@@ -70,15 +70,17 @@ class Audit:
         self.precision = resolve_precision(cfg.train.precision, dist_env.device.type)
         self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
-        model = build_model(cfg.model, cfg.clip)
+        teacher = open_teacher(cfg, dist_env)
+        model = build_model(cfg.model, cfg.objectives.clip)
         model.check_rows(self.micro)
         self.spec = model.spec
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
-        self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision])
+        self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher)
         if cfg.engine.activation_checkpointing:
             model.set_activation_checkpointing()
-        objectives = (objective or ClipObjective(cfg.clip),)
-        self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env)
+        made = {each.name: each for each in make_objectives(cfg.objectives)}
+        objectives = [*({**made, objective.name: objective} if objective else made).values()]
+        self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env, teacher)
         self.reported: dict[str, float] = {}
 
     def step(self, batch: Batch, step: int) -> list[AuditRow]:

@@ -221,15 +221,10 @@ def load(args: argparse.Namespace, source: str, step: int | None = None) -> Load
 
 
 def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
-    """Load one of several models, on the CPU: a folder as load_model takes it, or NAME:WEIGHTS.
+    """Load one of several models, on the CPU; see clipdist.models.load.load_named."""
+    from clipdist.models.load import load_named
 
-    Raises:
-        UserError: as load_model.
-    """
-    from clipdist.models.load import load_model
-
-    name, _, weights = (source, "", "") if Path(source).is_dir() else source.partition(":")
-    return load_model(name, weights=weights, trust_weights=args.trust_weights, ema=args.ema)
+    return load_named(source, args.trust_weights, args.ema)
 
 
 def distinct_labels(sources: Sequence[str], labels: Sequence[str]) -> list[str]:

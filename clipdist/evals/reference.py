@@ -26,6 +26,7 @@ from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.models.dual_encoder import DualEncoder
+from clipdist.objectives.teacher import Teacher
 
 # Below this loss the relative error of any fp32 implementation grows; the dense formula's is measured for comparison.
 LOW_LOSS = 0.1
@@ -101,6 +102,43 @@ def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torc
     return (F.softplus(logits) - target * logits).sum() / len(logits)
 
 
+def dense_distillation(
+    cfg: config.Distill,
+    features: tuple[torch.Tensor, torch.Tensor],
+    t: torch.Tensor,
+    taught: dict[str, torch.Tensor],
+    batch: Batch,
+) -> torch.Tensor:
+    """Compute the global term of distillation, in the dtype of its inputs.
+
+    Args:
+        features: of images and texts, as in dense_loss.
+        t: [1], the student's log scale.
+        taught: what the teacher gives for the global batch.
+
+    Returns:
+        scalar.
+    """
+    valid = batch.valid_in(MODALITIES).to(t.device)
+    own, theirs = (
+        [side / side.norm(dim=-1, keepdim=True) for side in (x[valid].to(t.dtype), y[valid].to(t.dtype))]
+        for x, y in (features, (taught["teacher/image"], taught["teacher/text"]))
+    )
+    if cfg.target == "features":
+        apart = [1 - (x * y).sum(-1) for x, y in zip(own, theirs)]
+        if batch.roles is not None:
+            there = (batch.roles.to(t.device)[valid] != EMPTY).to(t.dtype)
+            apart[1] = (apart[1] * there).sum(1) / there.sum(1)
+        return (apart[0] + apart[1]).mean() / 2
+    logits = t.exp() * own[0] @ own[1].T
+    target = taught["teacher/logit_scale"].to(t.device).to(t.dtype).exp() * theirs[0] @ theirs[1].T
+    values = [
+        F.kl_div(s.log_softmax(1), r.log_softmax(1), reduction="batchmean", log_target=True)
+        for s, r in ((logits, target), (logits.T, target.T))
+    ]
+    return (values[0] + values[1]) / 2
+
+
 # The reference
 
 
@@ -111,15 +149,18 @@ class Reference:
         model: a copy of the engine's model before training, fp32; modified and cast to `dtype`.
         dist_env: gives the number of ranks to reproduce, and the device.
         dtype: of the towers.
+        teacher: of the engine, if it has one; it is frozen, and in evaluation mode a row's outputs are its own.
 
     Attributes:
         scalars: fp32 values of the model's scalars, [1].
         draws_random_numbers: whether a forward pass has drawn random numbers (dropout).
     """
 
-    def __init__(self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype, teacher: Teacher | None = None
+    ) -> None:
         self.seed, self.world, self.device, self.dtype = cfg.train.seed, dist_env.world_size, dist_env.device, dtype
-        self.clip = cfg.clip
+        self.objectives, self.teacher = cfg.objectives, teacher
         self.scalars = {
             name: parameter.detach().to(self.device).clone()
             for name, parameter in model.named_parameters()
@@ -152,7 +193,7 @@ class Reference:
             step: from 0; determines dropout.
             micro: m, rows of one forward pass.
             scale: the loss scale of feature gradients in the towers (fp16).
-            clip: settings of the loss; None: as configured.
+            clip: the only objective; None: those that are configured.
 
         Returns:
             the reference, and the result of the dense formula in fp32 if the loss is below LOW_LOSS.
@@ -160,14 +201,15 @@ class Reference:
         Raises:
             RuntimeError: the model draws random numbers outside torch's generators.
         """
-        cfg = clip or self.clip
+        cfg = config.Objectives(clip=clip) if clip else self.objectives
+        taught = self.teacher(batch.to(self.device)) if self.teacher else {}
         with torch.no_grad(), self._update_statistics_once():
             cached = [self._features(batch, step, where) for where in self._micro_batches(batch, micro)]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         images, texts = (torch.cat(side) for side in zip(*cached))
-        heads = [self._head(cfg, images, texts, batch, torch.float64)]
+        heads = [self._head(cfg, images, texts, taught, batch, torch.float64)]
         if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
-            heads.append(self._head(cfg, images, texts, batch, torch.float32))
+            heads.append(self._head(cfg, images, texts, taught, batch, torch.float32))
         for where, before in zip(self._micro_batches(batch, micro), cached):
             features = self._features(batch, step, where)
             _check_replay(features, before)
@@ -233,14 +275,23 @@ class Reference:
         return outputs[IMAGE], outputs["text"]
 
     def _head(
-        self, cfg: config.Clip, images: torch.Tensor, texts: torch.Tensor, batch: Batch, dtype: torch.dtype
+        self,
+        cfg: config.Objectives,
+        images: torch.Tensor,
+        texts: torch.Tensor,
+        taught: dict[str, torch.Tensor],
+        batch: Batch,
+        dtype: torch.dtype,
     ) -> _Head:
-        """Compute the dense formula in `dtype`, and its gradients with respect to features and scalars."""
+        """Compute the dense formulas in `dtype`, and their gradients with respect to features and scalars."""
         leaves = {"images": images, "texts": texts, **self.scalars}
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-        value = dense_loss(
-            cfg, leaves["images"], leaves["texts"], leaves["logit_scale"], leaves.get("logit_bias"), batch
-        )
+        features, scalars = (leaves["images"], leaves["texts"]), (leaves["logit_scale"], leaves.get("logit_bias"))
+        value = torch.zeros((), dtype=dtype, device=self.device)
+        if cfg.clip:
+            value = value + cfg.clip.weight * dense_loss(cfg.clip, *features, *scalars, batch)
+        if cfg.distill:
+            value = value + cfg.distill.weight * dense_distillation(cfg.distill, features, scalars[0], taught, batch)
         grads = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True)))
         gradients = {
             name: torch.zeros(parameter.numel(), dtype=torch.float64, device=self.device)

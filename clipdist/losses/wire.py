@@ -46,6 +46,19 @@ def clipdist_bytes(op: str, world: int, b: int, width: int, dtype: str, texts: i
     return (world - 1) * (per_text * b + AGREEMENT_BYTES) + 2 * (world - 1) / world * reduced
 
 
+def distill_bytes(world: int, b: int, width: int, teacher_width: int, dtype: str) -> float:
+    """Return the bytes that distill_logits sends per rank and step: those of a sigmoid loss, and
+
+    (W-1) b E s            all-gather of the teacher's text features
+    2 (W-1)/W 32 N         columns' largest logits and sums, in float64, of student and teacher
+
+    Args:
+        teacher_width: E.  The others: see clipdist_bytes.
+    """
+    teacher = (world - 1) * b * teacher_width * BYTES[dtype]
+    return clipdist_bytes("sigmoid", world, b, width, dtype) + teacher + 2 * (world - 1) / world * 32 * world * b
+
+
 def open_clip_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:
     """Return the bytes that open_clip 3.3 sends per rank and step in its exact modes. Arguments: see clipdist_bytes.
 

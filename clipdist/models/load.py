@@ -148,6 +148,39 @@ def load_model(
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
+def load_named(source: str, trust_weights: bool = False, ema: bool = False) -> LoadedModel:
+    """Load a model that one word names, on the CPU: a folder as load_model takes it, or NAME:WEIGHTS.
+
+    Raises:
+        UserError: as load_model.
+    """
+    name, weights = _name_and_weights(source)
+    return load_model(name, weights=weights, trust_weights=trust_weights, ema=ema)
+
+
+def describe_named(source: str) -> ModelSpec:
+    """Return the description of the model that load_named would load; reads no weights.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    name, weights = _name_and_weights(source)
+    folder = Path(name)
+    if folder.is_dir() and not is_hugging_face(folder):
+        return ModelSpec.from_dict(read_manifest(checkpoint_of(folder)).state["model"])
+    if "/" in name and not name.endswith(".json") and not folder.is_dir():
+        raise UserError(f"{name}: no such run or checkpoint folder")
+    if not (weights or folder.is_dir()):
+        raise UserError(f"{name}: a model without weights; write NAME:WEIGHTS, with an open_clip tag or a file")
+    return resolve_spec(config.Model(name=name, weights=weights or name))
+
+
+def _name_and_weights(source: str) -> tuple[str, str]:
+    """Split NAME:WEIGHTS; a folder has no weights beside it."""
+    name, _, weights = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    return name, weights
+
+
 def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "", ema: bool = False) -> LoadedModel:
     digest = hashlib.sha256((folder / MANIFEST).read_bytes() + EMA.encode() * ema).hexdigest()
     manifest = read_manifest(folder)

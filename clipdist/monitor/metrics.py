@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KEPT_ON_RESUME = ("restart", "interrupted", "rollback", "save_failed", "fault")
 TENSORBOARD_RETRY_S = 60.0  # after a failed write
 WATCHED = {  # charts on TensorBoard's page of custom scalars: title, and a regular expression of names
-    "loss": "^train/loss$",
+    "loss": "^train/loss(/|$)",  # and its terms
     "R@1, %": "^val/(t2i|i2t)_r1$",
     "log scale of the logits": "^train/logit_scale$",
     "learning rate": "^train/lr$",

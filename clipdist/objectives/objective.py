@@ -22,13 +22,13 @@ class Term:
     Attributes:
         sum: this rank's scalar, differentiable. A loss that couples the batch is already divided by the number of its
             rows: its count is the number of ranks.
-        count: the same on all ranks, known before the backward pass.
+        count: the same on all ranks, a number or a scalar on the device; known before the backward pass.
         weight: of this term in the loss.
         statistics: fp32 scalars of this rank, for `Objective.metrics`.
     """
 
     sum: Tensor
-    count: float
+    count: float | Tensor
     weight: float
     statistics: Mapping[str, Tensor]
 
@@ -53,7 +53,8 @@ class Objective(Protocol):
         """Return the term over all rows of this rank. Collective.
 
         Args:
-            outputs: the features [b, D] and the model's scalars [1], by name.
+            outputs: the features [b, D] and the model's scalars [1], by name; those of the teacher, if the run has one,
+                by its names (see clipdist.objectives.teacher.Teacher), without gradients.
             batch: this rank's rows.
 
         Raises:

@@ -29,6 +29,7 @@ class ChartSpec:
 
 TRAINING = (
     ChartSpec("Loss", ("loss",)),
+    ChartSpec("Terms of the loss", ("loss/",), optional=True),
     ChartSpec("Log scale t of the logits", ("logit_scale",)),
     ChartSpec("Bias of the logits", ("logit_bias",), optional=True),
     ChartSpec("Learning rate", ("lr",), zero=True),

@@ -1,7 +1,7 @@
 """One rank of the gradient proof: every cell of the test, one after another in the same processes.
 
-Reads cells {"label", "config", "steps", "texts", "loss", "only_valid"} as JSON from the file named first. Rank 0
-writes the audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
+Reads cells {"label", "config", "steps", "texts", "teacher", "loss", "only_valid"} as JSON from the file named first.
+Rank 0 writes the audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed import comm as deepspeed_comm
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import save_file
 
 from clipdist import config
 from clipdist.config import load_config
@@ -25,7 +27,9 @@ from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import zero
 from clipdist.evals import audit
 from clipdist.evals.audit import Audit
+from clipdist.models.dual_encoder import build_model
 from clipdist.models.spec import ModelSpec
+from clipdist.objectives import teacher
 from clipdist.objectives.clip import ClipObjective
 
 BATCH = 16
@@ -91,13 +95,26 @@ def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
 def allow_fp16() -> None:
     """Lets the CPU, which computes in fp16 slowly, stand for a GPU."""
     get_accelerator().is_fp16_supported = lambda: True
-    for module in (audit, zero):
+    for module in (audit, zero, teacher):
         module.resolve_precision = lambda wanted, device: wanted
 
 
+def drawn_weights(model: str, folder: Path, rank: int) -> str:
+    """NAME:FILE of a teacher whose weights are drawn here, the same on every rank; every rank has a file of its own."""
+    torch.manual_seed(11)
+    file = folder / f"{rank}.safetensors"
+    save_file(build_model(config.Model(name=model)).state_dict(), file)
+    return f"{model}:{file}"
+
+
 def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
-    cfg = load_config(cell["config"])
-    audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), cfg.objectives.clip))
+    words = []
+    if cell.get("teacher"):
+        drawn = drawn_weights(cell["teacher"], Path(cell["config"]).parent, dist_env.rank)
+        words = [f"objectives.distill.teacher={drawn}"]
+    cfg = load_config(cell["config"], words)
+    clip = cfg.objectives.clip
+    audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
     batch = make_batch(audited.spec, cell["texts"])
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])

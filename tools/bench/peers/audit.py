@@ -70,7 +70,7 @@ def audit_peers(audit: Audit, batch: Batch, step: int) -> list[AuditRow]:
     everything = torch.ones(rows_of_batch, dtype=torch.bool)
     batch = pair_batch(batch.images[IMAGE], batch.tokens, everything, torch.arange(rows_of_batch))
     share = rows_of_batch // dist_env.world_size
-    plain = replace(clip, label_smoothing=0.0)
+    plain = replace(clip, weight=1.0, label_smoothing=0.0)
     references: dict[int, LossAndGradients] = {}
     rows: list[AuditRow] = []
     for peer in peers_of(clip.loss, dist_env):

@@ -1,0 +1,69 @@
+"""Distil a frozen teacher into the model, by its features or by its logits over the global batch.
+
+Towards the weights that a run starts from it keeps what fine-tuning would forget (Li & Hoiem, arXiv:1606.09282);
+towards a larger model it is CLIP-KD (Yang et al., arXiv:2307.12732).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipdist import config
+from clipdist.data.batch import EMPTY, IMAGE, MODALITIES, Batch
+from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.losses.distillation import distill_logits
+from clipdist.losses.global_batch import LN_100, global_statistics
+from clipdist.objectives.objective import Term
+from clipdist.objectives.teacher import PREFIX
+
+
+class DistillObjective:
+    """Distillation from the outputs of a clipdist.objectives.teacher.Teacher. See Objective."""
+
+    name: str = "distill"
+    modalities: tuple[str, ...] = MODALITIES
+    features: tuple[str, ...] = (IMAGE, "text")
+
+    def __init__(self, cfg: config.Distill) -> None:
+        self.cfg = cfg
+        self.upper_bounds: Mapping[str, float] = {"logit_scale": LN_100} if cfg.target == "logits" else {}
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
+        """Return the term. See Objective.loss."""
+        valid = batch.valid_in(self.modalities)
+        if self.cfg.target == "features":
+            return self._of_features(outputs, batch, valid)
+        value, statistics = distill_logits(
+            outputs[IMAGE],
+            outputs["text"],
+            outputs["logit_scale"],
+            outputs[PREFIX + IMAGE],
+            outputs[f"{PREFIX}text"],
+            float(outputs[f"{PREFIX}logit_scale"]),
+            valid=valid,
+        )
+        return Term(value, rank_and_world()[1], self.cfg.weight, statistics)
+
+    def _of_features(self, outputs: Mapping[str, Tensor], batch: Batch, valid: Tensor) -> Term:
+        """Return the mean over valid rows and both towers of 1 - cos(student, teacher); of several texts their mean."""
+        image, text = (_distance(outputs[name], outputs[PREFIX + name]) for name in (IMAGE, "text"))
+        if batch.roles is not None:
+            there = batch.roles != EMPTY
+            text = (text * there).sum(1) / there.sum(1).clamp(min=1)
+        total = torch.where(valid, (image + text) / 2, 0.0).sum()
+        rows = valid.sum().float()
+        return Term(total, all_reduce_sum(rows).clamp_(min=1), self.cfg.weight, {"valid": rows})
+
+    def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
+        """Return the number of valid pairs. Collective."""
+        return global_statistics({**term.statistics})
+
+
+def _distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1 - cos of [..., D] and [..., D], fp32 [...], as half a squared distance: near 0 nothing cancels."""
+    difference = F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)
+    return difference.square().sum(-1) / 2
