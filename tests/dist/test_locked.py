@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import records
 from dist.launch import train
 from pairs import write_pairs
+from safetensors.torch import save_file
 
+from clipdist import config
 from clipdist.errors import exit_code
 from clipdist.evals.locked import LockedTowers
+from clipdist.models.dual_encoder import build_model
 from tools import eval_retrieval
 
 TOWERS = {
-    "LiT": ("configs/models/tiny_vit.json", ["model.lock_image=true"]),
+    "LiT": ("configs/models/tiny_vit.json", ["model.lock_image=true", "objectives.distill={weight: 10}"]),
     "projections": ("model.json", ["model.lock_image=true", "model.lock_text=true", "data.caption=all"]),
 }
 
@@ -62,6 +66,10 @@ def test_kept_features_train_as_the_towers_do(
     model, locks = TOWERS[towers]
     model = str(folder / model) if model == "model.json" else model
     words = [f"data.train={folder / 'train'}", f"data.val={folder / 'val'}", "data.crop_scale_min=1", "train.steps=6"]
+    if towers == "LiT":  # distilled from the start, whose image tower is the locked one
+        torch.manual_seed(1)
+        save_file(build_model(config.Model(name=model)).state_dict(), folder / "start.safetensors")
+        words += [f"model.weights={folder / 'start.safetensors'}"]
     words += [f"model.name={model}", *locks, "data.max_bad_share=0.2", f"run.root={folder}", f"data.cache={folder}"]
     cached = ["data.cache_features=true"]
     ways = {

@@ -65,27 +65,54 @@ def assert_same(run: Path, other: Path) -> None:
     assert not different
 
 
+def write_weights(file: Path, model: str, seed: int) -> Path:
+    torch.manual_seed(seed)
+    save_file(build_model(config.Model(name=model)).state_dict(), file)
+    return file
+
+
 @pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory) -> Path:
+def from_start(tmp_path_factory) -> dict[str, object]:
+    """Settings of a run that is also distilled from its start: CLIP, and a teacher that is in no checkpoint."""
+    file = write_weights(tmp_path_factory.mktemp("start") / "start.safetensors", RESNET, 3)
+    return {"model__weights": file, "objectives__distill": "{weight: 3}"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, from_start, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    run_ranks("training.py", 2, "none", "0", *words(shards, root, "whole"))
+    run_ranks("training.py", 2, "none", "0", *words(shards, root, "whole", **from_start))
     return root / "whole"
 
 
-def test_after_a_signal(shards, undisturbed, tmp_path):
-    out = run_ranks("training.py", 2, "sigterm", "4", *words(shards, tmp_path, "run"), expect=75)
+def test_after_a_signal(shards, undisturbed, from_start, tmp_path):
+    out = run_ranks("training.py", 2, "sigterm", "4", *words(shards, tmp_path, "run", **from_start), expect=75)
     assert "go on with" in out
     assert newest_checkpoint(tmp_path / "run").name == "step-00000004"
-    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run"))
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run", **from_start))
     assert_same(tmp_path / "run", undisturbed)
 
 
-def test_after_a_kill(shards, undisturbed, tmp_path):
-    run_ranks("training.py", 2, "kill", "5", *words(shards, tmp_path, "run"), expect=9)
+def test_after_a_kill(shards, undisturbed, from_start, tmp_path):
+    run_ranks("training.py", 2, "kill", "5", *words(shards, tmp_path, "run", **from_start), expect=9)
     assert newest_checkpoint(tmp_path / "run").name == "step-00000003"
-    out = run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run"))
+    out = run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run", **from_start))
     assert "step-00000003" in out
     assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_run_is_distilled_from_its_start_alone(shards, undisturbed, from_start, tmp_path):
+    lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
+    terms = [record for record in map(json.loads, lines) if record["type"] == "train"]
+    assert terms[0]["loss/distill"] < 0.1 * terms[-1]["loss/distill"]  # the student leaves the start
+    for record in terms:
+        assert record["loss"] == pytest.approx(record["loss/clip"] + 3 * record["loss/distill"], rel=1e-5)
+    shutil.copytree(undisturbed, tmp_path / "run")
+    other = from_start | {"model__weights": write_weights(tmp_path / "other.safetensors", RESNET, 4)}
+    ended = train(1, *words(shards, tmp_path, "run", **other, train__steps=STEPS + 1)[2:])
+    assert ended.returncode == 2
+    told = "objectives.distill.teacher=start: not the teacher that the checkpoint was trained with"
+    assert re.fullmatch(f"error: {re.escape(told)}.*\n", ended.stderr), ended.stderr
 
 
 def adapted_text(folder: Path) -> dict[str, object]:
