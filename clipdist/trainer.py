@@ -91,8 +91,8 @@ class Trainer:
         self.step = plan.start_step
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
-        self.teacher = self._open_teacher(state.get("teacher"))
         model = self._build_model()
+        self.teacher = self._open_teacher(state.get("teacher"))
         self.spec, self.base = model.spec, model.base
         self.tokenizer = make_tokenizer(self.spec)
         locked, locked_val = self._locked_features(model)

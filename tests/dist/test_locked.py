@@ -84,6 +84,10 @@ def test_kept_features_train_as_the_towers_do(
         assert computed == (2 if way == "kept" else 0), ended.stdout  # the training shards, the validation shards
     curves = {way: [r["loss"] for r in records(folder / f"{towers}_{way}", "train")] for way in ways}
     assert len(curves["towers"]) == 6
+    if towers == "LiT":
+        terms = [record["loss/distill"] for record in records(folder / "LiT_reused", "train")]
+        assert terms[0] < 1e-9  # in the first step the model is the teacher
+        assert min(terms[1:]) > 1e-7
     for way in ("kept", "reused"):
         assert curves[way] == pytest.approx(curves["towers"], rel=1e-5)
         last, wanted = (records(folder / f"{towers}_{name}", "val")[-1] for name in (way, "towers"))
