@@ -16,6 +16,7 @@ from clipdist.engine.step import Engine
 from clipdist.evals.audit import RandomBatches
 from clipdist.models.dual_encoder import build_model
 from clipdist.objectives.make import make_objectives
+from clipdist.objectives.teacher import open_teacher
 from tools.bench.harness import timed
 from tools.bench.peak_memory import MemoryGrowth, trim_heap
 
@@ -25,7 +26,7 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
     """Build a model and its engine on cpu or cuda. Yield what takes a step on this rank's rows of one drawn batch."""
     with joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, config.clip)
+        model = build_model(config.model, config.objectives.clip)
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
         drawn = RandomBatches(config, model.spec).batch(0)
@@ -33,7 +34,8 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
         mine = drawn.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
         batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)
         del drawn, mine
-        engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
+        objectives, teacher = make_objectives(config.objectives), open_teacher(config, dist_env)
+        engine = Engine(model.to(dist_env.device), objectives, config, dist_env, teacher)
         yield lambda step: engine.train_step(batch, step=step, lr=config.optim.lr)
 
 
