@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         images: uint8 [b, 3, H, W] by the name of the view.
-        tokens: int64 [b, L]; [b, K, L] with several texts of an image, where K may differ between ranks.
+        tokens: int64 [b, L], on the CPU; [b, K, L] with several texts of an image, where K may differ between ranks.
         valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
         sample_id: int64 [b].
         group_id: int64 [b]; pairs with equal captions form a group. [b, K] with several texts.
@@ -73,8 +73,11 @@ class Batch:
         return replace(self, tokens=tokens, group_id=group_id, roles=roles)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device, with the colour changes applied there."""
-        moved = self.each(lambda tensor: tensor.to(device, non_blocking=True), colour={})
+        """Return the batch on a device, with the colour changes applied there.
+
+        The tokens stay: the model reads their lengths on the CPU, and moves them.
+        """
+        moved = self.each(lambda tensor: tensor.to(device, non_blocking=True), colour={}, tokens=self.tokens)
         coloured = {view: apply_colour(moved.images[view], parameters) for view, parameters in self.colour.items()}
         return replace(moved, images=moved.images | coloured)
 
@@ -85,7 +88,8 @@ class Batch:
             if name not in fixed:
                 changed[name] = {key: change(tensor) for key, tensor in getattr(self, name).items()}
         for name in ("tokens", "sample_id", "group_id"):
-            changed[name] = change(getattr(self, name))
+            if name not in fixed:
+                changed[name] = change(getattr(self, name))
         changed["roles"] = None if self.roles is None else change(self.roles)
         return replace(self, **changed, **fixed)
 

@@ -68,6 +68,13 @@ def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the device; the host does not wait for the copy of one of its own."""
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def device_index(local_rank: int, visible: int) -> int:
     """Return the number of this rank's GPU among those that it sees.
 

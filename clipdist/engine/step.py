@@ -136,7 +136,7 @@ class Engine:
         """Train on this rank's rows of global batch `step`. Collective.
 
         Args:
-            batch: on this rank's device.
+            batch: on this rank's device, but for the tokens; see Batch.to.
             lr: the learning rate of this step.
             want_norms: whether to measure gradient norms (one pass over the gradients and a small collective).
             guard: judges the global loss and the gradients after the backward pass, and records the result of the
@@ -303,14 +303,14 @@ class Engine:
         """Return features in evaluation mode, not normalised. With ZeRO-3 collective.
 
         Args:
-            image: uint8 [b, 3, H, W] or None.  tokens: int64 [b, L] or None.
+            image: uint8 [b, 3, H, W] or None.  tokens: int64 [b, L] on the CPU, or None.
 
         Returns:
             image and text features [b, D]; None where the input is None.
         """
         self.zero.train(False)
-        inputs = {name: x.to(self.dist_env.device) for name, x in ((IMAGE, image), ("tokens", tokens)) if x is not None}
-        outputs = self.zero.forward(**inputs)
+        images = {} if image is None else {IMAGE: image.to(self.dist_env.device)}
+        outputs = self.zero.forward(**images, **({} if tokens is None else {"tokens": tokens}))
         return outputs.get(IMAGE), outputs.get("text")
 
     def logit_scale(self) -> float:

@@ -185,13 +185,14 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
 
 
 def one_pass(model: DualEncoder, batch: int, texts: int = 1) -> Activations:
-    """Measure as `measure`, on the device that the model is on, with so many texts of an image."""
+    """Measure as `measure`, on the device that the model is on, with so many texts of an image, all of them padded."""
     device = next(model.parameters()).device
     side, length = model.spec.image_size, model.spec.context_length
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
     tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
     tokens[..., -1:] = 1
     model.train()
+    kind, model.text_kind = model.text_kind, "whole"
     counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
     hooks = [p.register_post_accumulate_grad_hook(counter.complete) for p in model.parameters() if p.requires_grad]
     attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
@@ -202,6 +203,7 @@ def one_pass(model: DualEncoder, batch: int, texts: int = 1) -> Activations:
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         return Activations(saved, counter.peak, counter.peak_with_gradients, device.type)
     finally:
+        model.text_kind = kind
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -312,15 +313,16 @@ class ShardBatches:
         batch = self.loader.next().to(self.device)
         if batch.roles is not None:
             batch = batch.with_places(int(all_reduce_max(torch.tensor(batch.roles.shape[1], device=self.device))))
-        return batch.each(_gathered)
+        return batch.each(partial(_gathered, device=self.device))
 
     def close(self) -> None:
         self.loader.close()
 
 
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+def _gathered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Gather the rows of all ranks, by way of uint8 for bool, which NCCL and gloo do not support."""
-    return all_gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).cpu().to(tensor.dtype)
+    sent = tensor.to(device, torch.uint8 if tensor.dtype == torch.bool else tensor.dtype)
+    return all_gather(sent).cpu().to(tensor.dtype)
 
 
 class RandomBatches:

@@ -22,6 +22,7 @@ from clipdist.data.members import Captions
 from clipdist.data.reader import Reader, open_reader
 from clipdist.data.transform import EvalTransform
 from clipdist.distributed.collectives import all_gather_uneven, gather_json, rank_and_world
+from clipdist.distributed.rank import moved
 from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.models.dual_encoder import DualEncoder
@@ -73,18 +74,11 @@ def model_encoder(model: DualEncoder, device: str | torch.device) -> Encode:
     model = model.to(device).eval()
 
     def encode(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        image_features = None if image is None else model.encode_image(_moved(image, device))
-        text_features = None if tokens is None else model.encode_text(_moved(tokens, device))
+        image_features = None if image is None else model.encode_image(moved(image, torch.device(device)))
+        text_features = None if tokens is None else model.encode_text(tokens)
         return image_features, text_features
 
     return encode
-
-
-def _moved(inputs: Tensor, device: str | torch.device) -> Tensor:
-    """Move a batch to the device; a copy from pinned memory overlaps with the batch before."""
-    if torch.device(device).type == "cpu":
-        return inputs
-    return inputs.pin_memory().to(device, non_blocking=True)
 
 
 def embed_catalog(

@@ -167,15 +167,8 @@ class LockedTowers:
 
     def _encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         self._tick()
-        if tokens is not None and self._model.spec.hf_text:  # which masks what follows the longest text
-            pad: int = self._model.text.config.pad_token_id  # type: ignore[union-attr, assignment]
-            longest = int(tokens.ne(pad).sum(1).max())
-            tokens = tokens[:, : max(1, longest)]
-        image, tokens = (
-            None if inputs is None else self._model.locked_features(inputs.to(self._dist_env.device))
-            for inputs in (image, tokens)
-        )
-        return image, tokens
+        features = None if image is None else self._model.locked_features(image.to(self._dist_env.device))
+        return features, None if tokens is None else self._model.locked_features(tokens)
 
 
 def kept_features(

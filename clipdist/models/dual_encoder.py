@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from clipdist import config
+from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.text_length import allow_packing, encode
 from clipdist.models.towers import (
     MeanPooler,
     buffers_keep_dtype,
@@ -49,6 +51,7 @@ class DualEncoder(nn.Module):
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
         logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmax would cancel it.
+        text_kind: how texts are run without their padding, see clipdist.models.text_length; "whole": with it.
         base: what adapters were put on; None: the model has none.
     """
 
@@ -64,6 +67,7 @@ class DualEncoder(nn.Module):
         bias = torch.full([1], clip.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
         self.base: Base | None = None
+        self.text_kind = allow_packing(text)
         self._locked: list[nn.Module] = []
         self._trained_parts: dict[str, nn.Module] = {}  # of the towers in `locked`
         # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
@@ -85,7 +89,8 @@ class DualEncoder(nn.Module):
         """Return features, not normalised, and the scalars.
 
         Args:
-            tokens: int64 [b, L], or [b, K, L] of K texts for each image; None: do not run the text tower.
+            tokens: int64 [b, L], or [b, K, L] of K texts for each image; None: do not run the text tower. On the CPU,
+                where their lengths are read; see encode_text.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
 
         Either may also be what `locked_features` gave for it, float [b, w].
@@ -112,10 +117,14 @@ class DualEncoder(nn.Module):
         return self.visual(self._normalise(pixels))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the features [b, D] of tokens int64 [b, L] (or see `locked_features`), not normalised."""
+        """Return the features [b, D] of tokens int64 [b, L] (or see `locked_features`), not normalised.
+
+        Tokens on the CPU, whatever the model's device: most towers then leave out the padding, with the same features
+        to rounding (see clipdist.models.text_length).
+        """
         if tokens.is_floating_point():
-            return self._continue("text", tokens)
-        return self.text(tokens)
+            return self._continue("text", moved(tokens, self.image_mean.device))
+        return encode(self.text, self.text_kind, tokens, self.image_mean.device)
 
     @property
     def locked(self) -> tuple[str, ...]:

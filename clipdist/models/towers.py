@@ -180,7 +180,7 @@ def keep_statistics_fp32(tower: nn.Module) -> None:
     """
     for module in tower.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
-            _mix_in(Fp32Statistics, module)
+            mix_in(Fp32Statistics, module)
 
 
 class Fp32Statistics(nn.Module):
@@ -230,7 +230,7 @@ def checkpoint_image_tower(tower: nn.Module) -> None:
         if not blocks:
             raise _no_checkpointing(trunk)
         for block in blocks:
-            _mix_in(_Recomputed, block)
+            mix_in(_Recomputed, block)
         return
     try:
         trunk.set_grad_checkpointing(True)
@@ -261,7 +261,7 @@ def _no_checkpointing(trunk: nn.Module) -> UserError:
     )
 
 
-def _mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
+def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
     """Put a mixin before the class of a module, in place: parameter names and deep copies still work."""
     module.__class__ = type(_kind(module), (mixin, type(module)), {})
 

@@ -44,8 +44,7 @@ def make_batch(spec: ModelSpec, texts: int = 1) -> Batch:
     """
     draw = torch.Generator().manual_seed(5)
     side, context = spec.image_size, spec.context_length
-    tokens = torch.randint(1, 500, (BATCH, context), generator=draw)
-    tokens[:, -1] = spec.tokenizer["vocab_size"] - 1  # the end of text: the position that the tower reads
+    tokens = _texts((BATCH, context), spec, draw)
     valid = torch.ones(BATCH, dtype=torch.bool)
     valid[[3, 12]] = False
     group_id = torch.arange(BATCH)
@@ -54,13 +53,20 @@ def make_batch(spec: ModelSpec, texts: int = 1) -> Batch:
     image[~valid] = 0
     if texts == 1:
         return pair_batch(image, tokens, valid, group_id)
-    tokens = torch.randint(1, 500, (BATCH, texts, context), generator=draw)
-    tokens[..., -1] = spec.tokenizer["vocab_size"] - 1
+    tokens = _texts((BATCH, texts, context), spec, draw)
     roles = torch.randint(0, 3, (BATCH, texts), generator=draw).to(torch.uint8)
     roles[:, 0] = CAPTION
     group_id = torch.stack([group_id + 100 * place for place in range(texts)], dim=1)
     group_id[4, 1], group_id[10, 1] = group_id[11, 0], group_id[10, 0]
     return replace(pair_batch(image, tokens, valid, group_id), roles=roles)
+
+
+def _texts(shape: tuple[int, ...], spec: ModelSpec, draw: torch.Generator) -> torch.Tensor:
+    """Tokens of texts of all lengths, int64 of this shape: the end of text is where the tower reads."""
+    tokens = torch.randint(1, 500, shape, generator=draw)
+    length = torch.randint(2, shape[-1] + 1, (*shape[:-1], 1), generator=draw)
+    place = torch.arange(shape[-1])
+    return tokens.where(place < length, 0).where(place != length - 1, spec.tokenizer["vocab_size"] - 1)
 
 
 def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:

@@ -31,6 +31,7 @@ def configured(*words: str, base: list[str] = TINY) -> Config:
 def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
     """What autograd keeps of a real forward pass on the CPU, each storage once, parameters and buffers left out."""
     model = build_model(config.model, config.objectives.clip).to(dtype).train()
+    model.text_kind = "whole"  # texts count as long as the context
     image = torch.zeros(batch, 3, model.spec.image_size, model.spec.image_size, dtype=torch.uint8)
     tokens = torch.ones(batch, model.spec.context_length, dtype=torch.int64)
     known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), image, tokens]}

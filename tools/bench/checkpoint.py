@@ -173,7 +173,7 @@ def take_step(engine: Any, spec: Any, config: Config, step: int) -> float:
 
     batch, device = config.train.global_batch, engine.dist_env.device
     image = torch.randint(0, 256, (batch, 3, spec.image_size, spec.image_size), dtype=torch.uint8, device=device)
-    tokens = torch.randint(1, 1000, (batch, spec.context_length), device=device)
+    tokens = torch.randint(1, 1000, (batch, spec.context_length))
     drawn = pair_batch(
         image, tokens, torch.ones(batch, dtype=torch.bool, device=device), torch.arange(batch, device=device)
     )

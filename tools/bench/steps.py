@@ -27,6 +27,7 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
     with joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.objectives.clip)
+        model.text_kind = "whole"  # the most memory that texts need, as in the plan
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
         drawn = RandomBatches(config, model.spec).batch(0)
