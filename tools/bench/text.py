@@ -1,7 +1,8 @@
 """Measure what is saved by running texts as long as they are, instead of padded to the model's context.
 
 Forward and backward pass of the text tower alone, and whole training steps, on pairs of a recipe's training data; the
-two ways in turn, in one process. Reading and decoding images is left out.
+two ways in turn, in one process. Reading and decoding images is left out. Times are of the processor, all threads
+together: other programs on the machine change them less than they change what a clock shows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if __name__ == "__main__":  # its own folder has files that others are named lik
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +35,7 @@ A step trains train.micro_batch pairs, or train.global_batch without micro-batch
 
 @dataclass(frozen=True)
 class TextTimes:
-    """Seconds by round of each way, by what was measured; and of the texts their tokens, and what the tower gets."""
+    """Processor seconds of each way by round, by what was measured; the texts' tokens, and what the tower gets."""
 
     seconds: dict[str, dict[str, list[float]]]
     mean: float
@@ -107,12 +109,14 @@ def measure(config: Config, args: argparse.Namespace) -> TextTimes:
 
 
 def in_turn(model: Any, run: Callable[[], object], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of `run` by round, with padded texts and without the padding."""
+    """Return the processor seconds of `run` by round, with padded texts and without the padding."""
     kind = model.text_kind
 
     def timed_as(kind: str) -> float:
         model.text_kind = kind
-        return harness.timed(run)[0]
+        began = time.process_time()
+        run()
+        return time.process_time() - began
 
     try:
         return harness.take_turns({PADDED: lambda: timed_as("whole"), SHORT: lambda: timed_as(kind)}, rounds, warmup=1)
