@@ -196,8 +196,8 @@ def poisoned(nan: set[int], spikes: Iterable[int] = ()) -> Prepare:
 
         real = Engine._forward_whole
 
-        def whole(engine: Engine, batch: Any, step: int) -> Any:
-            done = real(engine, batch, step)
+        def whole(engine: Engine, batch: Any, step: int, *rest: Any) -> Any:
+            done = real(engine, batch, step, *rest)
             factor = float("nan") if step in nan else 1000.0 if step in spikes else 1.0
             return replace(done, value=done.value * factor) if rank == 1 else done
 
@@ -565,10 +565,10 @@ def hang(theatre: Theatre) -> None:
 
         real = Engine._forward_whole
 
-        def whole(engine: Engine, batch: Any, step: int) -> Any:
+        def whole(engine: Engine, batch: Any, step: int, *rest: Any) -> Any:
             if rank == 1 and step == 4:
                 time.sleep(1000)
-            return real(engine, batch, step)
+            return real(engine, batch, step, *rest)
 
         put(Engine, "_forward_whole", whole)
 

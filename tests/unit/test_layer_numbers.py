@@ -53,22 +53,31 @@ def test_layers_behind(name: str) -> None:
         assert all(any(re.match(pattern, parameter) for pattern in TOWERS[name]) for parameter in found)
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("BertConfig", {}), ("MT5Config", {"d_kv": 8}), ("M2M100Config", {})])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("BertConfig", {"num_hidden_layers": 2}),
+        ("MT5Config", {"num_layers": 2, "d_kv": 8}),
+        ("M2M100Config", {"encoder_layers": 2}),
+    ],
+)
 def test_text_towers_of_hugging_face(kind: str, settings: dict[str, int]) -> None:
     import transformers
     from open_clip.hf_model import HFTextEncoder
 
-    sizes = {"vocab_size": 40, "num_hidden_layers": 2, "encoder_layers": 2, "hidden_size": 16, "d_model": 16}
+    sizes = {"vocab_size": 40, "hidden_size": 16, "d_model": 16}
     sizes |= {"num_attention_heads": 2, "encoder_attention_heads": 2, "num_heads": 2, "intermediate_size": 32}
     hf = getattr(transformers, kind)(**sizes, **settings)
     pooling: Any = {"pooler_type": "mean_pooler", "proj_type": "linear", "pretrained": False}
     with torch.device("meta"):
         text = HFTextEncoder("", output_dim=8, config=hf, **pooling)
+    if hf.is_encoder_decoder and hasattr(text.transformer, "encoder"):  # as open_clip does it for a named model
+        text.transformer = text.transformer.encoder
     found = layers_behind(model_of(text))
     for pattern, layers in {
-        r"text\.transformer\.(embeddings|shared)": 3,
-        r"text\.transformer\.encoder\.\w+\.0\.": 2,
-        r"text\.transformer\.encoder\.\w+\.1\.": 1,
+        r"text\.transformer\.(embeddings|shared|embed_tokens)": 3,
+        r"text\.transformer\.(encoder\.)?(layers?|block)\.0\.": 2,
+        r"text\.transformer\.(encoder\.)?(layers?|block)\.1\.": 1,
         r"text\.proj": 0,
     }.items():
         assert {n for parameter, n in found.items() if re.match(pattern, parameter)} == {layers}, pattern
