@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipdist.data.bad_sample import MAX_PIXELS
+from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.decode import decode_jpeg, decode_pixels, jpeg_shape, resize
 from clipdist.errors import UserError
 
@@ -64,6 +64,33 @@ class View:
     name: str
     size: int
     augmentation: Augmentation
+
+
+def fill_views(
+    images: Sequence[bytes | None], views: Sequence[View], uniforms: np.ndarray, outs: Sequence[Tensor], max_pixels: int
+) -> dict[int, str]:
+    """Write all views of several images: see train_views. Rows without a usable image get zeros.
+
+    Args:
+        images: n encoded images; None: there is none.
+        uniforms: float64 [n, len(views), UNIFORMS].
+        outs: the output of every view, uint8 [n, 3, size, size].
+
+    Returns:
+        By row, the reasons of images that cannot be used.
+    """
+    rows_of_views = list(zip(*(out.split(1) for out in outs)))
+    bad: dict[int, str] = {}
+    for row, (data, rows) in enumerate(zip(images, rows_of_views, strict=True)):
+        try:
+            if data is not None:
+                train_views(data, views, uniforms[row], rows, max_pixels)
+        except BadSample as error:
+            bad[row] = error.reason
+        if data is None or row in bad:
+            for pixels in rows:
+                pixels.zero_()
+    return bad
 
 
 def train_views(

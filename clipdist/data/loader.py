@@ -6,10 +6,9 @@ counts.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import sys
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -20,17 +19,17 @@ import numpy as np
 import torch
 
 from clipdist import config
-from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, train_views
+from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, fill_views
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, NEGATIVE, Batch
+from clipdist.data.batch import CAPTION, IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.locked_features import LockedFeatures
-from clipdist.data.members import CAPTIONS
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
-from clipdist.data.tokens import Tokenizer, token_kind, unpack_tokens
+from clipdist.data.texts import SeveralTexts, Text, Texts
+from clipdist.data.tokens import Tokenizer
 from clipdist.data.workers import Workers
 from clipdist.distributed.node import cores_of_rank
 from clipdist.errors import Fault
@@ -63,36 +62,18 @@ def ids_hash(sample_id: torch.Tensor, first_row: int) -> torch.Tensor:
     return torch.tensor(int(total) % HASH_MODULUS, dtype=torch.int64)
 
 
-class _Text(NamedTuple):
-    """A text of a sample, or the features of a locked tower for it."""
-
-    content: str | torch.Tensor  # or fp32 [w]
-    group: int
-    ids: torch.Tensor | None = None  # int64 [L], if the shard contains them
-    role: int = CAPTION
-
-
 class _RawSample(NamedTuple):
     """The image of a sample and the drawn texts, or the features of locked towers for them."""
 
     image: bytes | torch.Tensor  # encoded; or fp32 [w]
-    texts: list[_Text]  # empty if there are none and images are used without captions
-
-
-class _Texts(NamedTuple):
-    """Several texts each of some samples: counts by sample, then tokens [m, L] (or features), groups and roles [m]."""
-
-    counts: torch.Tensor
-    tokens: torch.Tensor
-    groups: torch.Tensor
-    roles: torch.Tensor
+    texts: list[Text]  # empty if there are none and images are used without captions
 
 
 class _Part(NamedTuple):
     """What a thread found: (sample id, reason) of bad samples, and the texts where samples have several."""
 
     bad: list[tuple[int, str]]
-    texts: _Texts | None
+    texts: SeveralTexts | None
 
 
 class Loader:
@@ -128,12 +109,13 @@ class Loader:
     ) -> None:
         self.locked = locked or {}
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
-        self.views, self.images_only = views, images_only
+        self.views = views
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
-        self._stored_ids = reader.members.captions == CAPTIONS  # those of other captions would be wrong
-        self._no_text = _Text("", group_id(""))
-        self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
+        self._reads_shards = len(self.locked) < len(MODALITIES)
+        self._texts = Texts(
+            reader.members, tokenizer, cfg, images_only=images_only, locked=self.locked.get("text"), pin=pin
+        )
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
         self._pool = Workers(self._threads, "decode", lambda: torch.set_num_threads(1))
@@ -176,8 +158,9 @@ class Loader:
         self._ahead.popleft()
         if self._prefetcher is not None:
             self._prefetcher.advance(batch.position)
+        batch = replace(batch, bad=[pair for part in parts for pair in part.bad])
         texts = [part.texts for part in parts if part.texts is not None]
-        return self._place_texts(replace(batch, bad=[pair for part in parts for pair in part.bad]), texts)
+        return self._texts.place(batch, texts) if texts else batch
 
     @property
     def memory_bytes(self) -> int:
@@ -213,7 +196,7 @@ class Loader:
         return Batch(
             position=self._next,
             images={view.name: self._empty_images(b, view) for view in self.views},
-            tokens=self._empty_tokens(b),
+            tokens=self._texts.empty(b),
             valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
@@ -224,11 +207,6 @@ class Loader:
         if "image" in self.locked:
             return torch.zeros(b, self.locked["image"].width, pin_memory=self.pin)
         return self._pixels((b, view.size, view.size, 3)).permute(0, 3, 1, 2)  # channels_last is fastest for resize()
-
-    def _empty_tokens(self, b: int) -> torch.Tensor:
-        if "text" in self.locked:
-            return torch.zeros(b, self.locked["text"].width, pin_memory=self.pin)
-        return torch.zeros(b, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin)
 
     def _pixels(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialised memory for images, uint8; reuse that of earlier batches that is no longer referenced.
@@ -245,55 +223,61 @@ class Loader:
 
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> _Part:
         """Read, decode and tokenise some rows in a thread."""
-        ids = draws.ids[rows].tolist()
+        ids = draws.ids[rows]
         views = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
         more = self.cfg.planned_texts - 1  # texts that are drawn, but for the first
-        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], draws.ids[rows], views + more)
+        uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], ids, views + more)
         view_uniforms = uniforms[:, 1:views].reshape(len(ids), len(self.views), UNIFORMS)
-        of_captions = np.delete(uniforms, slice(1, views), axis=1).tolist()
-        samples: list[_RawSample | str] = [self._read(sample_id, u) for sample_id, u in zip(ids, of_captions)]
-        images = list(zip(*(batch.images[view.name][rows].split(1) for view in self.views)))
-        for row, sample in enumerate(samples):
-            if isinstance(sample, _RawSample):
-                try:
-                    if isinstance(sample.image, bytes):
-                        train_views(sample.image, self.views, view_uniforms[row], images[row], self.cfg.max_pixels)
-                    else:
-                        images[row][0].copy_(sample.image)
-                except BadSample as error:
-                    samples[row] = error.reason
-            if isinstance(samples[row], str):
-                for pixels in images[row]:
-                    pixels.zero_()
-        texts = [sample.texts if isinstance(sample, _RawSample) else [] for sample in samples]
-        batch.valid["image"][rows] = torch.tensor([isinstance(sample, _RawSample) for sample in samples])
+        samples = self._read(ids, np.delete(uniforms, slice(1, views), axis=1).tolist())
+        self._fill_images(batch, rows, samples, view_uniforms)
+        texts = [[] if isinstance(sample, str) else sample.texts for sample in samples]
+        batch.valid["image"][rows] = torch.tensor([not isinstance(sample, str) for sample in samples])
         batch.valid["text"][rows] = torch.tensor(
             [any(len(text.content) > 0 and text.role == CAPTION for text in own) for own in texts]
         )
         found = None
         if self.cfg.several_texts:
-            found = self._several_texts(texts)
+            found = self._texts.several(texts)
         else:
-            single = [own[0] if own else self._no_text for own in texts]
-            self._fill_texts(batch.tokens[rows], single)
-            batch.group_id[rows] = torch.tensor([text.group for text in single])
+            self._texts.fill_single(batch, rows, texts)
         for number, view in enumerate(self.views):
             self._change_colour(batch, view, rows, view_uniforms[:, number])
-        bad = [(sample_id, sample) for sample_id, sample in zip(ids, samples) if isinstance(sample, str)]
-        return _Part(bad, found)
+        return _Part([(i, sample) for i, sample in zip(ids.tolist(), samples) if isinstance(sample, str)], found)
 
-    def _read(self, sample_id: int, uniforms: list[float]) -> _RawSample | str:
-        """Read a sample and draw of its captions; return the reason if it cannot be used.
+    def _fill_images(self, batch: Batch, rows: slice, samples: list[_RawSample | str], uniforms: np.ndarray) -> None:
+        """Write the images of some rows, or their features; replace a sample that cannot be used by the reason."""
+        outs = [batch.images[view.name][rows] for view in self.views]
+        if "image" in self.locked:
+            for out, sample in zip(outs[0], samples):
+                if isinstance(sample, _RawSample):
+                    out.copy_(sample.image)
+            return
+        images = [sample.image if isinstance(sample, _RawSample) else None for sample in samples]
+        encoded = [image if isinstance(image, bytes) else None for image in images]
+        for row, why in fill_views(encoded, self.views, uniforms, outs, self.cfg.max_pixels).items():
+            samples[row] = why
+
+    def _read(self, ids: np.ndarray, uniforms: list[list[float]]) -> list[_RawSample | str]:
+        """Read samples and draw of their captions; give the reason in place of one that cannot be used.
 
         Args:
-            uniforms: numbers in [0, 1) that select captions, one for each.
+            ids: int64 [n].
+            uniforms: numbers in [0, 1) that select captions, by sample.
 
         Raises:
-            Fault: the shard cannot be read.
+            Fault: a shard cannot be read.
         """
+        stored: list[StoredSample | None] = [None] * len(ids)
+        if self._reads_shards:
+            with contextlib.suppress(*AWAY):  # of a reader that does not retry: _read_one says which shard
+                stored = [*self.reader.samples(ids)]
+        return [self._read_one(*sample) for sample in zip(ids.tolist(), stored, uniforms)]
+
+    def _read_one(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> _RawSample | str:
         try:
-            stored = self.reader.sample(sample_id) if len(self.locked) < len(MODALITIES) else None
-            texts = self._draw_texts(sample_id, stored, uniforms)
+            if stored is None and self._reads_shards:
+                stored = self.reader.sample(sample_id)
+            texts = self._texts.draw(sample_id, stored, uniforms)
             if "image" in self.locked or stored is None:
                 return _RawSample(self.locked["image"].rows(sample_id)[0].features, texts)
             return _RawSample(stored.image(), texts)
@@ -302,102 +286,6 @@ class Loader:
         except AWAY as error:  # of a reader that does not retry
             tar = safe_name(self.reader.catalog.shards[self.reader.catalog.locate(sample_id)[0]].tar)
             raise Fault(f"{tar}: cannot be read any more ({reason(tar, error)})") from None
-
-    def _draw_texts(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[_Text]:
-        """Return captions of a sample, and then negatives."""
-        captions = self._draw_captions(sample_id, stored, uniforms[: self.cfg.planned_captions])
-        if not self.cfg.negatives or stored is None:
-            return captions
-        texts = stored.find_negatives().texts
-        chosen = _drawn(uniforms[self.cfg.planned_captions :], len(texts))
-        return captions + [_Text(texts[number], group_id(texts[number]), role=NEGATIVE) for number in chosen]
-
-    def _draw_captions(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[_Text]:
-        """Return captions of a sample, or their features; none if it has none and its image can be used without."""
-        if stored is None or "text" in self.locked:
-            try:
-                rows = self.locked["text"].rows(sample_id)
-            except BadSample:
-                if not self.images_only:
-                    raise
-                return []
-            return [_Text(*rows[number]) for number in self._choose(uniforms, len(rows))]
-        captions = self._captions(stored)
-        data = stored.read(self._token_kind) if self._stored_ids and captions else None
-        ids = None if data is None else unpack_tokens(data, len(captions), self.tokenizer.context_length)
-        return [
-            _Text(captions[number], group_id(captions[number]), None if ids is None else ids[number])
-            for number in self._choose(uniforms, len(captions))
-        ]
-
-    def _choose(self, uniforms: list[float], captions: int) -> list[int]:
-        """Return the numbers of the captions that a step uses."""
-        if self.cfg.caption in ("first", "all"):
-            return list(range(captions))[: 1 if self.cfg.caption == "first" else None]
-        return _drawn(uniforms, captions)
-
-    def _captions(self, sample: StoredSample) -> list[str]:
-        """Return the captions of a sample; [] if it has none and its image can be used without.
-
-        Raises:
-            BadSample: it has none, and needs one.
-        """
-        try:
-            return sample.captions()
-        except BadSample:
-            if not self.images_only:
-                raise
-            return []
-
-    def _several_texts(self, texts: list[list[_Text]]) -> _Texts:
-        flat = [text for own in texts for text in own]
-        tokens = self._empty_tokens(len(flat))
-        if flat:
-            self._fill_texts(tokens, flat)
-        groups = torch.tensor([text.group for text in flat], dtype=torch.int64)
-        roles = torch.tensor([text.role for text in flat], dtype=torch.uint8)
-        return _Texts(torch.tensor([len(own) for own in texts]), tokens, groups, roles)
-
-    def _place_texts(self, batch: Batch, parts: list[_Texts]) -> Batch:
-        """Return the batch with several texts of each image: [b, K, ...], K the most that an image has here."""
-        if not parts:
-            return batch
-        counts, tokens, groups, roles = (torch.cat(column) for column in zip(*parts))
-        shape = (len(counts), max(1, int(counts.max())))
-        rows = torch.arange(len(counts)).repeat_interleave(counts)
-        places = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[rows]
-        empty = self._empty_tokens(1)
-        self._fill_texts(empty, [self._no_text])
-        placed = []
-        for values, fill in ((tokens, empty), (groups, self._no_text.group), (roles, EMPTY)):
-            out = torch.empty(*shape, *values.shape[1:], dtype=values.dtype, pin_memory=self.pin)
-            out[:] = fill
-            out[rows, places] = values
-            placed.append(out)
-        return replace(batch, tokens=placed[0], group_id=placed[1], roles=placed[2])
-
-    def _fill_texts(self, out: torch.Tensor, texts: list[_Text]) -> None:
-        """Write the texts' tokens, or features; where there is no text, the tokens of an empty one, or zeros."""
-        if "text" not in self.locked:
-            out.copy_(self._tokens([text.content for text in texts if isinstance(text.content, str)], texts))
-        for row, text in zip(out, texts):
-            if isinstance(text.content, torch.Tensor):
-                row.copy_(text.content)
-
-    def _tokens(self, captions: list[str], texts: list[_Text]) -> torch.Tensor:
-        """Return token ids, int64 [len(captions), L]: those stored in the shard for this tokenizer, else computed."""
-        stored = {row: text.ids for row, text in enumerate(texts) if text.ids is not None}
-        # A damaged member without a checksum may contain ids outside the vocabulary.
-        usable = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
-        if not usable:
-            return self.tokenizer(captions)
-        missing = [row for row in range(len(captions)) if row not in usable]
-        tokens = torch.empty(len(captions), self.tokenizer.context_length, dtype=torch.int64)
-        if missing:
-            tokens[missing] = self.tokenizer([captions[row] for row in missing])
-        for row, ids in usable.items():
-            tokens[row] = ids
-        return tokens
 
     @staticmethod
     def _change_colour(batch: Batch, view: View, rows: slice, uniforms: np.ndarray) -> None:
@@ -465,12 +353,6 @@ def _results(futures: list[Future[_Part]], interrupted: Callable[[], bool] | Non
     return [future.result() for future in futures]
 
 
-def _drawn(uniforms: list[float], count: int) -> list[int]:
-    """Return numbers below `count`, drawn without replacement: one for each of the uniforms, or all in some order."""
-    left = list(range(count))
-    return [left.pop(int(uniform * len(left))) for uniform in uniforms[:count]]
-
-
 def _references(arrays: list[np.ndarray]) -> list[int]:
     """Return the reference counts of arrays in a list."""
     return [sys.getrefcount(memory) for memory in arrays]
@@ -493,12 +375,6 @@ def image_view(cfg: config.Data, size: int) -> View:
         grayscale=cfg.grayscale,
     )
     return View(IMAGE, size, augmentation)
-
-
-def group_id(caption: str) -> int:
-    """Hash a caption to an int64, ignoring case, spacing and closing punctuation."""
-    normal = " ".join(unicodedata.normalize("NFKC", caption).lower().split()).rstrip(" .!?,;:")
-    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def default_threads() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import threading
@@ -10,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,16 +88,46 @@ class Reader:
         self._lock = threading.Lock()
 
     def sample(self, sample_id: int) -> StoredSample:
-        """Return one sample; its members are read at once where they are neighbours, as in any shard of ours.
+        """Return one sample; see samples."""
+        shard, row = self.catalog.locate(sample_id)
+        return self._samples_of(shard, np.array([row]))[0]
+
+    def samples(self, sample_ids: np.ndarray) -> list[StoredSample]:
+        """Return samples; the members of each are read at once where they are neighbours, as in any shard of ours.
+
+        Args:
+            sample_ids: int64 [n], each in [0, N). What is needed of a shard is looked up once for all its samples.
 
         Raises:
             UserError, Fault: as Catalog.table, ShardCache.open and Retry.until_success.
             OSError: from a reader that does not retry.
         """
-        shard, row = self.catalog.locate(sample_id)
+        starts = self.catalog.starts
+        shards = starts.searchsorted(sample_ids, side="right") - 1
+        found: dict[int, StoredSample] = {}
+        for shard in dict.fromkeys(shards.tolist()):
+            places = np.flatnonzero(shards == shard)
+            found.update(zip(places.tolist(), self._samples_of(shard, sample_ids[places] - starts[shard])))
+        return [found[place] for place in range(len(sample_ids))]
+
+    def _samples_of(self, shard: int, rows: np.ndarray) -> list[StoredSample]:
+        """Return samples of one shard by their rows, int64 [n]."""
         table = self._retried(shard, lambda: self.catalog.table(shard))
-        begin, length = table.spans(self.members.is_read)[row].tolist()
-        return StoredSample(self, shard, row, table, begin, self.pread(shard, begin, length) if length else b"")
+        spans = table.spans(self.members.is_read)[rows].tolist()
+
+        def read() -> list[bytes]:
+            if not any(length for _, length in spans):
+                return [b""] * len(spans)
+            with self._descriptor(shard) as descriptor:
+                return [os.pread(descriptor, length, begin) if length else b"" for begin, length in spans]
+
+        data = self._retried(shard, read)
+        crc = [None] * len(rows) if table.crc is None else table.crc[rows].tolist()
+        columns = zip(table.offset[rows].tolist(), table.size[rows].tolist(), crc, spans, data)
+        return [
+            StoredSample(self, shard, table, offset, size, own_crc, begin, own_data)
+            for offset, size, own_crc, (begin, _), own_data in columns
+        ]
 
     def pread(self, shard: int, offset: int, size: int) -> bytes:
         """Return some bytes of a shard; fewer where it ends before."""
@@ -216,20 +245,24 @@ class Reader:
         return self.stage or is_remote(self.catalog.shards[shard].tar)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class StoredSample:
     """One sample as it lies in its shard: members are checked when they are read.
 
     Attributes:
+        offset, size, crc: of its members, by the column of their kind in `table`; crc: None without checksums.
         begin: place in the shard of `data`, the bytes that are read already.
     """
 
     reader: Reader
     shard: int
-    row: int
     table: ShardIndex
+    offset: list[int]
+    size: list[int]
+    crc: list[int] | None
     begin: int
     data: bytes
+    _parsed: dict[str, Any] = field(default_factory=dict)  # JSON values by the kind of their members
 
     def read(self, kind: str) -> bytes | None:
         """Return the bytes of one member (`kind` is its extension), or None where the sample has none of that kind.
@@ -240,7 +273,7 @@ class StoredSample:
         column = self.table.column_of.get(kind)
         if column is None:
             return None
-        offset, size = int(self.table.offset[self.row, column]), int(self.table.size[self.row, column])
+        offset, size = self.offset[column], self.size[column]
         if offset < 0:
             return None
         if size > (MAX_MEMBER_BYTES if kind in self.reader.members.images else MAX_TEXT_BYTES):
@@ -251,7 +284,7 @@ class StoredSample:
             data = self.reader.pread(self.shard, offset, size)
         if len(data) != size:
             raise BadSample("shard cut off")
-        if self.table.crc is not None and zlib.crc32(data) != self.table.crc[self.row, column]:
+        if self.crc is not None and zlib.crc32(data) != self.crc[column]:
             raise BadSample("wrong checksum")
         return data
 
@@ -336,11 +369,6 @@ class StoredSample:
             except (ValueError, RecursionError):
                 raise BadSample("not JSON") from None
         return self._parsed[kind]
-
-    @functools.cached_property
-    def _parsed(self) -> dict[str, Any]:
-        """JSON values by the kind of their members."""
-        return {}
 
 
 class _OpenShard:

@@ -16,9 +16,9 @@ from clipdist.data.catalog import Catalog, Shard, name_shards
 from clipdist.data.consolidated import Consolidated
 from clipdist.data.fetch import Fetcher, is_remote
 from clipdist.data.index import ShardIndex
-from clipdist.data.loader import group_id
 from clipdist.data.members import DEFAULT_MEMBERS, Members
 from clipdist.data.reader import Reader
+from clipdist.data.texts import group_id
 from clipdist.datasets.examine import read_index
 from clipdist.datasets.images import ImageHeader, check_bytes
 from clipdist.errors import UserError

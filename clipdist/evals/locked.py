@@ -22,10 +22,11 @@ from clipdist import config
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import eval_image
-from clipdist.data.loader import Interrupted, default_threads, group_id
+from clipdist.data.loader import Interrupted, default_threads
 from clipdist.data.locked_features import LockedFeatures, ShardFeatures, features_folder
 from clipdist.data.members import Members
 from clipdist.data.reader import Reader, open_reader
+from clipdist.data.texts import group_id
 from clipdist.data.tokens import Tokenizer
 from clipdist.distributed.collectives import gather_json
 from clipdist.distributed.node import ranks_per_node

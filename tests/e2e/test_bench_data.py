@@ -14,6 +14,7 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.reader import Reader
 from clipdist.datasets.shard_writer import Sample, write_shard
 from tools.bench import data_sides
+from tools.bench.peers.data import LoadingJob
 
 pytest.importorskip("open_clip_train")
 
@@ -83,6 +84,15 @@ def test_a_batch_counts_only_when_the_prepared_ones_are_used_up(monkeypatch):
     monkeypatch.setattr(data_sides.time, "perf_counter", lambda: clock["now"])
     assert data_sides.steady_rate(take, 5.0, skip=3, at_once=4) == 8
     assert clock["now"] == 3 + 8  # two rounds of four
+
+
+def test_all_samples_of_a_batch_count(shards, monkeypatch):
+    tars = tuple(str(tar) for tar in sorted(shards.glob("*.tar")))
+    job = LoadingJob(tars, 136, output=32, dct=False, threads=1, batch=16, seconds=0.1, webdataset=None)
+    monkeypatch.setattr(data_sides, "steady_rate", lambda take, *_: take())
+    side = data_sides.ClipdistLoading(job)
+    assert side.window() == 16
+    side.close()
 
 
 @pytest.mark.parametrize(

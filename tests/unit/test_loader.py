@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from pairs import Lengths, write_pairs
@@ -13,10 +14,11 @@ from clipdist.data.augment import Augmentation, View
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import CAPTION, EMPTY, NEGATIVE
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import HASH_MODULUS, Loader, group_id, ids_hash, image_view, open_loader
+from clipdist.data.loader import HASH_MODULUS, Loader, ids_hash, image_view, open_loader
 from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
-from clipdist.data.reader import Reader
+from clipdist.data.reader import Reader, StoredSample
+from clipdist.data.texts import group_id
 
 
 def loader(
@@ -208,7 +210,7 @@ def test_a_second_view_changes_nothing_of_the_first(shards):
 
 def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):
     source = loader(shards / "train")
-    monkeypatch.setattr(source.reader, "sample", lambda sample_id: 1 / 0)
+    monkeypatch.setattr(source.reader, "samples", lambda sample_ids: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         source.next()
     source.close()
@@ -234,3 +236,28 @@ def test_reader_names_what_is_missing(shards, tmp_path):
         cut.sample(2).image()
     reader.close()
     cut.close()
+
+
+def test_captions_of_a_small_set_are_read_in_the_first_epoch_alone(shards, monkeypatch):
+    reads = []
+    captions = StoredSample.captions
+    monkeypatch.setattr(StoredSample, "captions", lambda sample: reads.append(sample) or captions(sample))
+    kept = take(40, shards / "train", threads=1)
+    assert len(reads) == 70  # samples, in ten epochs
+    monkeypatch.setattr("clipdist.data.texts.KEPT_BYTES", 0)
+    read_again = take(40, shards / "train", threads=1)
+    assert len(reads) >= 70 + 40 * 16
+    for ours, theirs in zip(kept, read_again):
+        assert torch.equal(ours.tokens, theirs.tokens)
+        assert torch.equal(ours.group_id, theirs.group_id)
+
+
+def test_samples_are_read_together_as_one_by_one(shards):
+    reader = Reader(Catalog.open([str(shards / "train")]))
+    ids = np.array([69, 0, 21, 69, 3])  # of several shards, one of them twice
+    together = reader.samples(ids)
+    assert [(sample.image(), sample.captions()) for sample in together] == [
+        (reader.sample(number).image(), reader.sample(number).captions()) for number in ids.tolist()
+    ]
+    assert reader.samples(ids[:0]) == []
+    reader.close()

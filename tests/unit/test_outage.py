@@ -171,7 +171,7 @@ def test_closing_does_not_wait_for_a_read_that_hangs(folder, monkeypatch):
     loader = open_pairs(folder)
     loader.next()
     released = threading.Event()
-    monkeypatch.setattr(loader.reader, "sample", lambda sample_id: released.wait(60))
+    monkeypatch.setattr(loader.reader, "samples", lambda sample_ids: released.wait(60))
     with pytest.raises(Interrupted):
         drain(loader, lambda: True)
     assert end_of_wait(loader.close) < 10  # of the 60 that the read takes; two seconds on an idle machine

@@ -144,3 +144,12 @@ def test_endless_words_take_no_time_and_get_the_same_ids():
     words = ["x" * 300, "aeinst" * 40, "dog" + "s" * 200, "<start_of_text> a dog <end_of_text>"]
     assert torch.equal(ours(words), theirs(words))
     assert ours(["q7" * 200_000])[0, -1] == theirs.eot_token_id  # minutes, were it merged pair by pair
+
+
+def test_ids_of_texts_that_return_are_kept_up_to_a_number(bpe, monkeypatch):
+    monkeypatch.setattr("clipdist.data.tokens._MEMO_TEXTS", 3)
+    bpe._texts.clear()
+    first = bpe(TEXTS)
+    assert list(bpe._texts) == TEXTS[:3]
+    assert torch.equal(bpe(TEXTS), first)
+    assert torch.equal(first[1], bpe(TEXTS[1])[0])

@@ -17,9 +17,10 @@ from clipdist.config import Data
 from clipdist.data import augment
 from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import Loader, group_id, image_view, open_loader
+from clipdist.data.loader import Loader, image_view, open_loader
 from clipdist.data.order import OrderKey, choose_streams, sample_uniforms
 from clipdist.data.reader import Reader
+from clipdist.data.texts import group_id
 from clipdist.data.tokens import BPETokenizer, token_kind
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
@@ -63,7 +64,7 @@ class ClipdistLoading:
         self.window()
 
     def window(self) -> float:
-        return steady_rate(lambda: len(self.loader.next().valid), self.job.seconds, self.loader.cfg.prefetch + 1, 1)
+        return steady_rate(lambda: len(self.loader.next()), self.job.seconds, self.loader.cfg.prefetch + 1, 1)
 
     def wait_share(self, step_s: float) -> float:
         """Return the share of the time spent in next(), by a consumer that rests `step_s` seconds after each."""
