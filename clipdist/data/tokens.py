@@ -22,7 +22,7 @@ from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 
 _MEMO_WORDS = 1 << 20  # web text has no end of words: the memo is emptied when it holds this many
-# Captions of small data sets, which return in every epoch: those of Flickr8k, in 12 MB. They are never replaced.
+# Captions of small data sets, which return in every epoch: those of Flickr8k take 6 MB. None is replaced.
 _MEMO_TEXTS, _MEMO_LETTERS = 1 << 15, 256
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads a folder's *.model with
 _FEWEST_IDS = 0.5  # of a text tower's: embeddings are padded to round numbers, but not to twice as many

@@ -247,7 +247,8 @@ def report(job: LoadingJob, results: LoadingResults, webdataset: InstalledWebdat
     lines += ["", "Microseconds of computing per sample, by stage:", "", *stage_table(results), ""]
     lines += [
         "Read is the tar or the index, and the captions; resize is the crop too, and for open_clip_train the conversion"
-        " to normalised float32, which clipdist leaves to the device; other is all else, for open_clip_train stacking.",
+        " to normalised float32, which clipdist leaves to the device; other is all else, for open_clip_train stacking."
+        " The stages are those of a first epoch: later clipdist has the captions and ids of a small set in memory.",
         "",
         f"- start: {told['start_s']:.3f} s to construct; first batch after {told['first_batch_s']:.3f} s, at"
         f" {harness.percent(LATE)} of the epoch {told['resume_ratio']:.2f} times that; medians of"

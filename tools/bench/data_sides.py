@@ -143,14 +143,13 @@ class ClipdistStages:
         images, uniforms = (rows[:STAGE_SAMPLES] for rows in load_images(self.job))
         tokenizer, views, out = make_tokenizer(), [view_of(self.job)], [empty_image(self.job)]
         loader = make_loader(self.job, Catalog.open(self.job.shards), tokenizer)
-        kind, captions = (
-            token_kind(tokenizer),
-            [loader.reader.sample(row).captions()[0] for row in range(STAGE_SAMPLES)],
-        )
+        kind = token_kind(tokenizer)
+        repeats = range(1 + STAGE_REPEATS)  # each with captions of its own: ids of those that return are kept
+        rows = [np.arange(STAGE_SAMPLES * n, STAGE_SAMPLES * (n + 1)) % self.job.samples for n in repeats]
+        captions = iter([[sample.captions()[0] for sample in loader.reader.samples(own)] for own in rows])
 
         def read() -> None:
-            for row in range(STAGE_SAMPLES):
-                sample = loader.reader.sample(row)
+            for sample in loader.reader.samples(np.arange(STAGE_SAMPLES)):
                 sample.captions()
                 sample.image()
                 sample.read(kind)
@@ -164,8 +163,9 @@ class ClipdistStages:
                 augment.train_views(data, views, drawn[None], out)
 
         def tokens() -> None:
-            tokenizer(captions)
-            list(map(group_id, captions))
+            own = next(captions)
+            tokenizer(own)
+            list(map(group_id, own))
 
         times = {stage.__name__: per_sample(stage) for stage in (read, decode, decode_and_resize, tokens)}
         for _ in range(loader.cfg.prefetch + 1):
