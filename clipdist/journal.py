@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +29,7 @@ from clipdist.losses.choose import sweeps
 from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.loggers import Loggers
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
-from clipdist.monitor.provenance import commit
+from clipdist.monitor.provenance import commit, versions
 from clipdist.run_plan import RunPlan
 
 if TYPE_CHECKING:
@@ -282,12 +281,12 @@ def _teacher_line(teacher: Teacher, spec: ModelSpec) -> str:
 
 def environment() -> dict[str, Any]:
     """Return versions, commit and command line of this process."""
-    packages = ("clipdist", "torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
+    packages = ("torch", "deepspeed", "webdataset", "transformers", "timm", "open_clip_torch", "numpy")
     return {
         "command": sys.argv,
         "commit": commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "packages": {name: version(name) for name in packages},
+        "packages": versions(*packages),
     }

@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from clipdist import __version__
 from clipdist.config import REPOSITORY, SNAPSHOT
 
 
@@ -22,6 +24,17 @@ def commit() -> str | None:
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         return None
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of clipdist, which may run from its folder without being installed, and of packages."""
+    found = {"clipdist": __version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def without_secrets(name: str) -> str:

@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from clipdist.errors import UserError
-from clipdist.monitor.provenance import commit, hardware
+from clipdist.monitor.provenance import commit, hardware, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -173,11 +172,11 @@ def provenance(device: str, threads: int, *packages: str) -> list[str]:
         f"- command: `{command}`",
         f"- commit: {commit()}",
         f"- hardware: {hardware(device, threads)}",
-        f"- versions: {versions(*packages)}",
+        f"- versions: {versions_line(*packages)}",
         f"- date: {date.today().isoformat()}",
     ]
 
 
-def versions(*packages: str) -> str:
-    names = ("clipdist", "torch", *packages)
-    return f"{', '.join(f'{name} {version(name)}' for name in names)}; Python {platform.python_version()}"
+def versions_line(*packages: str) -> str:
+    installed = ", ".join(f"{name} {version}" for name, version in versions("torch", *packages).items())
+    return f"{installed}; Python {platform.python_version()}"

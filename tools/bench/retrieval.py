@@ -83,7 +83,7 @@ def main() -> int:
     record |= {
         "commit": commit(),
         "hardware": hardware(args.device, threads),
-        "versions": harness.versions("open_clip_torch"),
+        "versions": harness.versions_line("open_clip_torch"),
     }
     return harness.finish(args, [*speed_lines(record), *large_lines(record), *embedding_lines(record), *origin], record)
 
