@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from clipdist.datasets import scenes
+from clipdist.datasets.pool import in_order
 from clipdist.datasets.shard_writer import Sample, ShardFacts, sample_key, shard_name, write_shard, write_side_files
 from tools.bench.harness import say
 
@@ -22,25 +25,36 @@ LUMA_CONTRAST, CHROMA_CONTRAST = (20, 40), 12  # grey levels; the first is drawn
 FALL_OFF = 1.35  # amplitude 1 / f^this: with it the files are as large as photographs of this size
 
 
-def write_drawn_shards(
-    folder: Path, name: str, sizes: Sequence[int], draw: Callable[[np.random.Generator], tuple[Image.Image, list[str]]]
-) -> list[ShardFacts]:
-    """Write JPEGs, text and JSON into one shard per size.
+DrawImage = Callable[[np.random.Generator], tuple[Image.Image, list[str]]]
+
+
+def write_drawn_shards(folder: Path, name: str, sizes: Sequence[int], draw: DrawImage) -> list[ShardFacts]:
+    """Write JPEGs, text and JSON into one shard per size, on all cores.
 
     Args:
         folder: made where it does not exist.
         name: of the data set.
-        draw: (random numbers of one sample) to its image and captions.
+        draw: (random numbers of one sample) to its image and captions. It can be pickled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    facts, first = [], 0
-    for shard, size in enumerate(sizes):
-        samples = (_sample(sample_key(shard, row), *draw(np.random.default_rng(first + row))) for row in range(size))
-        facts.append(write_shard(folder / shard_name(shard), samples))
-        first += size
-        say(f"{first} of {sum(sizes)} pictures")
+    firsts = [end - size for end, size in zip(accumulate(sizes), sizes)]
+    facts: list[ShardFacts] = []
+    for shard in in_order(partial(_write_shard, folder, draw), [*zip(range(len(sizes)), firsts, sizes)], 0):
+        facts.append(shard)
+        say(f"{firsts[len(facts) - 1] + sizes[len(facts) - 1]} of {sum(sizes)} pictures")
     write_side_files(folder, name, facts)
     return facts
+
+
+def _write_shard(folder: Path, draw: DrawImage, task: tuple[int, int, int]) -> ShardFacts:
+    """Write one shard.
+
+    Args:
+        task: its number, the number of its first sample in the data set, how many samples it has.
+    """
+    shard, first, size = task
+    samples = (_sample(sample_key(shard, row), *draw(np.random.default_rng(first + row))) for row in range(size))
+    return write_shard(folder / shard_name(shard), samples)
 
 
 def _sample(key: str, image: Image.Image, captions: list[str]) -> Sample:
