@@ -1,4 +1,4 @@
-"""Time the losses, forward and backward, beside open_clip's.
+"""Time the losses, forward and backward, beside open_clip's, and on a GPU beside memeff's.
 
 Seconds, extra memory, gradient error against float64, and, with several ranks over gloo on this machine, bytes on the
 wire.
@@ -40,7 +40,8 @@ EXAMPLES = """  python tools/bench/loss.py --n 2048 --d 512 --repeats 5
   python tools/bench/loss.py --n 2048 --dtype bf16 --device cpu --world 1 2 4 --out runs/bench_loss
   python tools/bench/loss.py --n 32768 --dtype bf16 --op infonce --impl kernel open_clip --json"""
 OPS = ("infonce", "sigmoid")
-IMPLS = ("tiles", "kernel", "open_clip")
+OWN = ("tiles", "kernel")
+IMPLS = (*OWN, "open_clip", "memeff")
 MODEL_WORLDS = (2, 4, 8, 64, 512, 4096)
 
 
@@ -85,7 +86,7 @@ class LossRow:
 
     def fail(self, error: UserError) -> None:
         self.note, self.steps = str(error), []
-        self.fault = isinstance(error, Fault) and self.job.impl != "open_clip"
+        self.fault = isinstance(error, Fault) and self.job.impl in OWN
 
     def as_json(self) -> dict[str, Any]:
         job = self.job
@@ -131,9 +132,15 @@ def check(args: argparse.Namespace) -> None:
     if args.device == "cuda" and args.world[-1] > 1:
         raise UserError(f"--world {args.world[-1]}: more ranks than one are processes on a CPU; add --device cpu")
     fused = args.device == "cuda" and importlib.util.find_spec("triton") is not None
-    if "kernel" in (args.impl or []) and not fused:
-        raise UserError("--impl kernel: needs a CUDA device that torch sees, and Triton")
-    args.impl = list(dict.fromkeys(args.impl or [impl for impl in IMPLS if impl != "kernel" or fused]))
+    lacks = {} if fused else dict.fromkeys(("kernel", "memeff"), "needs a CUDA device that torch sees, and Triton")
+    if importlib.util.find_spec("memeff") is None:
+        lacks.setdefault("memeff", "is not installed: pip install memeff")
+    for impl in args.impl or []:
+        if impl in lacks:
+            raise UserError(f"--impl {impl}: {lacks[impl]}")
+    args.impl = list(dict.fromkeys(args.impl or [impl for impl in IMPLS if impl not in lacks]))
+    if args.impl == ["memeff"] and "infonce" not in args.op:
+        raise UserError("--impl memeff: has InfoNCE alone; add --op infonce")
 
 
 def main() -> int:
@@ -158,6 +165,7 @@ def main() -> int:
                     replace(product, impl=impl, ops=(op,), world=world, threads=threads_per_rank(world))
                     for op in args.op
                     for impl in args.impl
+                    if (op, impl) != ("sigmoid", "memeff")
                 ]
                 measured, units_s = measure(context, jobs, unit, args.repeats)
                 rows += measured
@@ -179,7 +187,7 @@ def measure(
         rows = [LossRow(job) for job in jobs]
         sides: dict[str, Callable[[], None]] = {}
         for row in rows:
-            tracebacks = row.job.impl != "open_clip"
+            tracebacks = row.job.impl in OWN
             workers = BenchProcesses(context, LossRank, row.job, world=row.job.world, tracebacks=tracebacks)
             ranks = started.enter_context(workers)
             row.prepare(ranks)
@@ -189,10 +197,11 @@ def measure(
 
 
 def report(args: argparse.Namespace, rows: list[LossRow], unit_s: float) -> list[str]:
+    packages = ["open_clip_torch", *(["triton"] if args.device == "cuda" else []), *({"memeff"} & set(args.impl))]
     lines = [
         f"# Losses, forward and backward: n={args.n}, d={args.d}, {args.dtype}, {args.device}",
         "",
-        *harness.provenance(args.device, threads_per_rank(1), "open_clip_torch"),
+        *harness.provenance(args.device, threads_per_rank(1), *packages),
         f"- median of {args.repeats} rounds, in each of which every implementation ran once; memory is the largest",
         f"- 1 unit: one {args.n} x {args.n} x {args.d} product in {args.dtype} in one process, {unit_s:.4g} s",
         "- W: processes on this machine over gloo; time and memory are those of the rank that needs most",
@@ -228,6 +237,8 @@ def notes(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
     compared = rows[0].job.error_pairs()
     if compared < args.n:
         found.append(f"gradient error: at n={compared}, against float64")
+    if "memeff" in args.impl:
+        found.append("memeff: its temperature is a constant, without a gradient; one process on one GPU only")
     if args.device == "cpu" and args.dtype != "fp32":
         found.append(
             f"a CPU without {args.dtype} arithmetic is slow at it: open_clip and the unit multiply in {args.dtype}, "
@@ -248,7 +259,7 @@ def wire_table(args: argparse.Namespace, rows: list[LossRow]) -> list[str]:
             b = args.n // world
             ours, theirs = (model(op, world, b, args.d, args.dtype) for model in (clipdist_bytes, open_clip_bytes))
             of_world = [row for row in rows if row.job.world == world and row.job.ops[0] == op]
-            own = next((row.as_json()["wire_bytes"] for row in of_world if row.job.impl != "open_clip"), None)
+            own = next((row.as_json()["wire_bytes"] for row in of_world if row.job.impl in OWN), None)
             peer = next((row.as_json()["wire_bytes"] for row in of_world if row.job.impl == "open_clip"), None)
             modelled = [f"{ours / 1e6:.3f}", f"{theirs / 1e6:.3f}", f"{ours / theirs:.3f}"]
             measured = [harness.optional(divided(x, 1e6), ".3f") for x in (own, peer)] + [

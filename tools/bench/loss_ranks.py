@@ -18,7 +18,11 @@ from clipdist.losses.wire import written_bytes
 from tools.bench.harness import timed
 from tools.bench.peak_memory import MemoryGrowth, synchronize, trim_heap
 
-OPEN_CLIP = {"infonce": "open_clip ClipLoss", "sigmoid": "open_clip SigLipLoss"}
+# Other packages' losses: implementation -> loss -> its name in the table.
+PEERS = {
+    "open_clip": {"infonce": "open_clip ClipLoss", "sigmoid": "open_clip SigLipLoss"},
+    "memeff": {"infonce": "memeff"},
+}
 COSINE = 0.3  # of a pair, about: a loss well above 0, as in training
 LOG_SCALE = {"infonce": math.log(1 / 0.07), "sigmoid": math.log(10)}  # where training starts, as the papers have it
 BIAS = -10.0
@@ -43,7 +47,7 @@ class LossJob:
 
     @property
     def label(self) -> str:
-        return OPEN_CLIP[self.ops[0]] if self.impl == "open_clip" else f"clipdist {self.impl}"
+        return PEERS[self.impl][self.ops[0]] if self.impl in PEERS else f"clipdist {self.impl}"
 
     def error_pairs(self) -> int:
         """Return the global batch at which gradients are compared."""
@@ -85,10 +89,8 @@ class LossRank:
     def prepare(self) -> tuple[float, float]:
         """Call the loss. Return the squared norms of the gradients' error and of the float64 gradients, own rows."""
         n = self.job.error_pairs()
-        self.call(self.features)
         own = self.features if n == self.job.n else self.own_features(n)
-        if own is not self.features:
-            self.call(own)
+        self.call(own)
         whole = torch.load(self.job.folder / f"{self.op}.pt", map_location=self.job.device)
         b = n // self.job.world
         off, norm = 0.0, 0.0
@@ -142,7 +144,8 @@ class MatrixProduct:
         torch.set_num_threads(job.threads)
         self.job = job
         self.images, self.texts = features(job)
-        rows = min(job.n, max(1, (1 << 26) // job.n))
+        elements = 1 << (30 if job.device == "cuda" else 26)  # few launches on a GPU
+        rows = min(job.n, max(1, elements // job.n))
         self.space = torch.empty(rows, job.n, dtype=self.images.dtype, device=job.device)
         self.rows = rows
 
@@ -165,19 +168,25 @@ class MatrixProduct:
 
 
 def features(job: LossJob) -> list[torch.Tensor]:
-    """Draw images and texts [n, d], unnormalised, the same in every process."""
-    draw = torch.Generator().manual_seed(7)
-    images = torch.randn(job.n, job.d, generator=draw)
-    texts = torch.randn(job.n, job.d, generator=draw).mul_(math.sqrt(1 - COSINE**2)).add_(images, alpha=COSINE)
+    """Draw images and texts [n, d], unnormalised, the same in every process with this device."""
+    draw = torch.Generator(job.device).manual_seed(7)
+    images = torch.randn(job.n, job.d, generator=draw, device=job.device)
+    texts = (
+        torch.randn(job.n, job.d, generator=draw, device=job.device)
+        .mul_(math.sqrt(1 - COSINE**2))
+        .add_(images, alpha=COSINE)
+    )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job.dtype]
-    return [side.to(job.device, dtype) for side in (images, texts)]
+    return [side.to(dtype) for side in (images, texts)]
 
 
 def loss_function(job: LossJob, rank: int) -> Callable[..., torch.Tensor]:
     """Return a function of (images, texts, log scale, bias) to a scalar whose mean over ranks is the global loss."""
-    if job.impl == "open_clip":
-        from tools.bench.peers.losses import open_clip_loss
+    if job.impl in PEERS:
+        from tools.bench.peers.losses import memeff_loss, open_clip_loss
 
+        if job.impl == "memeff":
+            return memeff_loss(LOG_SCALE[job.ops[0]])
         return open_clip_loss(job.ops[0], rank=rank, world=job.world)
     from clipdist.losses.infonce import info_nce
     from clipdist.losses.sigmoid import sigmoid_loss

@@ -1,12 +1,14 @@
-"""Compute open_clip's losses on the unnormalised features that clipdist's losses take.
+"""Compute other packages' losses on the unnormalised features that clipdist's losses take.
 
 open_clip's losses are those of the installed package, in its exact modes: local_loss with gather_with_grad for
-ClipLoss, the exchange between neighbours (its default) for SigLipLoss. No training of clipdist's depends on this file.
+ClipLoss, the exchange between neighbours (its default) for SigLipLoss. memeff's is a loss in Triton kernels, of one
+GPU, whose temperature is a constant. No training of clipdist's depends on this file.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +57,16 @@ def open_clip_loss(op: str, *, rank: int, world: int) -> Callable[..., torch.Ten
             return loss(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), *scales)
 
     return call
+
+
+def memeff_loss(log_scale: float) -> Callable[..., torch.Tensor]:
+    """Return memeff's InfoNCE: a function as open_clip_loss returns, which gives log scale and bias no gradient.
+
+    Args:
+        log_scale: the temperature is exp(-log_scale), whatever the function is called with.
+    """
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True, its default, multiplies the gradients by another factor.
+    loss = MemoryEfficientCLIPLoss(temperature=math.exp(-log_scale), stable=False)
+    return lambda images, texts, *_: loss(images, texts)
