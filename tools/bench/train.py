@@ -1,4 +1,4 @@
-"""Compare clipdist's training with open_clip_train's (open_clip_torch 3.3.0): samples/s, peak memory and losses.
+"""Compare clipdist's training with open_clip_train's (open_clip_torch 3.3.0): samples/s, MFU, peak memory and losses.
 
 Both train the same model from the same weights on the same shards, with the same global batch, precision, optimiser and
 number of processes, one after the other in turn. Two questions, answered separately:
@@ -18,7 +18,7 @@ if __name__ == "__main__":  # its own folder has files that others are named lik
 import argparse
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import count
 from typing import Any
@@ -28,6 +28,7 @@ from clipdist.config.batches import check_ranks
 from clipdist.errors import run_main
 from clipdist.storage import json_lines
 from tools.bench import harness
+from tools.bench.mfu import flops_per_pair, peak_flops, utilisation
 from tools.bench.peak_memory import ProportionalSetSize
 from tools.bench.peers.trainer import TrainingJob, check_comparable, flags, make_start, rank_report
 from tools.bench.processes import repository_environment, run_ranks, threads_per_rank
@@ -43,8 +44,16 @@ EXAMPLES = """  python tools/bench/train.py
   python tools/bench/train.py --loss-steps 0 model.name=ViT-B-32 train.precision=bf16   # any settings of a recipe
 
 open_clip_train runs in its exact mode (--local-loss --gather-with-grad), once per round for every count of --workers;
-the best count is what clipdist is compared with. Memory is watched in a run of its own, so that watching slows none
-that is timed. The pictures are drawn."""
+the best count is what clipdist is compared with. On a CPU memory is watched in a run of its own, so that watching slows
+none that is timed. The pictures are drawn. MFU is told for GPUs of known peak, in bf16 and fp16."""
+
+
+@dataclass(frozen=True)
+class TimedRun:
+    """Samples/s of a run, and on a GPU the peak bytes that rank 0's torch allocated there."""
+
+    rate: float
+    peak_bytes: int | None
 
 
 @dataclass
@@ -54,6 +63,8 @@ class TrainingResults:
     rates: dict[str, list[float]] = field(default_factory=dict)  # side -> samples/s by round
     peak_bytes: dict[str, int] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    flops: float | None = None  # of one pair
+    peak_flops: float | None = None  # FLOP/s of all devices
 
     def rate(self, side: str) -> float:
         return statistics.median(self.rates[side])
@@ -61,6 +72,9 @@ class TrainingResults:
     def best_peer(self) -> str:
         """open_clip_train at the count of workers that suits it best."""
         return max((side for side in self.rates if side != "clipdist"), key=self.rate)
+
+    def mfu(self, side: str) -> float | None:
+        return utilisation(self.rate(side), self.flops, self.peak_flops)
 
     def loss_difference(self) -> float:
         return max(abs(a - b) for a, b in zip(self.losses["clipdist"], self.losses["open_clip"], strict=True))
@@ -89,7 +103,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="open_clip_train's, per rank (1 2)"
     )
-    parser.add_argument("--no-memory", action="store_true", help="leave out the two runs that watch memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the two runs that watch memory on a CPU")
+    parser.add_argument("--compile", action="store_true", help="both models go through torch.compile")
     return parser.parse()
 
 
@@ -128,6 +143,8 @@ def make_job(args: argparse.Namespace, config: Config, folder: Path) -> Training
         "train.save_every": NEVER,
         "eval.every": NEVER,
     }
+    if args.compile and has_compile(config):
+        common["engine.compile"] = "true"
     words = ["--config", args.config, *args.overrides, *(f"{name}={value}" for name, value in common.items())]
     return TrainingJob(
         config,
@@ -141,7 +158,13 @@ def make_job(args: argparse.Namespace, config: Config, folder: Path) -> Training
         warmup=args.warmup,
         device=device,
         precision=precision,
+        compiled=args.compile,
     )
+
+
+def has_compile(config: Config) -> bool:
+    """Return whether this version of clipdist can compile its model."""
+    return any(setting.name == "compile" for setting in fields(config.engine))
 
 
 def measure(job: TrainingJob, args: argparse.Namespace) -> TrainingResults:
@@ -150,14 +173,17 @@ def measure(job: TrainingJob, args: argparse.Namespace) -> TrainingResults:
     number = count(1)
     workers_of: dict[str, int | None] = {side_name(workers): workers for workers in [None, *args.workers]}
 
-    def run(side: str) -> float:
-        rate = run_timed(job, f"{side.replace(' ', '-')}-{next(number)}", workers_of[side])
-        harness.say(f"{side:<24}{rate:9.1f} samples/s")
-        return rate
+    def run(side: str) -> TimedRun:
+        timed = run_timed(job, f"{side.replace(' ', '-')}-{next(number)}", workers_of[side])
+        harness.say(f"{side:<24}{timed.rate:9.1f} samples/s")
+        return timed
 
     if args.rounds:
-        results.rates = harness.take_turns({side: partial(run, side) for side in workers_of}, args.rounds)
-    if args.rounds and not args.no_memory:
+        runs = harness.take_turns({side: partial(run, side) for side in workers_of}, args.rounds)
+        results.rates = {side: [run.rate for run in of_side] for side, of_side in runs.items()}
+        if job.device == "cuda":
+            add_gpu_figures(job, runs, results)
+    if args.rounds and job.device == "cpu" and not args.no_memory:
         for side, workers in (("clipdist", None), ("open_clip", workers_of[results.best_peer()])):
             results.peak_bytes[side] = run_watched(job, f"{side}-memory", workers)
             harness.say(f"memory   {side:<24}{results.peak_bytes[side] / 1e6:9.0f} MB")
@@ -166,12 +192,24 @@ def measure(job: TrainingJob, args: argparse.Namespace) -> TrainingResults:
     return results
 
 
+def add_gpu_figures(job: TrainingJob, runs: dict[str, list[TimedRun]], results: TrainingResults) -> None:
+    """Add peak memory, and in half precision what the MFU is computed from."""
+    import torch
+
+    for name, side in (("clipdist", "clipdist"), ("open_clip", results.best_peer())):
+        results.peak_bytes[name] = max(run.peak_bytes or 0 for run in runs[side])
+    if job.precision != "fp32":
+        peak = peak_flops(torch.cuda.get_device_name())
+        results.peak_flops = peak and peak * job.ranks
+        results.flops = flops_per_pair(job.config)
+
+
 def side_name(workers: int | None) -> str:
     return "clipdist" if workers is None else f"open_clip {workers} workers"
 
 
-def run_timed(job: TrainingJob, name: str, workers: int | None) -> float:
-    """Return samples/s over the steps after the warm-up. workers None: clipdist's run; else open_clip_train's."""
+def run_timed(job: TrainingJob, name: str, workers: int | None) -> TimedRun:
+    """Measure samples/s over the steps after the warm-up. workers None: clipdist's run; else open_clip_train's."""
     run_side(job, name, workers, job.warmup + job.steps, min(job.config.train.log_every, job.steps))
     if workers is None:
         times = [(record["samples"], record["time"]) for record in our_records(job, name)]
@@ -179,21 +217,26 @@ def run_timed(job: TrainingJob, name: str, workers: int | None) -> float:
         times = [(int(samples), seconds) for samples, seconds in their_reports(job, name)[0]["times"]]
     steady = [(samples, seconds) for samples, seconds in times if samples >= job.warmup * job.batch]
     (first, began), (last, ended) = steady[0], steady[-1]
-    return (last - first) / (ended - began)
+    return TimedRun((last - first) / (ended - began), gpu_peak(job, name, workers))
 
 
-def run_watched(job: TrainingJob, name: str, workers: int | None) -> int:
-    """Return the peak bytes of a short run, the last step's checkpoint included.
-
-    On a GPU, what rank 0's torch allocated there; on a CPU, the proportional set sizes of all processes, workers too.
-    """
-    with ProportionalSetSize() as watch:
-        run_side(job, name, workers, MEMORY_STEPS, 1, watch)
+def gpu_peak(job: TrainingJob, name: str, workers: int | None) -> int | None:
+    """Return the peak bytes that rank 0's torch allocated on its GPU in a run that has ended."""
     if job.device == "cpu":
-        return watch.peak_bytes
+        return None
     if workers is None:
         return int(our_records(job, name)[-1]["memory_gb"] * 1e9)
     return int(their_reports(job, name)[0]["peak_bytes"])
+
+
+def run_watched(job: TrainingJob, name: str, workers: int | None) -> int:
+    """Return the peak bytes of a short run on a CPU, the last step's checkpoint included.
+
+    Those are the proportional set sizes of all processes, workers too.
+    """
+    with ProportionalSetSize() as watch:
+        run_side(job, name, workers, MEMORY_STEPS, 1, watch)
+    return watch.peak_bytes
 
 
 def run_side(
@@ -304,6 +347,9 @@ def summary(results: TrainingResults) -> dict[str, float | int | None]:
         "ours": ours,
         "open_clip": theirs,
         "ratio": ours / theirs if ours and theirs else None,
+        "ours_mfu": results.mfu("clipdist") if timed else None,
+        "open_clip_mfu": results.mfu(results.best_peer()) if timed else None,
+        "flops_per_pair": results.flops,
         "loss_max_diff": results.loss_difference() if results.losses else None,
         "ours_peak_bytes": results.peak_bytes.get("clipdist"),
         "open_clip_peak_bytes": results.peak_bytes.get("open_clip"),
@@ -325,6 +371,14 @@ def report(job: TrainingJob, results: TrainingResults) -> list[str]:
         " --local-loss --gather-with-grad there",
         f"- data: {job.images} pictures in {len(job.shards)} shards",
     ]
+    if job.compiled:
+        sides = "both sides" if has_compile(job.config) else "open_clip_train alone; clipdist has no engine.compile yet"
+        lines.append(f"- torch.compile: {sides}")
+    if results.flops and results.peak_flops:
+        lines.append(
+            f"- MFU: {results.flops / 1e9:.1f} GFLOP per pair, forward and backward, by torch's FlopCounterMode; peak"
+            f" {results.peak_flops / 1e12:.0f} TFLOPS, dense bf16, by the data sheet"
+        )
     return lines
 
 
@@ -333,10 +387,10 @@ def rate_table(results: TrainingResults, told: dict[str, float | int | None]) ->
     rows = []
     for side, rates in results.rates.items():
         peak = results.peak_bytes.get({"clipdist": "clipdist", best: "open_clip"}.get(side, ""))
-        rows.append(
-            [side, f"{results.rate(side):.1f}", harness.by_round(rates, ".1f"), f"{peak / 1e6:.0f} MB" if peak else ""]
-        )
-    table = harness.markdown_table(["", "samples/s, median", "rounds", "peak memory"], rows)
+        mfu = results.mfu(side)
+        cells = [side, f"{results.rate(side):.1f}", harness.by_round(rates, ".1f")]
+        rows.append([*cells, harness.percent(mfu) if mfu else "-", f"{peak / 1e6:.0f} MB" if peak else ""])
+    table = harness.markdown_table(["", "samples/s, median", "rounds", "MFU", "peak memory"], rows)
     return [*table, "", f"clipdist / {best}: {told['ratio']:.3f}", ""]
 
 

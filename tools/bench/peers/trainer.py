@@ -76,6 +76,7 @@ class TrainingJob:
     warmup: int  # steps before
     device: str  # cpu or cuda
     precision: str  # fp32, bf16 or fp16
+    compiled: bool = False  # open_clip_train's model goes through torch.compile
 
     @property
     def batch(self) -> int:
@@ -159,6 +160,8 @@ def flags(
     words += ["--local-loss", "--gather-with-grad"]
     if config.engine.activation_checkpointing:
         words.append("--grad-checkpointing")
+    if job.compiled:
+        words.append("--torchcompile")
     return words
 
 
