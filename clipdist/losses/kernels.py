@@ -246,11 +246,18 @@ def _blocks(x: torch.Tensor, columns: int) -> _Blocks:
     """
     if not x.is_cuda:
         return _Blocks(32, 32, 64, warps=4, stages=1)
-    if x.dtype == torch.float32:  # no tensor cores
+    shared_bytes = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return _gpu_blocks(x.dtype, x.shape[1], columns, shared_bytes)
+
+
+def _gpu_blocks(dtype: torch.dtype, width: int, columns: int, shared_bytes: int) -> _Blocks:
+    """Return the block sizes for features [., width] on a GPU with so much shared memory for a block."""
+    if dtype == torch.float32:  # no tensor cores
         return _Blocks(64, 64, 32, warps=4, stages=2)
     # 3 stages of (128 + 256) x 64 halves are 144 KiB, which fits since Hopper; 4 of (128 + 128) x 32 fit everywhere.
-    if torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= 200 << 10:
-        return _Blocks(128, columns, 64, warps=8, stages=3)
+    if shared_bytes >= 200 << 10:
+        # Masked loads need registers: with 256 columns 464 bytes a thread would spill.
+        return _Blocks(128, 128 if width % 64 else columns, 64, warps=8, stages=3)
     return _Blocks(128, 128, 32, warps=8, stages=4)
 
 
@@ -284,6 +291,7 @@ def _launch(kernel: Any, part: _Operands, *arguments: Any) -> None:
             whole=width % blocks.depth == 0,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            enable_fp_fusion=True,  # the default that Triton 3.10 changes; 3.9 warns of it
         )
 
 

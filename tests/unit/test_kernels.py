@@ -1,6 +1,7 @@
 """The fused kernels against the tiles of plain torch: under Triton's interpreter, and on a GPU where there is one.
 
-Triton decides at import whether it interprets, so that one child process, this very file, computes all cases.
+Triton decides at import whether it interprets, so that one child process, this very file, computes all cases. It
+compiles for GPUs that are not there, too: what the code needs of them is known without one.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -167,6 +171,58 @@ def trial(dtype: torch.dtype, width: int) -> list[bool]:
 @pytest.mark.parametrize(("trial", "whole"), TRIALS.items())
 def test_the_trial_runs_the_kernels_that_the_model_will_run(interpreted, trial, whole):
     assert interpreted[f"trial {trial}"] == [True, whole]
+
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have: A100; H100 and H200
+REGISTERS = 1 << 16  # of a multiprocessor
+SPILLED_BYTES = 16  # a thread, of a few values that are kept over the loop
+
+
+@pytest.mark.parametrize("width", [256, 512, 768, 1000, 1024, 2048, 4096])
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize("name", ["_sums_kernel", "_softmax_kernel", "_sigmoid_kernel"])
+def test_kernels_compiled_for_a_gpu_fit_it(name, arch, dtype, width):
+    pytest.importorskip("triton")
+    from clipdist.losses import kernels
+
+    columns = 256 if name == "_sums_kernel" else 128
+    blocks = kernels._gpu_blocks(DTYPES[dtype], width, columns, SHARED_BYTES[arch])
+    shared, registers, stack = resources(name, arch, dtype, blocks, width % blocks.depth == 0, width % 16 == 0)
+    assert shared <= SHARED_BYTES[arch]
+    assert registers * 32 * blocks.warps <= REGISTERS
+    assert stack <= SPILLED_BYTES
+
+
+@cache
+def resources(name: str, arch: int, dtype: str, blocks: Any, whole: bool, aligned: bool) -> tuple[int, int, int]:
+    """Compile a kernel as its launch does. Return bytes of shared memory, registers and bytes of stack of a thread.
+
+    The width is no constant of the code: those that are a multiple of a block's depth share it.
+    """
+    from triton import compile as compile_kernel
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from clipdist.losses import kernels
+
+    kernel = getattr(kernels, name)
+    constants = {"block_rows": blocks.rows, "block_columns": blocks.columns, "depth": blocks.depth, "whole": whole}
+    kinds = dict.fromkeys(("height", "count", "width", "offset", "stride"), "i32")
+    kinds |= dict.fromkeys(("bias", "shift", "scale"), "fp32") | dict.fromkeys(("x", "y", "weights"), f"*{dtype}")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {argument: kinds.get(argument, "*fp32") for argument in kernel.arg_names}
+    even = [a for a, kind in signature.items() if kind[0] == "*" or a == "stride" or (a == "width" and aligned)]
+    hints = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in even}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=hints)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    compiled = compile_kernel(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        words = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", said)[-1]) for what in ("REG", "STACK"))
+    return compiled.metadata.shared, registers, stack
 
 
 @pytest.mark.gpu
