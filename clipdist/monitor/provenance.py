@@ -16,14 +16,18 @@ from clipdist.config import REPOSITORY, SNAPSHOT
 
 
 def commit() -> str | None:
-    """Return the commit of the running code, with "-dirty" where files differ from it; None outside a repository."""
+    """Return the commit of the running code, with "-dirty" where files differ from it; None where it is not known.
+
+    In a copy of the folder without its repository, CLIPDIST_COMMIT in the environment says which commit it is of.
+    """
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads((REPOSITORY / SNAPSHOT).read_text())["commit"]
     words = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+        found = subprocess.run(words, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
-        return None
+        found = ""
+    return found or os.environ.get("CLIPDIST_COMMIT") or None
 
 
 def versions(*packages: str) -> dict[str, str]:

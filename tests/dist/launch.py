@@ -21,7 +21,8 @@ ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVI
 @functools.cache
 def warm() -> subprocess.Popen[str]:
     """One warm.py for all tests of this process: the imports of a rank take ten seconds, its fork one."""
-    env = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join(map(str, HERE.parents[:2]))}
+    paths = [*map(str, HERE.parents[:2]), os.environ.get("PYTHONPATH")]
+    env = os.environ | ALONE | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     process = subprocess.Popen(
         [sys.executable, str(HERE / "warm.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True
     )

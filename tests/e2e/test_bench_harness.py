@@ -10,6 +10,7 @@ import time
 import pytest
 
 from clipdist.errors import Fault, UserError
+from clipdist.monitor import provenance
 from tools.bench import harness
 from tools.bench.processes import BenchProcesses, repository_environment, run_ranks
 
@@ -58,6 +59,14 @@ def test_tables_are_markdown_with_aligned_columns():
         "| clipdist |     1.5 |",
         "| other    |   12.25 |",
     ]
+
+
+def test_a_copy_without_repository_or_installed_package_can_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("CLIPDIST_COMMIT", "1234abc")
+    lines = harness.provenance("cpu", 1, "a-package-that-is-not-there")
+    assert "- commit: 1234abc" in lines
+    assert any("a-package-that-is-not-there not installed" in line for line in lines)
 
 
 def test_workers_answer_by_rank():

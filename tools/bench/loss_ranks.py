@@ -154,6 +154,9 @@ class MatrixProduct:
         images, texts = (side.double() for side in features(replace(self.job, n=n)))
         for op in self.job.ops:
             torch.save(exact_gradients(op, images, texts), self.job.folder / f"{op}.pt")
+        del images, texts
+        if self.job.device == "cuda":
+            torch.cuda.empty_cache()  # others need what the float64 gradients took
         self.step()
 
     def step(self) -> LossStep:
