@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from clipdist.config import load_config
 from clipdist.errors import UserError
+from tools.bench import train
 from tools.bench.harness import ROOT
 from tools.bench.mfu import flops_per_pair, peak_flops, utilisation
 from tools.bench.peak_memory import ProportionalSetSize
@@ -42,6 +44,22 @@ def test_the_peak_is_that_of_the_device_or_not_known(name, tflops):
     assert peak_flops(name) == (tflops and tflops * 1e12)
     share = utilisation(1000, 1e11, peak_flops(name))
     assert share is None if tflops is None else share == pytest.approx(100 / tflops)
+
+
+def test_on_a_gpu_memory_and_mfu_are_those_of_the_timed_runs(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    config = load_config(ROOT / "configs/tiny.yaml", ["data.train=none", "data.val=[]"])
+    runs = {"clipdist": [train.TimedRun(2e6, 5 << 30), train.TimedRun(4e6, 6 << 30)]}
+    runs["open_clip 1 workers"] = [train.TimedRun(1e6, 7 << 30)] * 2
+    results = train.TrainingResults({side: [run.rate for run in of_side] for side, of_side in runs.items()})
+    job = SimpleNamespace(config=config, precision="bf16", ranks=2)
+    train.add_gpu_figures(job, runs, results)
+    assert results.peak_bytes == {"clipdist": 6 << 30, "open_clip": 7 << 30}
+    told = train.summary(results)
+    assert told["ours_mfu"] == pytest.approx(3e6 * flops_per_pair(config) / 624e12)
+    assert told["open_clip_mfu"] == pytest.approx(told["ours_mfu"] / 3)
+    cells = [[cell.strip() for cell in line.split("|")] for line in train.rate_table(results, told)]
+    assert cells[2][4:6] == [f"{100 * told['ours_mfu']:.1f} %", "6442 MB"]
 
 
 def test_memory_counts_what_a_process_and_its_children_hold():
