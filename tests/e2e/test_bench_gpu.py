@@ -124,6 +124,9 @@ def test_a_part_that_fails_or_takes_too_long_is_a_line(tmp_path, monkeypatch):
     failed = gpu.run_part(Part("bad", 1, [["-c", refused], ["-c", "1/0"]]), 60, tmp_path, "cpu")
     assert failed.line == "FAILED (exit code 2): error: no such thing"
     assert failed.table is None
+    faulty = 'import sys; print(\'{"notes": ["W=1 infonce, clipdist kernel: out of memory"]}\'); sys.exit(1)'
+    failed = gpu.run_part(Part("losses", 1, [["-c", faulty]]), 60, tmp_path, "cpu")
+    assert failed.line == "FAILED: W=1 infonce, clipdist kernel: out of memory"
     assert gpu.run_part(Part("late", 1, []), 0.0, tmp_path, "cpu").line == "not run: no time is left"
 
 

@@ -109,6 +109,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the part in progress, too
     head = ["# A day on one GPU" if device == "cuda" else "# A rehearsal on a CPU", ""]
     head += harness.provenance(device, threads_per_rank(1), "triton", "transformers", "deepspeed", "numpy")
+    summary = args.out / f"summary_{stem}_{time.strftime('%H%M%S')}.md"  # a later call adds another one
     outcomes: list[Outcome] = []
     ends = time.monotonic() + 60 * args.minutes
     for number, part in enumerate(parts):
@@ -116,7 +117,7 @@ def main() -> int:
         share = part.weight / max(1.0, sum(later.weight for later in parts[number:]))
         limit_s = left_s * min(1.0, 2 * share)  # what is measured first is worth more than what comes last
         outcomes.append(run_part(part, limit_s, args.out, stem))
-        harness.write_lines(args.out / f"summary_{stem}.md", [*head, "", *summary_table(outcomes, args.out)])
+        harness.write_lines(summary, [*head, "", *summary_table(outcomes, args.out)])
     print("\n".join([*head, "", *summary_table(outcomes, args.out)]))
     if args.json:
         print(json.dumps({outcome.part.name: {"line": outcome.line, **outcome.record} for outcome in outcomes}))
@@ -225,7 +226,7 @@ def run_part(part: Part, limit_s: float, out: Path, stem: str) -> Outcome:
         outcome.line = "not run: no time is left"
     else:
         harness.say(f"{part.name}: up to {limit_s:.0f} s; {log}")
-        began = time.monotonic()
+        began, before = time.monotonic(), written_at(table)
         with harness.workspace() as scratch:
             places = {"OUT": str(table), "TMP": str(scratch), "MINUTES": f"{max(1.0, limit_s - RESERVE_S) / 60:.2f}"}
             outcome.line = run_commands(part, began + limit_s, log, places)
@@ -233,12 +234,20 @@ def run_part(part: Part, limit_s: float, out: Path, stem: str) -> Outcome:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if part.name == "tests":
             harness.write_lines(table, test_report(part, said, stem))
-            outcome.line = f"{outcome.line}: {said[-1].strip('= ') if said else 'no output'}"
+            outcome.line += f": {said[-1].strip('= ')}" if outcome.line == "done" and said else ""
         elif said and said[-1].startswith("{"):
             outcome.record = json.loads(said[-1])
-        outcome.table = table if table.exists() else None
+        if outcome.line.startswith("FAILED") and outcome.record.get("notes"):  # a loss of ours; its table has the rest
+            outcome.line = f"FAILED: {'; '.join(outcome.record['notes'])}"
+        outcome.table = table if written_at(table) != before else None
     harness.say(f"{part.name}: {outcome.line} ({outcome.took_s:.0f} s)")
     return outcome
+
+
+def written_at(table: Path) -> int:
+    """Return when a table was written, ns; 0 where there is none. Of the losses it is a file in a folder."""
+    file = table / "table.md" if table.is_dir() else table
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def run_commands(part: Part, deadline: float, log: Path, places: dict[str, str]) -> str:
