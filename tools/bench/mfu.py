@@ -32,11 +32,12 @@ def peak_flops(device_name: str) -> float | None:
     return None if "MIG" in words else next((tflops * 1e12 for tflops in found), None)
 
 
-def flops_per_pair(config: Config) -> float:
+def flops_per_pair(config: Config) -> float | None:
     """Count the FLOPs of one pair's forward and backward pass: matrix products, attention and convolutions.
 
     A multiplication with its addition are two. torch's FlopCounterMode counts them on the meta device; the loss, less
-    than a thousandth of it at batches of some hundred pairs, is left out.
+    than a thousandth of it at batches of some hundred pairs, is left out. None: a tower reads values of its tensors,
+    which have none there.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -48,9 +49,12 @@ def flops_per_pair(config: Config) -> float:
     pairs = 2  # BatchNorm takes no single one
     image = torch.zeros(pairs, 3, spec.image_size, spec.image_size, dtype=torch.uint8, device="meta")
     tokens = torch.zeros(pairs, 1, spec.context_length, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        outputs = [x for x in model(image=image, tokens=tokens).values() if x.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    try:
+        with FlopCounterMode(display=False) as counter:
+            outputs = [x for x in model(image=image, tokens=tokens).values() if x.requires_grad]
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    except RuntimeError:
+        return None
     return counter.get_total_flops() / pairs
 
 
