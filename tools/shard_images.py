@@ -24,7 +24,7 @@ A sample has a caption for each template, and its class in the .json. docs/data.
 TEMPLATE = "a photo of a {}."
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = front.make_parser(__doc__, EXAMPLE)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="FOLDER/CLASS/*, or FOLDER/train and FOLDER/test")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the shards")
@@ -36,11 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     shrink = "shrink to this shorter side; default: bytes untouched"
     front.add_number(parser, "--shrink", 0, shrink, "PIXELS", 0, 65_500)
     front.add_processes(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     splits = class_folders(arguments.folder)
     first = next(iter(splits))  # what is trained on, where there are two
     for name, images in splits[first].items():

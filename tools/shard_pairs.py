@@ -30,7 +30,7 @@ A run that was cut off is finished by the same command. docs/data.md says more."
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = front.make_parser(__doc__, EXAMPLE)
     what = ".csv, .tsv, .parquet (a folder or pattern too), .jsonl, COCO's .json, or a folder of pairs"
     parser.add_argument("source", type=Path, metavar="SOURCE", help=what)
@@ -48,14 +48,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-quotes", action="store_true", help="quotation marks of a CSV or TSV are plain characters")
     parser.add_argument("--tokens", metavar="MODEL", help="store token ids for this model (open_clip name or JSON) too")
     front.add_processes(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.shrink and arguments.no_verify:
         parser.error("--shrink decodes every picture: it does not go with --no-verify")
     return arguments
 
 
-def main() -> int:
-    arguments, began = parse_arguments(), time.perf_counter()
+def main(argv: list[str] | None = None) -> int:
+    arguments, began = parse_arguments(argv), time.perf_counter()
     pairs = open_list(
         arguments.source,
         arguments.image_column,

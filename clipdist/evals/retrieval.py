@@ -167,6 +167,26 @@ def bootstrap_intervals(
     return intervals
 
 
+def paired_intervals(
+    before: Ranks, after: Ranks, resamples: int = 1000, seed: int = 0, level: float = 95.0
+) -> dict[str, tuple[float, float]]:
+    """Return percentile bootstrap intervals of the differences of two models' metrics, after - before, by name.
+
+    Both must have ranked the same captions and images: each resample draws the same images for both.
+
+    Raises:
+        ValueError: they have not.
+    """
+    same = before.text_image.equal(after.text_image) and before.captioned.equal(after.captioned)
+    if not same:
+        raise ValueError("ranks of other captions or images")
+    one, other = (_resampled(ranks, resamples, np.random.default_rng(seed)) for ranks in (before, after))
+    ends = ((100 - level) / 2, (100 + level) / 2)
+    return {
+        name: (float(low), float(high)) for name in one for low, high in [np.percentile(other[name] - one[name], ends)]
+    }
+
+
 def _best_own(own: Tensor, text_image: Tensor, images: int) -> Tensor:
     """Return the scores of every image's TOP best own captions, best first: fp32 [K, n], +inf where it has fewer.
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
 from clipdist.models.hugging_face import is_hugging_face, read_config
 from clipdist.models.lora import Base, merge_adapters
+from clipdist.models.open_clip_files import model_config
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.weights import weights_checksum
 
@@ -179,6 +180,41 @@ def _name_and_weights(source: str) -> tuple[str, str]:
     """Split NAME:WEIGHTS; a folder has no weights beside it."""
     name, _, weights = (source, "", "") if Path(source).is_dir() else source.partition(":")
     return name, weights
+
+
+def starting_point(source: str, trust_weights: bool = False) -> tuple[config.Model, Literal["infonce", "sigmoid"]]:
+    """Return the name and weights with which training starts from a model, and the loss that this was trained with.
+
+    Args:
+        source: a run or checkpoint, the folder of a Hugging Face CLIPModel or SiglipModel, or NAME:WEIGHTS: an
+            open_clip name or model JSON with a tag or a file.
+
+    Raises:
+        UserError: a run without a checkpoint, or with adapters alone; no weights; an unknown name, tag or file.
+    """
+    folder = Path(source)
+    if folder.is_dir() and is_hugging_face(folder):
+        cfg = config.Model(name=source, weights=source)
+        sigmoid = read_config(folder)["model_type"] == "siglip"
+    elif folder.is_dir():
+        checkpoint = checkpoint_of(folder)
+        manifest = read_manifest(checkpoint)
+        if "base" in manifest.state:
+            raise UserError(
+                f"{source}: has adapters alone; merge them into a file, python tools/export.py {source} --out"
+                " FILE.safetensors, and start from NAME:FILE.safetensors"
+            )
+        cfg = config.Model(name=manifest.config["model"]["name"], weights=source)
+        sigmoid = (manifest.config.get("objectives", {}).get("clip") or {}).get("loss") == "sigmoid"
+    else:
+        name, weights = _name_and_weights(source)
+        if not weights:
+            known = "no such run, checkpoint or Hugging Face folder" if "/" in source else "a model without weights"
+            raise UserError(f"{source}: {known}; write NAME:WEIGHTS, such as ViT-B-32:openai, or name a folder")
+        cfg = config.Model(name=name, weights=weights, trust_weights=trust_weights)
+        sigmoid = "init_logit_bias" in (model_config(name) or {})
+    resolve_spec(cfg)
+    return cfg, "sigmoid" if sigmoid else "infonce"
 
 
 def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "", ema: bool = False) -> LoadedModel:
