@@ -25,10 +25,11 @@ from typing import Any
 
 from clipdist.checkpoint.format import newest_checkpoint
 from clipdist.config import Config, load_config, to_yaml
+from clipdist.data.catalog import Catalog
 from clipdist.errors import Fault, UserError, run_main
 from clipdist.storage import write_text
 from tools.bench import harness
-from tools.bench.processes import repository_environment
+from tools.bench.processes import repository_environment, threads_per_rank
 
 EXAMPLES = """  python tools/bench/finetune.py data/flickr8k --keep cifar-10-batches-py --out finetune.md
   python tools/bench/finetune.py data/flickr8k --keep cifar-10-batches-py --ways lp-ft wise-ft --samples 6000
@@ -89,8 +90,8 @@ def main() -> int:
     args = parse_args()
     check(args)
     args.work.mkdir(parents=True, exist_ok=True)
-    if not args.model:
-        args.model = prepare_model(args)
+    args.given = args.model
+    args.model = args.model or prepare_model(args)
     configs = {name: load_config(None, settings(args, name)) for name in args.ways if name != WISE}
     costs = {name: train(args, name, config) for name, config in configs.items()}
     if WISE in args.ways:
@@ -104,10 +105,13 @@ def parse_args() -> argparse.Namespace:
     parser = harness.BenchmarkParser(__doc__, EXAMPLES)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="a folder with train/ and val/, as flickr8k's")
     what = "labelled images: CIFAR's archive, DIR/{train,test}/CLASS/*, or shards"
+    parser.add_argument("--train", metavar="SHARDS", help="captioned shards to train on (SHARDS/train)")
+    parser.add_argument("--target", type=Path, metavar="SHARDS", help="captioned shards to measure on (SHARDS/val)")
     parser.add_argument("--keep", required=True, type=Path, metavar="PATH", help=what)
     parser.add_argument("--templates", default="cifar10", metavar="NAME", help="prompts for --keep (cifar10)")
     parser.add_argument("--model", default="", metavar="FILE.json", help="default: tools/prepare_pretrained.py's")
     parser.number("--image-size", 128, "S", "of that model, pixels", 32)
+    parser.number("--tokens", 24, "L", "of a caption, the rest is cut; Flickr8k's have 14 on average", 4)
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=f"({' '.join(WAYS)})"
     )
@@ -123,20 +127,20 @@ def check(args: argparse.Namespace) -> None:
     """Add the ways that others start from, and raise UserError for data that is not there."""
     needed = {need for name in args.ways for need in NEEDS.get(name, [])}
     args.ways = [name for name in WAYS if name in {*args.ways, *needed}]
-    for folder in (args.shards / "train", args.shards / "val"):
-        if not any(folder.glob("*.tar")):
-            raise UserError(
-                f"{folder}: no shards; make them: python tools/shard_flickr8k.py SOURCE --out {args.shards}"
-            )
     from clipdist.evals.suite import open_set
 
+    args.target = args.target or args.shards / "val"
+    args.train = args.train or str(args.shards / "train")
+    args.images = len(Catalog.open([args.train], "--train"))
+    open_set("--target", "retrieval", str(args.target))
     open_set("--keep", "probe", str(args.keep))
 
 
 def prepare_model(args: argparse.Namespace) -> str:
     folder = args.work / "pretrained"
     if not (folder / "model.json").is_file():
-        command(["tools/prepare_pretrained.py", "--out", str(folder), "--image-size", str(args.image_size)])
+        sizes = ["--image-size", str(args.image_size), "--context-length", str(args.tokens)]
+        command(["tools/prepare_pretrained.py", "--out", str(folder), *sizes])
     return str(folder / "model.json")
 
 
@@ -147,7 +151,7 @@ def settings(args: argparse.Namespace, name: str) -> list[str]:
         "device=cpu",
         f"run.root={args.work}",
         f"run.name={name}",
-        f"data.train=[{args.shards / 'train'}]",
+        f"data.train={json.dumps([args.train])}",
         "data.val=[]",
         f"data.cache={args.work / 'cache'}",
         f"data.seed={args.seed}",
@@ -174,7 +178,7 @@ def train(args: argparse.Namespace, name: str, config: Config) -> Cost:
 
 def interpolate(args: argparse.Namespace) -> Cost:
     ends = [str(args.work / name) for name in NEEDS[WISE]]
-    sets = ["--target", str(args.shards / "val"), "--keep", str(args.keep), "--templates", args.templates]
+    sets = ["--target", str(args.target), "--keep", str(args.keep), "--templates", args.templates]
     out = ["--out", str(args.work / WISE)]
     return measured(args, WISE, ["tools/interpolate.py", *ends, "--alpha", args.alpha, *sets, *out])
 
@@ -216,7 +220,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, float]]:
     """Measure all runs on the three sets, in one process; figures of earlier calls are taken from the runs."""
     suite, answer = args.work / "suite.yaml", args.work / "suite.json"
     sets = {
-        "target": {"data": str((args.shards / "val").absolute()), "task": "retrieval"},
+        "target": {"data": str(args.target.absolute()), "task": "retrieval"},
         "zero_shot": {"data": str(args.keep.absolute()), "task": "zero_shot", "templates": args.templates},
         "probe": {"data": str(args.keep.absolute()), "task": "probe"},
     }
@@ -253,8 +257,47 @@ def trained_parameters(config: Config) -> int:
 
 
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[str]:
-    """Return the report as Markdown."""
-    return ["not written yet", json.dumps(rows)]
+    """Return the report as Markdown: what it was measured with, and the table."""
+    candidates, chance = rows[0]["candidates"], rows[0]["chance"]
+    header = ["way", "trained, M", *(f"{way} R@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10))]
+    header += ["zero-shot", "probe", "CPU, s", "time, s", "peak, GB"]
+    body = []
+    for row in rows:
+        figures = [f"{row[name]:.1f}" for name in (*RECALLS, "zero_shot", "probe")]
+        cost = [f"{row['cpu_s']:.0f}", f"{row['wall_s']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+        trained = f"{row['trained'] / 1e6:.2f}" if row["trained"] else "-"
+        body.append([WAYS[row["way"]].title, trained, *figures, *cost])
+    return [
+        "# Ways to fine-tune two pre-trained towers",
+        "",
+        f"R@K of {candidates:g} held-out images (chance, t2i R@1: {100 / candidates:.1f}), and what is kept on"
+        f" {args.keep.name}: accuracy of",
+        f"the zero-shot classifier (chance {chance:.0f}) and of a linear probe of the image tower; percent.",
+        "",
+        *harness.markdown_table(header, body),
+        "",
+        *harness.provenance("cpu", threads_per_rank(1)),
+        *notes(args),
+    ]
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    """Return in words what the rows have in common, and what their costs leave out."""
+    rates = [f"{name} {word[9:]}" for name in args.ways for word in WAYS[name].words if word.startswith("optim.lr=")]
+    times = WAYS["projections"].times
+    sizes = f"images of {args.image_size} x {args.image_size} pixels, captions cut to {args.tokens} tokens"
+    model = args.given or sizes
+    return [
+        f"- {args.images} images to train on",
+        f"- equal samples: {args.samples} pairs in batches of {args.batch} for every way, but {times} times as many for"
+        " the projections alone",
+        "- what locked towers give is computed once, in the first row that needs it; a way that starts from the"
+        " projections costs these, too",
+        f"- one learning rate for each way, not searched: {', '.join(rates)}",
+        f"- {model}; fp32, one process",
+        "- CPU, time and peak memory are those of the training process, its start included; the machine was shared",
+        "- WiSE-FT trains nothing: its cost is that of the evaluations among which it chooses",
+    ]
 
 
 if __name__ == "__main__":
