@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     data = prepare(args)
     recipe = write_recipe(args, start, loss, data)
     settings = load_config(recipe)
+    if settings.run.dir.resolve() != args.out.resolve():
+        raise UserError(
+            f"{recipe}: run.root and run.name say {settings.run.dir}, and it lies in {args.out}; set them back"
+        )
     if args.dry_run:
         front.finish(
             args, {"recipe": str(recipe)}, [f"written: {recipe}; the same call without --dry-run trains by it"]

@@ -92,6 +92,11 @@ def propose(
         *([Setting("model.trust_weights", True, "--trust-weights")] if start.trust_weights else []),
     ]
     chosen, why = (way, "--train") if way else _choose_way(parameters, data.images, device)
+    if chosen == "projections" and not way:
+        try:
+            _way_settings(settings, chosen, why)
+        except UserError:  # CLIP's ResNets
+            chosen, why = "lora", "the last layers of this model cannot be trained alone: adapters"
     if loss == "sigmoid":
         settings.append(Setting("objectives.clip", {"loss": loss}, "as the model was trained"))
     settings += _way_settings(settings, chosen, why)

@@ -109,6 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--target", type=Path, metavar="SHARDS", help="captioned shards to measure on (SHARDS/val)")
     parser.add_argument("--keep", required=True, type=Path, metavar="PATH", help=what)
     parser.add_argument("--templates", default="cifar10", metavar="NAME", help="prompts for --keep (cifar10)")
+    parser.add_argument("--no-probe", action="store_true", help="leave out the linear probe of the image tower")
     parser.add_argument("--model", default="", metavar="FILE.json", help="default: tools/prepare_pretrained.py's")
     parser.number("--image-size", 128, "S", "of that model, pixels", 32)
     parser.number("--tokens", 24, "L", "of a caption, the rest is cut; Flickr8k's have 14 on average", 4)
@@ -133,7 +134,7 @@ def check(args: argparse.Namespace) -> None:
     args.train = args.train or str(args.shards / "train")
     args.images = len(Catalog.open([args.train], "--train"))
     open_set("--target", "retrieval", str(args.target))
-    open_set("--keep", "probe", str(args.keep))
+    open_set("--keep", "zero_shot" if args.no_probe else "probe", str(args.keep))
 
 
 def prepare_model(args: argparse.Namespace) -> str:
@@ -222,8 +223,9 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, float]]:
     sets = {
         "target": {"data": str(args.target.absolute()), "task": "retrieval"},
         "zero_shot": {"data": str(args.keep.absolute()), "task": "zero_shot", "templates": args.templates},
-        "probe": {"data": str(args.keep.absolute()), "task": "probe"},
     }
+    if not args.no_probe:
+        sets["probe"] = {"data": str(args.keep.absolute()), "task": "probe"}
     write_text(suite, json.dumps(sets, indent=2))  # JSON is YAML
     runs = [str(args.work / name) for name in args.ways]
     words = ["tools/eval_suite.py", *runs, "--suite", str(suite), "--json"]
@@ -238,8 +240,10 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def figures_of(results: list[dict[str, Any]]) -> dict[str, float]:
-    target, zero_shot, probe = results
-    kept = {"zero_shot": zero_shot["top1"], "probe": probe["accuracy"], "chance": zero_shot["chance"]}
+    target, zero_shot, *probes = results
+    kept = {"zero_shot": zero_shot["top1"], "chance": zero_shot["chance"]}
+    if probes:
+        kept["probe"] = probes[0]["accuracy"]
     return {name: target[name] for name in (*RECALLS, "rsum", "candidates")} | kept
 
 
@@ -260,10 +264,12 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[str]:
     """Return the report as Markdown: what it was measured with, and the table."""
     candidates, chance = rows[0]["candidates"], rows[0]["chance"]
     header = ["way", "trained, M", *(f"{way} R@{k}" for way in ("t2i", "i2t") for k in (1, 5, 10))]
-    header += ["zero-shot", "probe", "CPU, s", "time, s", "peak, GB"]
+    kept = [name for name in ("zero_shot", "probe") if name in rows[0]]
+    header += [*(name.replace("_", "-") for name in kept), "CPU, s", "time, s", "peak, GB"]
+    probe = " and of a linear probe of the image tower" if "probe" in kept else ""
     body = []
     for row in rows:
-        figures = [f"{row[name]:.1f}" for name in (*RECALLS, "zero_shot", "probe")]
+        figures = [f"{row[name]:.1f}" for name in (*RECALLS, *kept)]
         cost = [f"{row['cpu_s']:.0f}", f"{row['wall_s']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}"]
         trained = f"{row['trained'] / 1e6:.2f}" if row["trained"] else "-"
         body.append([WAYS[row["way"]].title, trained, *figures, *cost])
@@ -272,7 +278,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"R@K of {candidates:g} held-out images (chance, t2i R@1: {100 / candidates:.1f}), and what is kept on"
         f" {args.keep.name}: accuracy of",
-        f"the zero-shot classifier (chance {chance:.0f}) and of a linear probe of the image tower; percent.",
+        f"the zero-shot classifier (chance {chance:.0f}){probe}; percent.",
         "",
         *harness.markdown_table(header, body),
         "",
