@@ -130,7 +130,10 @@ def prepare(args: argparse.Namespace) -> TuningData:
     noted = args.out / PARTS
     if noted.is_file():
         print(f"divided by an earlier call: {args.out / TRAIN}, {args.out / HELD_OUT}")
-        parts = Parts(**read_note(noted))
+        try:
+            parts = Parts(**read_note(noted))
+        except TypeError:
+            raise UserError(f"{noted}: is of another version; name another --out, or remove {args.out}") from None
     else:
         sources = shards_of(args)
         parts = divide(Catalog.open(sources, what="DATA"), args.out)

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -118,7 +119,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.number("--samples", 2048, "N", "pairs that a way trains on")
     parser.number("--batch", 128, "B", "pairs of a step")
-    parser.add_argument("--alpha", default="0:1:0.5", metavar="FIRST:LAST:STEP", help="of WiSE-FT (0:1:0.5)")
+    parser.number("--alpha", 0.5, "A", "of WiSE-FT", 0, 1)
     parser.number("--seed", 0, "N", "of the order, the new projections and adapters", 0)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-finetune"), metavar="DIR", help="(%(default)s)")
     return parser.parse()
@@ -178,10 +179,11 @@ def train(args: argparse.Namespace, name: str, config: Config) -> Cost:
 
 
 def interpolate(args: argparse.Namespace) -> Cost:
+    """Write the run between both ends; no set is looked at, so that none chooses alpha."""
     ends = [str(args.work / name) for name in NEEDS[WISE]]
-    sets = ["--target", str(args.target), "--keep", str(args.keep), "--templates", args.templates]
-    out = ["--out", str(args.work / WISE)]
-    return measured(args, WISE, ["tools/interpolate.py", *ends, "--alpha", args.alpha, *sets, *out])
+    return measured(
+        args, WISE, ["tools/interpolate.py", *ends, "--alpha", str(args.alpha), "--out", str(args.work / WISE)]
+    )
 
 
 def measured(args: argparse.Namespace, name: str, words: list[str]) -> Cost:
@@ -189,6 +191,7 @@ def measured(args: argparse.Namespace, name: str, words: list[str]) -> Cost:
     kept = args.work / f"{name}.json"
     if kept.is_file() and newest_checkpoint(args.work / name):
         return Cost(**json.loads(kept.read_text()))
+    shutil.rmtree(args.work / name, ignore_errors=True)  # a part of a run has not the cost of the whole
     cost = command(words)
     write_text(kept, json.dumps(asdict(cost)))
     return cost
@@ -302,7 +305,7 @@ def notes(args: argparse.Namespace) -> list[str]:
         f"- one learning rate for each way, not searched: {', '.join(rates)}",
         f"- {model}; fp32, one process",
         "- CPU, time and peak memory are those of the training process, its start included; the machine was shared",
-        "- WiSE-FT trains nothing: its cost is that of the evaluations among which it chooses",
+        f"- WiSE-FT trains nothing: the weights in the middle, alpha {args.alpha:g}; its cost is that of the average",
     ]
 
 
