@@ -378,10 +378,14 @@ def _timm_arguments(vision: dict[str, Any]) -> Iterator[None]:
     if not args:
         yield
         return
-    side = vision.get("image_size", 224)
+    import timm
+
+    name, side = vision["timm_model_name"], vision.get("image_size", 224)
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    fixed = known is not None and known.fixed_input_size  # a ViT then takes img_size; a ResNet does not
     described = {
-        "architecture": vision["timm_model_name"],
-        "pretrained_cfg": {"input_size": [3, side, side], "fixed_input_size": True},
+        "architecture": name,
+        "pretrained_cfg": {"input_size": [3, side, side], "fixed_input_size": fixed},
         "model_args": args,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -317,6 +317,15 @@ def test_locked_image_tower_does_not_move_at_all() -> None:
     assert model.text.training
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_timm_model_args_are_those_of_the_model_whether_it_has_a_fixed_size_or_not(name: str, tmp_path: Path) -> None:
+    more = {"resnet10t": {"channels": [8, 8, 16, 16]}, "vit_tiny_patch16_224": {"depth": 1, "embed_dim": 24}}
+    vision = {**TIMM, "timm_model_name": name, "timm_model_pretrained": False, "timm_model_args": more[name]}
+    tower = build(model_json(tmp_path, vision=vision)).visual
+    assert tower.trunk.num_features == {"resnet10t": 16, "vit_tiny_patch16_224": 24}[name]
+    assert tower(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+
+
 def test_a_locked_timm_tower_trains_its_projection_only(tmp_path: Path) -> None:
     model = build(model_json(tmp_path, vision=TIMM), lock_image=True).train()
     image, tokens = batch(model)
