@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from clipdist.run_plan import RunPlan
 
 EXAMPLE = """examples:
-  python clipdist/train.py --config configs/flickr8k_vit_tiny.yaml
+  python clipdist/train.py --config configs/flickr8k_rn10.yaml
   deepspeed --num_accelerators 2 clipdist/train.py --config configs/demo.yaml optim.lr=2e-3 run.name=faster
 """
 

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python launch/submit.py --nodes 2 --gpus 8
   python launch/submit.py --nodes 2 --gpus 8 --config configs/cc3m_vitb16.yaml --dry-run
   python launch/submit.py --gpus 8 --sweep optim.lr=1e-4,3e-4 data.seed=1,2
-  python launch/submit.py --cluster local --gpus 2 --config configs/flickr8k_vit_tiny.yaml device=cpu
+  python launch/submit.py --cluster local --gpus 2 --config configs/flickr8k_rn10.yaml device=cpu
 """
 FLAGS = (  # flag, key of the launch section, type, name of the value, help
     ("--nodes", "nodes", int, "NODES", "number of nodes"),

@@ -205,8 +205,8 @@ def test_configuration_needs_no_torch():
 
 
 def test_the_project_has_its_recipes():
-    names = {"tiny", "flickr8k_rn50", "flickr8k_vit_tiny", "flickr8k_pretrained", "flickr8k_finetune_openai"}
-    assert names | {"cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
+    flickr8k = {f"flickr8k_{name}" for name in ("rn50", "rn10", "vit_tiny", "pretrained", "finetune_openai")}
+    assert flickr8k | {"tiny", "cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
     assert ROOT / DEFAULT_RECIPE in RECIPES
 
 
