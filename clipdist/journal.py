@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,7 @@ class Journal:
     def __init__(self, config: Config, plan: RunPlan, dist_env: DistEnv) -> None:
         self.config, self.plan, self.dist_env = config, plan, dist_env
         self.bad = BadSamples()
+        self._stage = -1  # the stage that was told last
         loggers = Loggers(config) if config.run.logger and dist_env.rank == 0 else None
         self.metrics = Metrics(config.run.dir, dist_env.rank, plan.start_step, loggers)
         self.progress = Progress(plan.steps, plan.start_step, dist_env.rank)
@@ -133,6 +135,22 @@ class Journal:
     def event(self, step: int, event: str, **values: Any) -> None:
         """Write an event to metrics.jsonl."""
         self.metrics.write("event", step, self._samples(step), event=event, **values)
+
+    def stage(self, step: int, number: int) -> None:
+        """Tell that a stage of train.stages begins, or that the run goes on in it.
+
+        Args:
+            step: the next.
+        """
+        if number == self._stage or not self.config.train.stages:
+            return
+        self._stage, stages = number, self.plan.stages
+        stage = stages[number]
+        end = stages[number + 1].first if number + 1 < len(stages) else self.plan.steps
+        self.log(f"stage {number + 1} of {len(stages)}, steps {stage.first + 1} to {end}: {stage}")
+        if step == stage.first:
+            values = {name: value for name, value in asdict(stage).items() if name != "first"}
+            self.event(step + 1, "stage", number=number + 1, **values)
 
     def step(self, step: int, result: StepResult, batch: Batch, engine: Engine, timer: StepTimer) -> None:
         """Write the metrics of a logged step. Collective.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
+from clipdist.config.stages import PlannedStage, plan_stages
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.first_look import look_at
 from clipdist.data.members import members_of
@@ -35,6 +36,7 @@ class RunPlan:
     resume: CheckpointReader | None
     order_record: dict[str, Any]  # saved in checkpoints, to resume with the same order
     skipped: list[list[int]]  # ranges [first, end) of skipped data steps: see clipdist.fault_tolerance.rollback
+    stages: tuple[PlannedStage, ...]  # one where train.stages is empty
     notes: tuple[str, ...] = ()  # for the user, such as a damaged checkpoint
 
     @property
@@ -112,8 +114,11 @@ def make_plan(
         catalogs: see check_launch.
 
     Raises:
-        UserError: a checkpoint of another model, other data or another order; an unknown model or teacher.
+        UserError: a checkpoint of another model, other data or another order; an unknown model or teacher; stages
+            that do not fit the model or the length.
     """
+    from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
+
     catalog, val = catalogs
     if config.objectives.distill is not None:
         from clipdist.objectives.teacher import check_teacher
@@ -122,18 +127,18 @@ def make_plan(
     fingerprint = catalog.fingerprint()
     if resume:
         key = _order_of(config, fingerprint, resume)
+        spec = ModelSpec.from_dict(resume.manifest.state["model"])
     else:
-        from clipdist.models.spec import resolve_spec
-
-        resolve_spec(config.model)
+        spec = resolve_spec(config.model)
         key = first_order(config, catalog, world)
+    check_stages_fit(config.train.stages, spec)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
     steps_per_epoch = len(catalog) // key.global_batch
     skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]
     skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
-    return RunPlan(
-        catalog, val, key, total_steps(config.train, steps_per_epoch), steps_per_epoch, resume, record, skipped
-    )
+    steps = total_steps(config.train, steps_per_epoch)
+    stages = plan_stages(config.train.stages, steps, spec.image_size, spec.context_length)
+    return RunPlan(catalog, val, key, steps, steps_per_epoch, resume, record, skipped, stages)
 
 
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:

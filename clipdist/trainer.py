@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,10 +20,12 @@ from clipdist.checkpoint.format import Manifest
 from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
+from clipdist.config.stages import PlannedStage, stage_number
 from clipdist.data.batch import Batch
 from clipdist.data.loader import Interrupted, image_view, open_loader
 from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.order import next_position
+from clipdist.data.stages import BatchStage
 from clipdist.data.tokens import make_tokenizer
 from clipdist.distributed.consensus import Consensus, Flags
 from clipdist.distributed.rank import DistEnv
@@ -40,6 +42,7 @@ from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
 from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
@@ -96,13 +99,16 @@ class Trainer:
         self.spec, self.base = model.spec, model.base
         self.tokenizer = make_tokenizer(self.spec)
         locked, locked_val = self._locked_features(model)
+        stages = [self._batch_stage(stage, model) for stage in plan.stages]
+        largest = max(plan.stages, key=lambda stage: stage.image_size).image_size
         self.engine = self._build_engine(model)
         self.loader = open_loader(
             plan.catalog,
             plan.order,
             self.tokenizer,
             config.data,
-            views=[image_view(config.data, self.spec.image_size)],
+            views=[image_view(config.data, largest)],
+            stages=stages,
             images_only=any("text" not in objective.modalities for objective in self.engine.objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
@@ -148,10 +154,20 @@ class Trainer:
         with NothingDrawn() if whole else nullcontext():
             model = build_model(config.model, config.objectives.clip, restored=restored)
         train = config.train
-        model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size)
+        smallest = min(stage.image_size for stage in self.plan.stages)
+        if train.stages:
+            allow_stages(model.visual, self.plan.stages, model.spec.embed_dim)
+        model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size, smallest)
         if resume:
             load_trained(model, resume.folder, resume.manifest, config.data.retry_s)
         return model.to(self.dist_env.device)
+
+    def _batch_stage(self, stage: PlannedStage, model: DualEncoder) -> BatchStage:
+        """Return what the loader makes of a stage."""
+        cut = stage.tokens < self.spec.context_length
+        tokenizer = make_tokenizer(replace(self.spec, context_length=stage.tokens)) if cut else self.tokenizer
+        views, patches = [image_view(self.config.data, stage.image_size)], patches_of(model.visual, stage.image_size)
+        return BatchStage(stage.first, views, tokenizer, patches, kept_of(patches, stage.patch_dropout))
 
     def _build_engine(self, model: DualEncoder) -> Engine:
         if self.config.engine.activation_checkpointing:
@@ -252,6 +268,9 @@ class Trainer:
 
     def _train(self, batch: Batch, timer: StepTimer) -> None:
         """Train one step, log it, and compare replicas if due."""
+        stage = stage_number(self.plan.stages, self.step)
+        self.journal.stage(self.step, stage)
+        self.guard.enter_stage(stage)
         self.journal.bad.add(len(batch), batch.bad)
         done = self.step + 1
         log = done % self.config.train.log_every == 0 or done == self.plan.steps

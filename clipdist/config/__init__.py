@@ -18,6 +18,7 @@ from clipdist.config.schema import (
     Objectives,
     Optim,
     Run,
+    Stage,
     Train,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "Objectives",
     "Optim",
     "Run",
+    "Stage",
     "Train",
     "flat",
     "load_config",

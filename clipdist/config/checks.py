@@ -40,6 +40,7 @@ def check(config: Config) -> None:
     _check_objectives(config.objectives, config.data, config.model)
     _check_optim(config.optim)
     _check_train(config.train)
+    _check_stages(config.train, config.data)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
     measured = bool(not config.train.keep_best or config.data.val or config.eval.labelled)
     _need(measured, "train.keep_best", config.train.keep_best, "come with data.val or eval.labelled, which measure it")
@@ -191,6 +192,21 @@ def _check_train(train: Train) -> None:
     _need(alone, "train.samples", train.samples, f"not come with train.steps={train.steps}")
     measured = train.ema > 0 or not train.keep_best.startswith("ema/")
     _need(measured, "train.keep_best", train.keep_best, "come with train.ema, the momentum of that average")
+
+
+def _check_stages(train: Train, data: Data) -> None:
+    shares = [stage.share for stage in train.stages]
+    for number, stage in enumerate(train.stages):
+        key = f"train.stages[{number}]."
+        _need(0 < stage.share <= 1, f"{key}share", stage.share, "lie in (0, 1]")
+        _need(stage.image_size >= 0, f"{key}image_size", stage.image_size, "not be negative")
+        # A text's start and end, and two tokens between them
+        _need(stage.tokens == 0 or stage.tokens >= 4, f"{key}tokens", stage.tokens, "be at least 4, or 0: the model's")
+        _need(0 <= stage.patch_dropout < 1, f"{key}patch_dropout", stage.patch_dropout, "lie in [0, 1)")
+    whole = not shares or math.isclose(sum(shares), 1, abs_tol=1e-6)
+    _need(whole, "train.stages", f"shares {shares}", f"sum to 1, not {sum(shares):g}")
+    must = "be empty with data.cache_features: what is kept are features of whole images and texts"
+    _need(not (shares and data.cache_features), "train.stages", f"shares {shares}", must)
 
 
 def _check_launch(launch: Launch) -> None:

@@ -177,6 +177,16 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the steps with smaller images, shorter texts (CLIPA) or fewer patches (FLIP)."""
+
+    share: float  # of the steps
+    image_size: int = 0  # pixels a side; 0: the model's
+    tokens: int = 0  # of a text at most, its end included; 0: the model's context length
+    patch_dropout: float = 0.0  # share of an image's patches that the tower does not see in training
+
+
+@dataclass(frozen=True)
 class Train:
     """Batch size, length, precision, checkpoints and supervision of the training."""
 
@@ -185,6 +195,7 @@ class Train:
     epochs: int = 30
     steps: int = 0  # instead of epochs
     samples: int = 0  # instead of epochs: total pairs, rounded up to a step; a mixture has no epochs
+    stages: list[Stage] = field(default_factory=list)  # in their order; empty: all steps as the model is
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     seed: int = 0  # of the initial weights and of dropout
     ema: float = 0.0  # momentum of an exponential moving average of the weights, kept beside them; 0: none

@@ -30,6 +30,7 @@ class Batch:
         sample_id: int64 [b].
         group_id: int64 [b]; pairs with equal captions form a group. [b, K] with several texts.
         roles: uint8 [b, K], what the K places of an image hold: EMPTY, CAPTION or NEGATIVE; None: one text an image.
+        patches: int64 [b, n], the patches of every image that the tower sees in training; None: all.
         position: the number of the global batch, counted over all epochs.
         bad: (sample id, reason) of the rows that no objective can use.
         colour: float32 [b, C] on the CPU by the name of the view: colour changes that to() will apply.
@@ -41,6 +42,7 @@ class Batch:
     sample_id: Tensor
     group_id: Tensor
     roles: Tensor | None = None
+    patches: Tensor | None = None
     position: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
     colour: dict[str, Tensor] = field(default_factory=dict)
@@ -49,8 +51,9 @@ class Batch:
         return len(self.tokens)
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return the inputs of the model's forward pass by name: every view, and the tokens."""
-        return {**self.images, "tokens": self.tokens}
+        """Return the inputs of the model's forward pass by name: every view, the tokens, and the choice of patches."""
+        chosen = {} if self.patches is None else {"patches": self.patches}
+        return {**self.images, "tokens": self.tokens, **chosen}
 
     def valid_in(self, modalities: tuple[str, ...]) -> Tensor:
         """Return which rows have all of these modalities, bool [b]."""
@@ -90,7 +93,9 @@ class Batch:
         for name in ("tokens", "sample_id", "group_id"):
             if name not in fixed:
                 changed[name] = change(getattr(self, name))
-        changed["roles"] = None if self.roles is None else change(self.roles)
+        for name in ("roles", "patches"):
+            tensor = getattr(self, name)
+            changed[name] = None if tensor is None else change(tensor)
         return replace(self, **changed, **fixed)
 
 

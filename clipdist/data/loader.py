@@ -28,6 +28,7 @@ from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
+from clipdist.data.stages import BatchStage, kept_patches
 from clipdist.data.texts import SeveralTexts, Text, Texts
 from clipdist.data.tokens import Tokenizer
 from clipdist.data.workers import Workers
@@ -81,6 +82,8 @@ class Loader:
 
     Args:
         views: of every image.
+        stages: what batches are made of from which position on, the first of them from 0; empty: `views` and
+            `tokenizer` throughout. Those are the largest of the stages'.
         images_only: whether an image without a caption can be used; otherwise its row is bad.
         skipped: ranges [first, end) of positions to skip: their samples are neither drawn nor fetched.
         locked: features that take the place of the images, or of the captions' tokens, by modality.
@@ -101,6 +104,7 @@ class Loader:
         views: Sequence[View],
         rank: int,
         world: int,
+        stages: Sequence[BatchStage] = (),
         images_only: bool = False,
         start: int = 0,
         skipped: Sequence[Sequence[int]] = (),
@@ -110,11 +114,18 @@ class Loader:
         self.locked = locked or {}
         self.reader, self.tokenizer, self.order, self.cfg = reader, tokenizer, order, cfg
         self.views = views
+        self._stages = stages or [BatchStage(0, views, tokenizer)]
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
         self._reads_shards = len(self.locked) < len(MODALITIES)
         self._texts = Texts(
-            reader.members, tokenizer, cfg, images_only=images_only, locked=self.locked.get("text"), pin=pin
+            reader.members,
+            tokenizer,
+            cfg,
+            shorter=[stage.tokenizer for stage in self._stages],
+            images_only=images_only,
+            locked=self.locked.get("text"),
+            pin=pin,
         )
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
@@ -180,6 +191,9 @@ class Loader:
         self._pool.close(_CLOSE_S)
         self.reader.close()
 
+    def _stage(self, position: int) -> BatchStage:
+        return next(stage for stage in reversed(self._stages) if stage.first <= position)
+
     def _submit(self) -> None:
         """Submit the next batch to the threads."""
         draws = self.order.draws(self._next, self.rank, self.world)
@@ -190,16 +204,17 @@ class Loader:
         self._next = next_position(self._next + 1, self._skipped)
 
     def _empty_batch(self, draws: Draws) -> Batch:
-        b = len(draws.ids)
+        b, stage = len(draws.ids), self._stage(self._next)
         zeros = np.zeros((b, UNIFORMS))
-        colour = {view.name: colour_parameters(zeros, view.augmentation) for view in self.views if self.pin}
+        colour = {view.name: colour_parameters(zeros, view.augmentation) for view in stage.views if self.pin}
         return Batch(
             position=self._next,
-            images={view.name: self._empty_images(b, view) for view in self.views},
-            tokens=self._texts.empty(b),
+            images={view.name: self._empty_images(b, view) for view in stage.views},
+            tokens=self._texts.empty(b, stage.tokenizer.context_length),
             valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
+            patches=torch.zeros(b, stage.kept, dtype=torch.int64, pin_memory=self.pin) if stage.kept else None,
             colour={name: parameters for name, parameters in colour.items() if parameters is not None},
         )
 
@@ -215,6 +230,8 @@ class Loader:
         """
         if self.pin:
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch caches pinned memory
+        if len(self.views) == 1:  # that of an earlier stage is freed with its last batch
+            self._memory = [memory for memory in self._memory if memory.shape == shape]
         for memory, references in zip(self._memory, _references(self._memory)):
             if references == _UNUSED and memory.shape == shape:
                 return torch.from_numpy(memory)  # every tensor on it, views included, references it
@@ -223,13 +240,13 @@ class Loader:
 
     def _fill(self, batch: Batch, draws: Draws, rows: slice) -> _Part:
         """Read, decode and tokenise some rows in a thread."""
-        ids = draws.ids[rows]
+        ids, stage = draws.ids[rows], self._stage(batch.position)
         views = 1 + UNIFORMS * len(self.views)  # the numbers of a view do not depend on later views
         more = self.cfg.planned_texts - 1  # texts that are drawn, but for the first
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], ids, views + more)
         view_uniforms = uniforms[:, 1:views].reshape(len(ids), len(self.views), UNIFORMS)
         samples = self._read(ids, np.delete(uniforms, slice(1, views), axis=1).tolist())
-        self._fill_images(batch, rows, samples, view_uniforms)
+        self._fill_images(batch, rows, stage.views, samples, view_uniforms)
         texts = [[] if isinstance(sample, str) else sample.texts for sample in samples]
         batch.valid["image"][rows] = torch.tensor([not isinstance(sample, str) for sample in samples])
         batch.valid["text"][rows] = torch.tensor(
@@ -237,16 +254,25 @@ class Loader:
         )
         found = None
         if self.cfg.several_texts:
-            found = self._texts.several(texts)
+            found = self._texts.several(texts, batch.tokens.shape[-1])
         else:
             self._texts.fill_single(batch, rows, texts)
-        for number, view in enumerate(self.views):
+        if batch.patches is not None:
+            batch.patches[rows] = kept_patches(self.cfg.seed, draws.epochs[rows], ids, stage)
+        for number, view in enumerate(stage.views):
             self._change_colour(batch, view, rows, view_uniforms[:, number])
         return _Part([(i, sample) for i, sample in zip(ids.tolist(), samples) if isinstance(sample, str)], found)
 
-    def _fill_images(self, batch: Batch, rows: slice, samples: list[_RawSample | str], uniforms: np.ndarray) -> None:
+    def _fill_images(
+        self,
+        batch: Batch,
+        rows: slice,
+        views: Sequence[View],
+        samples: list[_RawSample | str],
+        uniforms: np.ndarray,
+    ) -> None:
         """Write the images of some rows, or their features; replace a sample that cannot be used by the reason."""
-        outs = [batch.images[view.name][rows] for view in self.views]
+        outs = [batch.images[view.name][rows] for view in views]
         if "image" in self.locked:
             for out, sample in zip(outs[0], samples):
                 if isinstance(sample, _RawSample):
@@ -254,7 +280,7 @@ class Loader:
             return
         images = [sample.image if isinstance(sample, _RawSample) else None for sample in samples]
         encoded = [image if isinstance(image, bytes) else None for image in images]
-        for row, why in fill_views(encoded, self.views, uniforms, outs, self.cfg.max_pixels).items():
+        for row, why in fill_views(encoded, views, uniforms, outs, self.cfg.max_pixels).items():
             samples[row] = why
 
     def _read(self, ids: np.ndarray, uniforms: list[list[float]]) -> list[_RawSample | str]:
@@ -309,6 +335,7 @@ def open_loader(
     views: Sequence[View],
     rank: int,
     world: int,
+    stages: Sequence[BatchStage] = (),
     images_only: bool = False,
     start: int = 0,
     skipped: Sequence[Sequence[int]] = (),
@@ -332,6 +359,7 @@ def open_loader(
         views=views,
         rank=rank,
         world=world,
+        stages=stages,
         images_only=images_only,
         start=start,
         skipped=skipped,

@@ -45,6 +45,8 @@ class Texts:
     """The texts of samples, as a run's configuration draws them. Safe to use from several threads.
 
     Args:
+        tokenizer: of the longest texts.
+        shorter: those of batches with shorter texts.
         images_only: whether a sample without a caption can be used.
         locked: features that take the place of the captions' tokens; None: there are none.
         pin: allocate in pinned memory.
@@ -56,22 +58,24 @@ class Texts:
         tokenizer: Tokenizer,
         cfg: config.Data,
         *,
+        shorter: Sequence[Tokenizer] = (),
         images_only: bool = False,
         locked: LockedFeatures | None = None,
         pin: bool = False,
     ) -> None:
         self.tokenizer, self.cfg, self.images_only, self.locked, self.pin = tokenizer, cfg, images_only, locked, pin
+        self._tokenizers = {one.context_length: one for one in (*shorter, tokenizer)}
         self._stored_ids = members.captions == CAPTIONS  # those of other captions would be wrong
         self._kept: dict[int, list[str]] = {}  # captions by sample, never replaced
         self._room = KEPT_BYTES
         self._no_text = Text("", group_id(""))
         self._token_kind, self._vocabulary = token_kind(tokenizer), tokenizer.vocab_size
 
-    def empty(self, count: int) -> torch.Tensor:
-        """Return memory for texts: int64 [count, L], or fp32 [count, w] for features of a locked tower."""
+    def empty(self, count: int, length: int) -> torch.Tensor:
+        """Return memory for texts of L = `length` tokens: int64 [count, L], or fp32 [count, w] of a locked tower."""
         if self.locked is not None:
             return torch.zeros(count, self.locked.width, pin_memory=self.pin)
-        return torch.zeros(count, self.tokenizer.context_length, dtype=torch.int64, pin_memory=self.pin)
+        return torch.zeros(count, length, dtype=torch.int64, pin_memory=self.pin)
 
     def draw(self, sample_id: int, stored: StoredSample | None, uniforms: list[float]) -> list[Text]:
         """Return captions of a sample, and then negatives; none if it has none and its image can be used without.
@@ -96,10 +100,10 @@ class Texts:
         self._fill(batch.tokens[rows], single)
         batch.group_id[rows] = torch.tensor([text.group for text in single])
 
-    def several(self, texts: Sequence[list[Text]]) -> SeveralTexts:
-        """Return all texts of some rows, for place."""
+    def several(self, texts: Sequence[list[Text]], length: int) -> SeveralTexts:
+        """Return all texts of some rows, of `length` tokens, for place."""
         flat = [text for own in texts for text in own]
-        tokens = self.empty(len(flat))
+        tokens = self.empty(len(flat), length)
         if flat:
             self._fill(tokens, flat)
         groups = torch.tensor([text.group for text in flat], dtype=torch.int64)
@@ -112,7 +116,7 @@ class Texts:
         shape = (len(counts), max(1, int(counts.max())))
         rows = torch.arange(len(counts)).repeat_interleave(counts)
         places = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[rows]
-        empty = self.empty(1)
+        empty = self.empty(1, batch.tokens.shape[-1])
         self._fill(empty, [self._no_text])
         placed = []
         for values, fill in ((tokens, empty), (groups, self._no_text.group), (roles, EMPTY)):
@@ -174,23 +178,25 @@ class Texts:
     def _fill(self, out: torch.Tensor, texts: list[Text]) -> None:
         """Write the texts' tokens, or features; where there is no text, the tokens of an empty one, or zeros."""
         if self.locked is None:
-            out.copy_(self._tokens([text.content for text in texts if isinstance(text.content, str)], texts))
+            contents = [text.content for text in texts if isinstance(text.content, str)]
+            out.copy_(self._tokens(contents, texts, self._tokenizers[out.shape[1]]))
             return
         for row, text in zip(out, texts):
             if isinstance(text.content, torch.Tensor):
                 row.copy_(text.content)
 
-    def _tokens(self, captions: list[str], texts: list[Text]) -> torch.Tensor:
+    def _tokens(self, captions: list[str], texts: list[Text], tokenizer: Tokenizer) -> torch.Tensor:
         """Return token ids, int64 [len(captions), L]: those stored in the shard for this tokenizer, else computed."""
-        stored = {row: text.ids for row, text in enumerate(texts) if text.ids is not None}
+        whole = tokenizer is self.tokenizer  # those stored are of the longest texts
+        stored = {row: text.ids for row, text in enumerate(texts) if whole and text.ids is not None}
         # A damaged member without a checksum may contain ids outside the vocabulary.
         usable = {row: ids for row, ids in stored.items() if 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary}
         if not usable:
-            return self.tokenizer(captions)
+            return tokenizer(captions)
         missing = [row for row in range(len(captions)) if row not in usable]
-        tokens = torch.empty(len(captions), self.tokenizer.context_length, dtype=torch.int64)
+        tokens = torch.empty(len(captions), tokenizer.context_length, dtype=torch.int64)
         if missing:
-            tokens[missing] = self.tokenizer([captions[row] for row in missing])
+            tokens[missing] = tokenizer([captions[row] for row in missing])
         for row, ids in usable.items():
             tokens[row] = ids
         return tokens

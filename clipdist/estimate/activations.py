@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clipdist.config import Config
+from clipdist.config.stages import PlannedStage, plan_stages
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble
-from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
+from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
         UserError: as clipdist.models.dual_encoder.build_model.
     """
     spec = resolve_spec(config.model)
+    check_stages_fit(config.train.stages, spec)
     try:
         with torch.device("meta"):
             model = assemble(spec, config.objectives.clip, tower_weights=False)
@@ -154,14 +157,21 @@ def forward_peak(model: DualEncoder, batch: int, texts: int = 1) -> int:
 
 
 def _locked(model: DualEncoder, config: Config) -> DualEncoder:
+    if config.train.stages:
+        allow_stages(model.visual, stages_of(config, model.spec), model.spec.embed_dim)
     model.lock_towers(config.model)
     if config.engine.activation_checkpointing:
         model.set_activation_checkpointing()
     return model
 
 
+def stages_of(config: Config, spec: ModelSpec) -> tuple[PlannedStage, ...]:
+    """Return the stages of a run that is long enough for all of them."""
+    return plan_stages(config.train.stages, 1 << 40, spec.image_size, spec.context_length)
+
+
 def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> Activations:
-    """Measure one forward and backward pass of `batch` pairs.
+    """Measure one forward and backward pass of `batch` pairs, of several stages that which needs the most.
 
     Args:
         model: as meta_model gives it; it is cast to the precision.
@@ -170,13 +180,23 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
     Raises:
         UserError: BatchNorm cannot be trained with so few pairs.
     """
-    model.check_rows(batch)
+    stages = stages_of(config, model.spec)
+    model.check_rows(batch, min(stage.image_size for stage in stages))
+    whole = next(iter(plan_stages([], 1, model.spec.image_size, model.spec.context_length)))
+    shapes = {replace(stage, first=0) for stage in stages}
+    found = [
+        _measure_stage(config, model, batch, precision, stage) for stage in ([whole] if whole in shapes else shapes)
+    ]
+    return max(found, key=lambda activations: activations.peak)
+
+
+def _measure_stage(config: Config, model: DualEncoder, batch: int, precision: str, stage: PlannedStage) -> Activations:
     texts = config.data.planned_texts
     try:
-        return one_pass(model.to(DTYPES[precision]), batch, texts)
+        return one_pass(model.to(DTYPES[precision]), batch, texts, stage)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
         real = _locked(assemble(model.spec, config.objectives.clip, tower_weights=False), config).to(DTYPES[precision])
-        one, two = one_pass(real, 1, texts), one_pass(real, 2, texts)
+        one, two = one_pass(real, 1, texts, stage), one_pass(real, 2, texts, stage)
         saved, peak, peak_with_gradients = (
             getattr(one, name) + (getattr(two, name) - getattr(one, name)) * (batch - 1)
             for name in ("saved", "peak", "peak_with_gradients")
@@ -184,10 +204,18 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
         return Activations(saved, peak, peak_with_gradients, measured_on="cpu")
 
 
-def one_pass(model: DualEncoder, batch: int, texts: int = 1) -> Activations:
-    """Measure as `measure`, on the device that the model is on, with so many texts of an image, all of them padded."""
+def one_pass(model: DualEncoder, batch: int, texts: int = 1, stage: PlannedStage | None = None) -> Activations:
+    """Measure as `measure`, on the device that the model is on, with so many texts of an image, all of them padded.
+
+    Args:
+        stage: None: images, texts and patches as the model has them.
+    """
     device = next(model.parameters()).device
-    side, length = model.spec.image_size, model.spec.context_length
+    side, length, patches = model.spec.image_size, model.spec.context_length, {}
+    if stage is not None:
+        side, length = stage.image_size, stage.tokens
+        if kept := kept_of(patches_of(model.visual, side), stage.patch_dropout):
+            patches = {"patches": torch.arange(kept).expand(batch, -1).to(device)}
     image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
     tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
     tokens[..., -1:] = 1
@@ -198,7 +226,7 @@ def one_pass(model: DualEncoder, batch: int, texts: int = 1) -> Activations:
     attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
     try:
         with attention, counter:
-            outputs = [x for x in model(image=image, tokens=tokens).values() if x.requires_grad]
+            outputs = [x for x in model(image=image, tokens=tokens, **patches).values() if x.requires_grad]
             saved = counter.now
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         return Activations(saved, counter.peak, counter.peak_with_gradients, device.type)

@@ -14,7 +14,7 @@ from clipdist.config.batches import check_ranks, launched_ranks, total_steps
 from clipdist.data.catalog import Catalog
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
-from clipdist.estimate.activations import Activations, forward_peak, measure, meta_model, meta_teacher
+from clipdist.estimate.activations import Activations, forward_peak, measure, meta_model, meta_teacher, stages_of
 from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stage
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
@@ -209,7 +209,8 @@ class Estimate:
         return self.sizes.trained * (12 + 4 * self.layout.ema) + locked * 4
 
     def _batch_bytes(self) -> int:
-        side, length = self.model.spec.image_size, self.model.spec.context_length
+        stages = stages_of(self.config, self.model.spec)
+        side, length = max(stage.image_size for stage in stages), max(stage.tokens for stage in stages)
         return self.layout.share * (3 * side**2 + 8 * length * self.config.data.planned_texts + 17)
 
     def _feature_bytes(self) -> int:

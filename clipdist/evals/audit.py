@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist.config import Config
+from clipdist.config.stages import plan_stages
 from clipdist.data.batch import IMAGE, Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.members import members_of
@@ -23,6 +24,7 @@ from clipdist.engine.step import Engine
 from clipdist.errors import UserError
 from clipdist.evals.reference import LossAndGradients, Reference, concatenate_normalised
 from clipdist.models.dual_encoder import build_model
+from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives
 from clipdist.objectives.objective import Objective
@@ -75,6 +77,9 @@ class Audit:
         model = build_model(cfg.model, cfg.objectives.clip)
         model.check_rows(self.micro)
         self.spec = model.spec
+        if cfg.train.stages:
+            stages = plan_stages(cfg.train.stages, 1 << 40, self.spec.image_size, self.spec.context_length)
+            allow_stages(model.visual, stages, self.spec.embed_dim)
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher)
         if cfg.engine.activation_checkpointing:

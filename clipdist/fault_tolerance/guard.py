@@ -50,6 +50,14 @@ class Guard:
         self._overflows_in_a_row = int(state.get("overflows", 0))
         self._skipped_in_a_row = int(state.get("in_a_row", 0))
         self.skipped_total = int(state.get("left_out_total", 0))
+        self._stage = int(state.get("stage", 0))
+
+    def enter_stage(self, stage: int) -> None:
+        """Forget the losses and sizes of other stages (train.stages): those of this one are to be compared alone."""
+        if stage != self._stage:
+            self._stage = stage
+            self._losses.clear()
+            self._sizes.clear()
 
     @property
     def wants_sizes(self) -> bool:
@@ -126,6 +134,7 @@ class Guard:
             "overflows": self._overflows_in_a_row,
             "in_a_row": self._skipped_in_a_row,
             "left_out_total": self.skipped_total,
+            "stage": self._stage,
         }
 
     def _drop_old_steps(self, step: int) -> None:

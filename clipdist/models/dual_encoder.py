@@ -16,6 +16,7 @@ from clipdist import config
 from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
@@ -85,12 +86,16 @@ class DualEncoder(nn.Module):
         """Return the part of a parameter for norms and metrics: "image", "text", "temperature" or "bias"."""
         return PARTS[parameter.partition(".")[0]]
 
-    def forward(self, *, tokens: torch.Tensor | None = None, **images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, *, tokens: torch.Tensor | None = None, patches: torch.Tensor | None = None, **images: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Return features, not normalised, and the scalars.
 
         Args:
             tokens: int64 [b, L], or [b, K, L] of K texts for each image; None: do not run the text tower. On the CPU,
                 where their lengths are read; see encode_text.
+            patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
+                clipdist.models.fewer_patches.allow_stages.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
 
         Either may also be what `locked_features` gave for it, float [b, w].
@@ -99,7 +104,9 @@ class DualEncoder(nn.Module):
             features [b, D] under the name of each view; "text": [b, D] or [b, K, D]; "logit_scale": the log scale t
             [1], which the objective bounds; "logit_bias": [1], if there is one.
         """
-        outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
+        chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
+        with chosen:
+            outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
         if tokens is not None:
             texts = self.encode_text(tokens.flatten(0, -2))
             outputs["text"] = texts.unflatten(0, tokens.shape[:-1])
@@ -241,13 +248,16 @@ class DualEncoder(nn.Module):
             if features != (spec.embed_dim,):
                 raise UserError(f"{where}: embed_dim={spec.embed_dim}, but the {what}, gives features {list(features)}")
 
-    def check_rows(self, rows: int) -> None:
+    def check_rows(self, rows: int, image_size: int = 0) -> None:
         """Check that a rank's forward passes of so many pairs can train BatchNorm.
+
+        Args:
+            image_size: of the smallest images; 0: those of the description.
 
         Raises:
             UserError: a layer of an image tower that is trained would normalise one value per channel.
         """
-        side = self.spec.image_size
+        side = image_size or self.spec.image_size
         try:
             if rows == 1:
                 run_on_shapes(self.visual, (1, 3, side, side), next(self.visual.parameters()).dtype)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
+from clipdist.config.stages import check_stages
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.models.open_clip_files import LOCAL_TIMM, config_fields, model_config, model_names, read_json
@@ -135,6 +137,26 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
     if cfg.word_vectors and cfg.weights:
         raise UserError("model.word_vectors: model.weights brings all weights, so these would be lost; leave one out")
     return spec
+
+
+def check_stages_fit(stages: Sequence[config.Stage], spec: ModelSpec) -> None:
+    """Check the stages of a run against a description, as far as it tells.
+
+    Raises:
+        UserError: see check_stages; or patches would be dropped twice.
+    """
+    vision = spec.model["vision_cfg"]
+    patch = vision.get("patch_size", 16)
+    if vision.get("timm_model_name"):
+        patch = None
+    elif isinstance(vision.get("layers"), (list, tuple)):  # open_clip's ResNets
+        patch = 0
+    check_stages(stages, spec.image_size, spec.context_length, patch)
+    if vision.get("patch_dropout") and any(stage.patch_dropout for stage in stages):
+        raise UserError(
+            f"train.stages: patches would be dropped twice, for model.name={spec.name} has"
+            f" vision_cfg.patch_dropout={vision['patch_dropout']}; set one of them to 0"
+        )
 
 
 def find_model_json(name: str) -> Path:

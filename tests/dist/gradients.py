@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 
 from clipdist import config
 from clipdist.config import load_config
+from clipdist.config.stages import plan_stages
 from clipdist.data.batch import CAPTION, IMAGE, Batch, pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import zero
 from clipdist.evals import audit
 from clipdist.evals.audit import Audit
 from clipdist.models.dual_encoder import build_model
+from clipdist.models.fewer_patches import kept_of
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives import teacher
 from clipdist.objectives.clip import ClipObjective
@@ -36,14 +38,16 @@ BATCH = 16
 FIRST_STEP = 7
 
 
-def make_batch(spec: ModelSpec, texts: int = 1) -> Batch:
+def make_batch(spec: ModelSpec, texts: int = 1, stage: config.Stage | None = None) -> Batch:
     """A global batch with two bad rows and two pairs of equal captions, the same on every rank.
 
     Args:
+        stage: what images, texts and patches are like; None: as the model has them.
         texts: of an image; of several some places are empty, or hold negatives, and one text belongs to two images.
     """
     draw = torch.Generator().manual_seed(5)
-    side, context = spec.image_size, spec.context_length
+    (planned,) = plan_stages([stage] if stage else [], 1, spec.image_size, spec.context_length)
+    side, context = planned.image_size, planned.tokens
     tokens = _texts((BATCH, context), spec, draw)
     valid = torch.ones(BATCH, dtype=torch.bool)
     valid[[3, 12]] = False
@@ -51,6 +55,11 @@ def make_batch(spec: ModelSpec, texts: int = 1) -> Batch:
     group_id[9], group_id[14] = group_id[1], group_id[2]
     image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
     image[~valid] = 0
+    if stage is not None:
+        patches = (side // spec.model["vision_cfg"]["patch_size"]) ** 2
+        order = torch.stack([torch.randperm(patches, generator=draw) for _ in range(BATCH)])
+        chosen = order[:, : kept_of(patches, stage.patch_dropout)]
+        return replace(pair_batch(image, tokens, valid, group_id), patches=chosen)
     if texts == 1:
         return pair_batch(image, tokens, valid, group_id)
     tokens = _texts((BATCH, texts, context), spec, draw)
@@ -121,7 +130,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     cfg = load_config(cell["config"], words)
     clip = cfg.objectives.clip
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
-    batch = make_batch(audited.spec, cell["texts"])
+    batch = make_batch(audited.spec, cell["texts"], next(iter(cfg.train.stages), None))
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])
         batch = pair_batch(batch.images[IMAGE], batch.tokens, valid, batch.group_id)

@@ -22,6 +22,7 @@ BATCH = 16
 STAGES = (0, 1, 2, 3)
 LOSSES = ("infonce", "sigmoid")
 WIDTHS = (8, 16)  # of 32 features
+FEWER = {"image_size": 16, "tokens": 8, "patch_dropout": 0.5}
 MISTAKES = ("without_w", "bad_rows_count", "local_rows")  # of tests/dist/gradients.py
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -41,13 +42,16 @@ def cell(
     distill: str = "",
     teacher: str = VIT,
     alone: bool = False,
+    part: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it.
 
     Args:
         distill: objectives.distill.target, of a teacher with drawn weights.
         alone: without objectives.clip.
+        part: a stage of train.stages, without its share: smaller images, shorter texts, fewer patches.
     """
+    stages = [{"share": 1, **part}] if part else []
     clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
     config = {
         "model": {"name": model, **({"lora": {"rank": 2}} if lora else {})},
@@ -56,7 +60,7 @@ def cell(
             **({"distill": {"target": distill, "weight": 2.0}} if distill else {}),
         },
         "optim": {"lr": 1e-3},
-        "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision},
+        "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision, "stages": stages},
         # tiny parameters are partitioned, too, as large ones are
         "engine": {
             "zero_stage": stage,
@@ -64,7 +68,7 @@ def cell(
         },
     }
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
-    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught}"
+    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     return {"label": label, "config": config, "steps": steps, "texts": texts, "teacher": teacher if distill else ""}
 
@@ -83,6 +87,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, loss=LOSSES[stage % 2], micro=micro, widths=WIDTHS) for stage in STAGES]
         cells += [cell(stage=stage, loss=LOSSES[(stage + 1) % 2], micro=micro, texts=3) for stage in STAGES]
         cells += [cell(stage=3, micro=micro, widths=WIDTHS, texts=2)]
+    cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
     cells += distill_cells(world)
     if world == 2:
         # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.

@@ -25,6 +25,10 @@ from tools import export
 STEPS = 8  # two epochs of 70 // 16 = 4 steps
 RESNET = "configs/models/tiny_rn.json"  # running statistics must survive, too
 VIT = "configs/models/tiny_vit.json"
+STAGED = {
+    "model__name": VIT,
+    "train__stages": "[{share: 0.5, image_size: 16, tokens: 8, patch_dropout: 0.5}, {share: 0.5}]",
+}
 
 
 def words(shards: Path, root: Path, name: str, **settings: object) -> list[str]:
@@ -60,7 +64,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert losses(run) == losses(other)
     ours, theirs = tensors(run), tensors(other)
     assert ours.keys() == theirs.keys()
-    assert {name.partition("/")[0] for name in ours} == {"param", "exp_avg", "exp_avg_sq", "buffer", "ema"}
+    assert {name.partition("/")[0] for name in ours} - {"buffer"} == {"param", "exp_avg", "exp_avg_sq", "ema"}
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
 
@@ -221,3 +225,43 @@ def test_adapters_are_put_on_no_other_base(shards, moved, tmp_path):
     ):
         load_model(str(moved / "run"))
     load_model(str(moved / "run"), str(moved / "elsewhere.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def staged(shards, tmp_path_factory) -> Path:
+    """A run whose images grow, whose texts lengthen and whose patches come back after step 4."""
+    root = tmp_path_factory.mktemp("staged")
+    out = run_ranks("training.py", 2, "none", "0", *words(shards, root, "whole", **STAGED))
+    assert "stage 1 of 2, steps 1 to 4: images of 16 pixels, at most 8 tokens, 50 % of the patches dropped" in out
+    assert "stage 2 of 2, steps 5 to 8: images of 32 pixels, at most 16 tokens\n" in out
+    return root / "whole"
+
+
+def stages_begun(run: Path) -> list[tuple[int, int, int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "image_size", "tokens", "patch_dropout")
+    return [tuple(record[name] for name in names) for record in records if record.get("event") == "stage"]
+
+
+def test_a_run_goes_on_before_at_and_after_the_border_of_a_stage(shards, staged, tmp_path):
+    for step in (3, 4, 5):
+        run_ranks("training.py", 2, "sigterm", step, *words(shards, tmp_path, "run", **STAGED), expect=75)
+        assert newest_checkpoint(tmp_path / "run").name == f"step-0000000{step}"
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run", **STAGED))
+    assert_same(tmp_path / "run", staged)
+    assert stages_begun(tmp_path / "run") == stages_begun(staged) == [(1, 16, 8, 0.5), (5, 32, 16, 0.0)]
+
+
+def test_stages_train_the_same_on_other_ranks_and_in_micro_batches(shards, staged, tmp_path):
+    other = {"train__micro_batch": 4, "engine__zero_stage": 3}
+    run_ranks("training.py", 1, "none", "0", *words(shards, tmp_path, "run", **STAGED, **other))
+    assert losses(tmp_path / "run") == pytest.approx(losses(staged), rel=1e-5)
+
+
+def test_a_stage_that_does_not_fit_ends_a_run_in_one_line(shards, tmp_path):
+    stages = {"train__stages": "[{share: 1, image_size: 20}]"}
+    ended = train(1, *words(shards, tmp_path, "run", **STAGED | stages)[2:])
+    assert ended.returncode == 2
+    told = r"train.stages\[0\].image_size=20: must be a multiple of the model's patches of 8: 16 or 24"
+    assert re.fullmatch(f"error: {told}\n", ended.stderr), ended.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
