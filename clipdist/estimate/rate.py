@@ -15,7 +15,7 @@ LAST = 20  # logged steps of a run that are used
 # The rate depends on these, beside the machine; a run that differs in one of them is no source.
 SAME = (
     *("device", "model.name", "engine", "launch.nodes", "launch.gpus"),
-    *("train.global_batch", "train.micro_batch", "train.precision"),
+    *("train.global_batch", "train.micro_batch", "train.precision", "train.stages"),
 )
 
 
@@ -33,7 +33,7 @@ def expected_rate(config: Config) -> tuple[float, str]:
 
 def _identity(tree: dict[Any, Any]) -> list[Any]:
     plain = OmegaConf.create(tree)
-    return [OmegaConf.select(plain, key) for key in SAME]
+    return [OmegaConf.select(plain, key) or None for key in SAME]  # runs of earlier versions lack some
 
 
 def _identity_of_run(folder: Path) -> list[Any] | None:
