@@ -229,6 +229,9 @@ def _scalars_to_lists(tree: Any) -> Any:
             if str(leaf.type).startswith("list["):
                 _scalar_to_list(tree, f"{section.name}.{leaf.name}")
     _scalar_to_list(tree, "model.lora.targets")
+    stages = OmegaConf.select(tree, "train.stages", default=None)
+    if OmegaConf.is_dict(stages):
+        OmegaConf.update(tree, "train.stages", [stages], merge=False)
     return tree
 
 

@@ -11,6 +11,7 @@ import torch
 import clipdist.estimate.memory as memory
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, launched_ranks, total_steps
+from clipdist.config.stages import plan_stages
 from clipdist.data.catalog import Catalog
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
@@ -40,7 +41,7 @@ def make_estimate(
         model: measured before, for another configuration of the same model.
 
     Raises:
-        UserError: the model cannot be built, or the batch cannot be divided.
+        UserError: the model cannot be built, the batch cannot be divided, or a stage has no step.
     """
     world = world or launched_ranks(config.launch)
     check_ranks(config, world)
@@ -49,6 +50,9 @@ def make_estimate(
     known = catalog is not None or train.steps or train.samples
     device = _device(config)
     rate, rate_source = expected_rate(config)
+    measured, steps = model or MeasuredModel(config), total_steps(train, per_epoch) if known else None
+    if steps is not None:  # refuses a stage without a step
+        plan_stages(train.stages, steps, measured.spec.image_size, measured.spec.context_length)
     limit, limit_source = _device_bytes(config, device)
     return Estimate(
         config=config,
@@ -56,13 +60,13 @@ def make_estimate(
         device=device,
         # bf16 stands for fp16, which takes as many bytes, on a GPU without bf16
         precision={"cpu": "fp32", "cuda": "bf16"}[device] if train.precision == "auto" else train.precision,
-        steps=total_steps(train, per_epoch) if known else None,
+        steps=steps,
         steps_per_epoch=per_epoch or None,
         rate=rate,
         rate_source=rate_source,
         limit=limit,
         limit_source=limit_source,
-        model=model or MeasuredModel(config),
+        model=measured,
     )
 
 

@@ -100,6 +100,22 @@ def test_a_model_that_needs_values_is_measured_in_two_small_runs(monkeypatch: py
     assert found.saved == pytest.approx(expected.saved, rel=0.02)
 
 
+def test_the_plan_takes_the_largest_stage() -> None:
+    whole = make_estimate(configured("train.steps=10"))
+    last = "{share: 0.1}"
+    small, few = "{share: 0.9, image_size: 16, tokens: 8}", "{share: 0.9, patch_dropout: 0.5}"
+    found = {
+        stages: make_estimate(configured("train.steps=10", f"train.stages=[{stages}]"))
+        for stages in (f"{small}, {last}", small.replace("0.9", "1"), f"{small}, {few.replace('0.9', '0.1')}")
+    }
+    (mixed, smallest, fewer) = found.values()
+    assert mixed.activations == whole.activations
+    assert smallest.activations.peak < fewer.activations.peak < whole.activations.peak
+    assert smallest.host["batches ahead"] < whole.host["batches ahead"] == mixed.host["batches ahead"]
+    with pytest.raises(UserError, match=r"train\.stages\[1\]\.share=0\.01: leaves it no step of 10"):
+        make_estimate(configured("train.steps=10", "train.stages=[{share: 0.99}, {share: 0.01}]"))
+
+
 def layout(**changes: Any) -> StepLayout:
     plain = StepLayout(
         stage=1, world=4, share=8, micro=8, itemsize=2, bfloat16=True, bucket=1000, cpu=False, offload=False, ema=False

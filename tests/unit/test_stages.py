@@ -251,6 +251,12 @@ def test_bad_stages_are_refused(stages, message):
     assert "\n" not in str(refused.value)
 
 
+def test_one_stage_is_a_list_of_one():
+    assert load_config(None, ["train.stages={share: 1, patch_dropout: 0.5}"]).train.stages == [
+        Stage(1.0, patch_dropout=0.5)
+    ]
+
+
 def test_stages_and_kept_features_exclude_each_other():
     words = ["train.stages=[{share: 1, tokens: 8}]", "data.cache_features=true", "model.lock_image=true"]
     with pytest.raises(UserError, match=r"train\.stages=shares \[1\.0\]: must be empty with data\.cache_features"):
