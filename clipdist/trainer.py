@@ -156,7 +156,7 @@ class Trainer:
         train = config.train
         smallest = min(stage.image_size for stage in self.plan.stages)
         if train.stages:
-            allow_stages(model.visual, self.plan.stages, model.spec.embed_dim)
+            allow_stages(model, self.plan.stages)
         model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size, smallest)
         if resume:
             load_trained(model, resume.folder, resume.manifest, config.data.retry_s)

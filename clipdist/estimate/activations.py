@@ -158,7 +158,7 @@ def forward_peak(model: DualEncoder, batch: int, texts: int = 1) -> int:
 
 def _locked(model: DualEncoder, config: Config) -> DualEncoder:
     if config.train.stages:
-        allow_stages(model.visual, stages_of(config, model.spec), model.spec.embed_dim)
+        allow_stages(model, stages_of(config, model.spec))
     model.lock_towers(config.model)
     if config.engine.activation_checkpointing:
         model.set_activation_checkpointing()

@@ -79,7 +79,7 @@ class Audit:
         self.spec = model.spec
         if cfg.train.stages:
             stages = plan_stages(cfg.train.stages, 1 << 40, self.spec.image_size, self.spec.context_length)
-            allow_stages(model.visual, stages, self.spec.embed_dim)
+            allow_stages(model, stages)
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher)
         if cfg.engine.activation_checkpointing:

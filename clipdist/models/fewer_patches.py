@@ -1,4 +1,4 @@
-"""Let image towers take smaller images than they are made for, and a choice of their patches.
+"""Let towers take smaller images than they are made for, a choice of their patches, and shorter texts.
 
 Parameters keep their shapes: a table of position embeddings is interpolated in the forward pass (CLIPA, Li et al.,
 arXiv:2305.07017), so that checkpoints and exports do not change.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clipdist.config.stages import PlannedStage
 from clipdist.errors import UserError, brief
+from clipdist.models.text_length import allow_shorter
 from clipdist.models.towers import mix_in, run_on_shapes
 
 
@@ -123,30 +124,43 @@ def kept_of(patches: int, dropout: float) -> int:
     return max(1, round(patches * (1 - dropout))) if patches and dropout else 0
 
 
-def allow_stages(tower: nn.Module, stages: Sequence[PlannedStage], features: int) -> None:
-    """Let an image tower take the images and patches of all stages, in place.
-
-    Args:
-        features: D, the width that it gives.
+def allow_stages(model: Any, stages: Sequence[PlannedStage]) -> None:
+    """Let the towers of a dual encoder take the images, patches and texts of all stages, in place.
 
     Raises:
-        UserError: it does not take them.
+        UserError: they do not take them.
     """
-    _prepare(tower)
-    kind = type(getattr(tower, "trunk", tower)).__name__
+    _prepare(model.visual)
+    allow_shorter(model.text)
+    dtype = next(model.visual.parameters()).dtype
     for number, stage in enumerate(stages):
         where, side = f"train.stages[{number}].", stage.image_size
-        try:
-            found = run_on_shapes(tower, (2, 3, side, side), next(tower.parameters()).dtype)
-        except Exception as error:  # whatever a tower raises for a size that it does not take
-            raise UserError(f"{where}image_size={side}: {kind} does not take it: {brief(error)}") from error
-        if found != (2, features):
-            raise UserError(f"{where}image_size={side}: {kind} gives {list(found[1:])} instead of {features} features")
-        if stage.patch_dropout and not patches_of(tower, side):
+        features = model.spec.embed_dim
+        _check_shape(model.visual, (2, 3, side, side), dtype, features, f"{where}image_size={side}")
+        _check_shape(model.text, (2, stage.tokens), torch.int64, features, f"{where}tokens={stage.tokens}")
+        if stage.patch_dropout and not patches_of(model.visual, side):
             raise UserError(
-                f"{where}patch_dropout={stage.patch_dropout}: {kind} has no patches to choose from, or a patch dropout"
-                " of its own in the model's description"
+                f"{where}patch_dropout={stage.patch_dropout}: {_kind(model.visual)} has no patches to choose from, or a"
+                " patch dropout of its own in the model's description"
             )
+
+
+def _check_shape(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, features: int, where: str) -> None:
+    """Raise UserError where a tower does not run on inputs of this shape. One that reads values is not tried."""
+    try:
+        found = run_on_shapes(tower, shape, dtype)
+    except NotImplementedError:
+        return
+    except Exception as error:  # whatever a tower raises for a size that it does not take
+        if "meta" in str(error):
+            return
+        raise UserError(f"{where}: {_kind(tower)} does not take it: {brief(error)}") from error
+    if found != (2, features):
+        raise UserError(f"{where}: {_kind(tower)} gives {list(found[1:])} instead of {features} features")
+
+
+def _kind(tower: nn.Module) -> str:
+    return type(getattr(tower, "trunk", tower)).__name__
 
 
 def _prepare(tower: Any) -> None:

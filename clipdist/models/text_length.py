@@ -144,6 +144,23 @@ def _rounded(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def allow_shorter(tower: nn.Module) -> None:
+    """Let a tower take texts that are padded to less than its context, in place: open_clip's keeps its whole mask."""
+    from open_clip.transformer import TextTransformer
+
+    if isinstance(tower, TextTransformer) and not isinstance(tower, ShorterTexts):
+        mix_in(ShorterTexts, tower)
+
+
+class ShorterTexts(nn.Module):
+    """Mixin of TextTransformer: a causal mask as long as the texts."""
+
+    def _embeds(self: Any, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, mask = super()._embeds(text)  # type: ignore[misc]
+        length = x.shape[1]
+        return x, mask if mask is None else mask[..., :length, :length]
+
+
 class PackedTexts(nn.Module):
     """Mixin of TextTransformer: takes packed texts, too."""
 

@@ -33,7 +33,7 @@ RESNET = "configs/models/tiny_rn.json"
 def staged(name: str, *stages: PlannedStage) -> DualEncoder:
     torch.manual_seed(0)
     model = build_model(config.Model(name=name))
-    allow_stages(model.visual, stages, model.spec.embed_dim)
+    allow_stages(model, stages)
     return model
 
 
@@ -118,6 +118,20 @@ def test_a_resnet_takes_smaller_images(tmp_path):
     features.square().sum().backward()
     assert table.grad.abs().sum(-1).count_nonzero() == len(table) == 17
     assert model.visual.attnpool.positional_embedding is table
+
+
+@pytest.mark.parametrize("more", [{}, {"pool_type": "last", "no_causal_mask": True}, {"pool_type": "last"}])
+def test_shorter_texts_are_taken_padded_and_not(tmp_path, more):
+    described = json.loads(Path(VIT).read_text())
+    described["text_cfg"] |= more
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    model = staged(str(tmp_path / "model.json"), PlannedStage(0, 32, 8, 0.0), PlannedStage(1, 32, 16, 0.0)).eval()
+    tokens = torch.tensor([[1, 2, 2047, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 2047]])
+    features = model.encode_text(tokens)
+    assert torch.allclose(features, model.text(tokens), atol=1e-6)  # on a GPU texts are run as they are
+    if not more:
+        longer = torch.nn.functional.pad(tokens, (0, 8))
+        assert torch.allclose(features, model.text(longer), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [VIT, "vit_tiny_patch16_224"])

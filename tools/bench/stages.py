@@ -80,7 +80,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, list[float]]:
     model = build_model(config.model, config.objectives.clip).train()
     spec = model.spec
     planned = plan_stages(config.train.stages, 1 << 40, spec.image_size, spec.context_length)
-    allow_stages(model.visual, planned, spec.embed_dim)
+    allow_stages(model, planned)
 
     def timed(stage: PlannedStage) -> Callable[[], float]:
         side, count = stage.image_size, images_of(config)
