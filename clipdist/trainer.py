@@ -41,6 +41,7 @@ from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
+from clipdist.models.compiled import CompileClock, cache_folder, why_not
 from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
@@ -170,8 +171,13 @@ class Trainer:
         return BatchStage(stage.first, views, tokenizer, patches, kept_of(patches, stage.patch_dropout))
 
     def _build_engine(self, model: DualEncoder) -> Engine:
-        if self.config.engine.activation_checkpointing:
-            model.set_activation_checkpointing()
+        settings = self.config.engine
+        if settings.compile and (reason := why_not(self.dist_env.device)):
+            settings = replace(settings, compile=False)
+            if self.dist_env.local_rank == 0:
+                print(f"note: engine.compile=true, but nothing can be compiled: {reason}; the run goes on without")
+        model.prepare(settings)
+        self.compiling = CompileClock(self.watchdog.progress) if settings.compile else None
         engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env, self.teacher)
         if self.plan.resume:
             engine.restore(self.plan.resume)
@@ -276,6 +282,7 @@ class Trainer:
         log = done % self.config.train.log_every == 0 or done == self.plan.steps
         with self.watchdog.phase("step" if self.step > self.plan.start_step else "first step (compiles)"):
             result = self._train_step(batch, want_norms=log)
+        self._log_compilation(done)
         self.step = done
         self.applied += result.applied
         self.watchdog.progress(done)
@@ -300,6 +307,14 @@ class Trainer:
             want_norms=want_norms,
             guard=self.guard,
         )
+
+    def _log_compilation(self, step: int) -> None:
+        """Log what was compiled in a step on rank 0: all in the first, later what a new shape needs."""
+        count, seconds = self.compiling.lap() if self.compiling else (0, 0.0)
+        if count:
+            self.journal.log(
+                f"step {step}: {seconds:.1f} s for {count} compilations of the towers' blocks, kept in {cache_folder()}"
+            )
 
     def _is_due_every(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`; 0: never."""
@@ -454,6 +469,8 @@ class Trainer:
         self.watchdog.linger = None  # it references this trainer, whose engine would stay in memory
         self.loader.close()
         self.journal.close()
+        if self.compiling:
+            self.compiling.close()
 
     def _wait_for_writer(self, seconds: float) -> None:
         """Wait for the checkpoint writer before the process is killed."""

@@ -45,6 +45,9 @@ def check(config: Config) -> None:
     measured = bool(not config.train.keep_best or config.data.val or config.eval.labelled)
     _need(measured, "train.keep_best", config.train.keep_best, "come with data.val or eval.labelled, which measure it")
     _check_launch(config.launch)
+    compiles = config.engine.compile and config.engine.zero_stage == 3
+    must = "be 0, 1 or 2 with engine.compile: stage 3 gathers weights inside of the blocks"
+    _need(not compiles, "engine.zero_stage", 3, must)
     _check_deepspeed(config.engine)
 
 

@@ -169,10 +169,11 @@ class Optim:
 
 @dataclass(frozen=True)
 class Engine:
-    """Memory savings, and settings of DeepSpeed."""
+    """Memory savings, compilation, and settings of DeepSpeed."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
+    compile: bool = False  # the towers' blocks, by torch.compile: minutes at the first start, kept for later ones
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged into DeepSpeed's configuration (offload, ...)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -26,6 +26,7 @@ from clipdist.engine.gradients import GradientStatistics, gradient_statistics
 from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
+from clipdist.models.compiled import uncompiled
 from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_updated_once
 from clipdist.objectives.objective import Objective, Term
 from clipdist.objectives.teacher import Teacher
@@ -127,6 +128,7 @@ class Engine:
         self.refresh_scalars()
         self._features = tuple(dict.fromkeys(name for objective in objectives for name in objective.features))
         self._statistics = RunningStatistics(self.zero.module)
+        self._compiled = config.engine.compile
         momentum = config.train.ema
         self.ema = Ema(self.zero, partial(warmed_up, momentum)) if momentum else None
 
@@ -215,10 +217,11 @@ class Engine:
         found = torch.autograd.grad(value * scale, list(outputs.values()))
         gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
         shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
-        with statistics_updated_once(self._statistics.norms):
+        with statistics_updated_once(self._statistics.norms) as updated:
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
                 again = self._forward(piece)
+                updated()
                 parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
                 # Divide a scalar's gradient among all micro-batches: a reduction may wait for all parameters.
                 parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
@@ -300,7 +303,7 @@ class Engine:
 
     @torch.no_grad()
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return features in evaluation mode, not normalised. With ZeRO-3 collective.
+        """Return features in evaluation mode, not normalised, computed by no compiled code. With ZeRO-3 collective.
 
         Args:
             image: uint8 [b, 3, H, W] or None.  tokens: int64 [b, L] on the CPU, or None.
@@ -310,7 +313,8 @@ class Engine:
         """
         self.zero.train(False)
         images = {} if image is None else {IMAGE: image.to(self.dist_env.device)}
-        outputs = self.zero.forward(**images, **({} if tokens is None else {"tokens": tokens}))
+        with uncompiled() if self._compiled else nullcontext():  # as in the offline tools, for batches of any size
+            outputs = self.zero.forward(**images, **({} if tokens is None else {"tokens": tokens}))
         return outputs.get(IMAGE), outputs.get("text")
 
     def logit_scale(self) -> float:

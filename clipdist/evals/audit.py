@@ -82,8 +82,7 @@ class Audit:
             allow_stages(model, stages)
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher)
-        if cfg.engine.activation_checkpointing:
-            model.set_activation_checkpointing()
+        model.prepare(cfg.engine)
         made = {each.name: each for each in make_objectives(cfg.objectives)}
         objectives = [*({**made, objective.name: objective} if objective else made).values()]
         self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env, teacher)

@@ -16,11 +16,12 @@ from clipdist import config
 from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.compiled import compile_blocks
 from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
-from clipdist.models.text_length import allow_packing, encode
+from clipdist.models.text_length import PackedTexts, allow_packing, encode
 from clipdist.models.towers import (
     MeanPooler,
     buffers_keep_dtype,
@@ -270,6 +271,20 @@ class DualEncoder(nn.Module):
                 ) from None
         except (NotImplementedError, RuntimeError):
             pass  # the tower reads values
+
+    def prepare(self, cfg: config.Engine) -> None:
+        """Compile the towers' blocks and checkpoint their activations, as configured.
+
+        Raises:
+            UserError: no blocks are known in either tower; or see set_activation_checkpointing.
+        """
+        if cfg.compile:
+            if not compile_blocks(self.visual) + compile_blocks(self.text):
+                raise UserError(f"engine.compile=true: no blocks are known in {self.spec.name}; set it to false")
+            if isinstance(self.text, PackedTexts):
+                self.text.row_bits = 3
+        if cfg.activation_checkpointing:
+            self.set_activation_checkpointing()
 
     def set_activation_checkpointing(self) -> None:
         """Keep only the inputs of residual blocks for the backward pass and recompute the other activations.

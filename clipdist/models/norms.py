@@ -6,7 +6,7 @@ micro-batches they are updated once per step, by the mean over the micro-batches
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -76,24 +76,35 @@ def statistics_frozen(norms: list[_NormBase]) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_updated_once(norms: list[_NormBase]) -> Iterator[None]:
-    """Update running statistics once, by the mean over the forward passes of all micro-batches."""
+def statistics_updated_once(norms: list[_NormBase]) -> Iterator[Callable[[], None]]:
+    """Update running statistics once, by the mean over the forward passes of all micro-batches.
+
+    Yields:
+        a function to call after each forward pass.
+    """
     active = [norm for norm in norms if norm.training]  # not those of a locked tower
-    before = []
-    for norm in active:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        before.append((norm.momentum, norm.num_batches_tracked, norm.running_mean.clone(), norm.running_var.clone()))
-        norm.momentum = None  # torch then takes the plain mean over the batches since the count was 0
-        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)  # on the host, which reads it in every forward
+    moments = [moment for norm in active for moment in (norm.running_mean, norm.running_var) if moment is not None]
+    before, sums = [moment.clone() for moment in moments], [torch.zeros_like(moment) for moment in moments]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in active]
+    passes = 0
+    for norm in active:  # the running statistics become those of one micro-batch
+        norm.momentum, norm.num_batches_tracked = 1.0, None
+
+    @torch.no_grad()
+    def add() -> None:
+        nonlocal passes
+        passes += 1
+        if moments:
+            torch._foreach_add_(sums, moments)
+
     try:
-        yield
+        yield add
     finally:
-        for norm, (momentum, count, mean, var) in zip(active, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked = count.add_(1)
+        old, total = iter(before), iter(sums)
+        for norm, (momentum, count) in zip(active, settings):
+            assert count is not None
+            norm.momentum, norm.num_batches_tracked = momentum, count.add_(1)
             share = 1 / count if momentum is None else momentum
-            for running, old in ((norm.running_mean, mean), (norm.running_var, var)):
-                assert running is not None
-                running.copy_(old.lerp(running, share))
+            for running in (norm.running_mean, norm.running_var):
+                if running is not None:
+                    running.copy_(next(old).lerp(next(total) / passes, share))

@@ -57,7 +57,7 @@ def allow_packing(tower: nn.Module) -> Kind:
     return kind
 
 
-def encode(tower: nn.Module, kind: Kind, tokens: Tensor, device: torch.device) -> Tensor:
+def encode(tower: Any, kind: Kind, tokens: Tensor, device: torch.device) -> Tensor:
     """Return the features [b, D] of texts.
 
     Args:
@@ -70,7 +70,7 @@ def encode(tower: nn.Module, kind: Kind, tokens: Tensor, device: torch.device) -
     lengths = text_lengths(tower, tokens)
     if kind == "trimmed":
         return tower(moved(tokens[:, : _rounded(int(lengths.max()), MULTIPLE)], device))
-    return tower(*(moved(part, device) for part in pack(tokens, lengths)))
+    return tower(*(moved(part, device) for part in pack(tokens, lengths, tower.row_bits)))
 
 
 def text_lengths(tower: Any, tokens: Tensor) -> Tensor:
@@ -91,13 +91,12 @@ def text_lengths(tower: Any, tokens: Tensor) -> Tensor:
     return torch.where(found.any(1), length, tokens.shape[1])  # padding alone is not masked, but averaged
 
 
-def pack(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pack(tokens: Tensor, lengths: Tensor, bits: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Put texts into as few rows as best fit finds, the longest first.
-
-    The number of rows is rounded up to five significant bits, so that it takes few values.
 
     Args:
         tokens: int64 [b, L].  lengths: int64 [b], 1 to L.
+        bits: the number of rows is rounded up to so many significant bits, so that it takes few values.
 
     Returns:
         tokens and their positions in their texts, int64 [P, W], zeros where there is none; and of every text the place
@@ -106,7 +105,7 @@ def pack(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     counts = lengths.tolist()
     width = _rounded(max(*counts, min(ROW, sum(counts))), MULTIPLE)
     starts, rows = _best_fit(counts, width)
-    rows = _rounded(rows, 1 << max(0, rows.bit_length() - 5))
+    rows = _rounded(rows, 1 << max(0, rows.bit_length() - bits))
     start = torch.tensor(starts)
     text = torch.arange(len(tokens)).repeat_interleave(lengths)
     position = torch.arange(len(text)) - (lengths.cumsum(0) - lengths)[text]
@@ -162,7 +161,13 @@ class ShorterTexts(nn.Module):
 
 
 class PackedTexts(nn.Module):
-    """Mixin of TextTransformer: takes packed texts, too."""
+    """Mixin of TextTransformer: takes packed texts, too.
+
+    Attributes:
+        row_bits: see `pack`; fewer where every number of rows is compiled for itself.
+    """
+
+    row_bits = 5
 
     eos_id: int
     pool_type: str

@@ -1,7 +1,8 @@
 """One rank of the gradient proof: every cell of the test, one after another in the same processes.
 
-Reads cells {"label", "config", "steps", "texts", "teacher", "loss", "only_valid"} as JSON from the file named first.
-Rank 0 writes the audit's rows, each with its cell's label and the engine's own reported norm, to the file named second.
+Reads cells {"label", "config", "steps", "texts", "teacher", "compiled", "loss", "only_valid"} as JSON from the file
+named first. Rank 0 writes the audit's rows, each with its cell's label and the engine's own reported norm, to the file
+named second.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from clipdist.objectives.clip import ClipObjective
 
 BATCH = 16
 FIRST_STEP = 7
+COMPILE = torch.compile
 
 
 def make_batch(spec: ModelSpec, texts: int = 1, stage: config.Stage | None = None) -> Batch:
@@ -122,8 +124,18 @@ def drawn_weights(model: str, folder: Path, rank: int) -> str:
     return f"{model}:{file}"
 
 
+def compile_by(backend: str) -> None:
+    """Lets another backend than Inductor, which takes seconds for every block, compile what is traced."""
+    if backend != "inductor":
+        torch.compile = lambda function, dynamic, options: COMPILE(function, dynamic=dynamic, backend=backend)
+    else:
+        torch.compile = COMPILE
+
+
 def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     words = []
+    if backend := cell.get("compiled"):
+        compile_by(backend)
     if cell.get("teacher"):
         drawn = drawn_weights(cell["teacher"], Path(cell["config"]).parent, dist_env.rank)
         words = [f"objectives.distill.teacher={drawn}"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def cell(
     teacher: str = VIT,
     alone: bool = False,
     part: dict[str, Any] | None = None,
+    compiled: str = "",
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it.
 
@@ -50,6 +52,7 @@ def cell(
         distill: objectives.distill.target, of a teacher with drawn weights.
         alone: without objectives.clip.
         part: a stage of train.stages, without its share: smaller images, shorter texts, fewer patches.
+        compiled: the backend of torch.compile; "": engine.compile=false.
     """
     stages = [{"share": 1, **part}] if part else []
     clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
@@ -64,13 +67,23 @@ def cell(
         # tiny parameters are partitioned, too, as large ones are
         "engine": {
             "zero_stage": stage,
+            "compile": bool(compiled),
+            "activation_checkpointing": bool(compiled) and stage == 2,
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
     }
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
-    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''}"
+    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
-    return {"label": label, "config": config, "steps": steps, "texts": texts, "teacher": teacher if distill else ""}
+    taught_by = teacher if distill else ""
+    return {
+        "label": label,
+        "config": config,
+        "steps": steps,
+        "texts": texts,
+        "teacher": taught_by,
+        "compiled": compiled,
+    }
 
 
 def exact_cells(world: int) -> list[dict[str, Any]]:
@@ -100,6 +113,21 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, precision="bf16", micro=m, steps=2) for stage in STAGES for m in (0, 2)]
         cells += [cell(stage=stage, loss="sigmoid", precision="bf16", micro=2) for stage in STAGES]
         cells += [cell(stage=stage, loss="sigmoid", micro=4, steps=3) for stage in (1, 3)]
+        cells += compiled_cells()
+    return cells
+
+
+def compiled_cells() -> list[dict[str, Any]]:
+    """engine.compile: what Inductor makes of one block, and what is traced of everything that is put into blocks.
+
+    At stage 2 with activation checkpointing.
+    """
+    cells = [cell(model=CBOW, stage=stage, micro=2 * (stage % 2), compiled="inductor") for stage in (0, 1)]
+    traced = partial(cell, compiled="aot_eager")
+    cells += [traced(stage=stage, micro=micro) for stage in (0, 1, 2) for micro in (0, 2)]
+    cells += [traced(model=RESNET, stage=stage, micro=4, steps=2) for stage in (1, 2)]
+    cells += [traced(model=RESNET, precision="bf16", steps=2), traced(model=TIMM, precision="bf16", micro=2, steps=2)]
+    cells += [traced(stage=1, micro=2, steps=2, lora=True), traced(precision="fp16", micro=2)]
     return cells
 
 

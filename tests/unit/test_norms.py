@@ -36,9 +36,10 @@ def test_statistics_move_once_by_the_mean_of_the_micro_batches(momentum):
     inputs = [[], []]
     for i, norm in enumerate(norms):
         norm.register_forward_pre_hook(lambda _, x, i=i: inputs[i].append(x[0].detach()))
-    with statistics_updated_once(norms):
+    with statistics_updated_once(norms) as updated:
         for piece in pieces:
             model(piece)
+            updated()
     for i, norm in enumerate(norms):
         share = 1 / 2 if momentum is None else momentum  # the second batch of a plain mean
         means = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs[i]])
@@ -51,8 +52,9 @@ def test_statistics_move_once_by_the_mean_of_the_micro_batches(momentum):
 
 def test_one_micro_batch_is_what_torch_does():
     ours, theirs, piece = make(0.1), make(0.1), torch.randn(4, 3, 8, 8)
-    with statistics_updated_once(running_norms(ours)):
+    with statistics_updated_once(running_norms(ours)) as updated:
         ours(piece)
+        updated()
     theirs(piece)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
@@ -65,8 +67,9 @@ def test_statistics_can_be_held_still_and_locked_layers_stay():
         out = model(torch.randn(4, 3, 8, 8))
     assert out.mean().abs() < 1e-5  # normalised by the batch nevertheless
     model[1].eval()
-    with statistics_updated_once(running_norms(model)):
+    with statistics_updated_once(running_norms(model)) as updated:
         model(torch.randn(4, 3, 8, 8))
+        updated()
     after = model.state_dict()
     assert torch.equal(after["1.running_mean"], before["1.running_mean"])
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
