@@ -58,11 +58,14 @@ def _residual_blocks(tower: nn.Module) -> list[nn.Module]:
 def why_not(device: torch.device) -> str:
     """Return why nothing can be compiled for a device, such as a missing C++ compiler; "" where a trial succeeds."""
     import torch._inductor.config as inductor
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU it warns of CUDA
     if device.type == "cpu":
         inductor.compile_threads = 1  # no pool of processes beside the ranks, which use the cores already
     try:
+        if device.type == "cpu":
+            get_cpp_compiler()  # the trial may be found in the cache
         torch.compile(_trial, dynamic=False, options=_OPTIONS)(torch.ones(8, device=device))
     except Exception as error:  # of the compilers and their drivers: of many types
         return brief(error)

@@ -68,6 +68,11 @@ def test_a_scalar_in_a_recipe_may_stand_for_a_list(tmp_path):
     ]
 
 
+def test_compiled_towers_at_stage_3_are_refused():
+    with pytest.raises(UserError, match=r"^engine\.zero_stage=3: must be 0, 1 or 2 with engine\.compile"):
+        load_config(None, ["engine.compile=true", "engine.zero_stage=3"])
+
+
 def test_deepspeed_settings_pass_through():
     config = load_config(None, ["engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"])
     assert config.engine.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
