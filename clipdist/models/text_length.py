@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clipdist.distributed.rank import moved
 from clipdist.models.cbow import CBOW
-from clipdist.models.towers import mix_in
+from clipdist.models.towers import MeanPooler, mix_in
 
 Kind = Literal["packed", "trimmed", "whole"]
 
@@ -35,7 +35,7 @@ MULTIPLE = 8  # of lengths: few shapes, and such as GPU kernels are made for
 
 def text_kind(tower: nn.Module) -> Kind:
     """Return how a text tower may be run. One that is not known is run whole."""
-    from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder, MeanPooler
+    from open_clip.hf_model import ClsLastHiddenStatePooler, ClsPooler, HFTextEncoder
     from open_clip.transformer import TextTransformer
 
     if isinstance(tower, TextTransformer):
