@@ -154,8 +154,9 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW and its learning rate schedule."""
+    """The optimiser and its learning rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of hidden layers; the rest keeps AdamW
     lr: float = 5e-4  # at the peak
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 100

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,22 @@ def reduce_scatter_sum(x: torch.Tensor, wire: torch.dtype, group: ProcessGroup |
     dist.all_to_all_single(parts, sent, group=group)
     total = parts.view(world, -1, *x.shape[1:]).sum(0, dtype=torch.float32)
     return total if largest is None else total * largest
+
+
+def all_to_all_uneven(parts: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+    """Send parts[r] to rank r; return what rank r sent here, cut into pieces. Of one rank, its own part.
+
+    Args:
+        parts: 1-D, of one dtype, by receiver.
+        sizes: elements of the pieces, by sender.
+    """
+    received = torch.cat([*parts])
+    if len(parts) > 1:
+        sent, lengths = received, [sum(of_rank) for of_rank in sizes]
+        received = sent.new_empty(sum(lengths))
+        dist.all_to_all_single(received, sent, lengths, [len(part) for part in parts])
+    pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
+    return [[next(pieces) for _ in of_rank] for of_rank in sizes]
 
 
 def all_reduce_sum(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:

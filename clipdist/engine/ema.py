@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clipdist.checkpoint.format import EMA, Piece
 from clipdist.checkpoint.reader import CheckpointReader
-from clipdist.engine.zero import Fragment, Zero
+from clipdist.engine.fragment import Fragment
+from clipdist.engine.zero import Zero
 from clipdist.models.norms import running_norms
 
 

@@ -21,7 +21,8 @@ import torch
 
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.distributed.rank import upload
-from clipdist.engine.zero import Fragment, Zero
+from clipdist.engine.fragment import Fragment
+from clipdist.engine.zero import Zero
 
 TOWERS = ("image", "text")
 BATCH_ELEMENTS = 1 << 26

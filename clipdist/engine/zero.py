@@ -1,15 +1,12 @@
 """Wrap a DeepSpeed engine: one interface to weights, moments and gradients for every ZeRO stage and precision.
 
-No other file uses DeepSpeed's internals (a test checks that). A fragment is the contiguous range of elements of a
-flattened parameter whose fp32 master weights, moments and gradients this rank holds: at stages 1 and 2 a range that may
-begin inside the parameter, at stage 3 an equal share of it, at stage 0 the whole parameter.
+No other file uses DeepSpeed's internals (a test checks that).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -22,6 +19,8 @@ from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import Config
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.engine.fragment import Fragment
+from clipdist.engine.muon import Muon
 from clipdist.engine.optim import make_optimizer
 from clipdist.engine.setup import prepare_deepspeed
 from clipdist.errors import UserError
@@ -30,30 +29,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 GATHERED = 8  # whole parameters at one time
 _COUNTERS = ("global_steps", "micro_steps", "skipped_steps")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements start .. start+numel of parameter `name`, at `offset` of `flat`, a tensor that the optimiser updates."""
-
-    name: str
-    parameter: Any  # an nn.Parameter with DeepSpeed's attributes
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    flat: Tensor
-    offset: int
-    trained: bool
-    own: tuple[int, int]  # the part of start .. start+numel that this rank writes to a checkpoint
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return this fragment's elements of a tensor laid out like `flat`, as a writable 1-D view."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-
-    @property
-    def master(self) -> Tensor:
-        """The fp32 master weights, as a writable 1-D view."""
-        return self.of(self.flat)
 
 
 class Zero:
@@ -92,6 +67,10 @@ class Zero:
         self.fp16: bool = self._deepspeed.fp16_enabled()
         self.device: torch.device = self._deepspeed.device
         self._base_optimizer.state.clear()  # of a step at construction: see make_optimizer
+        self._one_moment: set[str] = set()  # parameters of which there is the first of MOMENTS alone
+        if isinstance(optimizer, Muon):
+            optimizer.attach(self.fragments())
+            self._one_moment = {matrix.name for matrix in optimizer.matrices}
         self._set_masters(originals)
         # DeepSpeed at stage 0 in half precision accumulates in half precision: see accumulate.
         self._accumulates_in_fp32 = bool(half) and self.stage == 0
@@ -208,6 +187,9 @@ class Zero:
         """Return the optimiser's moments of a fragment by the names in MOMENTS, 1-D; empty before its first step."""
         state = self._base_optimizer.state.get(fragment.flat) or {}
         return {moment: fragment.of(state[moment]) for moment in MOMENTS if moment in state}
+
+    def _moment_names(self, fragment: Fragment) -> tuple[str, ...]:
+        return MOMENTS[:1] if fragment.name in self._one_moment else MOMENTS
 
     def optimizer_steps(self, fragment: Fragment) -> Tensor | int:
         """Return how many steps the optimiser has taken with a fragment that has moments."""
@@ -338,8 +320,9 @@ class Zero:
 
     def save_numel(self, trained_only: bool = False) -> tuple[int, bool]:
         """Return the number of elements of live_pieces() once moments exist, and whether they are on a GPU."""
-        per_element = {True: 1 + len(MOMENTS), False: 0 if trained_only else 1}  # by whether they are trained
-        sizes = [(f.own[1] - f.own[0]) * per_element[f.trained] for f in self.fragments()]
+        locked = 0 if trained_only else 1
+        copies = ((f, 1 + len(self._moment_names(f)) if f.trained else locked) for f in self.fragments())
+        sizes = [(f.own[1] - f.own[0]) * number for f, number in copies]
         return sum(sizes), any(fragment.flat.is_cuda for fragment in self.fragments())
 
     def scaler_state(self) -> dict[str, float]:
@@ -373,12 +356,14 @@ class Zero:
     def _restore_moments(self, fragment: Fragment, reader: CheckpointReader, step: int) -> None:
         optimizer = self._base_optimizer
         state = optimizer.state[fragment.flat]
-        for moment in MOMENTS:
+        for moment in self._moment_names(fragment):
             if moment not in state:
                 state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
             saved = f"{moment}/{fragment.name}"
             if saved in reader.manifest.tensors:  # else the parameter was locked until now
                 reader.read_into(fragment.of(state[moment]), saved, fragment.start)
+        if fragment.name in self._one_moment:
+            return  # without a bias correction, which needs the number of steps
         # torch's fused AdamW counts steps in a tensor on the weights' device, DeepSpeed's CPU Adam in an int
         counted = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=fragment.flat.device) if counted else step
@@ -483,6 +468,7 @@ def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
         "fp16": {"enabled": precision == "fp16"},
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # it knows AdamW by its type: Muon is derived from it
         "steps_per_print": 1 << 62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in every micro-batch
     }

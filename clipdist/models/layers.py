@@ -1,4 +1,4 @@
-"""Number the layers of towers: how many of a tower's layers lie between a parameter and the tower's output."""
+"""Layers of towers: how many lie between a parameter and the tower's output, and which have hidden matrices."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _BEFORE_BLOCKS = re.compile(
     r"^(?!attnpool)(?:.*\.)?(?:conv[123]|bn[123]|ln_pre|class_embedding|positional_embedding|token_embedding|cls_emb"
     r"|embeddings|embed_tokens|embed_positions|layernorm_embedding|shared)(?:\.|$)"  # attention pooling has positions
 )
+
+_OUTPUT = re.compile(r"^(?:proj|text_projection|head|attnpool\.c_proj)(?:\.|$)")  # to the space of both towers
+_STACKED = {"qkv": 3, "kv": 2}  # of timm
 
 
 def layers_behind(model: Any) -> dict[str, int]:
@@ -72,3 +75,35 @@ def _timm_numbers(tower: Any) -> dict[str, int]:
     numbers = group_parameters(trunk, matcher, reverse=True)
     head = numbers["not matched"]  # the group of what is behind the blocks, such as pooling
     return {f"trunk.{name}": number for name, number in numbers.items() if number < head}
+
+
+def hidden_matrices(model: Any) -> dict[str, int]:
+    """Return trained parameters that are matrices between the input and the output of a tower, for Muon.
+
+    Weights of linear layers and of convolutions without groups, but for what reads pixels (three channels) and what
+    projects onto the space of both towers. Not LoRA's adapters: of those, only the product of two is a matrix of a
+    layer.
+
+    Args:
+        model: a DualEncoder.
+
+    Returns:
+        by name how many matrices lie one below the other in the parameter: three where it stacks those of q, k and v.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: dict[str, int] = {}
+    for tower in ("visual", "text"):
+        for name, layer in getattr(model, tower).named_modules():
+            last = name.rpartition(".")[2]
+            if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+                found[f"{tower}.{name}.in_proj_weight"] = 3
+            filters = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels != 3
+            if (filters or isinstance(layer, nn.Linear)) and not _OUTPUT.search(name) and "lora_" not in name:
+                found[f"{tower}.{name}.weight"] = _STACKED.get(last, 1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: stacked for name, stacked in found.items() if name in trained}
+    if not found:
+        raise UserError("optim.name=muon: no matrix of a hidden layer trains; set optim.name=adamw")
+    return found

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipdist import config
+from clipdist.engine.fragment import Fragment
 from clipdist.engine.gradients import gradient_statistics
-from clipdist.engine.zero import Fragment, Zero
+from clipdist.engine.zero import Zero
 from clipdist.fault_tolerance.guard import OVERFLOWS_IN_A_ROW, Guard
 from clipdist.models.dual_encoder import PARTS
 
