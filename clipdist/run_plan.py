@@ -155,6 +155,12 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
             " run.name: python tools/export.py RUN --out FILE.safetensors, and model.weights=FILE.safetensors"
         )
     _check_model(config, reader)
+    theirs = manifest.config.get("optim", {}).get("name", "adamw")
+    if theirs != config.optim.name:
+        raise UserError(
+            f"{where}: holds the moments of optim.name={theirs}, here {config.optim.name}; set it back or choose"
+            " another run.name"
+        )
     if order["version"] != ORDER_VERSION:
         raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
     if order["fingerprint"] != fingerprint:

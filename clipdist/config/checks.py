@@ -38,7 +38,6 @@ def check(config: Config) -> None:
     _check_data(config.data, config.model, config.train)
     _check_model(config.model)
     _check_objectives(config.objectives, config.data, config.model)
-    _check_optim(config.optim)
     _check_train(config.train)
     _check_stages(config.train, config.data)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
@@ -49,6 +48,7 @@ def check(config: Config) -> None:
     must = "be 0, 1 or 2 with engine.compile: stage 3 gathers weights inside of the blocks"
     _need(not compiles, "engine.zero_stage", 3, must)
     _check_deepspeed(config.engine)
+    _check_optim(config.optim, config.model, config.engine)
 
 
 def _need(ok: bool, key: str, value: object, must: str) -> None:
@@ -185,9 +185,17 @@ def _check_clip(clip: Clip) -> None:
     _need(clip.first_log_scale <= clip.logit_scale_max, f"{key}logit_scale_init", clip.first_log_scale, must)
 
 
-def _check_optim(optim: Optim) -> None:
+def _check_optim(optim: Optim, model: Model, engine: Engine) -> None:
     _need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
     _need(0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "lie in (0, 1]")
+    if optim.name == "muon":
+        zero = engine.deepspeed.get("zero_optimization") or {}
+        for part in ("offload_optimizer", "offload_param"):
+            offloaded = (zero.get(part) or {}).get("device", "none") != "none"
+            must = f"be adamw with {part} of engine.deepspeed: Muon's matrices are computed on the device"
+            _need(not offloaded, "optim.name", "muon", must)
+        must = "be adamw with model.biases_only, which trains no matrix"
+        _need(not model.biases_only, "optim.name", "muon", must)
 
 
 def _check_train(train: Train) -> None:

@@ -22,7 +22,7 @@ from clipdist.estimate.remedies import remedies
 from clipdist.estimate.traffic import wire_bytes
 from clipdist.losses.tiles import Tile, choose_tile
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.layers import layers_behind
+from clipdist.models.layers import hidden_matrices, layers_behind
 from clipdist.objectives.teacher import check_teacher
 
 TOLERANCE = 1.15  # a run is refused above this share of the device: the prediction may be wrong by as much
@@ -190,7 +190,7 @@ class Estimate:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a whole checkpoint: fp32 weights, two moments and an average, over all ranks."""
+        """Bytes of a whole checkpoint: fp32 weights, moments and an average, over all ranks."""
         return self._state_bytes() + self.sizes.buffer_bytes
 
     @property
@@ -210,7 +210,7 @@ class Estimate:
 
     def _state_bytes(self) -> int:
         locked = 0 if self.config.model.lora else self.sizes.locked
-        return self.sizes.trained * (12 + 4 * self.layout.ema) + locked * 4
+        return self.sizes.trained * (12 + 4 * self.layout.ema) - 4 * self.sizes.matrices + locked * 4
 
     def _batch_bytes(self) -> int:
         stages = stages_of(self.config, self.model.spec)
@@ -293,6 +293,7 @@ class MeasuredModel:
         if config.optim.layer_decay < 1:
             layers_behind(model)  # refuses what training would
         self._by_checkpointing: dict[bool, DualEncoder] = {config.engine.activation_checkpointing: model}
+        hidden = hidden_matrices(model) if config.optim.name == "muon" else {}  # refuses the same
         numbers = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
         self.sizes = ModelSizes(
             trained=sum(n for _, n, trained in numbers if trained),
@@ -300,6 +301,7 @@ class MeasuredModel:
             small=sum(n for _, n, _ in numbers if n < memory.PERSISTENT),
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
             width=self.spec.embed_dim,
+            matrices=sum(n for name, n, _ in numbers if name in hidden),
         )
         self.counts = {
             "image": sum(n for name, n, _ in numbers if name.startswith("visual.")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from clipdist.engine.muon import ROUND
 from clipdist.estimate.activations import Activations
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size where engine.deepspeed says nothing
@@ -36,6 +37,7 @@ class ModelSizes:
     small: int  # of the parameters that stage 3 does not divide
     buffer_bytes: int
     width: int  # of the features
+    matrices: int = 0  # of the trained: those that Muon updates, which have one moment
 
     @property
     def all(self) -> int:
@@ -105,7 +107,9 @@ def peak_memory(
         OVERHEAD: CPU_OVERHEAD if layout.cpu else CUDA_OVERHEAD,
     }
     of_stage = _stage_3 if layout.stage == 3 else _stages_0_to_2
-    moments = *of_stage(sizes, layout, activations), {ACTIVATIONS: taught}
+    during, reduction, step = of_stage(sizes, layout, activations)
+    step = step | {BUFFERS: step.get(BUFFERS, 0) + orthogonalised_bytes(sizes, layout)}
+    moments = during, reduction, step, {ACTIVATIONS: taught}
     found = [
         RankMemory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
         for name, moment in zip(MOMENTS, moments)
@@ -122,13 +126,19 @@ def weight_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
 
 
 def optimizer_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
-    """Return the bytes of fp32 masters, two fp32 moments and fp32 average of the elements that this rank updates.
+    """Return the bytes of fp32 masters, fp32 moments (two; of Muon's one) and fp32 average that this rank updates.
 
     In fp32 and stage 0 the weights themselves are updated and there are no masters. Stage 3 in fp32 copies them all the
     same.
     """
-    stepped = sizes.trained if layout.stage == 0 else -(-sizes.trained // layout.world)
-    return stepped * ((8 if layout.itemsize == 4 and layout.stage == 0 else 12) + 4 * layout.ema)
+    ranks = 1 if layout.stage == 0 else layout.world
+    stepped, one_moment = -(-sizes.trained // ranks), sizes.matrices // ranks
+    return -4 * one_moment + stepped * ((8 if layout.itemsize == 4 and layout.stage == 0 else 12) + 4 * layout.ema)
+
+
+def orthogonalised_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of the matrices that this rank has whole in Muon's step, with those of the iteration."""
+    return 6 * min(ROUND, -(-sizes.matrices // layout.world)) * (4 if layout.cpu else 2)
 
 
 Moment = dict[str, int]

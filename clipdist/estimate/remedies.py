@@ -60,7 +60,7 @@ def stages(config: Config) -> list[Remedy]:
 def offloads(config: Config, device: str) -> list[Remedy]:
     engine = config.engine
     zero = engine.deepspeed.get("zero_optimization") or {}
-    if device == "cpu" or "offload_optimizer" in zero:
+    if device == "cpu" or "offload_optimizer" in zero or config.optim.name == "muon":
         return []
     settings = {**engine.deepspeed, "zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}}
     changed = replace(engine, deepspeed=settings, zero_stage=max(1, engine.zero_stage))

@@ -46,6 +46,9 @@ def wire_bytes(
         found["gradients: all-reduce"] = 2 * part * gradients * times
     if layout.stage in (1, 2):
         found["weights: all-gather after the step"] = part * gradients
+    if sizes.matrices:  # to the ranks that orthogonalise them, and back; stage 0 has them everywhere
+        ways = layout.world if layout.stage == 0 else 2
+        found["Muon's matrices: all-to-all"] = ways * part * sizes.matrices / layout.world * (4 if layout.cpu else 2)
     if layout.stage == 3:
         # Gathered weights stay until the backward pass where all of them fit; cached features need another pass.
         passes = 1 if 2 * sizes.all <= LIVE else 2

@@ -23,8 +23,8 @@ from clipdist.objectives.clip import ClipObjective, LossFunction
 
 BATCH, STEPS = 16, 18
 VIT, RESNET = "configs/models/tiny_vit.json", "configs/models/tiny_rn.json"  # the ResNet has running statistics
-# stage, precision, micro-batch, model
-CELLS = [
+# stage, precision, micro-batch, model, and the optimiser if it is not AdamW
+CELLS: list[tuple[Any, ...]] = [
     (0, "fp32", 0, RESNET),
     (1, "fp32", 0, VIT),
     (2, "fp32", 0, VIT),
@@ -33,6 +33,7 @@ CELLS = [
     (2, "bf16", 0, VIT),
     (0, "bf16", 4, VIT),
     (1, "bf16", 4, VIT),
+    (2, "fp32", 0, VIT, "muon"),
 ]
 # What goes wrong at which step, and the words that say so. One rank alone is hit, but for the steep gradient.
 ACCIDENTS = {
@@ -86,9 +87,9 @@ def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: 
     return batch.rows(rank * BATCH // world, (rank + 1) * BATCH // world)
 
 
-def train(cell: tuple[int, str, int, str], dist_env: DistEnv, guarded: bool) -> tuple[Engine, dict[int, Any]]:
+def train(cell: tuple[Any, ...], dist_env: DistEnv, guarded: bool) -> tuple[Engine, dict[int, Any]]:
     """The engine after all steps, and the results by step."""
-    stage, precision, micro, model_name = cell
+    stage, precision, micro, model_name, *optimizer = cell
     words = [
         f"model.name={model_name}",
         f"engine.zero_stage={stage}",
@@ -98,6 +99,7 @@ def train(cell: tuple[int, str, int, str], dist_env: DistEnv, guarded: bool) -> 
         "guard.window=10",
         "optim.grad_clip=0",
         "train.ema=0.9",
+        *(f"optim.name={name}" for name in optimizer),
     ]
     if stage == 3:
         words.append("engine.deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}")
@@ -175,7 +177,7 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     assert not wrong, f"{len(wrong)} of {len(found)} differ: {wrong[:5]}"
 
 
-def run_cell(cell: tuple[int, str, int, str], dist_env: DistEnv) -> None:
+def run_cell(cell: tuple[Any, ...], dist_env: DistEnv) -> None:
     def result(guarded: bool) -> tuple[dict[str, torch.Tensor], dict[int, Any]]:
         engine, results = train(cell, dist_env, guarded)
         state = everything(engine)

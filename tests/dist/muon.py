@@ -101,6 +101,7 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
         sizes = spec.context_length, spec.tokenizer["vocab_size"], spec.image_size
         assert engine.train_step(data(dist_env.rank, dist_env.world_size, step, *sizes), step=step, lr=LR).applied
     after = whole()
+    assert zero.save_numel()[0] == sum(piece.data.numel() for piece in zero.live_pieces())
     engine.close()
     errors: dict[str, list[float]] = {}
     for n in names:

@@ -183,6 +183,28 @@ def test_a_checkpoint_of_lora_holds_what_trains_and_tools_merge_it(moved, monkey
     assert (averaged - base).norm() > 1e-2 * base.norm() < 1e3 * (averaged - merged).norm()
 
 
+def test_muon_goes_on(shards, tmp_path):
+    """To the bit; with other ranks and another stage up to rounding, which the iteration enlarges; not with AdamW."""
+    muon = {"model__name": VIT, "optim__name": "muon"}
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "whole", **muon))
+    run_ranks("training.py", 2, "kill", "5", *words(shards, tmp_path, "run", **muon), expect=9)
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    ended = train(2, *words(shards, tmp_path, "run", **muon | {"optim__name": "adamw"})[2:])
+    assert ended.returncode == 2
+    told = "step-00000003: holds the moments of optim.name=muon, here adamw; set it back or choose another run.name"
+    assert re.fullmatch(f"error: .*{re.escape(told)}\n", ended.stderr), ended.stderr
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run", **muon))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    matrix = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    assert {name.partition("/")[0] for name in ours if name.endswith(matrix)} == {"param", "exp_avg", "ema"}
+    run_ranks("training.py", 4, "none", "0", *words(shards, tmp_path, "moved", **muon, engine__zero_stage=3))
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert (ours["param/" + matrix] - tensors(tmp_path / "moved")["param/" + matrix]).abs().max() < 1e-4
+
+
 def test_an_average_is_left_and_begun_anew(undisturbed, shards, tmp_path):
     """A run goes on without train.ema, and then with it again: with the average of that checkpoint's weights."""
     shutil.copytree(undisturbed, tmp_path / "run")

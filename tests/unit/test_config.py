@@ -131,6 +131,7 @@ def test_deepspeed_settings_pass_through():
         ("engine.deepspeed.zero_optimization.offload_optimizer.device=nvme", ["nvme", "cpu"]),
         ("engine.deepspeed.zero_optimization.offload_optimizer=cpu", ["offload_optimizer=cpu", "table"]),
         ("engine.deepspeed.zero_optimization.offload_param.device=cpu", ["engine.zero_stage=1", "offload_param"]),
+        ("optim.name=lion", ["optim.name=lion", "muon", "adamw"]),
         ("optim.beta1=1.5", ["optim.beta1=1.5"]),
         ("optim.eps=-1", ["optim.eps=-1"]),
         ("train.seed=-1", ["train.seed=-1"]),
@@ -140,6 +141,16 @@ def test_deepspeed_settings_pass_through():
 def test_bad_overrides_are_refused_by_name(word, parts):
     message = refused([word])
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "word", ["zero_optimization.offload_optimizer.device=cpu", "zero_optimization.offload_param.device=cpu", "biases"]
+)
+def test_muon_is_refused_where_it_has_no_matrices_on_the_device(word):
+    more = "model.biases_only=true" if word == "biases" else f"engine.deepspeed.{word}"
+    message = refused(["optim.name=muon", "engine.zero_stage=3", more])
+    assert message.startswith("optim.name=muon: must be adamw with ")
+    assert more.split(".")[-2 if "device" in more else -1].split("=")[0] in message
 
 
 def test_a_bad_recipe_is_named(tmp_path):
