@@ -189,7 +189,7 @@ def test_muon_goes_on(shards, tmp_path):
     run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "whole", **muon))
     run_ranks("training.py", 2, "kill", "5", *words(shards, tmp_path, "run", **muon), expect=9)
     shutil.copytree(tmp_path / "run", tmp_path / "moved")
-    ended = train(2, *words(shards, tmp_path, "run", **muon | {"optim__name": "adamw"})[2:])
+    ended = train(1, *words(shards, tmp_path, "run", **muon | {"optim__name": "adamw"})[2:])
     assert ended.returncode == 2
     told = "step-00000003: holds the moments of optim.name=muon, here adamw; set it back or choose another run.name"
     assert re.fullmatch(f"error: .*{re.escape(told)}\n", ended.stderr), ended.stderr

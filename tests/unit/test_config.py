@@ -131,7 +131,7 @@ def test_deepspeed_settings_pass_through():
         ("engine.deepspeed.zero_optimization.offload_optimizer.device=nvme", ["nvme", "cpu"]),
         ("engine.deepspeed.zero_optimization.offload_optimizer=cpu", ["offload_optimizer=cpu", "table"]),
         ("engine.deepspeed.zero_optimization.offload_param.device=cpu", ["engine.zero_stage=1", "offload_param"]),
-        ("optim.name=lion", ["optim.name=lion", "muon", "adamw"]),
+        ("optim.name=lion", ["optim.name", "lion", "muon", "adamw"]),
         ("optim.beta1=1.5", ["optim.beta1=1.5"]),
         ("optim.eps=-1", ["optim.eps=-1"]),
         ("train.seed=-1", ["train.seed=-1"]),

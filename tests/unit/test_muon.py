@@ -80,7 +80,7 @@ def test_steps_are_those_of_torch_on_whole_matrices() -> None:
         expected.step()
     for name, weight in ours.items():
         moved = torch.cat([*theirs[name]]).reshape(weight.shape) - before[name]
-        assert (weight - before[name] - moved).norm() < 1e-2 * moved.norm(), name
+        assert (weight - before[name] - moved).norm() < 3e-2 * moved.norm(), name
 
 
 def test_singular_values_become_about_one() -> None:
