@@ -97,20 +97,23 @@ class Muon(torch.optim.AdamW):
         groups: of parameters, each with "orthogonal".
         matrices: of the parameters in orthogonal groups, in the same order on every rank.
         settings: AdamW's.
+
+    Attributes:
+        parameters: names of those in orthogonal groups, which have one moment, exp_avg.
     """
 
     def __init__(self, groups: list[dict[str, Any]], matrices: Sequence[Matrix], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self.matrices = matrices
+        self.parameters = frozenset(matrix.name for matrix in matrices)
         self._fragments: dict[Tensor, list[Fragment]] | None = None
         self._rounds: dict[tuple[Tensor, ...], list[_Round]] = {}
 
     def attach(self, fragments: Iterable[Fragment]) -> None:
         """Take note of this rank's fragments."""
-        names = {matrix.name for matrix in self.matrices}
         self._fragments = {}
         for fragment in fragments:
-            if fragment.name in names:
+            if fragment.name in self.parameters:
                 self._fragments.setdefault(fragment.flat, []).append(fragment)
 
     @torch.no_grad()

@@ -67,10 +67,8 @@ class Zero:
         self.fp16: bool = self._deepspeed.fp16_enabled()
         self.device: torch.device = self._deepspeed.device
         self._base_optimizer.state.clear()  # of a step at construction: see make_optimizer
-        self._one_moment: set[str] = set()  # parameters of which there is the first of MOMENTS alone
         if isinstance(optimizer, Muon):
             optimizer.attach(self.fragments())
-            self._one_moment = {matrix.name for matrix in optimizer.matrices}
         self._set_masters(originals)
         # DeepSpeed at stage 0 in half precision accumulates in half precision: see accumulate.
         self._accumulates_in_fp32 = bool(half) and self.stage == 0
@@ -189,7 +187,8 @@ class Zero:
         return {moment: fragment.of(state[moment]) for moment in MOMENTS if moment in state}
 
     def _moment_names(self, fragment: Fragment) -> tuple[str, ...]:
-        return MOMENTS[:1] if fragment.name in self._one_moment else MOMENTS
+        optimizer = self._base_optimizer
+        return MOMENTS[:1] if isinstance(optimizer, Muon) and fragment.name in optimizer.parameters else MOMENTS
 
     def optimizer_steps(self, fragment: Fragment) -> Tensor | int:
         """Return how many steps the optimiser has taken with a fragment that has moments."""
@@ -356,13 +355,14 @@ class Zero:
     def _restore_moments(self, fragment: Fragment, reader: CheckpointReader, step: int) -> None:
         optimizer = self._base_optimizer
         state = optimizer.state[fragment.flat]
-        for moment in self._moment_names(fragment):
+        moments = self._moment_names(fragment)
+        for moment in moments:
             if moment not in state:
                 state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
             saved = f"{moment}/{fragment.name}"
             if saved in reader.manifest.tensors:  # else the parameter was locked until now
                 reader.read_into(fragment.of(state[moment]), saved, fragment.start)
-        if fragment.name in self._one_moment:
+        if moments != MOMENTS:
             return  # without a bias correction, which needs the number of steps
         # torch's fused AdamW counts steps in a tensor on the weights' device, DeepSpeed's CPU Adam in an int
         counted = isinstance(optimizer, torch.optim.AdamW)

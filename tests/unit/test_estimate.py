@@ -133,6 +133,10 @@ def test_weights_and_optimiser_by_hand() -> None:
     assert optimizer_bytes(SIZES, layout(stage=0, itemsize=4)) == 4000 * 8  # the weights themselves are stepped
     assert optimizer_bytes(SIZES, layout()) == 1000 * 12
     assert optimizer_bytes(SIZES, layout(ema=True)) == 1000 * 16
+    muon = replace(SIZES, matrices=2000)
+    assert optimizer_bytes(muon, layout()) == 1000 * 12 - 500 * 4  # one moment
+    assert wire_bytes(muon, layout(), "", "bf16")["Muon's matrices: all-to-all"] == 2 * 0.75 * 500 * 2
+    assert wire_bytes(muon, layout(stage=0), "", "bf16")["Muon's matrices: all-to-all"] == 3 * 500 * 2  # back alone
 
 
 def test_the_fullest_moment_depends_on_the_batch() -> None:
