@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
-    from clipdist.models import adapter_export, export, siglip_export
+    from clipdist.models import adapter_export, export, program_export, siglip_export
     from clipdist.models.onnx_export import export_onnx
     from clipdist.report.model_card import model_card
 
@@ -98,7 +98,7 @@ def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
         case "adapter":
             return adapter_export.export_adapter(_checkpoint(args), args.out, args.weights)
         case _:
-            return export.export_programs(loaded.model, args.out)
+            return program_export.export_programs(loaded.model, args.out)
 
 
 def _checkpoint(args: argparse.Namespace) -> Path:

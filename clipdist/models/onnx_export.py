@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.export import Exported, Tower, export_towers
+from clipdist.models.export import Exported
+from clipdist.models.program_export import Tower, export_towers
 
 TOLERANCE = 1e-4  # of normalised features in fp32
 LARGEST_BYTES = 1_800_000_000  # of weights in one file: protobuf ends at 2 GiB

@@ -26,8 +26,9 @@ from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.models import onnx_export
 from clipdist.models.dual_encoder import DualEncoder, build_model
-from clipdist.models.export import Exported, export_hugging_face, export_model, export_programs
+from clipdist.models.export import Exported, export_hugging_face, export_model
 from clipdist.models.load import load_model
+from clipdist.models.program_export import export_programs
 
 TOOL = Path(__file__).parents[2] / "tools" / "export.py"
 VISION = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}

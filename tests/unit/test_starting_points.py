@@ -38,10 +38,11 @@ from clipdist.errors import UserError
 from clipdist.evals.features import features_path
 from clipdist.evals.locked import LockedTowers
 from clipdist.models.dual_encoder import build_model
-from clipdist.models.export import export_hugging_face, export_model, export_programs
+from clipdist.models.export import export_hugging_face, export_model
 from clipdist.models.hugging_face import read_description
 from clipdist.models.load import load_model
 from clipdist.models.open_clip_files import models_of
+from clipdist.models.program_export import export_programs
 from clipdist.models.siglip_export import export_siglip
 from clipdist.models.spec import resolve_spec
 from clipdist.models.weights import _check_fit
