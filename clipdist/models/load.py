@@ -205,7 +205,7 @@ def starting_point(source: str, trust_weights: bool = False) -> tuple[config.Mod
                 " FILE.safetensors, and start from NAME:FILE.safetensors"
             )
         cfg = config.Model(name=manifest.config["model"]["name"], weights=source)
-        sigmoid = (manifest.config.get("objectives", {}).get("clip") or {}).get("loss") == "sigmoid"
+        sigmoid = "param/logit_bias" in manifest.tensors  # the configuration of averaged weights says no loss
     else:
         name, weights = _name_and_weights(source)
         if not weights:

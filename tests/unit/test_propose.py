@@ -13,6 +13,8 @@ from clipdist.errors import UserError
 from clipdist.estimate import propose as rules
 from clipdist.estimate.activations import meta_model
 from clipdist.estimate.propose import Setting, TuningData, config_of, propose, recipe_text
+from clipdist.models.dual_encoder import build_model
+from clipdist.models.interpolate import save_run
 from clipdist.models.load import starting_point
 
 TINY = config.Model(name=str(ROOT / "configs/models/tiny_vit.json"), weights="w.safetensors")
@@ -98,3 +100,9 @@ def test_an_unknown_start_is_told(source: str, told: str) -> None:
 def test_names_say_the_loss_that_they_were_trained_with() -> None:
     assert starting_point("ViT-B-16-SigLIP:webli") == (config.Model(name="ViT-B-16-SigLIP", weights="webli"), "sigmoid")
     assert starting_point("ViT-B-32:openai")[1] == "infonce"
+
+
+def test_averaged_weights_say_the_loss_that_they_were_trained_with(tmp_path: Path) -> None:
+    model = build_model(config.Model(name=str(ROOT / "configs/models/tiny_vit.json")), config.Clip(loss="sigmoid"))
+    save_run(tmp_path / "soup", model, {})
+    assert starting_point(str(tmp_path / "soup"))[1] == "sigmoid"
