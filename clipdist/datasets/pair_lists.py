@@ -357,8 +357,8 @@ def _choose(source: Path, option: str, wanted: str | None, names: Sequence[str],
     if found := _known(names, known):
         return found
     raise UserError(
-        f"{source}: no column has a name to be expected ({known[0]}, {known[1]} ...): name it with {option}; "
-        f"the columns are: {listed} (the first line of CSV and TSV must name them)"
+        f"{source}: no column has a name to be expected ({known[0]}, {known[1]} ...): name it with {option} of"
+        f" tools/shard_pairs.py; the columns are: {listed} (the first line of CSV and TSV must name them)"
     )
 
 
