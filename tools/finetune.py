@@ -226,12 +226,13 @@ def train_and_compare(
 ) -> dict[str, Any] | int:
     """Measure, train, measure again. Return the record, or the exit code of a training that did not end well."""
     from clipdist.evals.compare import answers, compare
+    from clipdist.models.load import load_named
     from launch.local_job import run_here
 
     with front.joined_ranks(args) as dist_env:
         share, device = front.share_of_work(args, dist_env), str(dist_env.device)
         print("before the training: how it fares as it is", flush=True)
-        before = answers(sets, front.load_named(args, args.start), share, device)
+        before = answers(sets, load_named(args.start, args.trust_weights), share, device)
     if settings.device != "cpu":
         import torch
 
@@ -241,7 +242,7 @@ def train_and_compare(
     if code:
         return code
     with front.joined_ranks(args) as dist_env:
-        tuned = front.load_named(args, str(args.out))
+        tuned = load_named(str(args.out), args.trust_weights)
         after = answers(sets, tuned, share, device)
     rows = [row for each, was, now in zip(sets, before, after) for row in compare(each, was, now)]
     return {

@@ -36,7 +36,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _write_text_package(archive: Path, source: Path) -> None:
-    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "a", "dog", "runs"))}
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "a", "dog", "runs", "on", "the", "beach"))}
     backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(source)
