@@ -126,7 +126,7 @@ def load_full_weights(folder: str | Path, retry_s: float = 0.0, ema: bool = Fals
     """
     reader = CheckpointReader(folder, retry_s)
     if ema and not reader.names(EMA):
-        raise UserError(f"{folder}: holds no moving average of the weights (--ema): the run had train.ema=0")
+        raise UserError(f"{folder}: holds no moving average of the weights (--ema): it was saved without train.ema")
     weights = {}
     for prefix in ("param/", "buffer/", *([EMA] if ema else [])):
         for name in reader.names(prefix):
