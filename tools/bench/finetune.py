@@ -66,7 +66,7 @@ WAYS = {
     "full": Way("full, from new projections", ["optim.lr=3e-4"]),
     "lp-lit": Way("projections, then LiT", [*FROM_PROJECTIONS, *LOCK_IMAGE, "optim.lr=1e-4"]),
     "lp-lora": Way("projections, then LoRA", [*FROM_PROJECTIONS, "model.lora={}", "optim.lr=3e-4"]),
-    "lp-ft": Way("projections, then full (LP-FT)", [*FROM_PROJECTIONS, "optim.lr=1e-4"]),
+    "lp-ft": Way("projections, then full (LP-FT)", [*FROM_PROJECTIONS, "optim.lr=1e-5"]),
     WISE: Way("WiSE-FT between the first and LP-FT", []),
 }
 NEEDS = {
