@@ -97,9 +97,10 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
     for micro in (0, share // 2):
         cells += [cell(model=RESNET, micro=micro, steps=2), cell(model=DROPOUT, stage=3, micro=micro)]
         cells += [cell(model=CBOW, micro=micro)]
-        cells += [cell(stage=stage, loss=LOSSES[stage % 2], micro=micro, widths=WIDTHS) for stage in STAGES]
-        cells += [cell(stage=stage, loss=LOSSES[(stage + 1) % 2], micro=micro, texts=3) for stage in STAGES]
         cells += [cell(stage=3, micro=micro, widths=WIDTHS, texts=2)]
+    for stage, micro in in_turn(world, share // 2):
+        cells += [cell(stage=stage, loss=LOSSES[stage // 2], micro=micro, widths=WIDTHS)]
+        cells += [cell(stage=stage, loss=LOSSES[1 - stage // 2], micro=micro, texts=3)]
     cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
     cells += distill_cells(world)
     if world == 2:
@@ -107,11 +108,11 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, micro=2 * (stage % 2), steps=2, lora=True) for stage in STAGES]
         cells += [cell(stage=stage, micro=2, precision="bf16", steps=2, lora=True) for stage in (0, 3)]
         cells += [cell(model=RESNET, stage=3, micro=4, steps=2, lora=True)]
-        cells += [cell(stage=stage, precision="fp16", micro=m) for stage in STAGES for m in (0, 2)]
+        cells += [cell(stage=stage, precision="fp16", micro=micro) for stage, micro in in_turn(world, 2)]
         half = [(RESNET, 0), (RESNET, 2), (TIMM, 2)]
         cells += [cell(model=name, precision="bf16", micro=m, steps=2) for name, m in half]
-        cells += [cell(stage=stage, precision="bf16", micro=m, steps=2) for stage in STAGES for m in (0, 2)]
-        cells += [cell(stage=stage, loss="sigmoid", precision="bf16", micro=2) for stage in STAGES]
+        cells += [cell(stage=stage, precision="bf16", micro=micro, steps=2) for stage, micro in in_turn(1, 2)]
+        cells += [cell(stage=stage, loss="sigmoid", precision="bf16", micro=2) for stage in (0, 1)]
         cells += [cell(stage=stage, loss="sigmoid", micro=4, steps=3) for stage in (1, 3)]
         cells += compiled_cells()
     return cells
@@ -125,18 +126,19 @@ def compiled_cells() -> list[dict[str, Any]]:
     traced = partial(cell, compiled="aot_eager")
     cells = [cell(model=CBOW, stage=1, micro=2, compiled="inductor")]
     cells += [traced(stage=0), traced(stage=1, micro=2, steps=2, lora=True), traced(precision="fp16", micro=2)]
-    cells += [traced(model=RESNET, micro=4, steps=2), traced(model=RESNET, stage=0, precision="bf16", steps=2)]
-    return cells
+    return [*cells, traced(model=RESNET, micro=4, steps=2)]
+
+
+def in_turn(world: int, micro: int) -> list[tuple[int, int]]:
+    """Every stage, whole or in micro-batches in turn; the other way round for the next W."""
+    return [(stage, micro if (stage + world // 2) % 2 else 0) for stage in STAGES]
 
 
 def distill_cells(world: int) -> list[dict[str, Any]]:
     """Both targets beside CLIP and alone; every stage whole and in micro-batches, though not for every W."""
     half = BATCH // world // 2
-    cells = []
-    for stage in STAGES:
-        micro, other = (half, 0) if (stage + world // 2) % 2 else (0, half)
-        cells += [cell(stage=stage, micro=micro, distill="logits", teacher=WIDER)]
-        cells += [cell(stage=stage, micro=other, distill="features")]
+    cells = [cell(stage=stage, micro=micro, distill="logits", teacher=WIDER) for stage, micro in in_turn(world, half)]
+    cells += [cell(stage=stage, micro=half - micro, distill="features") for stage, micro in in_turn(world, half)]
     cells += [cell(stage=3, micro=half, distill="logits", teacher=RESNET, alone=True)]
     cells += [cell(stage=2, micro=0, distill="features", teacher=RESNET, alone=True)]
     cells += [cell(stage=1, micro=half, distill="features", loss="sigmoid", texts=3)]
@@ -167,7 +169,7 @@ def audited(request, tmp_path_factory) -> tuple[int, Rows]:
         (folder / f"{number}.yaml").write_text(json.dumps(one["config"]))
         one["config"] = str(folder / f"{number}.yaml")
     (folder / "cells.json").write_text(json.dumps(cells))
-    run_ranks("gradients.py", world, str(folder / "cells.json"), str(folder / "rows.json"))
+    run_ranks("gradients.py", world, str(folder / "cells.json"), str(folder / "rows.json"), timeout_s=900)
     rows = json.loads((folder / "rows.json").read_text())
     return world, {one["label"]: [row for row in rows if row["label"] == one["label"]] for one in cells}
 
