@@ -239,7 +239,10 @@ def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> No
     told = "^train.global_batch, train.micro_batch: one pair in a forward pass leaves BatchNorm in .*tiny_rn"
     for words in (["train.global_batch=1"], ["train.global_batch=8", "train.micro_batch=1"]):
         config = load_config(None, [f"model.name={TINY_RN}", "device=cpu", *words])
-        new, alone = SimpleNamespace(resume=None), SimpleNamespace(world_size=1)
+        new, alone = (
+            SimpleNamespace(resume=None, stages=[SimpleNamespace(image_size=32)]),
+            SimpleNamespace(world_size=1),
+        )
         trainer: Any = SimpleNamespace(config=config, plan=new, dist_env=alone)
         with pytest.raises(UserError, match=told):
             Trainer._build_model(trainer)
