@@ -3,7 +3,7 @@
 # The first three install into .venv where that is missing or old. Another Python: make demo PYTHON=python3.12
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: demo flickr8k source test slurm-test fault-test lint install clean
+.PHONY: demo flickr8k source test slurm-test fault-test exact lint install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +35,10 @@ test: lint
 # Jobs on a Slurm cluster of two nodes that the tests start on this machine; skipped, with the reason, where that fails.
 slurm-test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+
+# The whole table of gradients, over ranks, ZeRO stages, micro-batches, objectives and precisions.
+exact: install
+	@EXACT_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/dist/test_gradients.py
 
 # Runs that are killed at random moments and at named points, beside undisturbed ones; a long run's memory and files.
 KILLS ?= 40
