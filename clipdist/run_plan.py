@@ -23,6 +23,8 @@ from clipdist.fault_tolerance.rollback import skipped_ranges
 if TYPE_CHECKING:
     from clipdist.checkpoint.reader import CheckpointReader
 
+WITH_TENSORS = ("byol",)  # objectives that have tensors of their own in checkpoints
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -37,6 +39,7 @@ class RunPlan:
     order_record: dict[str, Any]  # saved in checkpoints, to resume with the same order
     skipped: list[list[int]]  # ranges [first, end) of skipped data steps: see clipdist.fault_tolerance.rollback
     stages: tuple[PlannedStage, ...]  # one where train.stages is empty
+    image_size: int  # of the model
     notes: tuple[str, ...] = ()  # for the user, such as a damaged checkpoint
 
     @property
@@ -138,7 +141,8 @@ def make_plan(
     skipped = [list(pair) for pair in sorted({tuple(pair) for pair in skipped})]
     steps = total_steps(config.train, steps_per_epoch)
     stages = plan_stages(config.train.stages, steps, spec.image_size, spec.context_length)
-    return RunPlan(catalog, val, key, steps, steps_per_epoch, resume, record, skipped, stages)
+    size = spec.image_size
+    return RunPlan(catalog, val, key, steps, steps_per_epoch, resume, record, skipped, stages, size)
 
 
 def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> OrderKey:
@@ -161,6 +165,7 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
             f"{where}: holds the moments of optim.name={theirs}, here {config.optim.name}; set it back or choose"
             " another run.name"
         )
+    _check_objectives(config, reader)
     if order["version"] != ORDER_VERSION:
         raise UserError(f"{where}: made with version {order['version']} of the data order, this is {ORDER_VERSION}")
     if order["fingerprint"] != fingerprint:
@@ -179,6 +184,17 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
                 " another run.name"
             )
     return OrderKey(order["seed"], order["global_batch"], order["streams"], order["window"], tuple(order["parts"]))
+
+
+def _check_objectives(config: Config, reader: CheckpointReader) -> None:
+    """Raise UserError for objectives with a head or a state that the checkpoint lacks."""
+    saved = reader.manifest.config.get("objectives") or {}
+    lacking = [name for name in WITH_TENSORS if getattr(config.objectives, name) is not None and not saved.get(name)]
+    if lacking and config.train.resume_objectives == "same":
+        raise UserError(
+            f"{reader.folder}: made without {', '.join(f'objectives.{name}' for name in lacking)}: heads, teacher and"
+            " state are missing; set train.resume_objectives=reset to start these anew, or choose another run.name"
+        )
 
 
 def _check_model(config: Config, reader: CheckpointReader) -> None:

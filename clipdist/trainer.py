@@ -21,6 +21,7 @@ from clipdist.checkpoint.retention import RetentionPolicy
 from clipdist.checkpoint.saver import Saver
 from clipdist.config import Config, to_dict
 from clipdist.config.stages import PlannedStage, stage_number
+from clipdist.data.augment import View
 from clipdist.data.batch import Batch
 from clipdist.data.loader import Interrupted, image_view, open_loader
 from clipdist.data.locked_features import LockedFeatures
@@ -46,7 +47,7 @@ from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_objectives
+from clipdist.objectives.make import make_heads, make_objectives, reads_image
 from clipdist.objectives.teacher import Teacher, open_teacher
 from clipdist.run_plan import RunPlan
 
@@ -95,6 +96,7 @@ class Trainer:
         self.step = plan.start_step
         self.applied = plan.resume.manifest.optimizer_step if plan.resume else 0
         torch.manual_seed(config.train.seed)
+        self.objectives = make_objectives(config.objectives, plan.image_size)
         model = self._build_model()
         self.teacher = self._open_teacher(state.get("teacher"))
         self.spec, self.base = model.spec, model.base
@@ -108,9 +110,9 @@ class Trainer:
             plan.order,
             self.tokenizer,
             config.data,
-            views=[image_view(config.data, largest)],
+            views=self._views(largest),
             stages=stages,
-            images_only=any("text" not in objective.modalities for objective in self.engine.objectives),
+            images_only=any("text" not in objective.modalities for objective in self.objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
             start=self.step,
@@ -158,16 +160,23 @@ class Trainer:
         smallest = min(stage.image_size for stage in self.plan.stages)
         if train.stages:
             allow_stages(model, self.plan.stages)
+        if heads := make_heads(self.objectives, model.hidden_width()):
+            model.add_heads(heads, projects=reads_image(self.objectives))
         model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size, smallest)
         if resume:
             load_trained(model, resume.folder, resume.manifest, config.data.retry_s)
         return model.to(self.dist_env.device)
 
+    def _views(self, image_size: int) -> list[View]:
+        """Return the views of an image that the objectives need."""
+        own = [image_view(self.config.data, image_size)] if reads_image(self.objectives) else []
+        return [*own, *(view for objective in self.objectives for view in objective.views)]
+
     def _batch_stage(self, stage: PlannedStage, model: DualEncoder) -> BatchStage:
         """Return what the loader makes of a stage."""
         cut = stage.tokens < self.spec.context_length
         tokenizer = make_tokenizer(replace(self.spec, context_length=stage.tokens)) if cut else self.tokenizer
-        views, patches = [image_view(self.config.data, stage.image_size)], patches_of(model.visual, stage.image_size)
+        views, patches = self._views(stage.image_size), patches_of(model.visual, stage.image_size)
         return BatchStage(stage.first, views, tokenizer, patches, kept_of(patches, stage.patch_dropout))
 
     def _build_engine(self, model: DualEncoder) -> Engine:
@@ -178,7 +187,7 @@ class Trainer:
                 print(f"note: engine.compile=true, but nothing can be compiled: {reason}; the run goes on without")
         model.prepare(settings)
         self.compiling = CompileClock(self.watchdog.progress) if settings.compile else None
-        engine = Engine(model, make_objectives(self.config.objectives), self.config, self.dist_env, self.teacher)
+        engine = Engine(model, self.objectives, self.config, self.dist_env, self.teacher, self.plan.steps)
         if self.plan.resume:
             engine.restore(self.plan.resume)
         return engine

@@ -35,6 +35,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"  # the manifest's own; manifests of earlier releases have none
+STATE = "state/"  # of the objectives' own tensors, such as a queue
 EMA = "ema/"  # what the names of averages begin with, as those of weights with "param/" or "buffer/"
 CHUNK_BYTES = 4 << 20  # written, read and hashed at one time
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")

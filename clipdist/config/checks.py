@@ -5,7 +5,21 @@ from __future__ import annotations
 import math
 import re
 
-from clipdist.config.schema import Clip, Config, Data, Distill, Engine, Launch, Model, Objectives, Optim, Run, Train
+from clipdist.config.schema import (
+    Augment,
+    Byol,
+    Clip,
+    Config,
+    Data,
+    Distill,
+    Engine,
+    Launch,
+    Model,
+    Objectives,
+    Optim,
+    Run,
+    Train,
+)
 from clipdist.errors import UserError
 
 # Keys by section, for each bound.
@@ -141,8 +155,8 @@ def _check_cached(data: Data, model: Model) -> None:
 
 
 def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
-    clip, distill = objectives.clip, objectives.distill
-    if clip is None and distill is None:
+    clip, distill, byol = objectives.clip, objectives.distill, objectives.byol
+    if not any(vars(objectives).values()):
         raise UserError("objectives: none is set; set one, such as objectives.clip={}")
     several = f"data.caption={data.caption}, data.negatives={data.negatives}"
     if clip is not None:
@@ -150,12 +164,42 @@ def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
         tiles = not data.several_texts or clip.implementation != "kernel"
         must = f"be auto or tiles with {several}: the kernel takes one text an image"
         _need(tiles, "objectives.clip.implementation", "kernel", must)
+    if byol is not None:
+        _check_byol(byol)
     if distill is not None:
         _check_distill(distill, data, model)
         must = f"be features with {several}: logits are those of one text an image"
         _need(distill.target == "features" or not data.several_texts, "objectives.distill.target", "logits", must)
         must = "be another model where no other objective is set: the start does not differ from itself"
         _need(distill.teacher != "start" or clip is not None, "objectives.distill.teacher", distill.teacher, must)
+
+
+def _check_byol(byol: Byol) -> None:
+    key = "objectives.byol."
+    _need(0 < byol.weight < math.inf, f"{key}weight", byol.weight, "be above 0; objectives.byol=null takes it out")
+    _need(0 <= byol.momentum <= 1, f"{key}momentum", byol.momentum, "lie in [0, 1]")
+    two = len(byol.head) == 2 and min(byol.head) >= 1
+    _need(two, f"{key}head", byol.head, "be the hidden and the output width")
+    _check_views(f"{key}views", byol.views, 2)
+
+
+def _check_views(key: str, views: list[Augment], number: int) -> None:
+    _need(len(views) == number, key, f"a list of {len(views)}", f"hold {number} views")
+    for place, augment in enumerate(views):
+        _check_augment(f"{key}[{place}].", augment)
+
+
+def _check_augment(key: str, augment: Augment) -> None:
+    scale = augment.crop_scale
+    fits = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+    _need(fits, f"{key}crop_scale", scale, "be a range of shares of the area, such as [0.08, 1]")
+    amounts = len(augment.jitter) in (0, 4) and all(amount >= 0 for amount in augment.jitter)
+    must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
+    _need(amounts and max([0, *augment.jitter[3:]]) <= 0.5, f"{key}jitter", augment.jitter, must)
+    for name in ("flip", "jitter_probability", "grayscale", "blur", "solarise"):
+        value = getattr(augment, name)
+        _need(0 <= value <= 1, f"{key}{name}", value, "lie in [0, 1]")
+    _need(augment.size >= 0, f"{key}size", augment.size, "not be negative")
 
 
 def _check_distill(distill: Distill, data: Data, model: Model) -> None:

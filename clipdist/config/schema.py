@@ -145,11 +145,42 @@ class Distill:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """The random augmentation of one view of an image."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # range of a crop's share of the area
+    flip: float = 0.5  # probability of a left-right flip
+    jitter: list[float] = field(default_factory=list)  # brightness, contrast, saturation, hue, as for ColorJitter
+    jitter_probability: float = 0.8
+    grayscale: float = 0.0  # probability of removing the colours
+    blur: float = 0.0  # probability of a Gaussian blur, whose deviation is 0.1 to 2 pixels
+    solarise: float = 0.0  # probability of inverting the values from 128 on
+    size: int = 0  # pixels a side; 0: the model's
+
+
+def _byol_views() -> list[Augment]:
+    """Table 6 of the paper."""
+    jitter = [0.4, 0.4, 0.2, 0.1]
+    return [Augment(jitter=jitter, grayscale=0.2, blur=blur, solarise=sun) for blur, sun in ((1.0, 0.0), (0.1, 0.2))]
+
+
+@dataclass(frozen=True)
+class Byol:
+    """BYOL: predict what a teacher, the moving average of the weights, gives for another view of an image."""
+
+    weight: float = 1.0  # of this objective in the loss
+    momentum: float = 0.996  # of the teacher at the start; it rises to 1 at the end of the run
+    head: list[int] = field(default_factory=lambda: [4096, 256])  # hidden and output width, of the predictor, too
+    views: list[Augment] = field(default_factory=_byol_views)  # two
+
+
+@dataclass(frozen=True)
 class Objectives:
     """The objectives to train, those whose sections are set. A recipe without this section trains CLIP."""
 
     clip: Clip | None = None
     distill: Distill | None = None
+    byol: Byol | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +233,7 @@ class Train:
     seed: int = 0  # of the initial weights and of dropout
     ema: float = 0.0  # momentum of an exponential moving average of the weights, kept beside them; 0: none
     resume: str = "auto"  # auto: the newest good checkpoint of the run folder, if any; never; or a checkpoint folder
+    resume_objectives: Literal["same", "reset"] = "same"  # reset: objectives that a checkpoint lacks start anew
     save_every: int = 0  # steps between checkpoints; 0: once an epoch. The last step always saves
     save_minutes: float = 30.0  # maximum minutes between checkpoints; 0: no maximum
     keep: int = 2  # number of newest checkpoints to keep

@@ -1,12 +1,13 @@
 """Keep an exponential moving average of the weights, sharded as ZeRO shards their fp32 master weights.
 
-After optimiser step n, average = m_n average + (1 - m_n) weights, in fp32. Averaged are the trained parameters and, in
-the same way, BatchNorm's running statistics: they belong to weights of the same age.
+After an optimiser step, average = m average + (1 - m) weights, in fp32. Averaged are the trained parameters and, in
+the same way, BatchNorm's running statistics: they belong to weights of the same age. A teacher whose BatchNorm
+normalises by its own batches has statistics of its own instead (clipdist.engine.moving_teacher).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,15 +37,16 @@ class Ema:
 
     Args:
         zero: whose weights the average starts from.
-        momentum: of optimiser step n, from 1.
+        averages_buffers: whether `update` moves the running statistics, too.
 
     Attributes:
         steps: optimiser steps taken.
+        buffers: fp32 running statistics that belong to the average, by name.
     """
 
-    def __init__(self, zero: Zero, momentum: Callable[[int], float]) -> None:
+    def __init__(self, zero: Zero, averages_buffers: bool = True) -> None:
         self.steps = 0
-        self._zero, self._momentum = zero, momentum
+        self._zero, self._averages_buffers = zero, averages_buffers
         flats = dict.fromkeys(fragment.flat for fragment in zero.fragments() if fragment.trained)
         self._averages = {flat: flat.detach().clone() for flat in flats}
         norms = {norm for norm in running_norms(zero.module) if norm.training}  # not those of a locked tower
@@ -54,15 +56,17 @@ class Ema:
             for name, buffer in norm.named_buffers(recurse=False)
             if norm in norms and buffer.is_floating_point()
         }
-        self._buffer_averages = {name: buffer.float().clone() for name, buffer in self._buffers.items()}
+        self.buffers = {name: buffer.float().clone() for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, momentum: float) -> None:
         """Move the average; call it once after every step that the optimiser took."""
         self.steps += 1
-        averages = [*self._averages.values(), *self._buffer_averages.values()]
-        current = [flat.detach() for flat in self._averages] + [buffer.float() for buffer in self._buffers.values()]
-        torch._foreach_lerp_(averages, current, 1 - self._momentum(self.steps))
+        averages, current = [*self._averages.values()], [flat.detach() for flat in self._averages]
+        if self._averages_buffers:
+            averages += self.buffers.values()
+            current += [buffer.float() for buffer in self._buffers.values()]
+        torch._foreach_lerp_(averages, current, 1 - momentum)
 
     def read(self, fragment: Fragment) -> Tensor:
         """Return the average of a fragment, 1-D; of one that is not trained, its weights."""
@@ -75,7 +79,7 @@ class Ema:
         own = [buffer.clone() for buffer in self._buffers.values()]
         with self._zero.computing_with(self.read):
             for name, buffer in self._buffers.items():
-                buffer.copy_(self._buffer_averages[name])
+                buffer.copy_(self.buffers[name])
             try:
                 yield
             finally:
@@ -89,7 +93,7 @@ class Ema:
             if fragment.trained and first < last:
                 own = self.read(fragment)[first - fragment.start : last - fragment.start]
                 yield Piece(EMA + fragment.name, fragment.shape, first, own)
-        for name, average in self._buffer_averages.items() if dist.get_rank() == 0 else ():
+        for name, average in self.buffers.items() if dist.get_rank() == 0 else ():
             yield Piece(EMA + name, tuple(average.shape), 0, average.view(-1))
 
     def restore(self, reader: CheckpointReader) -> None:
@@ -98,7 +102,7 @@ class Ema:
         for fragment in self._zero.fragments():
             if fragment.trained:
                 _load(self.read(fragment), reader, fragment.name, fragment.start, fragment.master)
-        for name, average in self._buffer_averages.items():
+        for name, average in self.buffers.items():
             _load(average.view(-1), reader, name, 0, self._buffers[name].view(-1))
         reader.close()
 
@@ -107,7 +111,7 @@ class Ema:
         for fragment in self._zero.fragments() if self._zero.stage == 0 else ():
             if fragment.trained:
                 yield EMA + fragment.name, self.read(fragment)
-        for name, average in self._buffer_averages.items():
+        for name, average in self.buffers.items():
             yield EMA + name, average
 
 

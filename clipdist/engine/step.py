@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from clipdist.checkpoint.format import Piece
+from clipdist.checkpoint.format import STATE, Piece
 from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch
-from clipdist.distributed.rank import DistEnv
+from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.ema import Ema, warmed_up
 from clipdist.engine.gradients import GradientStatistics, gradient_statistics
+from clipdist.engine.moving_teacher import MovingTeacher, copy_for_teacher
 from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.models.compiled import uncompiled
-from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_updated_once
-from clipdist.objectives.objective import Objective, Term
+from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_of_views
+from clipdist.objectives.objective import Given, Objective, Term
 from clipdist.objectives.teacher import Teacher
 
 
@@ -74,14 +75,20 @@ class StepResult:
     update_sizes: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Forward:
-    """Result of a forward pass, and the function that runs its backward pass."""
+    """Result of a forward pass, and the function that runs its backward pass.
+
+    With micro-batches the terms of additive objectives are known after the backward pass, which adds them to `value`
+    and `terms`.
+    """
 
     value: Tensor
     terms: dict[str, Term]
     outputs: dict[str, Tensor]
     backward: Callable[[], None]
+    batch: Batch
+    taught: Mapping[str, Tensor]
 
     def result(self, applied: bool, skipped: str, gradients: GradientStatistics | None) -> StepResult:
         """Return the result of the step, with detached tensors."""
@@ -99,14 +106,17 @@ class Engine:
         model: takes the inputs of a batch by name, returns outputs by name, and has `scalars` and `part_of`: see
             clipdist.models.dual_encoder.DualEncoder.
         objectives: whose weighted sum is the loss.
-        teacher: gives each step further outputs for the objectives, before the model's forward pass.
+        teacher: a frozen one, which gives each step further outputs for the objectives.
+        steps: of the run, for the momentum of a teacher that follows the weights.
 
     Attributes:
         zero: the weights and optimiser states under ZeRO.
         before_update: called right before weights change; a background copy of them must have ended when it returns.
             (BatchNorm's running statistics change earlier, in the forward pass.)
         scalars: fp32 master weights of the model's scalars, [1], on every rank.
-        ema: the moving average of the weights (train.ema), or None.
+        ema: the moving average of the weights (train.ema, or a teacher's), or None.
+        moving_teacher: the teacher that has this average, or None.
+        state: the tensors of the objectives between steps, the same on all ranks, by objective and by name.
     """
 
     def __init__(
@@ -116,21 +126,35 @@ class Engine:
         config: Config,
         dist_env: DistEnv,
         teacher: Teacher | None = None,
+        steps: int = 0,
     ) -> None:
-        self.dist_env, self.objectives, self.teacher = dist_env, objectives, teacher
+        self.dist_env, self.objectives, self.teacher, self.steps = dist_env, objectives, teacher, steps
         self.seed = config.train.seed
         self.before_update: Callable[[], None] | None = None
         self.skip_nonfinite = config.guard.nonfinite == "skip"
         self.grad_clip = config.optim.grad_clip
         self.micro_batch = config.train.micro_batch or config.train.global_batch // dist_env.world_size
+        spec = next((objective.teacher for objective in objectives if objective.teacher), None)
+        copied = None
+        if spec and config.engine.zero_stage < 3:
+            precision = resolve_precision(config.train.precision, dist_env.device.type)
+            copied = copy_for_teacher(model, DTYPES[precision])
         self.zero = Zero(model, config, dist_env)
         self.scalars: dict[str, Tensor] = {}
         self.refresh_scalars()
-        self._features = tuple(dict.fromkeys(name for objective in objectives for name in objective.features))
+        self._coupled = [objective for objective in objectives if not objective.additive]
+        self._additive = [objective for objective in objectives if objective.additive]
+        self._features = tuple(dict.fromkeys(name for objective in self._coupled for name in objective.features))
+        self.state = {each.name: dict(each.state()) for each in objectives}
+        for own in self.state.values():
+            own.update({name: tensor.to(dist_env.device) for name, tensor in own.items()})
         self._statistics = RunningStatistics(self.zero.module)
         self._compiled = config.engine.compile
-        momentum = config.train.ema
-        self.ema = Ema(self.zero, partial(warmed_up, momentum)) if momentum else None
+        self._momentum = config.train.ema
+        self.ema = Ema(self.zero, not (spec and spec.training)) if self._momentum or spec else None
+        self.moving_teacher: MovingTeacher | None = None
+        if spec and self.ema:
+            self.moving_teacher = MovingTeacher(spec, self.zero, self.ema, copied, self.micro_batch)
 
     def train_step(
         self, batch: Batch, *, step: int, lr: float, want_norms: bool = False, guard: StepGuard | None = None
@@ -151,11 +175,11 @@ class Engine:
         self.zero.set_lr(lr)
         self._statistics.save()
         run_forward = self._forward_whole if self.micro_batch >= len(batch) else self._forward_cached
-        taught = self.teacher(batch) if self.teacher else {}
         try:
-            forward = run_forward(batch, step, taught)
+            forward = run_forward(batch, step, *self._given(batch))
         except NonFiniteFeatures as error:
-            nothing = _Forward(torch.full((), torch.nan, device=self.dist_env.device), {}, {}, lambda: None)
+            nan = torch.full((), torch.nan, device=self.dist_env.device)
+            nothing = _Forward(nan, {}, {}, lambda: None, batch, {})
             return self._skip_step(nothing, step, guard, str(error), finite=False)
         forward.backward()
         if guard is None and not want_norms:
@@ -181,71 +205,100 @@ class Engine:
 
     # Forward and backward
 
-    def _forward_whole(self, batch: Batch, step: int, taught: Mapping[str, Tensor]) -> _Forward:
+    @torch.no_grad()
+    def _given(self, batch: Batch) -> tuple[dict[str, Tensor], Given]:
+        """Return what the teachers give for these rows, and what the objectives make constant of it in this step."""
+        taught = self.teacher(batch) if self.teacher else {}
+        if self.moving_teacher:
+            taught |= self.moving_teacher(batch)
+        rows: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        for objective in self.objectives:
+            own = objective.given(taught, batch, self.state[objective.name])
+            rows |= own.rows
+            shared |= own.shared
+        return taught, Given(rows, shared)
+
+    def _forward_whole(self, batch: Batch, step: int, taught: dict[str, Tensor], given: Given) -> _Forward:
         """Run the forward pass over all rows of this rank at once.
 
         Args:
-            taught: what the teacher gives for these rows.
+            taught: what the teachers give for these rows.
+            given: see _given.
         """
         seed_step(self.seed, step, self.dist_env.rank)
-        outputs = self._forward(batch)
-        value, terms = self._loss(outputs, taught, batch)
-        return _Forward(value, terms, outputs, partial(self.zero.backward, value))
+        with self._statistics_of_views() if len(batch.images) > 1 else nullcontext():
+            outputs = self._forward(batch)
+        terms = self._terms(self.objectives, {**outputs, **given.rows, **given.shared}, batch)
+        value = self._weighted(terms) + self._nothing(outputs)
+        return _Forward(value, terms, outputs, partial(self.zero.backward, value), batch, taught)
 
-    def _forward_cached(self, batch: Batch, step: int, taught: Mapping[str, Tensor]) -> _Forward:
+    def _forward_cached(self, batch: Batch, step: int, taught: dict[str, Tensor], given: Given) -> _Forward:
         """Run the forward pass in micro-batches by gradient caching (Gao et al., arXiv:2101.06983, section 3).
 
         First the features of all micro-batches without gradients, then the gradients of the loss with respect to them;
-        the backward pass repeats each micro-batch with its random state. Memory: the features [b, D] and the
-        activations of one micro-batch.
+        the backward pass repeats each micro-batch with its random state, and adds the terms of additive objectives.
+        Memory: the features [b, D] and the activations of one micro-batch.
         """
         pieces = batch.split(self.micro_batch)
         cached = []
         with torch.no_grad(), statistics_frozen(self._statistics.norms):
-            for micro, piece in enumerate(pieces):
+            for micro, piece in enumerate(pieces if self._coupled else ()):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
                 cached.append(self._forward(piece))
         outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
-        outputs |= {name: cached[0][name].detach().requires_grad_() for name in self.scalars}
+        outputs |= {name: master.clone().requires_grad_() for name, master in self.scalars.items()}
         del cached
-        value, terms = self._loss(outputs, taught, batch)
-        return _Forward(value, terms, outputs, partial(self._backward_cached, pieces, step, value, outputs))
+        terms = self._terms(self._coupled, {**outputs, **given.rows, **given.shared}, batch)
+        forward = _Forward(self._weighted(terms) + self._nothing(outputs), terms, outputs, lambda: None, batch, taught)
+        forward.backward = partial(self._backward_cached, pieces, step, forward, given)
+        return forward
 
-    def _backward_cached(self, pieces: list[Batch], step: int, value: Tensor, outputs: dict[str, Tensor]) -> None:
+    def _backward_cached(self, pieces: list[Batch], step: int, forward: _Forward, given: Given) -> None:
         """Repeat each micro-batch of _forward_cached and propagate the gradients of its features."""
         scale = self.zero.loss_scale  # fp16 features have fp16 gradients, which underflow without it
-        found = torch.autograd.grad(value * scale, list(outputs.values()))
+        outputs = forward.outputs
+        found = torch.autograd.grad(forward.value * scale, list(outputs.values()))
         gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
         shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
-        with statistics_updated_once(self._statistics.norms) as updated:
+        constants = {name: rows.split(self.micro_batch) for name, rows in given.rows.items()}
+        with self._statistics_of_views():
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
                 again = self._forward(piece)
-                updated()
                 parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
                 # Divide a scalar's gradient among all micro-batches: a reduction may wait for all parameters.
                 parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
-                self.zero.accumulate(torch.stack(parts).sum(), last=micro == len(pieces) - 1)
+                own = {name: rows[micro] for name, rows in constants.items()}
+                terms = self._terms(self._additive, {**again, **own, **given.shared}, piece)
+                added = self._weighted(terms)
+                self.zero.accumulate(torch.stack(parts).sum() + added, last=micro == len(pieces) - 1)
+                forward.value = forward.value.detach() + added.detach()
+                forward.terms |= {name: _sum(forward.terms.get(name), term) for name, term in terms.items()}
+
+    def _statistics_of_views(self) -> AbstractContextManager[None]:
+        return statistics_of_views(self.zero.module, self._statistics.norms)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the features that the objectives use, and the scalars with the values of their fp32 masters."""
+        """Return the model's outputs, the scalars with the values of their fp32 masters."""
         outputs = self.zero.forward(**batch.inputs())
-        kept = {name: outputs[name] for name in self._features}
         for name, master in self.scalars.items():
             scalar = outputs[name]
-            kept[name] = scalar.float() + (master - scalar.detach().float())
-        return kept
+            outputs[name] = scalar.float() + (master - scalar.detach().float())
+        return outputs
 
-    def _loss(
-        self, outputs: Mapping[str, Tensor], taught: Mapping[str, Tensor], batch: Batch
-    ) -> tuple[Tensor, dict[str, Term]]:
-        """Return the weighted sum of the terms, whose mean over ranks is the global loss, and the terms by name."""
-        terms = {objective.name: objective.loss({**outputs, **taught}, batch) for objective in self.objectives}
+    def _terms(self, objectives: Sequence[Objective], outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
+        return {objective.name: objective.loss(outputs, batch) for objective in objectives}
+
+    def _weighted(self, terms: Mapping[str, Term]) -> Tensor:
+        """Return the weighted sum of terms, whose mean over ranks is that of the global batch."""
         world = self.dist_env.world_size
         values = [term.weight * (world / term.count) * term.sum for term in terms.values()]
-        # Of a scalar that no objective reads the gradient is 0: a reduction may wait for all parameters.
-        values += [0 * outputs[name].sum() for name in self.scalars]
-        return torch.stack(values).sum(), terms
+        return torch.stack(values).sum() if values else torch.zeros((), device=self.dist_env.device)
+
+    def _nothing(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return 0, with gradients for scalars that no objective reads: a reduction may wait for all parameters."""
+        return torch.stack([0 * outputs[name].sum() for name in self.scalars]).sum()
 
     # Update
 
@@ -263,8 +316,13 @@ class Engine:
                     self.zero.clamp(name, maximum)
             self.refresh_scalars()
             self._statistics.average()
-            if self.ema:
-                self.ema.update()
+            for objective in self.objectives:
+                own = self.state[objective.name]
+                own.update(objective.after_update(forward.taught, forward.batch, own))
+            if self.moving_teacher:
+                self.moving_teacher.update(step, self.steps)
+            elif self.ema:
+                self.ema.update(warmed_up(self._momentum, self.ema.steps + 1))
             if guard and gradients:
                 guard.accepted(step, gradients.loss, gradients.sizes)
         else:
@@ -341,11 +399,20 @@ class Engine:
         yield from self.zero.live_pieces(trained_only)
         if self.ema:
             yield from self.ema.live_pieces()
+        for name, tensor in self._states() if self.dist_env.rank == 0 else ():
+            yield Piece(name, tuple(tensor.shape), 0, tensor.view(-1))
+
+    def _states(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over (name in checkpoints, tensor) of the objectives' state."""
+        for objective, own in self.state.items():
+            for name, tensor in own.items():
+                yield f"{STATE}{objective}/{name}", tensor
 
     def save_numel(self, trained_only: bool = False) -> tuple[int, bool]:
         """Return the number of elements of live_pieces() once moments exist, and whether they are on a GPU."""
         numel, on_gpu = self.zero.save_numel(trained_only)
-        return numel + sum(piece.data.numel() for piece in self.ema.live_pieces()) if self.ema else numel, on_gpu
+        numel += sum(piece.data.numel() for piece in self.ema.live_pieces()) if self.ema else 0
+        return numel + sum(tensor.numel() for _, tensor in self._states()), on_gpu
 
     def restore(self, reader: CheckpointReader) -> None:
         """Load weights, moments, counters and average of a checkpoint; see Zero.restore."""
@@ -353,12 +420,19 @@ class Engine:
         self.refresh_scalars()
         if self.ema:
             self.ema.restore(reader)
+        for name, tensor in self._states():
+            if name in reader.manifest.tensors:  # else it starts anew: see clipdist.run_plan
+                reader.read_into(tensor.view(-1), name)
+        reader.close()
+        if self.moving_teacher:
+            self.moving_teacher.refresh()
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over (name, tensor) of all tensors that are replicated on every rank, between steps."""
         yield from self.zero.replicated()
         if self.ema:
             yield from self.ema.replicated()
+        yield from self._states()
 
     def refresh_scalars(self) -> None:
         """Read the scalars from the master weights; call it after those were changed from outside. Collective."""
@@ -373,6 +447,14 @@ def _not_finite(names: tuple[str, ...]) -> str:
     """Return the reason for skipping a step whose gradients of these parameters are not finite."""
     more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
     return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"
+
+
+def _sum(before: Term | None, term: Term) -> Term:
+    """Return the sum of the terms of micro-batches, detached."""
+    if before is None:
+        return replace(term, sum=term.sum.detach())
+    statistics = {name: value + before.statistics[name] for name, value in term.statistics.items()}
+    return replace(term, sum=before.sum + term.sum.detach(), statistics=statistics)
 
 
 def seed_step(seed: int, step: int, rank: int, micro: int = 0) -> None:

@@ -24,6 +24,7 @@ from clipdist.engine.muon import Muon
 from clipdist.engine.optim import make_optimizer
 from clipdist.engine.setup import prepare_deepspeed
 from clipdist.errors import UserError
+from clipdist.models.dual_encoder import HEADS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GATHERED = 8  # whole parameters at one time
@@ -342,6 +343,8 @@ class Zero:
             where = f"param/{fragment.name}"
             if not fragment.trained and where not in reader.manifest.tensors and "base" in reader.manifest.state:
                 continue  # of the base of adapters, which was loaded already
+            if fragment.name.startswith(HEADS) and where not in reader.manifest.tensors:
+                continue  # of an objective that starts anew: see train.resume_objectives
             if where not in reader.manifest.tensors or reader.shape(where) != fragment.shape:
                 raise UserError(f"{reader.folder}: a checkpoint of another model ({fragment.name} does not fit)")
             reader.read_into(fragment.master, where, fragment.start)

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist.config import Config
 from clipdist.config.stages import plan_stages
-from clipdist.data.batch import IMAGE, Batch, pair_batch
+from clipdist.data.batch import Batch, pair_batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.members import members_of
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
@@ -26,15 +26,16 @@ from clipdist.evals.reference import LossAndGradients, Reference, concatenate_no
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_objectives
+from clipdist.objectives.make import make_heads, make_objectives, reads_image
 from clipdist.objectives.objective import Objective
 from clipdist.objectives.teacher import open_teacher
 
-PARTS = ("image", "text", "temperature", "bias")
+PARTS = ("image", "text", "heads", "temperature", "bias")
 IMPL = "clipdist"
 # Largest relative L2 error of a part's gradient that passes.
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 DENSE_MARGIN = 1.5  # below LOW_LOSS this multiple of the dense fp32 formula's error passes as well
+STEPS = 100  # of the run whose schedules of a teacher's momentum are taken
 FP16_ATTEMPTS = 24  # steps until the loss scale, halved from 2^16 at each overflow, fits
 PartOf = Callable[[str], str]  # name of a parameter -> part of the model
 
@@ -45,7 +46,8 @@ class AuditRow:
 
     step: int  # from 1, as in training logs
     impl: str
-    part: str  # image, text, temperature, bias; loss: g and r are the values; evaluation: g and r are features
+    part: str  # image, text, heads, temperature, bias: gradients; loss: values; evaluation: features; and what the
+    # step did to the teacher, its statistics, and the state of objectives: their values after it
     norm_ratio: float  # |g| / |r|
     cosine: float
     max_diff: float  # max |g - r| over elements, relative to max |r|
@@ -75,17 +77,22 @@ class Audit:
         torch.manual_seed(cfg.train.seed)
         teacher = open_teacher(cfg, dist_env)
         model = build_model(cfg.model, cfg.objectives.clip)
+        objectives = make_objectives(cfg.objectives, model.spec.image_size)
+        if heads := make_heads(objectives, model.hidden_width()):
+            model.add_heads(heads, projects=reads_image(objectives))
         model.check_rows(self.micro)
         self.spec = model.spec
         if cfg.train.stages:
             stages = plan_stages(cfg.train.stages, 1 << 40, self.spec.image_size, self.spec.context_length)
             allow_stages(model, stages)
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
-        self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher)
+        moving = next((each.teacher for each in objectives if each.teacher), None)
+        self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher, moving)
         model.prepare(cfg.engine)
-        made = {each.name: each for each in make_objectives(cfg.objectives)}
-        objectives = [*({**made, objective.name: objective} if objective else made).values()]
-        self.engine = Engine(model.to(dist_env.device), objectives, cfg, dist_env, teacher)
+        made = {each.name: each for each in objectives}
+        taken = [*({**made, objective.name: objective} if objective else made).values()]
+        self.engine = Engine(model.to(dist_env.device), taken, cfg, dist_env, teacher, STEPS)
+        self._load_state()
         self.reported: dict[str, float] = {}
 
     def step(self, batch: Batch, step: int) -> list[AuditRow]:
@@ -107,7 +114,9 @@ class Audit:
             reference, dense = self.reference.measure(batch, step, micro=self.micro, scale=scale)
             rows = compare(measured, reference, self.precision, step=step + 1, part_of=self.part_of, dense=dense)
         zero = self.engine.zero
-        self.reference.load_weights(zero.gather(lambda fragment: fragment.master, list(zero.numel())))
+        weights = zero.gather(lambda fragment: fragment.master, list(zero.numel()))
+        rows += self._compare_state(batch, weights, step)
+        self.reference.load_weights(weights)
         evaluated = self._evaluate(batch)
         if self.dist_env.rank == 0:
             rows.append(
@@ -116,13 +125,43 @@ class Audit:
         self.reference.load_buffers(dict(zero.module.named_buffers()))
         return rows
 
+    def _load_state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Let the reference have the engine's teacher and state. Return the average and its statistics. Collective."""
+        self.reference.state = {name: dict(own) for name, own in self.engine.state.items()}
+        if self.reference.moving is None or self.engine.ema is None:
+            return {}, {}
+        zero, ema = self.engine.zero, self.engine.ema
+        average, statistics = zero.gather(ema.read, list(zero.numel(trained_only=True))), dict(ema.buffers)
+        self.reference.moving.load(average, statistics)
+        return average, statistics
+
+    def _compare_state(self, batch: Batch, weights: dict[str, torch.Tensor], step: int) -> list[AuditRow]:
+        """Return rows for what the step did to teacher and state; the reference then has the engine's. Collective."""
+        expected: dict[str, dict[str, torch.Tensor]] = {}
+        if (moving := self.reference.moving) is not None:
+            trained = {name: weights[name] for name in self.engine.zero.numel(trained_only=True)}
+            expected["teacher"] = moving.update(trained, step, STEPS)
+            if moving.spec.training:
+                expected["teacher statistics"] = moving.statistics()
+        average, statistics = self._load_state()
+        found = {"teacher": average, "teacher statistics": statistics}
+        if self.dist_env.rank:
+            return []
+        return [
+            compare_values(part, {name: found[part][name] for name in values}, values, self.precision, step + 1)
+            for part, values in expected.items()
+            if values
+        ]
+
     def part_of(self, parameter: str) -> str:
         """Return the part of the model that a parameter belongs to."""
         return self.reference.model.part_of(parameter)
 
     def _evaluate(self, batch: Batch) -> torch.Tensor:
         """Return what Reference.evaluate returns, computed by the engine. Collective."""
-        encoded = (self.engine.encode(piece.images[IMAGE], piece.tokens) for piece in batch.split(self.micro))
+        encoded = (
+            self.engine.encode(next(iter(piece.images.values())), piece.tokens) for piece in batch.split(self.micro)
+        )
         return concatenate_normalised(
             [(image, text) for image, text in encoded if image is not None and text is not None]
         )
@@ -212,14 +251,26 @@ def compare(
     return rows
 
 
+def compare_values(
+    part: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], precision: str, step: int
+) -> AuditRow:
+    """Return the row of tensors that a step has changed."""
+    g, r = (torch.cat([values[name].double().view(-1) for name in expected]) for values in (found, expected))
+    return _row_of(part, g, r, precision, step)
+
+
 def compare_features(measured: torch.Tensor, reference: torch.Tensor, precision: str, step: int) -> AuditRow:
     """Return the row "evaluation" of normalised features [rows, D]."""
+    return _row_of("evaluation", measured, reference, precision, step)
+
+
+def _row_of(part: str, measured: torch.Tensor, reference: torch.Tensor, precision: str, step: int) -> AuditRow:
     difference, norm = measured - reference, float(reference.norm())
     error = float(difference.norm()) / norm
     cosine = float((measured * reference).sum() / (measured.norm() * norm))
     max_diff, limit = float(difference.abs().max() / reference.abs().max()), LIMITS[precision]
     norm_ratio = float(measured.norm()) / norm
-    return AuditRow(step, IMPL, "evaluation", norm_ratio, cosine, max_diff, error, limit, error <= limit, norm)
+    return AuditRow(step, IMPL, part, norm_ratio, cosine, max_diff, error, limit, error <= limit, norm)
 
 
 def _distance(

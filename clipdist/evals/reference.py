@@ -1,15 +1,16 @@
 """Compute the reference loss and gradients of the audit: one process on the whole global batch.
 
 It runs every rank's micro-batches from the same weights, with their random state and BatchNorm grouping, concatenates
-the features, applies the dense formula in float64 and averages over the valid rows. The towers run in the precision of
-the training: the audit measures errors of the distribution and the loss, not the rounding inside a tower. It shares no
-code with clipdist/losses.
+the outputs, and applies the dense formulas of clipdist.evals.reference_losses in float64. The towers run in the
+precision of the training: the audit measures errors of the distribution and the loss, not the rounding inside a tower.
+It shares no code with clipdist/losses.
 
 Shapes: B rows of the global batch, b = B / W rows of a rank, m rows of a micro-batch, D features.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from clipdist import config
 from clipdist.config import Config
-from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
+from clipdist.data.batch import IMAGE, Batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
+from clipdist.evals.reference_losses import FORMULAS
 from clipdist.models.dual_encoder import DualEncoder
+from clipdist.objectives.objective import TeacherSpec
 from clipdist.objectives.teacher import Teacher
 
 # Below this loss the relative error of any fp32 implementation grows; the dense formula's is measured for comparison.
@@ -40,108 +43,6 @@ class LossAndGradients:
     gradients: dict[str, torch.Tensor]
 
 
-# The formulas
-
-
-def dense_loss(
-    cfg: config.Clip,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    t: torch.Tensor,
-    bias: torch.Tensor | None,
-    batch: Batch,
-) -> torch.Tensor:
-    """Compute the global loss with the full matrix of logits, in the dtype of its inputs: the mean over the widths.
-
-    Args:
-        images, texts: features [B, D], not normalised; texts [B, K, D] where the batch has several for each image.
-        t, bias: [1]; the logits are exp(t) * cosine (+ bias).
-        batch: gives valid rows and groups.
-
-    Returns:
-        scalar.
-    """
-    valid = batch.valid_in(MODALITIES).to(images.device)
-    roles = torch.full((len(valid), 1), CAPTION) if batch.roles is None else batch.roles
-    roles = roles.to(images.device)
-    there, caption = (roles != EMPTY) & valid[:, None], roles == CAPTION  # [B, K]
-    owner = torch.arange(len(roles), device=images.device)[:, None].expand_as(roles)
-    if cfg.group_positives:
-        groups = batch.group_id.to(images.device).view_as(roles)
-        positive = ((groups[:, :, None] == groups[there]) & caption[:, :, None]).any(1)  # [B, M]
-    else:
-        positive = (owner[:, :1] == owner[there]) & caption[there]
-    positive, texts = positive[valid].to(images.dtype), texts.view(*roles.shape, -1)[there]
-    values = []
-    for width in sorted({*cfg.widths, images.shape[1]}):
-        x, y = (part[:, :width] / part[:, :width].norm(dim=1, keepdim=True) for part in (images[valid], texts))
-        logits = t.exp() * x @ y.T
-        if bias is not None:
-            values.append(_sigmoid(logits + bias, positive, cfg.label_smoothing))
-        else:
-            values.append(_info_nce(logits, positive, caption[there], cfg.label_smoothing))
-    return sum(values, torch.zeros_like(t[0])) / len(values)
-
-
-def _info_nce(logits: torch.Tensor, positive: torch.Tensor, caption: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Return the cross-entropy of rows, and of the columns of captions; targets uniform over positives, smoothed.
-
-    Args:
-        logits, positive: [N, M].  caption: bool [M].
-    """
-    losses = []
-    for s, y in ((logits, positive), (logits[:, caption].T, positive[:, caption].T)):
-        target = (1 - smoothing) * y / y.sum(1, keepdim=True) + smoothing / y.shape[1]
-        losses.append(-(target * s.log_softmax(1)).sum(1).mean())
-    return (losses[0] + losses[1]) / 2
-
-
-def _sigmoid(logits: torch.Tensor, same: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Return 1/N sum_ij softplus(s_ij) - y_ij s_ij, y = (1 - e) * same + e / 2 (arXiv:2303.15343, algorithm 1)."""
-    target = (1 - smoothing) * same + smoothing / 2
-    return (F.softplus(logits) - target * logits).sum() / len(logits)
-
-
-def dense_distillation(
-    cfg: config.Distill,
-    features: tuple[torch.Tensor, torch.Tensor],
-    t: torch.Tensor,
-    taught: dict[str, torch.Tensor],
-    batch: Batch,
-) -> torch.Tensor:
-    """Compute the global term of distillation, in the dtype of its inputs.
-
-    Args:
-        features: of images and texts, as in dense_loss.
-        t: [1], the student's log scale.
-        taught: what the teacher gives for the global batch.
-
-    Returns:
-        scalar.
-    """
-    valid = batch.valid_in(MODALITIES).to(t.device)
-    own, theirs = (
-        [side / side.norm(dim=-1, keepdim=True) for side in (x[valid].to(t.dtype), y[valid].to(t.dtype))]
-        for x, y in (features, (taught["teacher/image"], taught["teacher/text"]))
-    )
-    if cfg.target == "features":
-        apart = [1 - (x * y).sum(-1) for x, y in zip(own, theirs)]
-        if batch.roles is not None:
-            there = (batch.roles.to(t.device)[valid] != EMPTY).to(t.dtype)
-            apart[1] = (apart[1] * there).sum(1) / there.sum(1)
-        return (apart[0] + apart[1]).mean() / 2
-    logits = t.exp() * own[0] @ own[1].T
-    target = taught["teacher/logit_scale"].to(t.device).to(t.dtype).exp() * theirs[0] @ theirs[1].T
-    values = [
-        F.kl_div(s.log_softmax(1), r.log_softmax(1), reduction="batchmean", log_target=True)
-        for s, r in ((logits, target), (logits.T, target.T))
-    ]
-    return (values[0] + values[1]) / 2
-
-
-# The reference
-
-
 class Reference:
     """A model trained by one process on the whole global batch, with one micro-batch in memory at a time.
 
@@ -149,15 +50,23 @@ class Reference:
         model: a copy of the engine's model before training, fp32; modified and cast to `dtype`.
         dist_env: gives the number of ranks to reproduce, and the device.
         dtype: of the towers.
-        teacher: of the engine, if it has one; it is frozen, and in evaluation mode a row's outputs are its own.
+        teacher: of the engine, if it has a frozen one; in evaluation mode a row's outputs are its own.
+        moving: of the engine, if it has a teacher that follows the weights.
 
     Attributes:
         scalars: fp32 values of the model's scalars, [1].
         draws_random_numbers: whether a forward pass has drawn random numbers (dropout).
+        state: of the objectives, by objective and name.
     """
 
     def __init__(
-        self, model: DualEncoder, cfg: Config, dist_env: DistEnv, dtype: torch.dtype, teacher: Teacher | None = None
+        self,
+        model: DualEncoder,
+        cfg: Config,
+        dist_env: DistEnv,
+        dtype: torch.dtype,
+        teacher: Teacher | None = None,
+        moving: TeacherSpec | None = None,
     ) -> None:
         self.seed, self.world, self.device, self.dtype = cfg.train.seed, dist_env.world_size, dist_env.device, dtype
         self.objectives, self.teacher = cfg.objectives, teacher
@@ -167,15 +76,16 @@ class Reference:
             if name in model.scalars
         }
         self.model = model.to(self.device).to(dtype).train()
+        self.moving = _Moving(self.model, moving) if moving else None
+        self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.draws_random_numbers = False
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Copy the engine's fp32 master weights [numel], rounded to `dtype` as the engine does."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name].view_as(parameter))
-            if name in self.scalars:
-                self.scalars[name] = weights[name].clone()
+        _load(self.model, weights)
+        for name in self.scalars:
+            self.scalars[name] = weights[name].clone()
 
     @torch.no_grad()
     def load_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
@@ -202,60 +112,43 @@ class Reference:
             RuntimeError: the model draws random numbers outside torch's generators.
         """
         cfg = config.Objectives(clip=clip) if clip else self.objectives
-        taught = self.teacher(batch.to(self.device)) if self.teacher else {}
-        with torch.no_grad(), self._update_statistics_once():
-            cached = [self._features(batch, step, where) for where in self._micro_batches(batch, micro)]
+        constants = self._constants(batch, micro)
+        with torch.no_grad(), _statistics_updated_once(self.model):
+            cached = [self._outputs(batch, step, where) for where in self._micro_batches(batch, micro)]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        images, texts = (torch.cat(side) for side in zip(*cached))
-        heads = [self._head(cfg, images, texts, taught, batch, torch.float64)]
-        if self.dtype == torch.float32 and heads[0].loss <= LOW_LOSS:
-            heads.append(self._head(cfg, images, texts, taught, batch, torch.float32))
+        outputs = {name: torch.cat([one[name] for one in cached]) for name in cached[0]}
+        terms = [self._terms(cfg, outputs, constants, batch, torch.float64)]
+        if self.dtype == torch.float32 and terms[0].loss <= LOW_LOSS:
+            terms.append(self._terms(cfg, outputs, constants, batch, torch.float32))
         for where, before in zip(self._micro_batches(batch, micro), cached):
-            features = self._features(batch, step, where)
-            _check_replay(features, before)
-            for head in heads:
-                self._through_towers(head, features, where[2], scale)
+            again = self._outputs(batch, step, where)
+            _check_replay(again, before)
+            for each in terms:
+                self._through_model(each, again, where[2], scale)
         self.load_buffers(buffers)  # the second pass has updated the running statistics again
-        measured = [LossAndGradients(head.loss, head.gradients) for head in heads]
+        measured = [LossAndGradients(each.loss, each.gradients) for each in terms]
         return measured[0], (measured[1] if len(measured) > 1 else None)
 
-    @contextmanager
-    def _update_statistics_once(self) -> Iterator[None]:
-        """Update BatchNorm's running statistics once, by the mean over the forward passes inside.
-
-        With momentum 1 the buffers hold the statistics of the last pass, which a hook collects.
-        """
-        norms: list[Any] = [
-            norm
-            for norm in self.model.modules()
-            if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
-        ]
-        before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-        collected: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
-
-        def collect(norm: Any, *_: Any) -> None:
-            collected[norm].append((norm.running_mean.double(), norm.running_var.double()))
-
-        hooks = [norm.register_forward_hook(collect) for norm in norms]
-        counts = [norm.num_batches_tracked.clone() for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        yield
-        for norm, hook, count, (momentum, mean, var) in zip(norms, hooks, counts, before):
-            hook.remove()
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count + 1)
-            share = 1 / (int(count) + 1) if momentum is None else momentum
-            for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*collected[norm])):
-                running.copy_(old.double().lerp(torch.stack(new).mean(0), share))
+    @torch.no_grad()
+    def _constants(self, batch: Batch, micro: int) -> dict[str, torch.Tensor]:
+        """Return what the teachers give for the global batch, and the objectives' state by OBJECTIVE/NAME."""
+        taught = self.teacher(batch.to(self.device)) if self.teacher else {}
+        if self.moving:
+            pieces = [batch.rows(rows.start, rows.stop) for _, _, rows in self._micro_batches(batch, micro)]
+            taught |= self.moving([piece.to(self.device) for piece in pieces])
+        state = {f"{objective}/{name}": value for objective, own in self.state.items() for name, value in own.items()}
+        return taught | state
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro: int) -> torch.Tensor:
         """Return image and text features in evaluation mode, normalised: float64 [2 B, D]."""
         self.model.eval()
-        outputs = [self.model(**piece.to(self.device).inputs()) for piece in batch.split(micro)]
+        found = []
+        for piece in (piece.to(self.device) for piece in batch.split(micro)):
+            outputs = self.model(**{IMAGE: next(iter(piece.images.values()))}, tokens=piece.tokens)
+            found.append((outputs[IMAGE], outputs["text"]))
         self.model.train()
-        return concatenate_normalised([(output[IMAGE], output["text"]) for output in outputs])
+        return concatenate_normalised(found)
 
     def _micro_batches(self, batch: Batch, micro: int) -> Iterator[tuple[int, int, slice]]:
         """Iterate over (rank, number of the micro-batch, rows) of all forward passes, in the order of the batch."""
@@ -265,33 +158,32 @@ class Reference:
                 start = rank * share + k * micro
                 yield rank, k, slice(start, start + micro)
 
-    def _features(self, batch: Batch, step: int, where: tuple[int, int, slice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return image and text features [m, D] of one of _micro_batches, with that rank's random state."""
+    def _outputs(self, batch: Batch, step: int, where: tuple[int, int, slice]) -> dict[str, torch.Tensor]:
+        """Return the model's outputs [m, ...] of one of _micro_batches, with that rank's random state."""
         rank, k, rows = where
         seed_step(self.seed, step, rank, k)
         before = _random_state(self.device)
         outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs())
         self.draws_random_numbers = self.draws_random_numbers or not torch.equal(before, _random_state(self.device))
-        return outputs[IMAGE], outputs["text"]
+        return {name: output for name, output in outputs.items() if name not in self.scalars}
 
-    def _head(
+    def _terms(
         self,
         cfg: config.Objectives,
-        images: torch.Tensor,
-        texts: torch.Tensor,
-        taught: dict[str, torch.Tensor],
+        outputs: dict[str, torch.Tensor],
+        constants: dict[str, torch.Tensor],
         batch: Batch,
         dtype: torch.dtype,
-    ) -> _Head:
-        """Compute the dense formulas in `dtype`, and their gradients with respect to features and scalars."""
-        leaves = {"images": images, "texts": texts, **self.scalars}
+    ) -> _Terms:
+        """Compute the dense formulas in `dtype`, and their gradients with respect to outputs and scalars."""
+        leaves = {**outputs, **self.scalars}
         leaves = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in leaves.items()}
-        features, scalars = (leaves["images"], leaves["texts"]), (leaves["logit_scale"], leaves.get("logit_bias"))
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in constants.items()}
         value = torch.zeros((), dtype=dtype, device=self.device)
-        if cfg.clip:
-            value = value + cfg.clip.weight * dense_loss(cfg.clip, *features, *scalars, batch)
-        if cfg.distill:
-            value = value + cfg.distill.weight * dense_distillation(cfg.distill, features, scalars[0], taught, batch)
+        for name, formula in FORMULAS.items():
+            section = getattr(cfg, name)
+            if section is not None:
+                value = value + section.weight * formula(section, leaves, cast, batch)
         grads = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True)))
         gradients = {
             name: torch.zeros(parameter.numel(), dtype=torch.float64, device=self.device)
@@ -301,43 +193,129 @@ class Reference:
         for name in self.scalars:
             if grads[name] is not None:
                 gradients[name] += grads[name].double()
-        return _Head(float(value.detach()), grads["images"], grads["texts"], gradients)
+        return _Terms(float(value.detach()), {name: grads[name] for name in outputs}, gradients)
 
-    def _through_towers(
-        self, head: _Head, features: tuple[torch.Tensor, torch.Tensor], rows: slice, scale: float
-    ) -> None:
-        """Propagate feature gradients of one micro-batch through the towers; add up their parameters' gradients."""
-        towers = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.scalars}
-        sides = [(f, g[rows]) for f, g in zip(features, (head.image_grad, head.text_grad)) if f.requires_grad]
+    def _through_model(self, terms: _Terms, outputs: dict[str, torch.Tensor], rows: slice, scale: float) -> None:
+        """Propagate the outputs' gradients of one micro-batch; add up the parameters' gradients."""
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.scalars}
+        sides = [
+            (output, gradient[rows])
+            for output, gradient in ((outputs[name], terms.outputs[name]) for name in outputs)
+            if output.requires_grad and gradient is not None
+        ]
         if not sides:
             return
-        outputs = [feature for feature, _ in sides]
-        weights = [(scale * grad).to(feature.dtype) for feature, grad in sides]
-        grads = torch.autograd.grad(outputs, list(towers.values()), weights, allow_unused=True, retain_graph=True)
-        for name, grad in zip(towers, grads):
+        weights = [(scale * gradient).to(output.dtype) for output, gradient in sides]
+        grads = torch.autograd.grad(
+            [output for output, _ in sides], list(trained.values()), weights, allow_unused=True, retain_graph=True
+        )
+        for name, grad in zip(trained, grads):
             if grad is not None:
-                head.gradients[name] += grad.double().reshape(-1) / scale  # may be channels_last, which view() rejects
+                terms.gradients[name] += grad.double().reshape(-1) / scale  # perhaps channels_last: view() rejects it
+
+
+class _Moving:
+    """A teacher that follows the weights, on the whole global batch.
+
+    Args:
+        model: of the student, whose weights it starts from.
+    """
+
+    def __init__(self, model: DualEncoder, spec: TeacherSpec) -> None:
+        self.spec = spec
+        norms = [name for name, norm in model.named_modules() if isinstance(norm, _NormBase) and norm.training]
+        self.model = copy.deepcopy(model).eval()
+        for name in norms if spec.training else ():
+            self.model.get_submodule(name).train()
+        self.weights = {name: p.detach().double().view(-1).clone() for name, p in model.named_parameters()}
+
+    def __call__(self, pieces: list[Batch]) -> dict[str, torch.Tensor]:
+        """Return its outputs for the micro-batches of the global batch."""
+        with _statistics_updated_once(self.model):
+            found = [
+                self.model(teaching=True, **{view: piece.images[view] for view in self.spec.views}) for piece in pieces
+            ]
+        return {f"teacher/{view}": torch.cat([one[view] for one in found]) for view in self.spec.views}
+
+    @torch.no_grad()
+    def update(self, weights: dict[str, torch.Tensor], step: int, steps: int) -> dict[str, torch.Tensor]:
+        """Return what the average of the trained weights becomes after a step that led to `weights`, float64."""
+        m = self.spec.momentum(step, steps)
+        return {name: m * self.weights[name] + (1 - m) * new.double() for name, new in weights.items()}
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Return the running statistics of BatchNorm layers that train, by name."""
+        return {
+            f"{layer}.{name}": buffer.clone()
+            for layer, norm in self.model.named_modules()
+            if isinstance(norm, _NormBase) and norm.training
+            for name, buffer in norm.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        }
+
+    @torch.no_grad()
+    def load(self, averages: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]) -> None:
+        """Copy the engine's averages [numel], rounded to the dtype of the towers, and its running statistics."""
+        self.weights.update({name: average.double() for name, average in averages.items()})
+        _load(self.model, averages)
+        for name, buffer in self.model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+
+
+def _load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.copy_(weights[name].view_as(parameter))
+
+
+@contextmanager
+def _statistics_updated_once(model: nn.Module) -> Iterator[None]:
+    """Update BatchNorm's running statistics once, by the mean over the forward passes inside.
+
+    With momentum 1 the buffers hold the statistics of the last pass, which a hook collects.
+    """
+    norms: list[Any] = [
+        norm for norm in model.modules() if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
+    ]
+    before = [(norm.momentum, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    collected: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {norm: [] for norm in norms}
+
+    def collect(norm: Any, *_: Any) -> None:
+        collected[norm].append((norm.running_mean.double(), norm.running_var.double()))
+
+    hooks = [norm.register_forward_hook(collect) for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    yield
+    for norm, hook, count, (momentum, mean, var) in zip(norms, hooks, counts, before):
+        hook.remove()
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count + 1)
+        share = 1 / (int(count) + 1) if momentum is None else momentum
+        for running, old, new in zip((norm.running_mean, norm.running_var), (mean, var), zip(*collected[norm])):
+            running.copy_(old.double().lerp(torch.stack(new).mean(0), share))
 
 
 @dataclass(frozen=True)
-class _Head:
-    """Value and gradients of the dense formula.
+class _Terms:
+    """Value and gradients of the dense formulas.
 
     Attributes:
-        image_grad, text_grad: of the features, [B, D].
-        gradients: of the parameters by name, float64 [numel]; _through_towers adds to them.
+        outputs: gradients of the model's outputs, [B, ...], by name; None: of none of the formulas.
+        gradients: of the parameters by name, float64 [numel]; _through_model adds to them.
     """
 
     loss: float
-    image_grad: torch.Tensor
-    text_grad: torch.Tensor
+    outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
 
 
-def _check_replay(features: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _check_replay(outputs: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
     """Raise RuntimeError if a repeated forward pass gave other features."""
-    for again, first in zip(features, before):
-        if (again.detach() - first).double().norm() > 1e-3 * first.double().norm():
+    for name, first in before.items():
+        if (outputs[name].detach() - first).double().norm() > 1e-3 * first.double().norm():
             raise RuntimeError("the model draws random numbers outside torch's generators: no pass can be repeated")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clipdist.models.cbow import CBOW, load_word_vectors
 from clipdist.models.compiled import compile_blocks
 from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
+from clipdist.models.norms import running_norms, statistics_frozen
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.text_length import PackedTexts, allow_packing, encode
@@ -26,6 +27,7 @@ from clipdist.models.towers import (
     MeanPooler,
     buffers_keep_dtype,
     checkpoint_image_tower,
+    find_projection,
     frozen_subtrees,
     keep_statistics_fp32,
     lock,
@@ -39,7 +41,8 @@ from clipdist.models.towers import (
 )
 from clipdist.models.weights import load_weights, weights_checksum
 
-PARTS = {"visual": "image", "text": "text", "logit_scale": "temperature", "logit_bias": "bias"}
+HEADS = "heads."  # of the names of the heads' parameters
+PARTS = {"visual": "image", "text": "text", "heads": "heads", "logit_scale": "temperature", "logit_bias": "bias"}
 
 
 class DualEncoder(nn.Module):
@@ -53,6 +56,8 @@ class DualEncoder(nn.Module):
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
         logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmax would cancel it.
+        heads: of self-supervised objectives, by the objective's name, each behind the image tower without its
+            projection; see add_heads.
         text_kind: how texts are run without their padding, see clipdist.models.text_length; "whole": with it.
         base: what adapters were put on; None: the model has none.
     """
@@ -68,6 +73,7 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.full([1], clip.first_log_scale))
         bias = torch.full([1], clip.logit_bias_init)
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
+        self.heads = nn.ModuleDict()
         self.base: Base | None = None
         self.text_kind = allow_packing(text)
         self._locked: list[nn.Module] = []
@@ -84,11 +90,16 @@ class DualEncoder(nn.Module):
         return ("logit_scale",) if self.logit_bias is None else ("logit_scale", "logit_bias")
 
     def part_of(self, parameter: str) -> str:
-        """Return the part of a parameter for norms and metrics: "image", "text", "temperature" or "bias"."""
+        """Return the part of a parameter for norms and metrics: "image", "text", "heads", "temperature" or "bias"."""
         return PARTS[parameter.partition(".")[0]]
 
     def forward(
-        self, *, tokens: torch.Tensor | None = None, patches: torch.Tensor | None = None, **images: torch.Tensor
+        self,
+        *,
+        tokens: torch.Tensor | None = None,
+        patches: torch.Tensor | None = None,
+        teaching: bool = False,
+        **images: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return features, not normalised, and the scalars.
 
@@ -97,22 +108,73 @@ class DualEncoder(nn.Module):
                 where their lengths are read; see encode_text.
             patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
                 clipdist.models.fewer_patches.allow_stages.
-            images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower.
+            teaching: whether heads give what a teacher gives.
+            images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. The view NAME/...
+                goes through the head NAME.
 
         Either may also be what `locked_features` gave for it, float [b, w].
 
         Returns:
-            features [b, D] under the name of each view; "text": [b, D] or [b, K, D]; "logit_scale": the log scale t
-            [1], which the objective bounds; "logit_bias": [1], if there is one.
+            features [b, D] or a head's output under the name of each view; "text": [b, D] or [b, K, D]; "logit_scale":
+            the log scale t [1], which the objective bounds; "logit_bias": [1], if there is one.
         """
         chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
+        outputs = {}
         with chosen:
-            outputs = {view: self.encode_image(pixels) for view, pixels in images.items()}
+            for view, pixels in images.items():
+                outputs[view] = self._encode_view(view, pixels, teaching)
+                self.after_view(view)
         if tokens is not None:
             texts = self.encode_text(tokens.flatten(0, -2))
             outputs["text"] = texts.unflatten(0, tokens.shape[:-1])
         # Copies: ZeRO stage 3 releases the parameters when the forward pass ends.
         return outputs | {name: getattr(self, name).clone() for name in self.scalars}
+
+    def after_view(self, view: str) -> None:
+        """Called when the forward pass has run a view; the engine puts a function in its place."""
+
+    def modules_of(self, view: str) -> Iterator[nn.Module]:
+        """Iterate over the modules that a view runs through."""
+        yield from self.visual.modules()
+        head, is_headed, _ = view.partition("/")
+        if is_headed:
+            yield from self.heads[head].modules()
+
+    def _encode_view(self, view: str, pixels: torch.Tensor, teaching: bool) -> torch.Tensor:
+        head, is_headed, _ = view.partition("/")
+        if not is_headed:
+            return self.encode_image(pixels)
+        return self.heads[head](self.encode_hidden(pixels), teaching=teaching)
+
+    def encode_hidden(self, image: torch.Tensor) -> torch.Tensor:
+        """Return what precedes the image tower's projection, [b, w], of images uint8 [b, 3, H, W]."""
+        with without_projection(self.visual):
+            return self.visual(self._normalise(image))
+
+    @torch.no_grad()
+    def hidden_width(self) -> int:
+        """Return w of encode_hidden."""
+        side, weight = self.spec.image_size, next(self.visual.parameters())
+        with without_projection(self.visual):
+            try:
+                return run_on_shapes(self.visual, (2, 3, side, side), weight.dtype)[-1]
+            except (NotImplementedError, RuntimeError):  # the tower reads values
+                with statistics_frozen(running_norms(self.visual)):
+                    return self.visual(weight.new_zeros(2, 3, side, side)).shape[-1]
+
+    def add_heads(self, heads: Mapping[str, nn.Module], *, projects: bool) -> None:
+        """Put heads behind the image tower.
+
+        Args:
+            projects: whether the tower's projection is used; else it does not train.
+        """
+        for name, head in heads.items():
+            keep_statistics_fp32(head)
+            self.heads[name] = head
+        found = find_projection(self.visual)
+        if found and not projects:
+            projection = getattr(found.owner, found.name)
+            projection.requires_grad_(False)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of images uint8 [b, 3, H, W] (or see `locked_features`), not normalised."""
@@ -262,6 +324,8 @@ class DualEncoder(nn.Module):
         try:
             if rows == 1:
                 run_on_shapes(self.visual, (1, 3, side, side), next(self.visual.parameters()).dtype)
+                for head in self.heads.values():
+                    run_on_shapes(head, (1, self.hidden_width()), next(head.parameters()).dtype)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
                 raise UserError(
@@ -307,7 +371,8 @@ class DualEncoder(nn.Module):
         timm's towers need their constants in the dtype of the weights. Text towers cast them where they are used:
         rotary frequencies in bf16 would blur positions.
         """
-        constants = [(part, name) for part in self.text.modules() for name, _ in part.named_buffers(recurse=False)]
+        parts = [] if self.text is None else self.text.modules()
+        constants = [(part, name) for part in parts for name, _ in part.named_buffers(recurse=False)]
         with buffers_keep_dtype(constants):
             super()._apply(fn, recurse)
         self._restore_pixel_statistics()

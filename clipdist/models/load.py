@@ -22,7 +22,7 @@ from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import DualEncoder, assemble, build_model
+from clipdist.models.dual_encoder import HEADS, DualEncoder, assemble, build_model
 from clipdist.models.hugging_face import is_hugging_face, read_config
 from clipdist.models.lora import Base, merge_adapters
 from clipdist.models.open_clip_files import model_config
@@ -227,6 +227,7 @@ def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "", e
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEADS)}
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
@@ -306,7 +307,8 @@ def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: 
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise UserError(f"{folder}: a checkpoint of another model ({str(error).splitlines()[-1].strip()})") from None
-    strangers = [*(name for name in missing if name not in locked), *unexpected]
+    # Objectives that the checkpoint lacks start anew, if train.resume_objectives allows it; others are left.
+    strangers = [name for name in (*missing, *unexpected) if name not in locked and not name.startswith(HEADS)]
     if strangers:
         raise UserError(f"{folder}: a checkpoint of another model ({strangers[0]} does not fit)")
 

@@ -1,13 +1,14 @@
 """Control when BatchNorm's running statistics are updated.
 
 Activation checkpointing and micro-batches run a forward pass twice: only one of them may update the statistics. With
-micro-batches they are updated once per step, by the mean over the micro-batches.
+micro-batches, or several views of an image, they are updated once per step, by the mean over all of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,35 +77,52 @@ def statistics_frozen(norms: list[_NormBase]) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_updated_once(norms: list[_NormBase]) -> Iterator[Callable[[], None]]:
-    """Update running statistics once, by the mean over the forward passes of all micro-batches.
+def statistics_updated_once(norms: list[_NormBase]) -> Iterator[Callable[[Collection[nn.Module]], None]]:
+    """Update running statistics once, by the mean over the passes inside, such as those of micro-batches.
 
     Yields:
-        a function to call after each forward pass.
+        a function to call after each pass, with the layers that it has run.
     """
     active = [norm for norm in norms if norm.training]  # not those of a locked tower
-    moments = [moment for norm in active for moment in (norm.running_mean, norm.running_var) if moment is not None]
-    before, sums = [moment.clone() for moment in moments], [torch.zeros_like(moment) for moment in moments]
+    moments = {norm: [m for m in (norm.running_mean, norm.running_var) if m is not None] for norm in active}
+    before = {norm: [moment.clone() for moment in own] for norm, own in moments.items()}
+    sums = {norm: [torch.zeros_like(moment) for moment in own] for norm, own in moments.items()}
+    passes = dict.fromkeys(active, 0)
     settings = [(norm.momentum, norm.num_batches_tracked) for norm in active]
-    passes = 0
-    for norm in active:  # the running statistics become those of one micro-batch
+    for norm in active:  # the running statistics become those of one pass
         norm.momentum, norm.num_batches_tracked = 1.0, None
 
     @torch.no_grad()
-    def add() -> None:
-        nonlocal passes
-        passes += 1
-        if moments:
-            torch._foreach_add_(sums, moments)
+    def add(ran: Collection[nn.Module]) -> None:
+        own = [norm for norm in active if norm in ran]
+        for norm in own:
+            passes[norm] += 1
+        if own:
+            torch._foreach_add_([total for norm in own for total in sums[norm]], [m for n in own for m in moments[n]])
 
     try:
         yield add
     finally:
-        old, total = iter(before), iter(sums)
         for norm, (momentum, count) in zip(active, settings):
             assert count is not None
-            norm.momentum, norm.num_batches_tracked = momentum, count.add_(1)
+            norm.momentum, norm.num_batches_tracked = momentum, count.add_(bool(passes[norm]))
             share = 1 / count if momentum is None else momentum
-            for running in (norm.running_mean, norm.running_var):
-                if running is not None:
-                    running.copy_(next(old).lerp(next(total) / passes, share))
+            for running, old, total in zip(moments[norm], before[norm], sums[norm]):
+                # .data: the backward pass, which may be still to come, does not read them, but counts changes.
+                running.data.copy_(old.lerp(total / passes[norm], share) if passes[norm] else old)
+
+
+@contextmanager
+def statistics_of_views(module: Any, norms: list[_NormBase]) -> Iterator[None]:
+    """Update running statistics once, by the mean over the views of an image and the micro-batches inside.
+
+    Args:
+        module: a clipdist.models.dual_encoder.DualEncoder.
+        norms: its layers with running statistics.
+    """
+    with statistics_updated_once(norms) as updated:
+        module.after_view = lambda view: updated([*module.modules_of(view)])
+        try:
+            yield
+        finally:
+            del module.after_view

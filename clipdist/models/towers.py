@@ -131,7 +131,7 @@ def find_projection(tower: Any) -> Projection | None:
     pool: Any = getattr(tower, "attnpool", None)
     if isinstance(getattr(pool, "c_proj", None), nn.Linear):  # ModifiedResNet takes the layer's weights, never calls it
         weight = pool.c_proj.weight
-        width = weight.shape[1]
+        width = getattr(weight, "ds_shape", weight.shape)[1]  # ZeRO stage 3 has gathered no weights yet
         same = nn.Linear(width, width, device="meta").to_empty(device=weight.device)  # nothing drawn
         nn.init.eye_(same.weight)
         nn.init.zeros_(same.bias)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from clipdist import config
-from clipdist.data.batch import CAPTION, EMPTY, IMAGE, Batch
+from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.collectives import rank_and_world
 from clipdist.losses.global_batch import global_statistics
 from clipdist.losses.infonce import batch_accuracy, info_nce
 from clipdist.losses.several_texts import contrast_texts, texts_accuracy
 from clipdist.losses.sigmoid import sigmoid_loss
-from clipdist.objectives.objective import Term
+from clipdist.objectives.objective import Objective, Term
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 LOSSES: dict[str, LossFunction] = {"infonce": info_nce, "sigmoid": sigmoid_loss}
 
 
-class ClipObjective:
+class ClipObjective(Objective):
     """The contrastive objective of CLIP and SigLIP. See Objective.
 
     Attributes:
@@ -31,13 +31,13 @@ class ClipObjective:
         several: that of batches with several texts per image, see clipdist.losses.several_texts.contrast_texts.
     """
 
-    name: str = "clip"
-    modalities: tuple[str, ...] = ("image", "text")
-    features: tuple[str, ...] = (IMAGE, "text")
+    name = "clip"
+    modalities = MODALITIES
+    features = (IMAGE, "text")
 
     def __init__(self, cfg: config.Clip) -> None:
         self.cfg = cfg
-        self.upper_bounds: Mapping[str, float] = {"logit_scale": cfg.logit_scale_max}
+        self.upper_bounds = {"logit_scale": cfg.logit_scale_max}
         settings: dict[str, Any] = {"label_smoothing": cfg.label_smoothing, "logit_scale_max": cfg.logit_scale_max}
         self.function: LossFunction = partial(LOSSES[cfg.loss], implementation=cfg.implementation, **settings)
         self.several: LossFunction = partial(contrast_texts, loss=cfg.loss, **settings)

@@ -16,21 +16,25 @@ from clipdist import config
 from clipdist.data.batch import EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.losses.distillation import distill_logits
-from clipdist.losses.global_batch import LN_100, global_statistics
-from clipdist.objectives.objective import Term
-from clipdist.objectives.teacher import PREFIX
+from clipdist.losses.global_batch import LN_100
+from clipdist.objectives.objective import TEACHER, Given, Objective, Term
 
 
-class DistillObjective:
+class DistillObjective(Objective):
     """Distillation from the outputs of a clipdist.objectives.teacher.Teacher. See Objective."""
 
-    name: str = "distill"
-    modalities: tuple[str, ...] = MODALITIES
-    features: tuple[str, ...] = (IMAGE, "text")
+    name = "distill"
+    modalities = MODALITIES
+    features = (IMAGE, "text")
 
     def __init__(self, cfg: config.Distill) -> None:
         self.cfg = cfg
-        self.upper_bounds: Mapping[str, float] = {"logit_scale": LN_100} if cfg.target == "logits" else {}
+        self.upper_bounds = {"logit_scale": LN_100} if cfg.target == "logits" else {}
+
+    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor]) -> Given:
+        """Return the frozen teacher's outputs. See Objective.given."""
+        rows = {TEACHER + name: taught[TEACHER + name] for name in self.features}
+        return Given(rows, {name: taught[name] for name in (f"{TEACHER}logit_scale",)})
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
         """Return the term. See Objective.loss."""
@@ -41,26 +45,22 @@ class DistillObjective:
             outputs[IMAGE],
             outputs["text"],
             outputs["logit_scale"],
-            outputs[PREFIX + IMAGE],
-            outputs[f"{PREFIX}text"],
-            float(outputs[f"{PREFIX}logit_scale"]),
+            outputs[TEACHER + IMAGE],
+            outputs[f"{TEACHER}text"],
+            float(outputs[f"{TEACHER}logit_scale"]),
             valid=valid,
         )
         return Term(value, rank_and_world()[1], self.cfg.weight, statistics)
 
     def _of_features(self, outputs: Mapping[str, Tensor], batch: Batch, valid: Tensor) -> Term:
         """Return the mean over valid rows and both towers of 1 - cos(student, teacher); of several texts their mean."""
-        image, text = (_distance(outputs[name], outputs[PREFIX + name]) for name in (IMAGE, "text"))
+        image, text = (_distance(outputs[name], outputs[TEACHER + name]) for name in (IMAGE, "text"))
         if batch.roles is not None:
             there = batch.roles != EMPTY
             text = (text * there).sum(1) / there.sum(1).clamp(min=1)
         total = torch.where(valid, (image + text) / 2, 0.0).sum()
         rows = valid.sum().float()
         return Term(total, all_reduce_sum(rows).clamp_(min=1), self.cfg.weight, {"valid": rows})
-
-    def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
-        """Return the number of valid pairs. Collective."""
-        return global_statistics({**term.statistics})
 
 
 def _distance(student: Tensor, teacher: Tensor) -> Tensor:

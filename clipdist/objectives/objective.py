@@ -1,18 +1,23 @@
-"""Define the interface of objectives, which compute the terms of the loss from the model's outputs.
+"""Define an objective: it computes a term of the loss from the model's outputs, and says what it needs for that.
 
-The loss of a run is the weighted sum of its objectives. The engine passes the features of all rows of this rank, so an
-objective need not know about micro-batches. Objectives hold no tensors.
+The loss of a run is the weighted sum of its objectives. An objective need not know of micro-batches, and holds no
+tensors: heads are part of the model, and a queue or a centre is state that the engine keeps and saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from clipdist.data.augment import View
 from clipdist.data.batch import Batch
+from clipdist.distributed.collectives import all_reduce_sum
+from clipdist.losses.global_batch import global_statistics
+
+TEACHER = "teacher/"  # of the names of a teacher's outputs
 
 
 @dataclass(frozen=True)
@@ -33,33 +38,118 @@ class Term:
     statistics: Mapping[str, Tensor]
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Given:
+    """What is constant within a step, by name: `rows` go with the rows of a batch, [b, ...]; `shared` with all."""
+
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """How a moving average of the weights is an objective's teacher: see clipdist.engine.moving_teacher.
+
+    Attributes:
+        views: that it sees.
+        momentum: m of a step, from the step, from 0, and the number of steps of the run; the teacher becomes
+            m teacher + (1 - m) weights.
+        training: BatchNorm normalises by the batch and has running statistics of its own; False: it normalises by
+            running statistics, which are averaged as the weights are. All else is in evaluation mode.
+    """
+
+    views: tuple[str, ...]
+    momentum: Callable[[int, int], float]
+    training: bool = False
+
+
+class Objective:
     """A training objective.
 
     Attributes:
-        name: of its section in the configuration and of its term in the metrics.
+        name: of its section in the configuration, of its head, and of its term in the metrics.
         modalities: which a valid row must have: see clipdist.data.batch.MODALITIES.
-        features: names of the outputs of the model, [b, D], that couple the rows of the batch. They are computed for
-            all micro-batches before `loss` is called.
+        features: names of the outputs of the model, [b, ...], that couple the rows of the batch: with micro-batches
+            they are computed for all rows before `loss` is called once for all.
+        additive: whether the term is a sum over rows instead: `loss` is then called for each micro-batch by itself.
         upper_bounds: the maximum of a parameter by its name.
+        views: of an image, beside clipdist.data.batch.IMAGE, which CLIP reads. The model runs each through the image
+            tower and this objective's head: that is the output of the view's name.
+        teacher: of the objective, if it follows the weights.
     """
 
     name: str
-    modalities: tuple[str, ...]
-    features: tuple[str, ...]
-    upper_bounds: Mapping[str, float]
+    modalities: tuple[str, ...] = ("image",)
+    features: tuple[str, ...] = ()
+    additive: bool = False
+    upper_bounds: Mapping[str, float] = {}
+    views: tuple[View, ...] = ()
+    teacher: TeacherSpec | None = None
 
-    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
-        """Return the term over all rows of this rank. Collective.
+    def head(self, width: int) -> nn.Module | None:
+        """Return the head, with random weights, or None. It is trained beside the towers and dropped on export.
+
+        Its forward pass takes features [b, width] of the image tower before its projection, and `teaching`, whether it
+        is the teacher's.
+        """
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the initial tensors, by name, that the engine keeps between steps: the same on all ranks."""
+        return {}
+
+    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor]) -> Given:
+        """Return what is constant within a step, before the student's pass, without gradients. Collective.
+
+        Here: what the teacher gives for its views, the state as NAME/..., and for an additive objective NAME/count, the
+        number of valid rows of the global batch, fp32 [].
 
         Args:
-            outputs: the features [b, D] and the model's scalars [1], by name; those of the teacher, if the run has one,
-                by its names (see clipdist.objectives.teacher.Teacher), without gradients.
+            taught: the teacher's outputs for all rows of this rank, by TEACHER and the name.
             batch: this rank's rows.
+            state: the objective's own.
+        """
+        rows = {TEACHER + view: taught[TEACHER + view] for view in (self.teacher.views if self.teacher else ())}
+        shared = {f"{self.name}/{name}": tensor for name, tensor in state.items()}
+        if self.additive:
+            shared[f"{self.name}/count"] = global_count(batch.valid_in(self.modalities))
+        return Given(rows, shared)
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
+        """Return the term over all rows of this rank, or over those of a micro-batch if `additive`.
+
+        Collective, unless `additive`.
+
+        Args:
+            outputs: of the model, by name: those of the views and the scalars [1], with gradients; and what `given`
+                returned, its rows being those of `batch`.
+            batch: the rows.
 
         Raises:
             NonFiniteFeatures: features contain inf or nan; on every rank.
         """
+        raise NotImplementedError
+
+    def after_update(
+        self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the state of the next step. Called where the optimiser has stepped, and only there. Collective."""
+        return state
 
     def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
-        """Return the metrics of a logged step by their names in metrics.jsonl. Collective."""
+        """Return the metrics of a logged step by their names in metrics.jsonl. Collective.
+
+        Args:
+            outputs: features and scalars, without gradients.
+            term: of the whole batch; of an additive one, statistics are sums over the micro-batches.
+        """
+        return global_statistics({**term.statistics})
+
+
+def global_count(valid: Tensor) -> Tensor:
+    """Return the number of valid rows of the global batch, at least 1, fp32 []. Collective.
+
+    Args:
+        valid: bool [b], those of this rank.
+    """
+    return all_reduce_sum(valid.sum(dtype=torch.float32)).clamp_(min=1)

@@ -16,9 +16,9 @@ from clipdist.errors import UserError
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.load import LoadedModel, describe_named, load_named
 from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.objectives.objective import TEACHER
 
 START = "start"
-PREFIX = "teacher/"  # of the names of its outputs
 
 
 class Teacher:
@@ -54,8 +54,8 @@ class Teacher:
             "teacher/logit_scale": fp32 [1], on the CPU.
         """
         found = [self._outputs(piece) for piece in batch.split(self._rows)]
-        features = {PREFIX + name: torch.cat([one[name] for one in found]) for name in (IMAGE, "text")}
-        return features | {f"{PREFIX}logit_scale": self._log_scale}
+        features = {TEACHER + name: torch.cat([one[name] for one in found]) for name in (IMAGE, "text")}
+        return features | {f"{TEACHER}logit_scale": self._log_scale}
 
     def _outputs(self, batch: Batch) -> dict[str, Tensor]:
         images, side = batch.images[IMAGE], self.spec.image_size

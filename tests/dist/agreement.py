@@ -77,7 +77,7 @@ def trained(stage: int, precision: str, dist_env: DistEnv) -> Engine:
     config = load_config(None, words)
     torch.manual_seed(0)
     model = build_model(config.model, config.objectives.clip)
-    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+    engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
     share = BATCH // dist_env.world_size
     for step in range(3):
         torch.manual_seed(100 * step + dist_env.rank)

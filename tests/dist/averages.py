@@ -48,7 +48,7 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
     torch.manual_seed(0)
     model = build_model(config.model, config.objectives.clip)
     reference = copy.deepcopy(model)
-    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+    engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
     assert engine.ema is not None
     copies: list[int] = []
     engine.before_update = lambda: copies.append(1)
@@ -64,7 +64,7 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
     assert momentum == MOMENTUM > warmed_up(MOMENTUM, 1)
     averages = dict(engine.ema.replicated()) if stage == 0 else {}
     assert stage or all(torch.equal(averages["ema/" + n].flatten(), a) for n, a in gathered(engine).items())
-    found = gathered(engine) | {n: b.flatten() for n, b in engine.ema._buffer_averages.items()}
+    found = gathered(engine) | {n: b.flatten() for n, b in engine.ema.buffers.items()}
     assert found.keys() == expected.keys()
     error = max(relative(found[name], tensor) for name, tensor in expected.items() if tensor.norm() > 0)
 

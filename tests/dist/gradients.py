@@ -34,6 +34,7 @@ from clipdist.models.fewer_patches import kept_of
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives import teacher
 from clipdist.objectives.clip import ClipObjective
+from clipdist.objectives.make import reads_image
 
 BATCH = 16
 FIRST_STEP = 7
@@ -132,6 +133,20 @@ def compile_by(backend: str) -> None:
         torch.compile = COMPILE
 
 
+def with_views(batch: Batch, audited: Audit) -> Batch:
+    """The batch with the views of its objectives, drawn, too; without CLIP's where nothing reads it."""
+    draw = torch.Generator().manual_seed(6)
+    views = [view for objective in audited.engine.objectives for view in objective.views]
+    drawn = {
+        view.name: torch.randint(0, 256, (BATCH, 3, view.size, view.size), dtype=torch.uint8, generator=draw)
+        for view in views
+    }
+    for image in drawn.values():
+        image[~batch.valid["image"]] = 0
+    own = batch.images if reads_image(audited.engine.objectives) else {}
+    return replace(batch, images={**own, **drawn})
+
+
 def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     words = []
     if backend := cell.get("compiled"):
@@ -143,6 +158,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     clip = cfg.objectives.clip
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
     batch = make_batch(audited.spec, cell["texts"], next(iter(cfg.train.stages), None))
+    batch = with_views(batch, audited)
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])
         batch = pair_batch(batch.images[IMAGE], batch.tokens, valid, batch.group_id)

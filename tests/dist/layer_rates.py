@@ -29,7 +29,7 @@ def run_cell(stage: int, precision: str, more: tuple[str, ...], dist_env: DistEn
     config = load_config(None, ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", *words])
     torch.manual_seed(0)
     model = build_model(config.model, config.objectives.clip)
-    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+    engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
     names = list(engine.zero.numel())
     before = engine.zero.gather(lambda fragment: fragment.master, names)
     spec = model.spec

@@ -86,7 +86,7 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
             rates[id(parameter)] = LR * group["lr_scale"], group["weight_decay"]
     rates = {n: rates[id(p)] for n, p in model.named_parameters() if id(p) in rates}
     spec, shapes = model.spec, {n: p.shape for n, p in model.named_parameters()}
-    engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+    engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
     zero = engine.zero
     names = list(zero.numel(trained_only=True))
     whole = partial(zero.gather, lambda fragment: fragment.master, names)

@@ -62,7 +62,9 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> Counter[tuple[str, str]
     share = BATCH // dist_env.world_size
     rows = make_batch(model.spec).rows(dist_env.rank * share, (dist_env.rank + 1) * share)
     rows = replace(rows, colour={IMAGE: colours(share)})
-    engine = Engine(model, make_objectives(config.objectives), config, replace(dist_env, device=DEVICE))
+    engine = Engine(
+        model, make_objectives(config.objectives, model.spec.image_size), config, replace(dist_env, device=DEVICE)
+    )
     guard = Guard(config.guard) if cell["guarded"] else None
     applied = 0
     while applied < 3:  # the first has no moments yet, stage 3 learns its order; in fp16 the scale finds its level

@@ -27,6 +27,7 @@ ALL = bool(os.environ.get("EXACT_ALL"))  # make exact: the whole table, where th
 WIDTHS = (8, 16)  # of 32 features
 FEWER = {"image_size": 16, "tokens": 8, "patch_dropout": 0.5}
 MISTAKES = ("without_w", "bad_rows_count", "local_rows")  # of tests/dist/gradients.py
+PARTS = {"byol": {"heads", "teacher", "teacher statistics"}}  # further ones, of cells with these objectives
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
@@ -47,6 +48,7 @@ def cell(
     alone: bool = False,
     part: dict[str, Any] | None = None,
     compiled: str = "",
+    beside: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it.
 
@@ -54,6 +56,7 @@ def cell(
         distill: objectives.distill.target, of a teacher with drawn weights.
         alone: without objectives.clip.
         part: a stage of train.stages, without its share: smaller images, shorter texts, fewer patches.
+        beside: further sections of objectives, by name.
         compiled: the backend of torch.compile; "": engine.compile=false.
     """
     stages = [{"share": 1, **part}] if part else []
@@ -63,6 +66,7 @@ def cell(
         "objectives": {
             **({} if alone else {"clip": {**clip, **({"weight": 0.5} if distill else {})}}),
             **({"distill": {"target": distill, "weight": 2.0}} if distill else {}),
+            **(beside or {}),
         },
         "optim": {"lr": 1e-3},
         "train": {"global_batch": BATCH, "micro_batch": micro, "precision": precision, "stages": stages},
@@ -75,6 +79,7 @@ def cell(
         },
     }
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
+    taught += f" {'+'.join(beside)}{' alone' if alone else ''}" if beside else ""
     more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     taught_by = teacher if distill else ""
@@ -86,6 +91,19 @@ def cell(
         "teacher": taught_by,
         "compiled": compiled,
     }
+
+
+BYOL = {"byol": {"weight": 0.7, "momentum": 0.5, "head": [24, 12]}}
+
+
+def self_supervised_cells(world: int) -> list[dict[str, Any]]:
+    """Objectives on views of an image, alone and beside CLIP; their teachers and state after the step."""
+    half = BATCH // world // 2
+    cells = []
+    for stage, micro in in_turn(world, half):
+        cells += [cell(stage=stage, micro=micro, alone=True, beside=BYOL, steps=2)]
+        cells += [cell(stage=stage, micro=half - micro, model=RESNET, beside=BYOL, steps=2)]
+    return cells
 
 
 def exact_cells(world: int) -> list[dict[str, Any]]:
@@ -105,6 +123,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, loss=LOSSES[1 - stage // 2], micro=micro, texts=3)]
     cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
     cells += distill_cells(world)
+    cells += self_supervised_cells(world)
     if world == 2:
         # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.
         cells += [cell(stage=stage, micro=2 * (stage % 2), steps=2, lora=True) for stage in STAGES]
@@ -184,16 +203,18 @@ def test_gradients_are_exact(audited):
     for label in (one["label"] for one in exact_cells(world)):
         rows = by_cell[label]
         parts = {row["part"] for row in rows}
-        expected = {"image", "text", "temperature", "loss", "evaluation"}
-        assert parts == expected | ({"bias"} if "sigmoid" in label else set()), label
-        untrained = "temperature" if "features" in label and "alone" in label else ""
+        expected = {"image", "text", "temperature", "loss", "evaluation"} | ({"bias"} if "sigmoid" in label else set())
+        for name, more in PARTS.items():
+            expected |= more if name in label else set()
+        assert parts == expected, label
+        untrained = ("temperature", "text") if "alone" in label and "logits" not in label else ()
         for row in rows:
             line = "W={} {label} step {step} {part}: ratio {norm_ratio:.6f}, error {error:.1e}".format(world, **row)
             print(line)
-            assert row["reference_norm"] > 1e-3 or row["part"] == untrained, line  # something to be exact about
+            assert row["reference_norm"] > 1e-3 or row["part"] in untrained, line  # something to be exact about
             if row["error"] > LIMITS[label.split()[3]] or not row["passed"]:
                 wrong.append(line)
-            if abs(row["reported"] - 1) > 1e-3 and row["part"] != untrained:  # the norms that go to the metrics
+            if abs(row["reported"] - 1) > 1e-3 and row["part"] not in untrained:  # the norms that go to the metrics
                 wrong.append(f"{line}; reported norm x {row['reported']:.4f}")
     assert not wrong, "\n".join(wrong)
 

@@ -49,7 +49,7 @@ def main() -> None:
             torch.manual_seed(0)
             model = build_model(config.model, config.objectives.clip)
             batch = RandomBatches(config, model.spec).batch(0).rows(dist_env.rank * 4, dist_env.rank * 4 + 4)
-            engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+            engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
             engine.train_step(batch, step=0, lr=1e-4)
             weights = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.zero.module.parameters())
             found.append([stage, precision, optimizer, state_bytes(engine.zero, stage, precision), weights])

@@ -147,7 +147,9 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
         with timed_part(times, "weights"):
             model.load_state_dict(load_full_weights(reader.folder))
     with timed_part(times, "engine"):
-        engine = Engine(model.to(dist_env.device), make_objectives(config.objectives), config, dist_env)
+        engine = Engine(
+            model.to(dist_env.device), make_objectives(config.objectives, model.spec.image_size), config, dist_env
+        )
     if reader:
         with timed_part(times, "restore"):
             engine.zero.restore(reader)

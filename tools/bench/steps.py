@@ -35,7 +35,7 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
         mine = drawn.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
         batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)
         del drawn, mine
-        objectives, teacher = make_objectives(config.objectives), open_teacher(config, dist_env)
+        objectives, teacher = make_objectives(config.objectives, model.spec.image_size), open_teacher(config, dist_env)
         engine = Engine(model.to(dist_env.device), objectives, config, dist_env, teacher)
         yield lambda step: engine.train_step(batch, step=step, lr=config.optim.lr)
 

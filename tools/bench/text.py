@@ -100,7 +100,7 @@ def measure(config: Config, args: argparse.Namespace) -> TextTimes:
 
         seconds = {"text tower": in_turn(model, tower, args.rounds)}
         model.zero_grad()
-        engine = Engine(model, make_objectives(config.objectives), config, dist_env)
+        engine = Engine(model, make_objectives(config.objectives, model.spec.image_size), config, dist_env)
         seconds["training step"] = in_turn(
             model, lambda: engine.train_step(batch, step=0, lr=config.optim.lr), args.rounds
         )

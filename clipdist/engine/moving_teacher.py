@@ -1,0 +1,117 @@
+"""A teacher that follows the weights: their moving average in the precision of the run, and what it gives for a batch.
+
+At ZeRO stages 0 to 2 every rank has a whole copy of the image tower and the heads, which follows the average after each
+step. At stage 3 the model itself computes with its shards of the average, so that the teacher is gathered by blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from clipdist.data.batch import Batch
+from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.engine.ema import Ema
+from clipdist.engine.zero import GATHERED, Zero
+from clipdist.models.norms import running_norms, statistics_of_views
+from clipdist.objectives.objective import TEACHER, TeacherSpec
+
+Forward = Callable[..., dict[str, Tensor]]
+
+
+class MovingTeacher:
+    """The teacher of an objective. Nothing of it changes but in `update`, which follows a step that was taken.
+
+    Args:
+        module: a copy of the model for stages 0 to 2: see `copy_for_teacher`; None at stage 3.
+        rows: of one forward pass.
+    """
+
+    def __init__(self, spec: TeacherSpec, zero: Zero, ema: Ema, module: nn.Module | None, rows: int) -> None:
+        self.spec = spec
+        self._zero, self._ema, self._rows = zero, ema, rows
+        self._module = module
+        of = zero.module if module is None else module
+        self._norms = [norm for norm in running_norms(of) if norm.training]  # not those of a locked tower
+        self._statistics: dict[str, Tensor] = {}  # running statistics after the last pass
+        self.refresh()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Return its outputs [b, ...] for its views of all rows, by TEACHER and the view's name. Collective."""
+        found = []
+        with self._running() as (module, forward):
+            buffers, norms = dict(module.named_buffers()), self._norms if self.spec.training else []
+            with statistics_of_views(module, norms) if norms else nullcontext():
+                for piece in batch.split(self._rows):
+                    found.append(forward(teaching=True, **{view: piece.images[view] for view in self.spec.views}))
+            if norms:
+                self._statistics = {name: buffers[name].float().clone() for name in self._ema.buffers}
+        return {TEACHER + view: torch.cat([one[view] for one in found]) for view in self.spec.views}
+
+    @contextmanager
+    def _running(self) -> Iterator[tuple[nn.Module, Forward]]:
+        """Yield the module with the teacher's weights and statistics, in its mode, and its forward pass. Collective."""
+        if self._module is not None:
+            for name, buffer in self._module.named_buffers():
+                if name in self._ema.buffers:
+                    buffer.copy_(self._ema.buffers[name])
+            self._set_mode(self._module)
+            yield self._module, self._module
+            return
+        module = self._zero.module
+        counts = [norm.num_batches_tracked for norm in self._norms if norm.num_batches_tracked is not None]
+        before = [count.clone() for count in counts]
+        with self._ema.in_use():
+            self._zero.train(False)
+            self._set_mode(module)
+            try:
+                yield module, self._zero.forward
+            finally:
+                self._zero.train()
+                for count, value in zip(counts, before):
+                    count.copy_(value)
+
+    def _set_mode(self, module: nn.Module) -> None:
+        module.eval()
+        for norm in self._norms if self.spec.training else ():
+            norm.train()
+
+    @torch.no_grad()
+    def update(self, step: int, steps: int) -> None:
+        """Follow the weights after data step `step` of `steps`, which the optimiser has taken. Collective."""
+        world = rank_and_world()[1]
+        if self.spec.training and self._statistics:
+            flat = torch.cat([value.view(-1) for value in self._statistics.values()])
+            mean = all_reduce_sum(flat) / world if world > 1 else flat
+            for (name, value), part in zip(
+                self._statistics.items(), mean.split([value.numel() for value in self._statistics.values()])
+            ):
+                self._ema.buffers[name].copy_(part.view_as(value))
+        self._ema.update(self.spec.momentum(step, steps))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the average into the teacher's weights, in the precision of the run. Collective."""
+        if self._module is None:
+            return
+        weights = dict(self._module.named_parameters())
+        if self._zero.stage == 0:
+            for fragment in self._zero.fragments():
+                if fragment.trained and fragment.name in weights:
+                    weights[fragment.name].copy_(self._ema.read(fragment).view(fragment.shape))
+            return
+        names = [name for name in self._zero.numel(trained_only=True) if name in weights]
+        for first in range(0, len(names), GATHERED):
+            for name, whole in self._zero.gather(self._ema.read, names[first : first + GATHERED]).items():
+                weights[name].copy_(whole.view_as(weights[name]))
+
+
+def copy_for_teacher(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model without its text tower, without gradients, in a precision."""
+    return copy.deepcopy(model, {id(model.text): None}).requires_grad_(False).to(dtype)
