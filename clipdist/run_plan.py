@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
+from clipdist.config.checks import VIEWED
 from clipdist.config.stages import PlannedStage, plan_stages
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.first_look import look_at
@@ -22,8 +23,6 @@ from clipdist.fault_tolerance.rollback import skipped_ranges
 
 if TYPE_CHECKING:
     from clipdist.checkpoint.reader import CheckpointReader
-
-WITH_TENSORS = ("byol",)  # objectives that have tensors of their own in checkpoints
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
 def _check_objectives(config: Config, reader: CheckpointReader) -> None:
     """Raise UserError for objectives with a head or a state that the checkpoint lacks."""
     saved = reader.manifest.config.get("objectives") or {}
-    lacking = [name for name in WITH_TENSORS if getattr(config.objectives, name) is not None and not saved.get(name)]
+    lacking = [name for name in VIEWED if getattr(config.objectives, name) is not None and not saved.get(name)]
     if lacking and config.train.resume_objectives == "same":
         raise UserError(
             f"{reader.folder}: made without {', '.join(f'objectives.{name}' for name in lacking)}: heads, teacher and"

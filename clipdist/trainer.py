@@ -47,7 +47,7 @@ from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_heads, make_objectives, reads_image
+from clipdist.objectives.make import make_objectives, prepare_model, reads_image
 from clipdist.objectives.teacher import Teacher, open_teacher
 from clipdist.run_plan import RunPlan
 
@@ -160,8 +160,7 @@ class Trainer:
         smallest = min(stage.image_size for stage in self.plan.stages)
         if train.stages:
             allow_stages(model, self.plan.stages)
-        if heads := make_heads(self.objectives, model.hidden_width()):
-            model.add_heads(heads, projects=reads_image(self.objectives))
+        prepare_model(model, self.objectives)
         model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size, smallest)
         if resume:
             load_trained(model, resume.folder, resume.manifest, config.data.retry_s)

@@ -7,13 +7,14 @@ import re
 
 from clipdist.config.schema import (
     Augment,
-    Byol,
     Clip,
     Config,
     Data,
+    Dino,
     Distill,
     Engine,
     Launch,
+    Moco,
     Model,
     Objectives,
     Optim,
@@ -41,6 +42,8 @@ AT_LEAST_1 = {
 FROM_0_TO_1 = {"data": ("flip", "jitter_probability", "grayscale", "max_bad_share")}
 BELOW_1 = {"optim": ("beta1", "beta2"), "train": ("ema",)}
 ABOVE_0 = {"optim": ("lr", "eps")}
+VIEWED = ("simclr", "moco", "byol", "dino")  # objectives on views of an image
+TAUGHT = ("moco", "byol", "dino")  # of them, those whose teacher follows the weights
 LOGGERS = ("wandb", "mlflow", "trackio")
 SEEDS = {"data": ("seed",), "train": ("seed",)}
 
@@ -52,6 +55,7 @@ def check(config: Config) -> None:
     _check_data(config.data, config.model, config.train)
     _check_model(config.model)
     _check_objectives(config.objectives, config.data, config.model)
+    _check_self_supervised(config.objectives, config.data, config.train)
     _check_train(config.train)
     _check_stages(config.train, config.data)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
@@ -155,7 +159,7 @@ def _check_cached(data: Data, model: Model) -> None:
 
 
 def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
-    clip, distill, byol = objectives.clip, objectives.distill, objectives.byol
+    clip, distill = objectives.clip, objectives.distill
     if not any(vars(objectives).values()):
         raise UserError("objectives: none is set; set one, such as objectives.clip={}")
     several = f"data.caption={data.caption}, data.negatives={data.negatives}"
@@ -164,8 +168,6 @@ def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
         tiles = not data.several_texts or clip.implementation != "kernel"
         must = f"be auto or tiles with {several}: the kernel takes one text an image"
         _need(tiles, "objectives.clip.implementation", "kernel", must)
-    if byol is not None:
-        _check_byol(byol)
     if distill is not None:
         _check_distill(distill, data, model)
         must = f"be features with {several}: logits are those of one text an image"
@@ -174,13 +176,63 @@ def _check_objectives(objectives: Objectives, data: Data, model: Model) -> None:
         _need(distill.teacher != "start" or clip is not None, "objectives.distill.teacher", distill.teacher, must)
 
 
-def _check_byol(byol: Byol) -> None:
-    key = "objectives.byol."
-    _need(0 < byol.weight < math.inf, f"{key}weight", byol.weight, "be above 0; objectives.byol=null takes it out")
-    _need(0 <= byol.momentum <= 1, f"{key}momentum", byol.momentum, "lie in [0, 1]")
-    two = len(byol.head) == 2 and min(byol.head) >= 1
-    _need(two, f"{key}head", byol.head, "be the hidden and the output width")
-    _check_views(f"{key}views", byol.views, 2)
+def _check_self_supervised(objectives: Objectives, data: Data, train: Train) -> None:
+    """Raise UserError for what objectives on views of an image do not take, one by one or together."""
+    found = {name: section for name in VIEWED if (section := getattr(objectives, name)) is not None}
+    for name, section in found.items():
+        key = f"objectives.{name}."
+        must = f"be above 0; objectives.{name}=null takes it out"
+        _need(0 < section.weight < math.inf, f"{key}weight", section.weight, must)
+        widths = bool(section.head) and min(section.head) >= 1
+        _need(widths, f"{key}head", section.head, "be widths of layers, one or more")
+        _check_views(f"{key}views", section.views, 2)
+        if name in TAUGHT:
+            _need(0 <= section.momentum <= 1, f"{key}momentum", section.momentum, "lie in [0, 1]")
+        if name in ("simclr", "moco"):
+            # A larger scale of logits would overflow the sums of exponentials.
+            _need(section.temperature >= 1 / 70, f"{key}temperature", section.temperature, "be at least 1/70")
+    taught = [f"objectives.{name}" for name in TAUGHT if name in found]
+    if len(taught) > 1:
+        raise UserError(f"{' and '.join(taught)}: have a teacher each, and a run has one; leave one out")
+    must = f"be 0 with {' '.join(taught)}, whose teacher is the average of the weights"
+    _need(not (taught and train.ema), "train.ema", train.ema, must)
+    names = " and ".join(f"objectives.{name}" for name in found)
+    must = f"be empty with {names}, whose views have sizes of their own"
+    _need(not (found and train.stages), "train.stages", f"{len(train.stages)} stages", must)
+    must = f"be false with {names}: features of augmented images are not kept"
+    _need(not (found and data.cache_features), "data.cache_features", True, must)
+    if objectives.byol is not None:
+        two = len(objectives.byol.head) == 2
+        _need(two, "objectives.byol.head", objectives.byol.head, "be the hidden and the output width")
+    if objectives.moco is not None:
+        _check_moco(objectives.moco, train)
+    if objectives.dino is not None:
+        _check_dino(objectives.dino)
+
+
+def _check_moco(moco: Moco, train: Train) -> None:
+    key = "objectives.moco."
+    must = f"be at least train.global_batch={train.global_batch}, or 0: a batch must not replace its own keys"
+    _need(moco.queue == 0 or moco.queue >= train.global_batch, f"{key}queue", moco.queue, must)
+    _need(min([1, *moco.predictor]) >= 1, f"{key}predictor", moco.predictor, "be widths of layers")
+    if moco.queue:
+        _need(not moco.predictor, f"{key}predictor", moco.predictor, "come with objectives.moco.queue=0 (MoCo v3)")
+    else:
+        ends = bool(moco.predictor) and moco.predictor[-1] == moco.head[-1]
+        must = f"end in the head's width, {moco.head[-1]}, without a queue (MoCo v3)"
+        _need(ends, f"{key}predictor", moco.predictor, must)
+
+
+def _check_dino(dino: Dino) -> None:
+    key = "objectives.dino."
+    _need(dino.prototypes >= 2, f"{key}prototypes", dino.prototypes, "be at least 2")
+    for name in ("local_views", "frozen_steps", "teacher_warmup_steps", "koleo", "koleo_group"):
+        _need(getattr(dino, name) >= 0, f"{key}{name}", getattr(dino, name), "not be negative")
+    _need(dino.temperature > 0, f"{key}temperature", dino.temperature, "be above 0")
+    warm = dino.teacher_temperature
+    _need(len(warm) == 2 and min(warm) > 0, f"{key}teacher_temperature", warm, "be two temperatures, first and last")
+    _need(0 <= dino.centre_momentum <= 1, f"{key}centre_momentum", dino.centre_momentum, "lie in [0, 1]")
+    _check_augment(f"{key}local.", dino.local)
 
 
 def _check_views(key: str, views: list[Augment], number: int) -> None:

@@ -6,6 +6,7 @@ Imports no torch, so that a login node can check a configuration in a fraction o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -158,10 +159,39 @@ class Augment:
     size: int = 0  # pixels a side; 0: the model's
 
 
-def _byol_views() -> list[Augment]:
-    """Table 6 of the paper."""
-    jitter = [0.4, 0.4, 0.2, 0.1]
-    return [Augment(jitter=jitter, grayscale=0.2, blur=blur, solarise=sun) for blur, sun in ((1.0, 0.0), (0.1, 0.2))]
+def _alike(**augment: Any) -> Callable[[], list[Augment]]:
+    """Return a maker of two views that are augmented alike."""
+    return lambda: [Augment(**augment), Augment(**augment)]
+
+
+def _unlike(**augment: Any) -> Callable[[], list[Augment]]:
+    """Return a maker of two views of which the first is always blurred, and the second solarised at times (BYOL)."""
+    return lambda: [Augment(**augment, blur=1.0), Augment(**augment, blur=0.1, solarise=0.2)]
+
+
+@dataclass(frozen=True)
+class SimClr:
+    """SimCLR: find the other view of an image among all views of the global batch; beside clip it is SLIP."""
+
+    weight: float = 1.0  # of this objective in the loss
+    temperature: float = 0.1
+    head: list[int] = field(default_factory=lambda: [2048, 128])  # widths of its layers, the last its output
+    views: list[Augment] = field(default_factory=_alike(jitter=[0.8, 0.8, 0.8, 0.2], grayscale=0.2, blur=0.5))  # two
+
+
+@dataclass(frozen=True)
+class Moco:
+    """MoCo: find a teacher's view of the same image among a queue of earlier ones (v1, v2), or in the batch (v3)."""
+
+    weight: float = 1.0  # of this objective in the loss
+    temperature: float = 0.2
+    momentum: float = 0.999  # of the teacher; without a queue it rises to 1 at the end of the run
+    queue: int = 65536  # keys of earlier batches; 0: MoCo v3, with keys of the global batch and a predictor
+    head: list[int] = field(default_factory=lambda: [2048, 128])  # widths of its layers; v1: [128]
+    predictor: list[int] = field(default_factory=list)  # widths of its layers, without a queue
+    views: list[Augment] = field(
+        default_factory=_alike(crop_scale=[0.2, 1.0], jitter=[0.4, 0.4, 0.4, 0.1], grayscale=0.2, blur=0.5)
+    )  # two: with a queue the model's and the teacher's
 
 
 @dataclass(frozen=True)
@@ -171,7 +201,35 @@ class Byol:
     weight: float = 1.0  # of this objective in the loss
     momentum: float = 0.996  # of the teacher at the start; it rises to 1 at the end of the run
     head: list[int] = field(default_factory=lambda: [4096, 256])  # hidden and output width, of the predictor, too
-    views: list[Augment] = field(default_factory=_byol_views)  # two
+    views: list[Augment] = field(default_factory=_unlike(jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2))  # two
+
+
+@dataclass(frozen=True)
+class Dino:
+    """DINO: agree with a teacher, the moving average of the weights, on soft classes of an image's views."""
+
+    weight: float = 1.0  # of this objective in the loss
+    momentum: float = 0.996  # of the teacher at the start; it rises to 1 at the end of the run
+    prototypes: int = 65536  # soft classes
+    head: list[int] = field(default_factory=lambda: [2048, 2048, 256])  # widths of the layers before the prototypes
+    free_norm: bool = False  # prototypes may have any norm (the paper's ViT-S)
+    frozen_steps: int = 0  # steps without a change of the prototypes; the paper: an epoch
+    temperature: float = 0.1  # of the model's softmax
+    teacher_temperature: list[float] = field(default_factory=lambda: [0.04, 0.07])  # at the start, and after
+    teacher_warmup_steps: int = 0  # so many steps; the paper: 30 epochs
+    balance: Literal["centre", "sinkhorn"] = "centre"  # what keeps all images from one class; sinkhorn: DINOv2
+    centre_momentum: float = 0.9
+    koleo: float = 0.0  # weight of the KoLeo regulariser (DINOv2: 0.1)
+    koleo_group: int = 0  # images among which it looks for neighbours; 0: the global batch
+    views: list[Augment] = field(
+        default_factory=_unlike(crop_scale=[0.4, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2)
+    )  # two, of the model and the teacher
+    local: Augment = field(
+        default_factory=lambda: Augment(
+            crop_scale=[0.05, 0.4], jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2, blur=0.5, size=96
+        )
+    )  # further ones, of the model alone
+    local_views: int = 8
 
 
 @dataclass(frozen=True)
@@ -180,7 +238,10 @@ class Objectives:
 
     clip: Clip | None = None
     distill: Distill | None = None
+    simclr: SimClr | None = None
+    moco: Moco | None = None
     byol: Byol | None = None
+    dino: Dino | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,10 +50,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Return the inputs of the model's forward pass by name: every view, the tokens, and the choice of patches."""
+    def inputs(self, without: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return the inputs of the model's forward pass by name: views, the tokens, and the choice of patches.
+
+        Args:
+            without: names of views to leave out.
+        """
         chosen = {} if self.patches is None else {"patches": self.patches}
-        return {**self.images, "tokens": self.tokens, **chosen}
+        views = {name: pixels for name, pixels in self.images.items() if name not in without}
+        tokens = {"tokens": self.tokens} if self.tokens.shape[-1] else {}  # a run may read no captions
+        return {**views, **tokens, **chosen}
 
     def valid_in(self, modalities: tuple[str, ...]) -> Tensor:
         """Return which rows have all of these modalities, bool [b]."""

@@ -81,6 +81,12 @@ def all_reduce_max(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.
     return _all_reduce(x, dist.ReduceOp.MAX, group)
 
 
+def all_reduce_logsumexp(x: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
+    """Return the log-sum-exp over ranks, as a new tensor; -inf adds nothing."""
+    largest = all_reduce_max(x, group)
+    return largest + all_reduce_sum((x - largest.clamp(min=torch.finfo(x.dtype).min)).exp(), group).log()
+
+
 def _all_reduce(x: torch.Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> torch.Tensor:
     x = x.detach().clone()
     if rank_and_world(group)[1] > 1:

@@ -18,7 +18,7 @@ from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.engine.ema import Ema
 from clipdist.engine.zero import GATHERED, Zero
 from clipdist.models.norms import running_norms, statistics_of_views
-from clipdist.objectives.objective import TEACHER, TeacherSpec
+from clipdist.objectives.objective import TEACHER, Moment, TeacherSpec
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -82,8 +82,8 @@ class MovingTeacher:
             norm.train()
 
     @torch.no_grad()
-    def update(self, step: int, steps: int) -> None:
-        """Follow the weights after data step `step` of `steps`, which the optimiser has taken. Collective."""
+    def update(self, at: Moment) -> None:
+        """Follow the weights after a step that the optimiser has taken. Collective."""
         world = rank_and_world()[1]
         if self.spec.training and self._statistics:
             flat = torch.cat([value.view(-1) for value in self._statistics.values()])
@@ -92,7 +92,7 @@ class MovingTeacher:
                 self._statistics.items(), mean.split([value.numel() for value in self._statistics.values()])
             ):
                 self._ema.buffers[name].copy_(part.view_as(value))
-        self._ema.update(self.spec.momentum(step, steps))
+        self._ema.update(self.spec.momentum(at))
         self.refresh()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.models.compiled import uncompiled
 from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_of_views
-from clipdist.objectives.objective import Given, Objective, Term
+from clipdist.objectives.objective import Given, Moment, Objective, Term
 from clipdist.objectives.teacher import Teacher
 
 
@@ -144,6 +144,7 @@ class Engine:
         self.refresh_scalars()
         self._coupled = [objective for objective in objectives if not objective.additive]
         self._additive = [objective for objective in objectives if objective.additive]
+        self._taught_alone = tuple(name for objective in objectives for name in objective.taught_alone)
         self._features = tuple(dict.fromkeys(name for objective in self._coupled for name in objective.features))
         self.state = {each.name: dict(each.state()) for each in objectives}
         for own in self.state.values():
@@ -176,7 +177,7 @@ class Engine:
         self._statistics.save()
         run_forward = self._forward_whole if self.micro_batch >= len(batch) else self._forward_cached
         try:
-            forward = run_forward(batch, step, *self._given(batch))
+            forward = run_forward(batch, step, *self._given(batch, step))
         except NonFiniteFeatures as error:
             nan = torch.full((), torch.nan, device=self.dist_env.device)
             nothing = _Forward(nan, {}, {}, lambda: None, batch, {})
@@ -206,7 +207,7 @@ class Engine:
     # Forward and backward
 
     @torch.no_grad()
-    def _given(self, batch: Batch) -> tuple[dict[str, Tensor], Given]:
+    def _given(self, batch: Batch, step: int) -> tuple[dict[str, Tensor], Given]:
         """Return what the teachers give for these rows, and what the objectives make constant of it in this step."""
         taught = self.teacher(batch) if self.teacher else {}
         if self.moving_teacher:
@@ -214,7 +215,7 @@ class Engine:
         rows: dict[str, Tensor] = {}
         shared: dict[str, Tensor] = {}
         for objective in self.objectives:
-            own = objective.given(taught, batch, self.state[objective.name])
+            own = objective.given(taught, batch, self.state[objective.name], Moment(step, self.steps))
             rows |= own.rows
             shared |= own.shared
         return taught, Given(rows, shared)
@@ -281,7 +282,7 @@ class Engine:
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the model's outputs, the scalars with the values of their fp32 masters."""
-        outputs = self.zero.forward(**batch.inputs())
+        outputs = self.zero.forward(**batch.inputs(without=self._taught_alone))
         for name, master in self.scalars.items():
             scalar = outputs[name]
             outputs[name] = scalar.float() + (master - scalar.detach().float())
@@ -320,7 +321,7 @@ class Engine:
                 own = self.state[objective.name]
                 own.update(objective.after_update(forward.taught, forward.batch, own))
             if self.moving_teacher:
-                self.moving_teacher.update(step, self.steps)
+                self.moving_teacher.update(Moment(step, self.steps))
             elif self.ema:
                 self.ema.update(warmed_up(self._momentum, self.ema.steps + 1))
             if guard and gradients:

@@ -22,12 +22,12 @@ from clipdist.distributed.collectives import all_gather, all_reduce_max, all_red
 from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.errors import UserError
-from clipdist.evals.reference import LossAndGradients, Reference, concatenate_normalised
+from clipdist.evals.reference import STEPS, LossAndGradients, Reference, concatenate_normalised
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_heads, make_objectives, reads_image
-from clipdist.objectives.objective import Objective
+from clipdist.objectives.make import make_objectives, prepare_model
+from clipdist.objectives.objective import Moment, Objective
 from clipdist.objectives.teacher import open_teacher
 
 PARTS = ("image", "text", "heads", "temperature", "bias")
@@ -35,7 +35,6 @@ IMPL = "clipdist"
 # Largest relative L2 error of a part's gradient that passes.
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 DENSE_MARGIN = 1.5  # below LOW_LOSS this multiple of the dense fp32 formula's error passes as well
-STEPS = 100  # of the run whose schedules of a teacher's momentum are taken
 FP16_ATTEMPTS = 24  # steps until the loss scale, halved from 2^16 at each overflow, fits
 PartOf = Callable[[str], str]  # name of a parameter -> part of the model
 
@@ -78,8 +77,7 @@ class Audit:
         teacher = open_teacher(cfg, dist_env)
         model = build_model(cfg.model, cfg.objectives.clip)
         objectives = make_objectives(cfg.objectives, model.spec.image_size)
-        if heads := make_heads(objectives, model.hidden_width()):
-            model.add_heads(heads, projects=reads_image(objectives))
+        prepare_model(model, objectives)
         model.check_rows(self.micro)
         self.spec = model.spec
         if cfg.train.stages:
@@ -88,6 +86,7 @@ class Audit:
         self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
         moving = next((each.teacher for each in objectives if each.teacher), None)
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher, moving)
+        self.reference.taught_alone = tuple(name for each in objectives for name in each.taught_alone)
         model.prepare(cfg.engine)
         made = {each.name: each for each in objectives}
         taken = [*({**made, objective.name: objective} if objective else made).values()]
@@ -137,14 +136,15 @@ class Audit:
 
     def _compare_state(self, batch: Batch, weights: dict[str, torch.Tensor], step: int) -> list[AuditRow]:
         """Return rows for what the step did to teacher and state; the reference then has the engine's. Collective."""
-        expected: dict[str, dict[str, torch.Tensor]] = {}
+        expected = {"state": self.reference.state_after}
         if (moving := self.reference.moving) is not None:
             trained = {name: weights[name] for name in self.engine.zero.numel(trained_only=True)}
-            expected["teacher"] = moving.update(trained, step, STEPS)
+            expected["teacher"] = moving.update(trained, Moment(step, STEPS))
             if moving.spec.training:
                 expected["teacher statistics"] = moving.statistics()
         average, statistics = self._load_state()
-        found = {"teacher": average, "teacher statistics": statistics}
+        state = {f"{of}/{name}": tensor for of, own in self.engine.state.items() for name, tensor in own.items()}
+        found = {"teacher": average, "teacher statistics": statistics, "state": state}
         if self.dist_env.rank:
             return []
         return [

@@ -26,13 +26,14 @@ from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
-from clipdist.evals.reference_losses import FORMULAS
+from clipdist.evals.reference_losses import FORMULAS, STATES
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.objectives.objective import TeacherSpec
+from clipdist.objectives.objective import Moment, TeacherSpec
 from clipdist.objectives.teacher import Teacher
 
 # Below this loss the relative error of any fp32 implementation grows; the dense formula's is measured for comparison.
 LOW_LOSS = 0.1
+STEPS = 100  # of a run with the audit's schedules
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Reference:
         scalars: fp32 values of the model's scalars, [1].
         draws_random_numbers: whether a forward pass has drawn random numbers (dropout).
         state: of the objectives, by objective and name.
+        state_after: what the last step should have made of it, float64, by OBJECTIVE/NAME.
+        taught_alone: names of the views that the model does not see.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class Reference:
         self.model = model.to(self.device).to(dtype).train()
         self.moving = _Moving(self.model, moving) if moving else None
         self.state: dict[str, dict[str, torch.Tensor]] = {}
+        self.state_after: dict[str, torch.Tensor] = {}
+        self.taught_alone: tuple[str, ...] = ()
         self.draws_random_numbers = False
 
     @torch.no_grad()
@@ -112,14 +117,19 @@ class Reference:
             RuntimeError: the model draws random numbers outside torch's generators.
         """
         cfg = config.Objectives(clip=clip) if clip else self.objectives
-        constants = self._constants(batch, micro)
+        constants, at = self._constants(batch, micro), Moment(step, STEPS)
+        self.state_after = {}
+        for name, formula in STATES.items():
+            if (section := getattr(cfg, name)) is not None:
+                cast = {key: value.double() if value.is_floating_point() else value for key, value in constants.items()}
+                self.state_after |= {f"{name}/{key}": value for key, value in formula(section, cast, batch).items()}
         with torch.no_grad(), _statistics_updated_once(self.model):
             cached = [self._outputs(batch, step, where) for where in self._micro_batches(batch, micro)]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         outputs = {name: torch.cat([one[name] for one in cached]) for name in cached[0]}
-        terms = [self._terms(cfg, outputs, constants, batch, torch.float64)]
+        terms = [self._terms(cfg, outputs, constants, batch, at, torch.float64)]
         if self.dtype == torch.float32 and terms[0].loss <= LOW_LOSS:
-            terms.append(self._terms(cfg, outputs, constants, batch, torch.float32))
+            terms.append(self._terms(cfg, outputs, constants, batch, at, torch.float32))
         for where, before in zip(self._micro_batches(batch, micro), cached):
             again = self._outputs(batch, step, where)
             _check_replay(again, before)
@@ -163,7 +173,7 @@ class Reference:
         rank, k, rows = where
         seed_step(self.seed, step, rank, k)
         before = _random_state(self.device)
-        outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs())
+        outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs(self.taught_alone))
         self.draws_random_numbers = self.draws_random_numbers or not torch.equal(before, _random_state(self.device))
         return {name: output for name, output in outputs.items() if name not in self.scalars}
 
@@ -173,6 +183,7 @@ class Reference:
         outputs: dict[str, torch.Tensor],
         constants: dict[str, torch.Tensor],
         batch: Batch,
+        at: Moment,
         dtype: torch.dtype,
     ) -> _Terms:
         """Compute the dense formulas in `dtype`, and their gradients with respect to outputs and scalars."""
@@ -183,7 +194,7 @@ class Reference:
         for name, formula in FORMULAS.items():
             section = getattr(cfg, name)
             if section is not None:
-                value = value + section.weight * formula(section, leaves, cast, batch)
+                value = value + section.weight * formula(section, leaves, cast, batch, at)
         grads = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), allow_unused=True)))
         gradients = {
             name: torch.zeros(parameter.numel(), dtype=torch.float64, device=self.device)
@@ -238,9 +249,9 @@ class _Moving:
         return {f"teacher/{view}": torch.cat([one[view] for one in found]) for view in self.spec.views}
 
     @torch.no_grad()
-    def update(self, weights: dict[str, torch.Tensor], step: int, steps: int) -> dict[str, torch.Tensor]:
+    def update(self, weights: dict[str, torch.Tensor], at: Moment) -> dict[str, torch.Tensor]:
         """Return what the average of the trained weights becomes after a step that led to `weights`, float64."""
-        m = self.spec.momentum(step, steps)
+        m = self.spec.momentum(at)
         return {name: m * self.weights[name] + (1 - m) * new.double() for name, new in weights.items()}
 
     def statistics(self) -> dict[str, torch.Tensor]:

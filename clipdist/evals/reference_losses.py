@@ -14,11 +14,12 @@ from torch import Tensor
 
 from clipdist import config
 from clipdist.data.batch import CAPTION, EMPTY, IMAGE, MODALITIES, Batch
+from clipdist.objectives.objective import Moment
 
 Outputs = Mapping[str, Tensor]
 
 
-def clip(cfg: config.Clip, outputs: Outputs, constants: Outputs, batch: Batch) -> Tensor:
+def clip(cfg: config.Clip, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
     """Compute CLIP's loss with the full matrix of logits: the mean over the widths."""
     images, texts, t, bias = outputs[IMAGE], outputs["text"], outputs["logit_scale"], outputs.get("logit_bias")
     valid = batch.valid_in(MODALITIES).to(images.device)
@@ -62,7 +63,7 @@ def _sigmoid(logits: Tensor, same: Tensor, smoothing: float) -> Tensor:
     return (F.softplus(logits) - target * logits).sum() / len(logits)
 
 
-def distill(cfg: config.Distill, outputs: Outputs, constants: Outputs, batch: Batch) -> Tensor:
+def distill(cfg: config.Distill, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
     """Compute distillation from the whole softmaxes, or by cosines."""
     t = outputs["logit_scale"]
     valid = batch.valid_in(MODALITIES).to(t.device)
@@ -85,16 +86,102 @@ def distill(cfg: config.Distill, outputs: Outputs, constants: Outputs, batch: Ba
     return (values[0] + values[1]) / 2
 
 
-def byol(cfg: config.Byol, outputs: Outputs, constants: Outputs, batch: Batch) -> Tensor:
+def simclr(cfg: config.SimClr, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
+    """Compute NT-Xent from the whole matrix of similarities."""
+    valid = batch.valid["image"]
+    unit = torch.cat([_unit(outputs[f"simclr/{view}"][valid]) for view in (0, 1)])
+    number = len(unit) // 2
+    logits = (unit @ unit.T / cfg.temperature).fill_diagonal_(-torch.inf)
+    partner = torch.arange(2 * number, device=unit.device).roll(number)
+    return F.cross_entropy(logits, partner)
+
+
+def moco(cfg: config.Moco, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
+    """Compute the cross-entropy of whole rows of logits, the key's first."""
+    valid, tau = batch.valid["image"], cfg.temperature
+    if cfg.queue:
+        query, key = _unit(outputs["moco/0"][valid]), _unit(constants["teacher/moco/1"][valid])
+        negatives = constants["moco/queue"][: int(constants["moco/fill"])]
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ negatives.T], dim=1) / tau
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    values = []
+    for own, other in ((0, 1), (1, 0)):
+        query, key = _unit(outputs[f"moco/{own}"][valid]), _unit(constants[f"teacher/moco/{other}"][valid])
+        values.append(F.cross_entropy(query @ key.T / tau, torch.arange(len(query), device=query.device)))
+    return 2 * tau * (values[0] + values[1])
+
+
+def moco_state(cfg: config.Moco, constants: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """Return the queue with the batch's keys written one by one."""
+    if not cfg.queue:
+        return {}
+    queue, pointer, fill = (constants[f"moco/{name}"].clone() for name in ("queue", "pointer", "fill"))
+    for key in _unit(constants["teacher/moco/1"][batch.valid["image"]]):
+        queue[int(pointer)] = key
+        pointer, fill = (pointer + 1) % cfg.queue, (fill + 1).clamp(max=cfg.queue)
+    return {"queue": queue, "pointer": pointer, "fill": fill}
+
+
+def byol(cfg: config.Byol, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
     """Compute the mean over images of 2 - 2 cos, both ways."""
     valid = batch.valid["image"]
     apart = [
-        2 - 2 * F.cosine_similarity(outputs[f"byol/{own}"], constants[f"teacher/byol/{1 - own}"], dim=1, eps=0)
-        for own in (0, 1)
+        2 - 2 * (_unit(outputs[f"byol/{own}"]) * _unit(constants[f"teacher/byol/{1 - own}"])).sum(1) for own in (0, 1)
     ]
     return (apart[0] + apart[1])[valid].mean()
 
 
+def dino(cfg: config.Dino, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
+    """Compute the mean of the cross-entropies of all pairs of a global view and another one."""
+    valid, first, last = batch.valid["image"], *cfg.teacher_temperature
+    warm = cfg.teacher_warmup_steps
+    tau = last if at.step >= warm else first + (last - first) * at.step / warm
+    targets = []
+    for view in (0, 1):
+        logits = constants[f"teacher/dino/{view}"][valid]
+        if cfg.balance == "centre":
+            targets.append(((logits - constants["dino/centre"]) / tau).softmax(1))
+        else:
+            targets.append(_sinkhorn_knopp(logits, tau))
+    values = [
+        -(target * (outputs[f"dino/{view}"][valid] / cfg.temperature).log_softmax(1)).sum(1).mean()
+        for other, target in enumerate(targets)
+        for view in range(2 + cfg.local_views)
+        if view != other
+    ]
+    return torch.stack(values).mean()
+
+
+def dino_state(cfg: config.Dino, constants: Outputs, batch: Batch) -> dict[str, Tensor]:
+    """Return the centre moved towards the mean of both views' logits."""
+    if cfg.balance != "centre":
+        return {}
+    logits = torch.cat([constants[f"teacher/dino/{view}"][batch.valid["image"]] for view in (0, 1)])
+    return {"centre": cfg.centre_momentum * constants["dino/centre"] + (1 - cfg.centre_momentum) * logits.mean(0)}
+
+
+def _sinkhorn_knopp(logits: Tensor, tau: float, iterations: int = 3) -> Tensor:
+    """Return assignments [N, P] whose columns are alike in sum (arXiv:2006.09882, listing 1)."""
+    q = ((logits - logits.max()) / tau).exp().T
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True)
+        q = q / q.sum(0, keepdim=True)
+    return q.T
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
 # By the name of an objective's section. Each takes the section; the student's outputs [B, ...] and scalars [1]; the
-# teacher's outputs and the state; and the global batch. It returns a scalar.
-FORMULAS: dict[str, Callable[[Any, Outputs, Outputs, Batch], Tensor]] = {"clip": clip, "distill": distill, "byol": byol}
+# teacher's outputs and the state; the global batch; and the step. It returns a scalar.
+FORMULAS: dict[str, Callable[[Any, Outputs, Outputs, Batch, Moment], Tensor]] = {
+    "clip": clip,
+    "distill": distill,
+    "simclr": simclr,
+    "moco": moco,
+    "byol": byol,
+    "dino": dino,
+}
+# What a step makes of the state of an objective, by name.
+STATES: dict[str, Callable[[Any, Outputs, Batch], dict[str, Tensor]]] = {"moco": moco_state, "dino": dino_state}

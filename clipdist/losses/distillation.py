@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
+from clipdist.distributed.collectives import all_gather, all_reduce_logsumexp
 from clipdist.losses.global_batch import LN_100, FeatureGradients, GlobalBatch, inverse_norms, value_and_gradients
 from clipdist.losses.tiles import Logits, Tile
 
@@ -75,7 +75,7 @@ def _value_and_gradients(
     teacher = _teacher_logits(batch, student, *taught)
     found = [_log_sum_exps(logits, batch) for logits in (student, teacher)]
     rows, columns = (torch.stack(part) for part in zip(*found))
-    columns = _over_ranks(columns, batch.process_group)
+    columns = all_reduce_logsumexp(columns, batch.process_group)
     divergence, image_sums, text_sums = _sweep(student, teacher, rows, columns, batch)
     *_, gradients = batch.finish(
         image_sums,
@@ -111,13 +111,6 @@ def _log_sum_exps(logits: Logits, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
         rows[row] = torch.logaddexp(rows[row], s.logsumexp(1).double())
         columns[column] = torch.logaddexp(columns[column], s.logsumexp(0).double())
     return rows, columns
-
-
-def _over_ranks(columns: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Return the log-sum-exps of columns over all ranks, float64 [2, N], of those over each rank's rows. Collective."""
-    largest = all_reduce_max(columns, group)
-    sums = all_reduce_sum((columns - largest.clamp(min=torch.finfo(torch.float64).min)).exp(), group)
-    return largest + sums.log()
 
 
 def _sweep(

@@ -13,7 +13,7 @@ Three parts of the loss need no sweep over all logits and are computed in closed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,12 +35,15 @@ class NonFiniteFeatures(RuntimeError):
     """Features with inf or nan; raised on every rank, before any gradient exists.
 
     Attributes:
-        where: (rank, tower, number of rows) of every affected tower of every rank.
+        where: (rank, tower or other name, number of rows) of all affected features of every rank.
     """
 
     def __init__(self, where: list[tuple[int, str, int]]) -> None:
         self.where = where
-        named = "; ".join(f"rank {rank}: {rows} rows of the {tower} tower" for rank, tower, rows in where[:8])
+        named = "; ".join(
+            f"rank {rank}: {rows} rows of {f'the {name} tower' if name in TOWERS else name}"
+            for rank, name, rows in where[:8]
+        )
         more = f" and {len(where) - 8} more" if len(where) > 8 else ""
         super().__init__(f"features are not finite: {named}{more}")
 
@@ -102,7 +105,7 @@ class GlobalBatch:
         if valid is None:
             valid = torch.ones(images.shape[:1], dtype=torch.bool, device=images.device)
         scalars = [images.new_zeros(1) if scalar is None else scalar.detach() for scalar in (log_scale, bias)]
-        agreed = check_agreement(self.images, self.texts, valid, scalars, group)
+        agreed = check_agreement(dict(zip(TOWERS, (self.images, self.texts))), valid, scalars, group)
         t, self.bias = agreed.scalars
         self.scale, self.count = math.exp(min(t, log_scale_max)), max(sum(agreed.valid), 1)
         b = len(images)
@@ -311,16 +314,15 @@ class Agreement(NamedTuple):
 
 
 def check_agreement(
-    images: torch.Tensor,
-    texts: torch.Tensor,
+    features: Mapping[str, torch.Tensor],
     valid: torch.Tensor,
-    scalars: Sequence[torch.Tensor],
-    group: ProcessGroup | None,
+    scalars: Sequence[torch.Tensor] = (),
+    group: ProcessGroup | None = None,
 ) -> Agreement:
     """Check that all ranks have features of the same shape and dtype, and that they are finite. Collective.
 
     Args:
-        images: [b, D].  texts: [b, D], or [b, K, D] with any K.
+        features: by name, which NonFiniteFeatures tells: [b, D], the others as well or [b, K, D] with any K.
         valid: bool [b].
         scalars: [1] each, of this rank.
 
@@ -331,25 +333,30 @@ def check_agreement(
         NonFiniteFeatures: on every rank.
     """
     # A local error is sent as a shape that cannot agree, because the other ranks wait in the collective.
-    same = (*images.shape,) == (*texts.shape[:1], *texts.shape[-1:])
-    fits = images.ndim == 2 and texts.ndim in (2, 3) and same and images.dtype == texts.dtype
-    shape = [*images.shape, _DTYPES.index(images.dtype)] if fits else [-1, -1, -1]
-    slots = texts.shape[1] if texts.ndim == 3 else 1
-    bad = [(~torch.isfinite(features)).any(dim=-1).sum() for features in (images, texts)]
-    own = torch.cat([upload([*shape, slots], torch.float64, images.device), torch.stack([*bad, valid.sum()]).double()])
+    first, *others = features.values()
+    last = [first, *others][-1]
+    fits = first.ndim == 2 and all(
+        x.ndim in (2, 3) and (*x.shape[:1], *x.shape[-1:]) == (*first.shape,) and x.dtype == first.dtype for x in others
+    )
+    shape = [*first.shape, _DTYPES.index(first.dtype)] if fits else [-1, -1, -1]
+    slots = last.shape[1] if last.ndim == 3 else 1
+    bad = [(~torch.isfinite(x)).any(dim=-1).sum() for x in features.values()]
+    own = torch.cat([upload([*shape, slots], torch.float64, first.device), torch.stack([*bad, valid.sum()]).double()])
     gathered = all_gather(own[None], group)
     numbers = torch.cat([gathered.view(-1), *(scalar.double().view(1) for scalar in scalars)]).tolist()
     table = [[int(n) for n in numbers[row * len(own) :][: len(own)]] for row in range(len(gathered))]
     if any(row[:3] != table[0][:3] for row in table) or table[0][0] < 0:
         sizes = ", ".join(f"rank {rank}: {row[0]} x {row[1]}" for rank, row in enumerate(table[:16]))
         raise UserError(
-            f"the ranks' features do not fit together ({sizes}; -1: image and text features of different shapes):"
-            " every rank must bring the same number of pairs, features of one width and one dtype"
+            f"the ranks' features do not fit together ({sizes}; -1: features of different shapes):"
+            " every rank must bring the same number of rows, features of one width and one dtype"
         )
-    where = [(rank, TOWERS[i], row[4 + i]) for rank, row in enumerate(table) for i in range(2) if row[4 + i]]
+    where = [
+        (rank, name, row[4 + i]) for rank, row in enumerate(table) for i, name in enumerate(features) if row[4 + i]
+    ]
     if where:
         raise NonFiniteFeatures(where)
-    valid_rows, scalar_numbers = [row[6] for row in table], numbers[len(table) * len(own) :]
+    valid_rows, scalar_numbers = [row[-1] for row in table], numbers[len(table) * len(own) :]
     return Agreement(valid_rows, scalar_numbers, max(row[3] for row in table))
 
 
@@ -358,9 +365,9 @@ def inverse_norms(features: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_(min=1e-12).reciprocal_()
 
 
-def chunks(b: int, rows: int = 1024) -> list[slice]:
-    """Return slices of 0 .. b: work in chunks avoids a second copy of the features."""
-    return [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
+def chunks(stop: int, rows: int = 1024, start: int = 0) -> list[slice]:
+    """Return slices of start .. stop: work in chunks avoids a second copy of the features."""
+    return [slice(i, min(i + rows, stop)) for i in range(start, stop, rows)]
 
 
 def _weighted_sum(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -389,27 +396,13 @@ MakeBatch = Callable[..., Any]  # of the arguments of GlobalBatch
 Compute = Callable[[Any], tuple[torch.Tensor, FeatureGradients]]  # of what MakeBatch returns
 
 
-class _ValueAndGradients(torch.autograd.Function):
-    """Autograd function of a loss whose `compute` returns the value together with its gradients."""
+class _Attached(torch.autograd.Function):
+    """Autograd function of a value whose gradients are known."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        images: torch.Tensor,
-        texts: torch.Tensor,
-        log_scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        log_scale_max: float,
-        valid: torch.Tensor | None,
-        group_id: torch.Tensor | None,
-        group: ProcessGroup | None,
-        make_batch: MakeBatch,
-        compute: Compute,
-    ) -> torch.Tensor:
-        batch = make_batch(images, texts, log_scale, log_scale_max, bias, valid, group_id, group)
-        value, ctx.gradients = compute(batch)
-        ctx.like = (images.dtype, texts.dtype, log_scale, bias)
-        return value.float()
+    def forward(ctx: Any, value: torch.Tensor, gradients: list[torch.Tensor], *leaves: torch.Tensor) -> torch.Tensor:
+        ctx.gradients, ctx.like = gradients, [(leaf.dtype, leaf.shape) for leaf in leaves]
+        return value.to(torch.float32, copy=True)
 
     @staticmethod
     @once_differentiable
@@ -417,13 +410,19 @@ class _ValueAndGradients(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss' gradients were used already: call the loss again for another backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        image_dtype, text_dtype, log_scale, bias = ctx.like
-        scalars = [
-            None if like is None else (g * grad).to(like.dtype).expand_as(like)
-            for g, like in ((gradients.scale, log_scale), (gradients.bias, bias))
-        ]
-        image = gradients.image.mul_(grad).to(image_dtype)
-        return image, gradients.text.mul_(grad).to(text_dtype), *scalars, *[None] * 6
+        scaled = (g.mul_(grad).to(dtype).expand(shape) for g, (dtype, shape) in zip(gradients, ctx.like))
+        return None, None, *scaled
+
+
+def attach_gradients(value: torch.Tensor, known: Sequence[tuple[torch.Tensor | None, torch.Tensor]]) -> torch.Tensor:
+    """Return the value, an fp32 scalar whose backward pass multiplies known gradients by the incoming one.
+
+    Args:
+        value: scalar.
+        known: leaves and the value's gradients with respect to them, fp32 or float64, which are overwritten.
+    """
+    leaves, gradients = zip(*((leaf, gradient) for leaf, gradient in known if leaf is not None))
+    return _Attached.apply(value, [*gradients], *leaves)
 
 
 @torch.compiler.disable
@@ -451,9 +450,10 @@ def value_and_gradients(
         value: fp32 scalar, differentiable.
         statistics: {"valid": the number of this rank's valid rows}, an fp32 scalar.
     """
-    value = _ValueAndGradients.apply(
-        images, texts, log_scale, bias, log_scale_max, valid, group_id, group, make_batch, compute
-    )
+    with torch.no_grad():
+        value, found = compute(make_batch(images, texts, log_scale, log_scale_max, bias, valid, group_id, group))
+    known = [(images, found.image), (texts, found.text), (log_scale, found.scale), (bias, found.bias)]
+    value = attach_gradients(value, known)
     rows = torch.ones(len(images), device=images.device) if valid is None else valid
     return value, {"valid": rows.detach().sum().float()}
 

@@ -38,6 +38,7 @@ from clipdist.errors import UserError
 from clipdist.losses import tiles
 from clipdist.losses.global_batch import (
     LN_100,
+    TOWERS,
     FeatureGradients,
     check_agreement,
     chunks,
@@ -145,7 +146,7 @@ class GlobalTexts:
         self.process_group = group
         self.images = images.detach()
         scalars = [images.new_zeros(1) if scalar is None else scalar.detach() for scalar in (log_scale, bias)]
-        agreed = check_agreement(self.images, texts.detach(), valid, scalars, group)
+        agreed = check_agreement(dict(zip(TOWERS, (self.images, texts.detach()))), valid, scalars, group)
         (t, self.bias), self.slots = agreed.scalars, agreed.slots
         self.scale, self.count = math.exp(min(t, log_scale_max)), max(sum(agreed.valid), 1)
         b, self.given = len(images), texts.shape[1]

@@ -20,6 +20,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from clipdist.errors import UserError
+
 Shift = float | tuple[torch.Tensor, torch.Tensor]
 # exp(s - shift) neither overflows nor vanishes in fp32 while |s - shift| stays below this.
 SAFE_EXPONENT = 70.0
@@ -31,6 +33,17 @@ class Tile:
 
     rows: int
     columns: int
+
+
+def inverse_temperature(temperature: float) -> float:
+    """Return 1 / temperature, by which cosines are multiplied.
+
+    Raises:
+        UserError: exp(s) would leave what fp32 holds.
+    """
+    if not temperature * SAFE_EXPONENT >= 1:
+        raise UserError(f"temperature={temperature}: must be at least {1 / SAFE_EXPONENT:.4f}")
+    return 1 / temperature
 
 
 def choose_tile(device: torch.device, tile: Tile | None = None) -> Tile:

@@ -6,7 +6,7 @@ arXiv:2305.07017), so that checkpoints and exports do not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -143,6 +143,18 @@ def allow_stages(model: Any, stages: Sequence[PlannedStage]) -> None:
                 f"{where}patch_dropout={stage.patch_dropout}: {_kind(model.visual)} has no patches to choose from, or a"
                 " patch dropout of its own in the model's description"
             )
+
+
+def allow_sizes(model: Any, sizes: Mapping[str, int]) -> None:
+    """Let the image tower of a dual encoder take images of other sizes, by the setting that asks for them.
+
+    Raises:
+        UserError: it does not take one.
+    """
+    _prepare(model.visual)
+    dtype = next(model.visual.parameters()).dtype
+    for where, side in sizes.items():
+        _check_shape(model.visual, (2, 3, side, side), dtype, model.spec.embed_dim, f"{where}={side}")
 
 
 def _check_shape(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, features: int, where: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -45,3 +47,42 @@ class ProjectionHead(nn.Module):
         """Return [b, P] of features [b, w]."""
         projected = self.projector(hidden)
         return projected if self.predictor is None or teaching else self.predictor(projected)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head: linear layers with GELU between them, a unit vector, and its products with prototypes.
+
+    Args:
+        widths: of the input, of the hidden layers, of the vector.
+        prototypes: P.
+        free_norm: prototypes have any norm; False: norm 1.
+    """
+
+    def __init__(self, widths: Sequence[int], prototypes: int, free_norm: bool) -> None:
+        super().__init__()
+        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.GELU())]
+        self.projector = nn.Sequential(*layers[:-1])
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = Prototypes(widths[-1], prototypes, free_norm)
+
+    def forward(self, hidden: Tensor, teaching: bool = False) -> Tensor:
+        """Return logits [b, P] of features [b, w]."""
+        return self.last_layer(F.normalize(self.projector(hidden).float(), dim=1).to(hidden.dtype))
+
+
+class Prototypes(nn.Module):
+    """A linear layer whose rows are normalised (weight normalisation, Salimans and Kingma, arXiv:1602.07868)."""
+
+    def __init__(self, width: int, prototypes: int, free_norm: bool) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, prototypes, bias=False).weight
+        self.norm = nn.Parameter(torch.ones(prototypes)) if free_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [b, P] of unit vectors [b, w]."""
+        unit = F.normalize(self.weight.float(), dim=1).to(x.dtype)
+        logits = F.linear(x, unit)
+        return logits if self.norm is None else logits * self.norm.to(x.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,7 @@ from clipdist import config
 from clipdist.data.batch import Batch
 from clipdist.data.views import views_of
 from clipdist.models.heads import ProjectionHead, mlp
-from clipdist.objectives.objective import TEACHER, Objective, TeacherSpec, Term
+from clipdist.objectives.objective import TEACHER, Moment, Objective, TeacherSpec, Term
 
 
 class ByolObjective(Objective):
@@ -28,9 +27,9 @@ class ByolObjective(Objective):
         self.names = tuple(view.name for view in self.views)
         self.teacher = TeacherSpec(self.names, self.momentum, training=True)
 
-    def momentum(self, step: int, steps: int) -> float:
+    def momentum(self, at: Moment) -> float:
         """Return 1 - (1 - m) (cos(pi k / K) + 1) / 2 (section 3.3)."""
-        return 1 - (1 - self.cfg.momentum) * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
+        return at.cosine(self.cfg.momentum, 1.0)
 
     def head(self, width: int) -> nn.Module:
         """Return projector and predictor, each with one hidden layer and BatchNorm in it."""

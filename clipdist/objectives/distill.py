@@ -17,7 +17,7 @@ from clipdist.data.batch import EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.losses.distillation import distill_logits
 from clipdist.losses.global_batch import LN_100
-from clipdist.objectives.objective import TEACHER, Given, Objective, Term
+from clipdist.objectives.objective import TEACHER, Given, Moment, Objective, Term
 
 
 class DistillObjective(Objective):
@@ -31,7 +31,7 @@ class DistillObjective(Objective):
         self.cfg = cfg
         self.upper_bounds = {"logit_scale": LN_100} if cfg.target == "logits" else {}
 
-    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor]) -> Given:
+    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor], at: Moment) -> Given:
         """Return the frozen teacher's outputs. See Objective.given."""
         rows = {TEACHER + name: taught[TEACHER + name] for name in self.features}
         return Given(rows, {name: taught[name] for name in (f"{TEACHER}logit_scale",)})

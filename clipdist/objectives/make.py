@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from clipdist import config
 from clipdist.data.batch import IMAGE
+from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.fewer_patches import allow_sizes
 from clipdist.objectives.byol import ByolObjective
 from clipdist.objectives.clip import ClipObjective
+from clipdist.objectives.dino import DinoObjective
 from clipdist.objectives.distill import DistillObjective
+from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
+from clipdist.objectives.simclr import SimClrObjective
 
 
 def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective, ...]:
@@ -25,19 +28,34 @@ def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective,
         found.append(ClipObjective(cfg.clip))
     if cfg.distill is not None:
         found.append(DistillObjective(cfg.distill))
+    if cfg.simclr is not None:
+        found.append(SimClrObjective(cfg.simclr, image_size))
+    if cfg.moco is not None:
+        found.append(MocoObjective(cfg.moco, image_size))
     if cfg.byol is not None:
         found.append(ByolObjective(cfg.byol, image_size))
+    if cfg.dino is not None:
+        found.append(DinoObjective(cfg.dino, image_size))
     return tuple(found)
 
 
-def make_heads(objectives: Sequence[Objective], width: int) -> dict[str, nn.Module]:
-    """Return the heads of objectives, by the objective's name. Weights are drawn from torch's global generator.
+def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
+    """Put the objectives' heads behind the image tower, and let it take views of other sizes, in place.
 
-    Args:
-        width: of the image tower's features before its projection.
+    Weights are drawn from torch's global generator.
+
+    Raises:
+        UserError: the tower does not take a size.
     """
-    heads = {objective.name: objective.head(width) for objective in objectives}
-    return {name: head for name, head in heads.items() if head is not None}
+    sizes = {f"objectives.{view.name} size": view.size for objective in objectives for view in objective.views}
+    if others := {where: size for where, size in sizes.items() if size != model.spec.image_size}:
+        allow_sizes(model, others)
+    if any(objective.views for objective in objectives):
+        width = model.hidden_width()
+        heads = {objective.name: objective.head(width) for objective in objectives}
+        model.add_heads(
+            {name: head for name, head in heads.items() if head is not None}, projects=reads_image(objectives)
+        )
 
 
 def reads_image(objectives: Sequence[Objective]) -> bool:

@@ -6,8 +6,10 @@ tensors: heads are part of the model, and a queue or a centre is state that the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,22 @@ class Term:
     statistics: Mapping[str, Tensor]
 
 
+class Moment(NamedTuple):
+    """A data step, from 0, of a run of so many steps: what schedules are functions of."""
+
+    step: int
+    steps: int
+
+    def cosine(self, first: float, last: float) -> float:
+        """Return half a cosine from `first` at the start of the run to `last` at its end."""
+        return last + (first - last) * (1 + math.cos(math.pi * min(1.0, self.step / max(1, self.steps)))) / 2
+
+    def ramp(self, ends: Sequence[float], steps: int) -> float:
+        """Return a line between two ends over so many steps, then the last."""
+        first, last = ends
+        return last if self.step >= steps else first + (last - first) * self.step / steps
+
+
 @dataclass(frozen=True)
 class Given:
     """What is constant within a step, by name: `rows` go with the rows of a batch, [b, ...]; `shared` with all."""
@@ -52,14 +70,13 @@ class TeacherSpec:
 
     Attributes:
         views: that it sees.
-        momentum: m of a step, from the step, from 0, and the number of steps of the run; the teacher becomes
-            m teacher + (1 - m) weights.
+        momentum: m of a step; the teacher becomes m teacher + (1 - m) weights.
         training: BatchNorm normalises by the batch and has running statistics of its own; False: it normalises by
             running statistics, which are averaged as the weights are. All else is in evaluation mode.
     """
 
     views: tuple[str, ...]
-    momentum: Callable[[int, int], float]
+    momentum: Callable[[Moment], float]
     training: bool = False
 
 
@@ -75,6 +92,7 @@ class Objective:
         upper_bounds: the maximum of a parameter by its name.
         views: of an image, beside clipdist.data.batch.IMAGE, which CLIP reads. The model runs each through the image
             tower and this objective's head: that is the output of the view's name.
+        taught_alone: names of the views that the teacher sees and the model does not.
         teacher: of the objective, if it follows the weights.
     """
 
@@ -84,6 +102,7 @@ class Objective:
     additive: bool = False
     upper_bounds: Mapping[str, float] = {}
     views: tuple[View, ...] = ()
+    taught_alone: tuple[str, ...] = ()
     teacher: TeacherSpec | None = None
 
     def head(self, width: int) -> nn.Module | None:
@@ -98,7 +117,7 @@ class Objective:
         """Return the initial tensors, by name, that the engine keeps between steps: the same on all ranks."""
         return {}
 
-    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor]) -> Given:
+    def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor], at: Moment) -> Given:
         """Return what is constant within a step, before the student's pass, without gradients. Collective.
 
         Here: what the teacher gives for its views, the state as NAME/..., and for an additive objective NAME/count, the
@@ -108,6 +127,7 @@ class Objective:
             taught: the teacher's outputs for all rows of this rank, by TEACHER and the name.
             batch: this rank's rows.
             state: the objective's own.
+            at: this step.
         """
         rows = {TEACHER + view: taught[TEACHER + view] for view in (self.teacher.views if self.teacher else ())}
         shared = {f"{self.name}/{name}": tensor for name, tensor in state.items()}

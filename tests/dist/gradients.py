@@ -147,6 +147,17 @@ def with_views(batch: Batch, audited: Audit) -> Batch:
     return replace(batch, images={**own, **drawn})
 
 
+def fill_queue(audited: Audit) -> None:
+    """Keys of earlier steps, so that there are negatives, and this step's keys wrap."""
+    state = audited.engine.state.get("moco")
+    if state:
+        drawn = torch.randn(15, state["queue"].shape[1], generator=torch.Generator().manual_seed(7))
+        state["queue"][: len(drawn)] = F.normalize(drawn, dim=1)
+        state["pointer"].fill_(len(drawn))
+        state["fill"].fill_(len(drawn))
+        audited.reference.state["moco"] = dict(state)
+
+
 def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     words = []
     if backend := cell.get("compiled"):
@@ -159,6 +170,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
     batch = make_batch(audited.spec, cell["texts"], next(iter(cfg.train.stages), None))
     batch = with_views(batch, audited)
+    fill_queue(audited)
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])
         batch = pair_batch(batch.images[IMAGE], batch.tokens, valid, batch.group_id)

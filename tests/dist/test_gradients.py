@@ -27,7 +27,13 @@ ALL = bool(os.environ.get("EXACT_ALL"))  # make exact: the whole table, where th
 WIDTHS = (8, 16)  # of 32 features
 FEWER = {"image_size": 16, "tokens": 8, "patch_dropout": 0.5}
 MISTAKES = ("without_w", "bad_rows_count", "local_rows")  # of tests/dist/gradients.py
-PARTS = {"byol": {"heads", "teacher", "teacher statistics"}}  # further ones, of cells with these objectives
+TAUGHT = {"heads", "teacher"}
+PARTS = {  # further ones, of cells with these objectives
+    "simclr": {"heads"},
+    "moco": {*TAUGHT, "teacher statistics", "state"},
+    "byol": {*TAUGHT, "teacher statistics"},
+    "dino": {*TAUGHT, "state"},
+}
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
@@ -93,7 +99,15 @@ def cell(
     }
 
 
+SIMCLR = {"simclr": {"weight": 0.7, "head": [24, 12]}}
+MOCO = {
+    "moco": {"weight": 0.7, "momentum": 0.5, "head": [24, 12], "queue": 22}
+}  # is full in the second step, and wraps
+MOCO_3 = {"moco": {"weight": 0.7, "momentum": 0.5, "head": [24, 12], "queue": 0, "predictor": [24, 12]}}
 BYOL = {"byol": {"weight": 0.7, "momentum": 0.5, "head": [24, 12]}}
+LOCAL = {"local_views": 2, "local": {"size": 16}}
+DINO = {"dino": {"weight": 0.7, "momentum": 0.5, "head": [24, 24, 12], "prototypes": 20, **LOCAL}}
+DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True}}
 
 
 def self_supervised_cells(world: int) -> list[dict[str, Any]]:
@@ -101,7 +115,9 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
     half = BATCH // world // 2
     cells = []
     for stage, micro in in_turn(world, half):
-        cells += [cell(stage=stage, micro=micro, alone=True, beside=BYOL, steps=2)]
+        for number, beside in enumerate((SIMCLR, MOCO, MOCO_3, BYOL, DINO, DINO_2)):
+            rows = micro if (number + stage) % 2 else half - micro
+            cells += [cell(stage=stage, micro=rows, alone=number > 0, beside=beside, steps=2)]
         cells += [cell(stage=stage, micro=half - micro, model=RESNET, beside=BYOL, steps=2)]
     return cells
 

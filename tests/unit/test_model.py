@@ -243,7 +243,7 @@ def test_batchnorm_with_one_value_per_channel_is_refused_before_training() -> No
             SimpleNamespace(resume=None, stages=[SimpleNamespace(image_size=32)]),
             SimpleNamespace(world_size=1),
         )
-        trainer: Any = SimpleNamespace(config=config, plan=new, dist_env=alone)
+        trainer: Any = SimpleNamespace(objectives=(), config=config, plan=new, dist_env=alone)
         with pytest.raises(UserError, match=told):
             Trainer._build_model(trainer)
         with pytest.raises(UserError, match=told):

@@ -39,7 +39,7 @@ def test_statistics_move_once_by_the_mean_of_the_micro_batches(momentum):
     with statistics_updated_once(norms) as updated:
         for piece in pieces:
             model(piece)
-            updated()
+            updated(norms)
     for i, norm in enumerate(norms):
         share = 1 / 2 if momentum is None else momentum  # the second batch of a plain mean
         means = torch.stack([x.mean(dim=(0, 2, 3)) for x in inputs[i]])
@@ -54,7 +54,7 @@ def test_one_micro_batch_is_what_torch_does():
     ours, theirs, piece = make(0.1), make(0.1), torch.randn(4, 3, 8, 8)
     with statistics_updated_once(running_norms(ours)) as updated:
         ours(piece)
-        updated()
+        updated(running_norms(ours))
     theirs(piece)
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value)
@@ -69,7 +69,7 @@ def test_statistics_can_be_held_still_and_locked_layers_stay():
     model[1].eval()
     with statistics_updated_once(running_norms(model)) as updated:
         model(torch.randn(4, 3, 8, 8))
-        updated()
+        updated(running_norms(model))
     after = model.state_dict()
     assert torch.equal(after["1.running_mean"], before["1.running_mean"])
     assert not torch.equal(after["2.running_mean"], before["2.running_mean"])
