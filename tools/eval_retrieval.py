@@ -87,7 +87,7 @@ def embed(args: argparse.Namespace, catalog, dist_env: DistEnv) -> tuple[Embeddi
             require_whole(protocol, names, set(place_of.values()), where)
         if not place_of:
             raise UserError(f"{where}: none of the {protocol.images} pictures of {protocol.name} is there")
-    loaded = front.load(args, args.run)
+    loaded = front.load(args, args.run, needs_text="retrieval by captions")
     own = embed_catalog(
         model_encoder(loaded.model, dist_env.device),
         catalog,

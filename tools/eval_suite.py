@@ -27,9 +27,10 @@ def main() -> None:
     page = args.out or args.suite.with_suffix(".html")
     if twice := next((name for name in args.models if args.models.count(name) > 1), None):
         raise UserError(f"{twice}: named twice")
-    from clipdist.evals.suite import measure_all, read_suite
+    from clipdist.evals.suite import measure_all, read_suite, text_needed
 
     sets = read_suite(args.suite)
+    needs_text = text_needed(sets)
     front.require_writable(page, "--out")
 
     results: list[list[dict[str, Any]]] = []
@@ -37,7 +38,7 @@ def main() -> None:
     with front.joined_ranks(args) as dist_env:
         share = front.share_of_work(args, dist_env)
         for source in args.models:
-            loaded = front.load_named(args, source)
+            loaded = front.load_named(args, source, needs_text)
             found = measure_all(sets, loaded, dist_env, share, cache=not args.no_cache)
             results.append(found)
             facts.append({"model": loaded.label, "step": loaded.step, "fingerprint": loaded.fingerprint})

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python tools/export.py runs/demo --out demo_clip --format open_clip_folder --push-ready me/demo
   python tools/export.py runs/demo --out demo --format torch_export    # demo.image.pt2, demo.text.pt2
   python tools/export.py runs/demo --out demo --format onnx --dtype int8
+  python tools/export.py runs/dino --out dino.safetensors --format image_tower    # for timm or open_clip
   python tools/export.py runs/lora --out adapters --format peft        # of a run with model.lora, without the base"""
 FORMATS = {  # what each can be rounded to
     "open_clip": ("fp32", "fp16"),
@@ -27,6 +28,7 @@ FORMATS = {  # what each can be rounded to
     "hugging_face": ("fp32", "fp16"),
     "torch_export": ("fp32",),
     "onnx": ("fp32", "int8"),
+    "image_tower": ("fp32", "fp16"),
     "peft": ("fp32",),
     "adapter": ("fp32",),
 }
@@ -34,6 +36,7 @@ LEFT_OUT = {
     "hugging_face": "for CLIPModel has no place for it: {} (a constant: no ranking changes)",
     "peft": "for it is no adapter of this model of transformers: {}",
 }
+BOTH_TOWERS = ("open_clip", "open_clip_folder", "hugging_face", "peft")
 FOLDERS = ("open_clip_folder", "hugging_face")  # as the hub takes them
 
 
@@ -41,7 +44,10 @@ def main() -> int:
     args = parse_args()
 
     _check(args)
-    loaded = front.load(args, args.run, args.step)
+    needs_text = (
+        f"--format {args.format} (not for image_tower, torch_export, onnx)" if args.format in BOTH_TOWERS else ""
+    )
+    loaded = front.load(args, args.run, args.step, needs_text)
     written = _write(args, loaded)
     if written.left_out:
         print(f"left out, {LEFT_OUT[args.format].format(written.left_out)}")
@@ -70,7 +76,7 @@ def main() -> int:
 
 
 def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
-    from clipdist.models import adapter_export, export, program_export, siglip_export
+    from clipdist.models import adapter_export, export, image_export, program_export, siglip_export
     from clipdist.models.onnx_export import export_onnx
     from clipdist.report.model_card import model_card
 
@@ -91,6 +97,8 @@ def _write(args: argparse.Namespace, loaded: LoadedModel) -> Exported:
             return siglip_export.export_siglip(loaded.model, args.out, **folder)
         case "hugging_face":
             return export.export_hugging_face(loaded.model, args.out, **folder)
+        case "image_tower":
+            return image_export.export_image_tower(loaded.model, args.out, half)
         case "onnx":
             return export_onnx(loaded.model, args.out, int8=args.dtype == "int8")
         case "peft":

@@ -33,12 +33,14 @@ def main() -> None:
     alphas = parse_alphas(args.alpha)
     check(args, alphas)
 
+    from clipdist.evals.suite import text_needed
     from clipdist.models.interpolate import average, require_new_run, require_same_architecture, save_run
 
     require_new_run(args.out)
     target, keep = open_sets(args)
     with front.joined_ranks(args) as dist_env:
-        models = [front.load_named(args, source) for source in args.models]
+        needs_text = text_needed(sets_of(target, keep))
+        models = [front.load_named(args, source, needs_text) for source in args.models]
         labels = front.distinct_labels(args.models, [loaded.label for loaded in models])
         require_same_architecture(dict(zip(args.models, (loaded.model for loaded in models))))
         states = [loaded.model.state_dict() for loaded in models]

@@ -65,7 +65,9 @@ def main() -> None:
         require_faiss()
     with front.joined_ranks(args) as dist_env:
         queries = [read_query(words) for words in args.query] + (read_queries(args.queries) if args.queries else [])
-        loaded = front.load(args, args.run)
+        words = "a query in words" if any(query.image is None for query in queries) else ""
+        needs_text = words or ("--index faiss, which is measured with captions" if args.index == "faiss" else "")
+        loaded = front.load(args, args.run, needs_text=needs_text)
         sheet = args.out or default_sheet(loaded.run_dir, [query.text for query in queries])
         page = args.page or sheet.with_suffix(".html")
         front.require_writable(sheet, "--out")

@@ -40,7 +40,8 @@ def main() -> None:
     from clipdist.evals.zero_shot import zero_shot_classifier
 
     device, share = resolve_device(args.device), front.share_of_work(args)
-    loaded = front.load(args, args.model)
+    needs_text = "" if args.classifier == "probe" else "--classifier zero-shot"
+    loaded = front.load(args, args.model, needs_text=needs_text)
     model, transform = loaded.model.to(device), loaded.model.spec.transform
     xi = default_xi(args.norm, transform.size) if args.xi is None else args.xi
     (train, train_labels), (images, labels) = choose_images(data, transform, args, share)
@@ -49,6 +50,7 @@ def main() -> None:
     else:
         encode = model_encoder(model, device)
         prompts = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share).to(device)
+        assert model.logit_scale is not None
         classify = feature_classifier(model, model.logit_scale.detach().exp() * prompts)
     settings = {name: getattr(args, name) for name in ("norm", "method", "delta", "passes", "batch", "seed")}
     with tqdm(desc=args.method, unit=" pictures", disable=None) as bar:

@@ -28,7 +28,7 @@ def main() -> None:
     from clipdist.report.confusion import confusion_image, confusion_matrix
 
     with front.joined_ranks(args) as dist_env:
-        loaded = front.load(args, args.model)
+        loaded = front.load(args, args.model, needs_text="zero-shot classification")
         encode, share = model_encoder(loaded.model, dist_env.device), front.share_of_work(args, dist_env)
         classifier = zero_shot_classifier(encode, loaded.tokenizer, names, templates, share)
         test = embed_split(encode, data.test, loaded.model.spec.transform, share)
@@ -37,6 +37,7 @@ def main() -> None:
     if test.left_out:
         front.tell(f"left out, cannot be decoded: {test.left_out} of {len(data.test)} pictures")
     labels, scale = test.labels, loaded.model.logit_scale
+    assert scale is not None  # as there is a text tower
     metrics = zero_shot_metrics(test.image, labels, classifier, scale)
     predictions = classify(test.image, classifier, scale).predictions
     accuracies = class_accuracy(predictions, labels, len(data.classes))

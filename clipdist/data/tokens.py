@@ -53,7 +53,10 @@ class TokenizerDescription(Protocol):
 
     @property
     def tokenizer(self) -> dict[str, Any]:
-        """{"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids", "eos_id"}."""
+        """{"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids", "eos_id"}.
+
+        {"kind": "none"}: there is no text tower.
+        """
 
     @property
     def context_length(self) -> int:
@@ -68,6 +71,8 @@ def make_tokenizer(spec: TokenizerDescription) -> Tokenizer:
             to the text tower; or the vocabulary is too small for the byte-pair encoding's alphabet.
     """
     described = spec.tokenizer
+    if described["kind"] == "none":
+        return NoTokenizer()
     if described["kind"] == "hf":
         tokenizer = HFTokenizer(described["name"], spec.context_length, described["mode"], described["options"])
         tokenizer.check(described.get("ids"), described.get("eos_id"))
@@ -91,6 +96,19 @@ def unpack_tokens(data: bytes, captions: int, context_length: int) -> torch.Tens
         return None
     ids = np.frombuffer(data, dtype="<i4").astype(np.int64)
     return torch.from_numpy(ids.reshape(captions, context_length))
+
+
+class NoTokenizer:
+    """The tokenizer of a model without a text tower: no ids of any text."""
+
+    context_length = 0
+    vocab_size = 0
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        return torch.zeros(1 if isinstance(texts, str) else len(texts), 0, dtype=torch.int64)
+
+    def fingerprint(self) -> str:
+        return _digest("none", 0, 0, [])
 
 
 class BPETokenizer:

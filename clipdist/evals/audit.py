@@ -83,7 +83,7 @@ class Audit:
         if cfg.train.stages:
             stages = plan_stages(cfg.train.stages, 1 << 40, self.spec.image_size, self.spec.context_length)
             allow_stages(model, stages)
-        self.locked = [part for part, tower in (("image", model.visual), ("text", model.text)) if _frozen(tower)]
+        self.locked = [model.part_of(name) for name, tower in model.towers.items() if _frozen(tower)]
         moving = next((each.teacher for each in objectives if each.teacher), None)
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher, moving)
         self.reference.taught_alone = tuple(name for each in objectives for name in each.taught_alone)

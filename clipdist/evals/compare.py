@@ -63,6 +63,7 @@ def answers(sets: Sequence[EvalSet], loaded: LoadedModel, share: WorkShare, devi
         else:
             classifier = zero_shot_classifier(encode, loaded.tokenizer, each.data.words, each.templates, share)
             test = embed_split(encode, each.data.test, transform, share)
+            assert loaded.model.logit_scale is not None
             predictions = classify(test.image, classifier, loaded.model.logit_scale).predictions
             found.append(predictions == test.labels)
     return found

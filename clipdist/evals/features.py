@@ -24,7 +24,7 @@ from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_images
 from clipdist.evals.store import read_kept
 from clipdist.models.dual_encoder import DualEncoder, assemble
-from clipdist.models.towers import find_projection, without_projection
+from clipdist.models.towers import find_projection
 from clipdist.models.weights import weights_checksum
 
 FORMAT = "clipdist features 1"
@@ -53,13 +53,15 @@ class Features:
 def frozen_encoder(model: DualEncoder, device: str | torch.device, kind: Kind) -> Encode:
     """Return a frozen model's encode function: "projected" gives unit length, "tower" what precedes the projection.
 
-    Of a tower without a projection (timm's with timm_proj none, such as SigLIP's) "tower" gives its output as it is.
+    Of a tower without a projection (timm's with timm_proj none, such as SigLIP's, or of a model without a text tower)
+    "tower" gives its output as it is.
 
     Raises:
         UserError: "tower" of a tower without a projection that is known.
     """
     model = model.to(device).eval().requires_grad_(False)
-    known = find_projection(model.visual) is not None or hasattr(model.visual, "trunk")  # timm's may have none
+    known = find_projection(model.visual) is not None
+    known = known or hasattr(model.visual, "trunk") or not model.spec.has_text  # timm's may have none
     if kind == "tower" and not known:  # heard of before images are decoded
         name = type(model.visual).__name__
         raise UserError(f"the image tower {name} has no projection that is known; take --features projected")
@@ -75,8 +77,7 @@ def image_features(model: DualEncoder, image: Tensor, kind: Kind) -> Tensor:
     """Return the features of uint8 [b, 3, S, S]: [b, D], or [b, width] before the projection; see frozen_encoder."""
     if kind == "projected":
         return F.normalize(model.encode_image(image).float(), dim=1)
-    with without_projection(model.visual):
-        return model.encode_image(image)
+    return model.encode_hidden(image)
 
 
 def pixel_encoder(image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -213,18 +213,19 @@ def share_of_work(args: argparse.Namespace, dist_env: DistEnv | None = None) -> 
     return WorkShare(rank, world, args.batch, default_threads())
 
 
-def load(args: argparse.Namespace, source: str, step: int | None = None) -> LoadedModel:
+def load(args: argparse.Namespace, source: str, step: int | None = None, needs_text: str = "") -> LoadedModel:
     """Load the model that the arguments of add_model name, on the CPU; see load_model."""
     from clipdist.models.load import load_model
 
-    return load_model(source, weights=args.weights, trust_weights=args.trust_weights, step=step, ema=args.ema)
+    given = {"weights": args.weights, "trust_weights": args.trust_weights, "ema": args.ema}
+    return load_model(source, step=step, needs_text=needs_text, **given)
 
 
-def load_named(args: argparse.Namespace, source: str) -> LoadedModel:
+def load_named(args: argparse.Namespace, source: str, needs_text: str = "") -> LoadedModel:
     """Load one of several models, on the CPU; see clipdist.models.load.load_named."""
     from clipdist.models.load import load_named
 
-    return load_named(source, args.trust_weights, args.ema)
+    return load_named(source, args.trust_weights, args.ema, needs_text)
 
 
 def distinct_labels(sources: Sequence[str], labels: Sequence[str]) -> list[str]:

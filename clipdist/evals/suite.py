@@ -221,6 +221,11 @@ def headlines(results: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, st
     return rows
 
 
+def text_needed(sets: Sequence[EvalSet]) -> str:
+    """Return what of the sets a text tower is needed for, in words; "": they need none."""
+    return next((f"{each.task} of {each.name}" for each in sets if each.task != "probe"), "")
+
+
 def _read(file: Path | None) -> dict[str, float] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else None
@@ -266,5 +271,6 @@ def measure(
     encode = model_encoder(model, device)
     classifier = zero_shot_classifier(encode, tokenizer, data.words, each.templates, share)
     test = embed_split(encode, data.test, transform, share)
+    assert model.logit_scale is not None
     metrics = zero_shot_metrics(test.image, test.labels, classifier, model.logit_scale)
     return metrics | {"left_out": float(test.left_out)}

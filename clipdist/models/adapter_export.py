@@ -63,9 +63,7 @@ def export_adapter(folder: Path, out: Path, weights: str = "") -> export.Exporte
     tensors = {name: value for name, value in model.state_dict().items() if name in buffers | trained}
     save_checkpoint(out, tensors, of_base, {name: manifest.state[name] for name in ("model", "base")}, buffers)
     loaded = load_model(str(out), weights).model
-    error = export.compare(
-        model.eval(), lambda image, ids: (loaded.encode_image(image), loaded.encode_text(ids)), str(out)
-    )
+    error = export.compare(model.eval(), lambda image, ids: export.encode_both(loaded, image, ids), str(out))
     where = f', weights="{weights}"' if weights else ""
     lines = ("import clipdist", f'model, preprocess, tokenizer = clipdist.load("{out}"{where})')
     return export.Exported((out,), lines, error, parameters=sum(tensors[name].numel() for name in trained))
@@ -140,6 +138,7 @@ def _of_clip(model: DualEncoder, weights: str, cfg: config.Model) -> _Counterpar
 
         return features
 
+    assert model.logit_scale is not None
     lines = (
         "from transformers import CLIPModel",
         f'base = CLIPModel.from_pretrained("{weights}", dtype="float32")',

@@ -44,10 +44,10 @@ def check_same_architecture(folder: Path, spec: ModelSpec) -> None:
     if theirs["model_type"] == "siglip":
         _check_same_siglip(folder, spec)
         return
-    if reason := inexpressible(spec):
+    if reason := inexpressible(spec) if spec.has_text else _inexpressible_image_tower(spec):
         raise UserError(f"model.weights={folder}: holds Hugging Face's CLIPModel, but {spec.name} has {reason}")
     ours = config_of(spec)
-    for section in ("vision_config", "text_config"):
+    for section in ("vision_config", "text_config") if spec.has_text else ("vision_config",):
         for key, value in ours[section].items():
             if key not in _NOT_COMPARED and theirs[section][key] != value:
                 found = theirs[section][key]
@@ -61,7 +61,7 @@ def _check_same_siglip(folder: Path, spec: ModelSpec) -> None:
     import open_clip
 
     theirs = read_description(folder)
-    for section in ("vision_cfg", "text_cfg"):
+    for section in ("vision_cfg", "text_cfg") if spec.has_text else ("vision_cfg",):
         kind = open_clip.CLIPVisionCfg if section == "vision_cfg" else open_clip.CLIPTextCfg
         described = [
             {**dataclasses.asdict(kind()), "timm_model_args": None, **model[section]} for model in (theirs, spec.model)
@@ -76,31 +76,44 @@ def _check_same_siglip(folder: Path, spec: ModelSpec) -> None:
 
 def inexpressible(spec: ModelSpec) -> str:
     """Return what of a model CLIPModel has no place for, as the object of "has"; empty where it can hold all of it."""
-    import open_clip
-
-    vision, text = spec.model["vision_cfg"], spec.model["text_cfg"]
+    text = spec.model["text_cfg"]
+    if not spec.has_text:
+        return "no text tower"
     if spec.cbow:
         return "a CBOW text tower"
     if spec.hf_text:
         return f"the Hugging Face text tower {spec.hf_text}"
+    if reason := _inexpressible_image_tower(spec):
+        return reason
+    if spec.tokenizer["options"] or spec.tokenizer.get("mode"):
+        return "a tokenizer with options of its own"
+    if reason := _inexpressible_section(spec, "text_cfg"):
+        return reason
+    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
+        return f"text_cfg.pool_type={text['pool_type']!r}"
+    return ""
+
+
+def _inexpressible_image_tower(spec: ModelSpec) -> str:
+    vision = spec.model["vision_cfg"]
     if vision.get("timm_model_name"):
         return f"timm's image tower {vision['timm_model_name']}"
     if not isinstance(vision.get("layers", 12), int):
         return "a ResNet image tower"
-    if spec.tokenizer["options"] or spec.tokenizer.get("mode"):
-        return "a tokenizer with options of its own"
-    for section, kind in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
-        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-        for key, value in spec.model[section].items():
-            unused = key in _SAID[section] | _WITHOUT_EFFECT[section] or key.startswith(("timm_", "hf_"))
-            if not unused and value != defaults[key]:
-                return f"{section}.{key}={value!r}"
-        norm = spec.model[section].get("norm_kwargs") or {}
-        if set(norm) - {"eps"}:
-            return f"{section}.norm_kwargs={norm!r}"
-    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
-        return f"text_cfg.pool_type={text['pool_type']!r}"
-    return ""
+    return _inexpressible_section(spec, "vision_cfg")
+
+
+def _inexpressible_section(spec: ModelSpec, section: str) -> str:
+    import open_clip
+
+    kind = open_clip.CLIPVisionCfg if section == "vision_cfg" else open_clip.CLIPTextCfg
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for key, value in spec.model[section].items():
+        unused = key in _SAID[section] | _WITHOUT_EFFECT[section] or key.startswith(("timm_", "hf_"))
+        if not unused and value != defaults[key]:
+            return f"{section}.{key}={value!r}"
+    norm = spec.model[section].get("norm_kwargs") or {}
+    return f"{section}.norm_kwargs={norm!r}" if set(norm) - {"eps"} else ""
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -108,7 +121,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     import open_clip
 
     vision = open_clip.CLIPVisionCfg(**spec.model["vision_cfg"])
-    text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
+    text = open_clip.CLIPTextCfg(**(spec.model["text_cfg"] if spec.has_text else {}))
     described: dict[str, Any] = {"projection_dim": spec.embed_dim}
     for part, ours in (("vision", vision), ("text", text)):
         described[f"{part}_config"] = {theirs: getattr(ours, own) for theirs, own in FIELDS[part].items()} | {

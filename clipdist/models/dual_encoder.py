@@ -33,6 +33,7 @@ from clipdist.models.towers import (
     lock,
     lock_weights,
     native_size,
+    remove_projection,
     resize,
     run_on_shapes,
     text_positions,
@@ -43,6 +44,7 @@ from clipdist.models.weights import load_weights, weights_checksum
 
 HEADS = "heads."  # of the names of the heads' parameters
 PARTS = {"visual": "image", "text": "text", "heads": "heads", "logit_scale": "temperature", "logit_bias": "bias"}
+HIDDEN = "hidden"  # the view whose features are taken before the projection
 
 
 class DualEncoder(nn.Module):
@@ -52,9 +54,12 @@ class DualEncoder(nn.Module):
     that the engine calls.
 
     Attributes:
-        visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model.
-        text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW.
+        visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model. Without
+            a text tower it has no projection, for there is no space to share: -> [b, w].
+        text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW; None where the
+            description has none, or nothing is trained that needs one.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
+            None without a text tower.
         logit_bias: Parameter [1] of the sigmoid loss; None for InfoNCE, whose softmax would cancel it.
         heads: of self-supervised objectives, by the objective's name, each behind the image tower without its
             projection; see add_heads.
@@ -65,17 +70,17 @@ class DualEncoder(nn.Module):
     image_mean: torch.Tensor
     image_std: torch.Tensor
 
-    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module, clip: config.Clip) -> None:
+    def __init__(self, spec: ModelSpec, visual: nn.Module, text: nn.Module | None, clip: config.Clip) -> None:
         super().__init__()
         self.spec = spec
         self.visual = visual
         self.text = text
-        self.logit_scale = nn.Parameter(torch.full([1], clip.first_log_scale))
+        self.logit_scale = None if text is None else nn.Parameter(torch.full([1], clip.first_log_scale))
         bias = torch.full([1], clip.logit_bias_init)
-        self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" else None
+        self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" and text is not None else None
         self.heads = nn.ModuleDict()
         self.base: Base | None = None
-        self.text_kind = allow_packing(text)
+        self.text_kind = "whole" if text is None else allow_packing(text)
         self._locked: list[nn.Module] = []
         self._trained_parts: dict[str, nn.Module] = {}  # of the towers in `locked`
         # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
@@ -87,7 +92,12 @@ class DualEncoder(nn.Module):
     @property
     def scalars(self) -> tuple[str, ...]:
         """Names of the one-element parameters that the forward pass returns."""
-        return ("logit_scale",) if self.logit_bias is None else ("logit_scale", "logit_bias")
+        return tuple(name for name in ("logit_scale", "logit_bias") if getattr(self, name) is not None)
+
+    @property
+    def towers(self) -> dict[str, nn.Module]:
+        """The towers that the model has, by attribute: "visual", "text"."""
+        return {"visual": self.visual} if self.text is None else {"visual": self.visual, "text": self.text}
 
     def part_of(self, parameter: str) -> str:
         """Return the part of a parameter for norms and metrics: "image", "text", "heads", "temperature" or "bias"."""
@@ -109,14 +119,14 @@ class DualEncoder(nn.Module):
             patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
                 clipdist.models.fewer_patches.allow_stages.
             teaching: whether heads give what a teacher gives.
-            images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. The view NAME/...
-                goes through the head NAME.
+            images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. Of the view
+                "hidden" the features are those of `encode_hidden`; the view NAME/... goes through the head NAME.
 
         Either may also be what `locked_features` gave for it, float [b, w].
 
         Returns:
-            features [b, D] or a head's output under the name of each view; "text": [b, D] or [b, K, D]; "logit_scale":
-            the log scale t [1], which the objective bounds; "logit_bias": [1], if there is one.
+            features [b, D] or a head's output under the name of each view; "text": [b, D] or [b, K, D];
+            "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any.
         """
         chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
         outputs = {}
@@ -143,13 +153,8 @@ class DualEncoder(nn.Module):
     def _encode_view(self, view: str, pixels: torch.Tensor, teaching: bool) -> torch.Tensor:
         head, is_headed, _ = view.partition("/")
         if not is_headed:
-            return self.encode_image(pixels)
+            return self.encode_hidden(pixels) if view == HIDDEN else self.encode_image(pixels)
         return self.heads[head](self.encode_hidden(pixels), teaching=teaching)
-
-    def encode_hidden(self, image: torch.Tensor) -> torch.Tensor:
-        """Return what precedes the image tower's projection, [b, w], of images uint8 [b, 3, H, W]."""
-        with without_projection(self.visual):
-            return self.visual(self._normalise(image))
 
     @torch.no_grad()
     def hidden_width(self) -> int:
@@ -182,6 +187,14 @@ class DualEncoder(nn.Module):
             return self._continue("image", image)
         return self.encode_pixels(image)
 
+    def encode_hidden(self, image: torch.Tensor) -> torch.Tensor:
+        """Return what precedes the image tower's projection, [b, w], of images uint8 [b, 3, H, W].
+
+        Of a tower without a projection that is known, its output.
+        """
+        with without_projection(self.visual):
+            return self.encode_pixels(image)
+
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of pixels in 0..255, any dtype [b, 3, H, W]: perturbed images have fractions."""
         return self.visual(self._normalise(pixels))
@@ -191,7 +204,12 @@ class DualEncoder(nn.Module):
 
         Tokens on the CPU, whatever the model's device: most towers then leave out the padding, with the same features
         to rounding (see clipdist.models.text_length).
+
+        Raises:
+            UserError: the model has no text tower.
         """
+        if self.text is None:
+            raise UserError(f"{self.spec.name}: the model has no text tower")
         if tokens.is_floating_point():
             return self._continue("text", moved(tokens, self.image_mean.device))
         return encode(self.text, self.text_kind, tokens, self.image_mean.device)
@@ -224,6 +242,7 @@ class DualEncoder(nn.Module):
     def _locked_part(self, name: str) -> Iterator[nn.Module]:
         """Yield a tower that gives what precedes its projection, if that trains, in evaluation mode."""
         tower = self.visual if name == "image" else self.text
+        assert tower is not None  # it is in `locked`
         whole = isinstance(self._trained_parts[name], nn.Identity)
         training = tower.training
         tower.eval()
@@ -258,46 +277,56 @@ class DualEncoder(nn.Module):
                 or see add_adapters.
         """
         adapted = TOWERS[cfg.lora.towers] if cfg.lora else ()
-        if cfg.lock_image or "visual" in adapted:
-            lock(self.visual, "model.image_unlocked_groups", cfg.image_unlocked_groups)
-        if cfg.lock_text or "text" in adapted:
-            lock(self.text, "model.text_unlocked_layers", cfg.text_unlocked_layers)
-        if cfg.biases_only:  # BitFit
-            for tower, locked in ((self.visual, cfg.lock_image), (self.text, cfg.lock_text)):
-                if not locked:
-                    lock_weights(tower)
+        settings = {
+            "visual": (cfg.lock_image, "model.image_unlocked_groups", cfg.image_unlocked_groups),
+            "text": (cfg.lock_text, "model.text_unlocked_layers", cfg.text_unlocked_layers),
+        }
+        for name, tower in self.towers.items():
+            locked, key, unlocked = settings[name]
+            if locked or name in adapted:
+                lock(tower, key, unlocked)
+            if cfg.biases_only and not locked:  # BitFit
+                lock_weights(tower)
         if cfg.lora:
             add_adapters(self, cfg.lora)
         trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        if trained and not {"image", "text"} & {self.part_of(name) for name in trained}:
+        towers = {"image", "text"} & {self.part_of(name) for name in trained}
+        if not towers and self.text is None:
+            raise UserError(
+                "model.lock_image=true: nothing would be trained, as there is no text tower; unlock the image tower, or"
+                " its last groups by model.image_unlocked_groups"
+            )
+        if trained and not towers:
             raise UserError(
                 f"model.lock_image=true, model.lock_text=true: only {' and '.join(trained)} would be trained; unlock a"
                 " tower, or its last groups by model.image_unlocked_groups or model.text_unlocked_layers"
             )
-        self._locked = [*frozen_subtrees(self.visual), *frozen_subtrees(self.text)]
-        parts = {"image": trained_part(self.visual), "text": trained_part(self.text)}
+        self._locked = [module for tower in self.towers.values() for module in frozen_subtrees(tower)]
+        parts = {PARTS[name]: trained_part(tower) for name, tower in self.towers.items()}
         self._trained_parts = {name: part for name, part in parts.items() if part is not None}
         self.train(self.training)
 
     def check_sizes(self) -> None:
-        """Run both towers on shapes alone, at the image size and the context length of the description.
+        """Run the towers on shapes alone, at the image size and the context length of the description.
 
         Raises:
             UserError: a tower does not take them, or its features have another width than embed_dim.
         """
         spec = self.spec
         where = f"model.name={spec.name}"
-        positions = text_positions(self.text)
+        positions = 0 if self.text is None else text_positions(self.text)
         if positions and spec.context_length > positions:
             raise UserError(
                 f"{where}: text_cfg.context_length={spec.context_length}, but {spec.hf_text} has {positions} positions;"
                 f" set at most {positions}"
             )
         side, dtype = spec.image_size, next(self.visual.parameters()).dtype
-        for tower, what, shape, kind in (
-            (self.visual, f"image tower, for images of {side} x {side} pixels", (2, 3, side, side), dtype),
-            (self.text, f"text tower, for {spec.context_length} tokens", (2, spec.context_length), torch.int64),
-        ):
+        inputs: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {
+            "visual": (f"image tower, for images of {side} x {side} pixels", (2, 3, side, side), dtype),
+            "text": (f"text tower, for {spec.context_length} tokens", (2, spec.context_length), torch.int64),
+        }
+        for name, tower in self.towers.items():
+            what, shape, kind = inputs[name]
             try:
                 features = run_on_shapes(tower, shape, kind)[1:]
             except NotImplementedError:
@@ -308,7 +337,7 @@ class DualEncoder(nn.Module):
                 native = native_size(tower)
                 own = f"; its own size is {native} x {native}" if native not in (0, side) else ""
                 raise UserError(f"{where}: the {what}, does not run: {brief(error)}{own}") from error
-            if features != (spec.embed_dim,):
+            if spec.has_text and features != (spec.embed_dim,):
                 raise UserError(f"{where}: embed_dim={spec.embed_dim}, but the {what}, gives features {list(features)}")
 
     def check_rows(self, rows: int, image_size: int = 0) -> None:
@@ -343,7 +372,7 @@ class DualEncoder(nn.Module):
             UserError: no blocks are known in either tower; or see set_activation_checkpointing.
         """
         if cfg.compile:
-            if not compile_blocks(self.visual) + compile_blocks(self.text):
+            if not sum(map(compile_blocks, self.towers.values())):
                 raise UserError(f"engine.compile=true: no blocks are known in {self.spec.name}; set it to false")
             if isinstance(self.text, PackedTexts):
                 self.text.row_bits = 3
@@ -357,7 +386,7 @@ class DualEncoder(nn.Module):
             UserError: the image tower is of a kind for which this is not known to be exact.
         """
         checkpoint_image_tower(self.visual)
-        if any(parameter.requires_grad for parameter in self.text.parameters()):
+        if self.text is not None and any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
 
     def _normalise(self, image: torch.Tensor) -> torch.Tensor:
@@ -371,7 +400,7 @@ class DualEncoder(nn.Module):
         timm's towers need their constants in the dtype of the weights. Text towers cast them where they are used:
         rotary frequencies in bf16 would blur positions.
         """
-        parts = [] if self.text is None else self.text.modules()
+        parts = () if self.text is None else self.text.modules()
         constants = [(part, name) for part in parts for name, _ in part.named_buffers(recurse=False)]
         with buffers_keep_dtype(constants):
             super()._apply(fn, recurse)
@@ -385,7 +414,11 @@ class DualEncoder(nn.Module):
 
 
 def build_model(
-    cfg: config.Model, clip: config.Clip | None = None, *, restored: ModelSpec | None = None
+    cfg: config.Model,
+    clip: config.Clip | None = None,
+    *,
+    restored: ModelSpec | None = None,
+    with_text: bool | None = True,
 ) -> DualEncoder:
     """Build the configured model, load its weights and word vectors, and lock its towers.
 
@@ -395,11 +428,12 @@ def build_model(
         clip: initial values of the scalars; None: the defaults.
         restored: the description of the model in a checkpoint, whose weights the caller loads: no weights are read
             here, and the model JSON and weights file may be gone. (Not with LoRA, whose checkpoints lack the base.)
+        with_text: see resolve_spec; where a model is restored, its description alone counts.
 
     Raises:
         UserError: the description is inconsistent, weights cannot be read, or towers cannot be locked as configured.
     """
-    spec = restored or resolve_spec(cfg)
+    spec = restored or resolve_spec(cfg, with_text)
     model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
     if not restored:
         model.check_sizes()
@@ -441,8 +475,8 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     if not tower_weights:
         described["vision_cfg"]["timm_model_pretrained"] = False
         described["text_cfg"]["hf_model_pretrained"] = False
-    if spec.cbow:
-        described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced below
+    if spec.cbow or not spec.has_text:
+        described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced, or left out, below
     try:
         with _timm_arguments(described["vision_cfg"]):
             towers = open_clip.CustomTextCLIP(**described, quick_gelu=spec.quick_gelu)
@@ -452,10 +486,12 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     if clip and max([0, *clip.widths]) > spec.embed_dim:
         raise UserError(f"objectives.clip.widths={clip.widths}: {spec.name} has embed_dim={spec.embed_dim} features")
     keep_statistics_fp32(towers.visual)
+    if not spec.has_text:
+        remove_projection(towers.visual)
     if isinstance(getattr(towers.text, "pooler", None), open_clip.hf_model.MeanPooler):
         towers.text.pooler = MeanPooler()
     text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
-    return DualEncoder(spec, towers.visual, text, clip or config.Clip())
+    return DualEncoder(spec, towers.visual, text if spec.has_text else None, clip or config.Clip())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ from clipdist.storage import replacing
 
 TOLERANCE = 1e-5  # of normalised features
 
-# encode(uint8 [b, 3, S, S], int64 [b, L]) -> image features [b, D], text features [b, D]
-Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# encode(uint8 [b, 3, S, S], int64 [b, L]) -> image features [b, D]; text features [b, D] where there is a text tower
+Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 Ids = Callable[[list[str]], list[list[int]]]  # sentences -> token ids
 Card = Callable[[Sequence[str]], str]  # lines of Python that load the model -> the text of README.md
@@ -384,10 +384,12 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[st
 
 
 def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two random images, uint8 [2, 3, S, S], and two random texts, int64 [2, L]."""
+    """Return two random images, uint8 [2, 3, S, S], and two random texts, int64 [2, L]; without a text tower [2, 0]."""
     spec = model.spec
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 3, spec.image_size, spec.image_size), generator=generator, dtype=torch.uint8)
+    if model.text is None:
+        return image, torch.zeros(2, 0, dtype=torch.int64)
     vocabulary = spec.tokenizer.get("vocab_size") or model.text.vocab_size
     assert isinstance(vocabulary, int)
     end = spec.model["text_cfg"].get("eos_id", 2) if _reads_eos(spec) else vocabulary - 1
@@ -399,18 +401,30 @@ def sample_inputs(model: DualEncoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def compare(model: DualEncoder, encode: Encoder, where: str, tolerance: float = TOLERANCE) -> FeatureError:
-    """Compare the normalised features of two random images and texts.
+    """Compare the normalised features of two random images and, of a model with a text tower, texts.
 
     Raises:
         RuntimeError: they differ by more than the tolerance, or are not finite.
     """
     image, tokens = sample_inputs(model)
-    mine = model.encode_image(image), model.encode_text(tokens)
-    pairs = [(F.normalize(a), F.normalize(b)) for a, b in zip(mine, encode(image, tokens))]
+    return compare_pairs(zip(encode_both(model, image, tokens), encode(image, tokens)), where, tolerance)
+
+
+def compare_pairs(
+    features: Iterable[tuple[torch.Tensor, torch.Tensor]], where: str, tolerance: float = TOLERANCE
+) -> FeatureError:
+    """Compare pairs of features [b, D], normalised, as `compare` does."""
+    pairs = [(F.normalize(a), F.normalize(b)) for a, b in features]
     worst = max(float((a - b).abs().max()) for a, b in pairs)
     if not worst <= tolerance:
         raise RuntimeError(f"{where}: its features differ from the model's by {worst:.1e}")
     return FeatureError(worst, min(float((a * b).sum(dim=1).min()) for a, b in pairs))
+
+
+def encode_both(model: DualEncoder, image: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the model's features of images and texts, as an Encoder does."""
+    images = model.encode_image(image)
+    return (images,) if model.text is None else (images, model.encode_text(tokens))
 
 
 def _reads_eos(spec: ModelSpec) -> bool:

@@ -131,13 +131,15 @@ def allow_stages(model: Any, stages: Sequence[PlannedStage]) -> None:
         UserError: they do not take them.
     """
     _prepare(model.visual)
-    allow_shorter(model.text)
+    if model.text is not None:
+        allow_shorter(model.text)
     dtype = next(model.visual.parameters()).dtype
     for number, stage in enumerate(stages):
         where, side = f"train.stages[{number}].", stage.image_size
-        features = model.spec.embed_dim
+        features = model.spec.embed_dim if model.spec.has_text else 0
         _check_shape(model.visual, (2, 3, side, side), dtype, features, f"{where}image_size={side}")
-        _check_shape(model.text, (2, stage.tokens), torch.int64, features, f"{where}tokens={stage.tokens}")
+        if model.text is not None:
+            _check_shape(model.text, (2, stage.tokens), torch.int64, features, f"{where}tokens={stage.tokens}")
         if stage.patch_dropout and not patches_of(model.visual, side):
             raise UserError(
                 f"{where}patch_dropout={stage.patch_dropout}: {_kind(model.visual)} has no patches to choose from, or a"
@@ -158,7 +160,11 @@ def allow_sizes(model: Any, sizes: Mapping[str, int]) -> None:
 
 
 def _check_shape(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, features: int, where: str) -> None:
-    """Raise UserError where a tower does not run on inputs of this shape. One that reads values is not tried."""
+    """Raise UserError where a tower does not run on inputs of this shape. One that reads values is not tried.
+
+    Args:
+        features: how many it shall give; 0: any number.
+    """
     try:
         found = run_on_shapes(tower, shape, dtype)
     except NotImplementedError:
@@ -167,7 +173,7 @@ def _check_shape(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, f
         if "meta" in str(error):
             return
         raise UserError(f"{where}: {_kind(tower)} does not take it: {brief(error)}") from error
-    if found != (2, features):
+    if features and found != (2, features):
         raise UserError(f"{where}: {_kind(tower)} gives {list(found[1:])} instead of {features} features")
 
 

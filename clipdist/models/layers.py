@@ -37,13 +37,13 @@ def layers_behind(model: Any) -> dict[str, int]:
         UserError: a tower that trains is of a kind whose layers are not known.
     """
     behind = {name: 0 for name, _ in model.named_parameters()}  # scalars, norms and projections behind the blocks
-    for attribute, part in (("visual", "image"), ("text", "text")):
-        tower = getattr(model, attribute)
+    for attribute, tower in model.towers.items():
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             continue
         numbers = _timm_numbers(tower) if hasattr(tower, "trunk") else _numbers(tower)
         if not numbers:
             kind = type(getattr(tower, "trunk", getattr(tower, "transformer", tower))).__name__
+            part = model.part_of(attribute)
             raise UserError(f"optim.layer_decay: the layers of the {part} tower, {kind}, are not known; set it to 1")
         head = max(numbers.values()) + 1
         behind |= {f"{attribute}.{name}": head - number for name, number in numbers.items()}
@@ -94,8 +94,8 @@ def hidden_matrices(model: Any) -> dict[str, int]:
         UserError: there are none.
     """
     found: dict[str, int] = {}
-    for tower in ("visual", "text"):
-        for name, layer in getattr(model, tower).named_modules():
+    for tower, module in model.towers.items():
+        for name, layer in module.named_modules():
             last = name.rpartition(".")[2]
             if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
                 found[f"{tower}.{name}.in_proj_weight"] = 3

@@ -27,6 +27,7 @@ from clipdist.models.hugging_face import is_hugging_face, read_config
 from clipdist.models.lora import Base, merge_adapters
 from clipdist.models.open_clip_files import model_config
 from clipdist.models.spec import ModelSpec, resolve_spec
+from clipdist.models.state_dicts import without_heads
 from clipdist.models.weights import weights_checksum
 
 _OWN_WEIGHTS = "has weights of its own; leave {} out, or name a model instead"
@@ -106,6 +107,7 @@ def load_model(
     allow_random: bool = False,
     step: int | None = None,
     ema: bool = False,
+    needs_text: str = "",
 ) -> LoadedModel:
     """Load a model, fp32, in evaluation mode.
 
@@ -117,13 +119,15 @@ def load_model(
         allow_random: take a name or JSON without weights as it is drawn.
         ema: of a run with train.ema, the moving average of the weights; it counts as a model without a run folder,
             where the figures of the weights themselves are.
+        needs_text: what a text tower is needed for; "": for nothing.
 
     Raises:
-        UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name.
+        UserError: a run without a checkpoint, weights beside a run's own, none where some are needed, an unknown name,
+            no text tower where there must be one.
     """
     folder = Path(source)
     if folder.is_dir() and not is_hugging_face(folder):
-        return _load_checkpoint(checkpoint_of(folder, step), device, weights, ema)
+        return _load_checkpoint(checkpoint_of(folder, step), device, weights, ema, (source, needs_text))
     if ema:
         raise UserError(f"{source}: no run or checkpoint folder, and --ema takes the moving average that a run kept")
     if folder.is_dir() and weights:
@@ -139,24 +143,26 @@ def load_model(
         cfg = config.Model(name=source, weights=weights, trust_weights=trust_weights)
         label = f"{folder.stem if source.endswith('.json') else source} ({weights or 'no weights'})"
         try:
-            resolve_spec(cfg)  # a misspelt name is the first thing to hear about
+            spec = resolve_spec(cfg, with_text=None)  # a misspelt name is the first thing to hear about
         except UserError as error:
             raise UserError(f"{source}: no run or checkpoint folder; taken as a model: {error}") from None
+        if needs_text:
+            spec.require_text(source, needs_text)
         if not (weights or allow_random):
             raise UserError(f"{source}: a model without weights; name an open_clip tag (such as openai) or a file")
     biased = folder.is_dir() and read_config(folder)["model_type"] == "siglip"
-    model = build_model(cfg, config.Clip(loss="sigmoid") if biased else None)
+    model = build_model(cfg, config.Clip(loss="sigmoid") if biased else None, with_text=None)
     return LoadedModel(model.to(device).eval(), make_tokenizer(model.spec), label, run_dir=None, step=None)
 
 
-def load_named(source: str, trust_weights: bool = False, ema: bool = False) -> LoadedModel:
+def load_named(source: str, trust_weights: bool = False, ema: bool = False, needs_text: str = "") -> LoadedModel:
     """Load a model that one word names, on the CPU: a folder as load_model takes it, or NAME:WEIGHTS.
 
     Raises:
         UserError: as load_model.
     """
     name, weights = _name_and_weights(source)
-    return load_model(name, weights=weights, trust_weights=trust_weights, ema=ema)
+    return load_model(name, weights=weights, trust_weights=trust_weights, ema=ema, needs_text=needs_text)
 
 
 def describe_named(source: str) -> ModelSpec:
@@ -173,7 +179,7 @@ def describe_named(source: str) -> ModelSpec:
         raise UserError(f"{name}: no such run or checkpoint folder")
     if not (weights or folder.is_dir()):
         raise UserError(f"{name}: a model without weights; write NAME:WEIGHTS, with an open_clip tag or a file")
-    return resolve_spec(config.Model(name=name, weights=weights or name))
+    return resolve_spec(config.Model(name=name, weights=weights or name), with_text=None)
 
 
 def _name_and_weights(source: str) -> tuple[str, str]:
@@ -190,7 +196,8 @@ def starting_point(source: str, trust_weights: bool = False) -> tuple[config.Mod
             open_clip name or model JSON with a tag or a file.
 
     Raises:
-        UserError: a run without a checkpoint, or with adapters alone; no weights; an unknown name, tag or file.
+        UserError: a run without a checkpoint, or with adapters alone; no weights; an unknown name, tag or file; a
+            model without a text tower.
     """
     folder = Path(source)
     if folder.is_dir() and is_hugging_face(folder):
@@ -199,6 +206,7 @@ def starting_point(source: str, trust_weights: bool = False) -> tuple[config.Mod
     elif folder.is_dir():
         checkpoint = checkpoint_of(folder)
         manifest = read_manifest(checkpoint)
+        ModelSpec.from_dict(manifest.state["model"]).require_text(source, "training on pairs")
         if "base" in manifest.state:
             raise UserError(
                 f"{source}: has adapters alone; merge them into a file, python tools/export.py {source} --out"
@@ -217,13 +225,27 @@ def starting_point(source: str, trust_weights: bool = False) -> tuple[config.Mod
     return cfg, "sigmoid" if sigmoid else "infonce"
 
 
-def _load_checkpoint(folder: Path, device: str | torch.device, base: str = "", ema: bool = False) -> LoadedModel:
+def _load_checkpoint(
+    folder: Path,
+    device: str | torch.device,
+    base: str = "",
+    ema: bool = False,
+    needs_text: tuple[str, str] = ("", ""),
+) -> LoadedModel:
+    """Load a checkpoint; see load_model.
+
+    Args:
+        needs_text: what was asked for, and what needs a text tower.
+    """
     digest = hashlib.sha256((folder / MANIFEST).read_bytes() + EMA.encode() * ema).hexdigest()
     manifest = read_manifest(folder)
     spec = ModelSpec.from_dict(manifest.state["model"])
+    if needs_text[1]:
+        spec.require_text(*needs_text)
     if base and "base" not in manifest.state:
         raise UserError(f"{folder}: a run {_OWN_WEIGHTS.format(base)}")
     weights = _merged_weights(folder, base, ema) if "base" in manifest.state else load_full_weights(folder, ema=ema)
+    weights = without_heads(weights)
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
@@ -273,7 +295,9 @@ def adapted_model(folder: Path, base: str = "", ema: bool = False) -> tuple[Dual
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(saved.train.seed)  # as training did, for parts of the base that are drawn
         try:
-            model = build_model(replace(saved.model, weights=base or saved.model.weights), saved.objectives.clip)
+            named = replace(saved.model, weights=base or saved.model.weights)
+            with_text = ModelSpec.from_dict(manifest.state["model"]).has_text
+            model = build_model(named, saved.objectives.clip, with_text=with_text)
         except UserError as error:
             told = "holds adapters alone, and their base cannot be built (--weights says where its weights are)"
             raise UserError(f"{folder}: {told}: {error}") from None
@@ -302,6 +326,8 @@ def load_trained(model: DualEncoder, folder: Path, manifest: Manifest, retry_s: 
     if base and model.base and base.sha256 != model.base.sha256:
         raise UserError(f"{folder}: holds adapters on {base}, but the base is another now: {model.base}")
     weights = load_full_weights(folder, retry_s, ema)
+    if not any(name.startswith("heads.") for name in model.state_dict()):
+        weights = without_heads(weights)
     locked = {name for name, parameter in model.named_parameters() if base and not parameter.requires_grad}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)

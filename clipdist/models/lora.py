@@ -43,7 +43,7 @@ def base_of(model: Any, cfg: config.Model) -> Base:
     """Return the base that a DualEncoder is before it gets adapters; its scalars, which train, do not count."""
     spec = model.spec
     facts = [spec.image_size, spec.context_length, spec.image_mean, spec.image_std, spec.quick_gelu]
-    text = "".join([weights_checksum(model.visual), weights_checksum(model.text), json.dumps(facts)])
+    text = "".join([*map(weights_checksum, model.towers.values()), json.dumps(facts)])
     return Base(cfg.name, cfg.weights, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -62,8 +62,8 @@ def add_adapters(model: Any, cfg: config.Lora) -> None:
         raise UserError(f"model.lora: needs the peft library, which is missing: {INSTALL}") from None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: list[str] = []
-    for tower in TOWERS[cfg.towers]:
-        split_attention(getattr(model, tower))
+    for tower in (name for name in TOWERS[cfg.towers] if name in model.towers):
+        split_attention(model.towers[tower])
         found += [f"{tower}.{name}" for name in _layers_that_merge(model, tower)]
     chosen = _matching(found, cfg)
     settings = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=_one_pattern(chosen))  # type: ignore[arg-type]

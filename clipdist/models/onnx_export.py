@@ -20,11 +20,11 @@ QUANTISED = ["MatMul", "Gemm", "Gather"]  # Gather is the token embedding; convo
 
 
 def export_onnx(model: DualEncoder, out: Path, int8: bool = False) -> Exported:
-    """Write OUT.image.onnx and OUT.text.onnx, each with one tower's weights; the batch is of any size.
+    """Write OUT.image.onnx and, of a model with a text tower, OUT.text.onnx, each with one tower's weights.
 
-    The image tower takes "image", uint8 [b, 3, S, S], 0 to 255, and normalises it itself; the text tower takes "text",
-    int64 [b, L]. Both give "features", fp32 [b, D], not scaled to unit length. A tower above 1.8 GB has its weights in
-    OUT.TOWER.onnx.data beside it.
+    The batch is of any size. The image tower takes "image", uint8 [b, 3, S, S], 0 to 255, and normalises it itself; the
+    text tower takes "text", int64 [b, L]. Both give "features", fp32 [b, D], not scaled to unit length. A tower above
+    1.8 GB has its weights in OUT.TOWER.onnx.data beside it.
 
     Needs the extra `onnx`.
 
@@ -51,14 +51,13 @@ def export_onnx(model: DualEncoder, out: Path, int8: bool = False) -> Exported:
                 _quantise(whole, file, large)
 
     files, error = export_towers(model, out, "onnx", write, _session, math.inf if int8 else TOLERANCE)
-    lines = (
-        "import onnxruntime",
-        f'image_tower = onnxruntime.InferenceSession("{files[0]}")',
-        f'text_tower = onnxruntime.InferenceSession("{files[1]}")',
-        'encode_image = lambda pixels: image_tower.run(None, {"image": pixels})[0]  # numpy, uint8 [b, 3, S, S]',
-        'encode_text = lambda tokens: text_tower.run(None, {"text": tokens})[0]  # numpy, int64 [b, L]',
-    )
-    return Exported(files, lines, error)
+    lines = ["import onnxruntime"]
+    takes = {"image": "uint8 [b, 3, S, S]", "text": "int64 [b, L]"}
+    for name, file in zip(map(model.part_of, model.towers), files):
+        lines.append(f'{name}_tower = onnxruntime.InferenceSession("{file}")')
+        run = f'{name}_tower.run(None, {{"{name}": {name}}})[0]'
+        lines.append(f"encode_{name} = lambda {name}: {run}  # numpy, {takes[name]}")
+    return Exported(files, tuple(lines), error)
 
 
 def _quantise(whole: Path, file: Path, large: bool) -> None:

@@ -1,4 +1,4 @@
-"""Export each tower of a dual encoder as a torch.export program, which other exports start from; see onnx_export.py."""
+"""Export each tower of a model as a torch.export program, which other exports start from; see onnx_export.py."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ class _ImageTower(nn.Module):
 
     def __init__(self, model: DualEncoder) -> None:
         super().__init__()
-        self.encoder = DualEncoder(model.spec, model.visual, nn.Identity(), config.Clip())
+        self.encoder = DualEncoder(model.spec, model.visual, None, config.Clip())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.encoder.encode_image(image)
 
 
 def export_programs(model: DualEncoder, out: Path) -> Exported:
-    """Write OUT.image.pt2 and OUT.text.pt2, each with one tower's weights; the batch is of any size.
+    """Write OUT.image.pt2 and, of a model with a text tower, OUT.text.pt2, each with one tower's weights.
+
+    The batch is of any size.
 
     The image program takes pixels as decoded, uint8 [b, 3, S, S], and normalises them itself; the text program takes
     token ids, int64 [b, L]. Both return features as the projections give them, fp32 [b, D].
@@ -53,12 +55,12 @@ def export_programs(model: DualEncoder, out: Path) -> Exported:
         return torch.export.load(file).module()
 
     files, error = export_towers(model, out, "pt2", write, load, TOLERANCE)
-    lines = (
-        "import torch",
-        f'encode_image = torch.export.load("{files[0]}").module()  # uint8 [b, 3, S, S], 0 to 255',
-        f'encode_text = torch.export.load("{files[1]}").module()  # int64 [b, L]',
-    )
-    return Exported(files, lines, error)
+    takes = {"image": "uint8 [b, 3, S, S], 0 to 255", "text": "int64 [b, L]"}
+    lines = [
+        f'encode_{name} = torch.export.load("{file}").module()  # {takes[name]}'
+        for name, file in zip(map(model.part_of, model.towers), files)
+    ]
+    return Exported(files, ("import torch", *lines), error)
 
 
 def export_towers(
@@ -69,7 +71,7 @@ def export_towers(
     load: Callable[[Path, str], Tower],
     tolerance: float,
 ) -> tuple[tuple[Path, ...], FeatureError]:
-    """Trace both towers, write OUT.image.SUFFIX and OUT.text.SUFFIX, load them again and compare.
+    """Trace the towers, write OUT.image.SUFFIX and OUT.text.SUFFIX, load them again and compare.
 
     They are written elsewhere and renamed last, with any further file that `write` puts beside them.
 
@@ -78,26 +80,29 @@ def export_towers(
         load: reads it.
 
     Returns:
-        The files, and what `compare` gives.
+        The files, the image tower's first, and what `compare` gives.
 
     Raises:
         UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
         RuntimeError: see compare.
     """
-    names = ("image", "text")
-    targets = tuple(out.with_name(f"{out.name}.{name}.{suffix}") for name in names)
+    towers = {model.part_of(name): tower for name, tower in model.towers.items()} | {"image": _ImageTower(model).eval()}
+    targets = tuple(out.with_name(f"{out.name}.{name}.{suffix}") for name in towers)
     for target in targets:
         if target.is_dir():
             raise UserError(f"--out {out}: {target} is a folder")
-    towers = (_ImageTower(model).eval(), model.text)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
             files = [Path(scratch) / target.name for target in targets]
-            for name, tower, example, file in zip(names, towers, sample_inputs(model), files):
+            for (name, tower), example, file in zip(towers.items(), sample_inputs(model), files):
                 write(_trace(model.spec, tower, example), name, file)
-            image_tower, text_tower = (load(file, name) for file, name in zip(files, names))
-            error = compare(model, lambda image, ids: (image_tower(image), text_tower(ids)), str(out), tolerance)
+            loaded = [load(file, name) for file, name in zip(files, towers)]
+
+            def encode(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return tuple(tower(given) for tower, given in zip(loaded, inputs))
+
+            error = compare(model, encode, str(out), tolerance)
             further = sorted(set(Path(scratch).iterdir()) - set(files))
             for file in (*further, *files):
                 os.replace(file, out.with_name(file.name))

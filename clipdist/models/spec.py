@@ -5,7 +5,7 @@ form, with additions:
 text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
 pseudo-code; vision_cfg {"timm_model_args": {...}}, arguments of timm's model; and "image_mean", "image_std",
 "image_resize_mode", "image_interpolation", "image_fill_color", "image_resize_size" and "image_floor_crop" (see
-EvalTransform) where they are not OpenAI's.
+EvalTransform) where they are not OpenAI's. Without "text_cfg" the model has no text tower.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class ModelSpec:
         image_mean, image_std: of the channels, on the scale 0..1.
         image_resize_mode ... image_floor_crop: see EvalTransform.
         tokenizer: {"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids",
-            "eos_id"}: the ids that the text tower embeds, and the one at which it is read, where they are known.
+            "eos_id"}: the ids that the text tower embeds, and the one at which it is read, where they are known;
+            {"kind": "none"}: the model has no text tower.
         model: open_clip's model description {"embed_dim", "vision_cfg", "text_cfg", ...}, quick_gelu not included.
         quick_gelu: x * sigmoid(1.702 x) instead of GELU in open_clip's transformers: OpenAI's weights need it.
     """
@@ -74,14 +75,27 @@ class ModelSpec:
         )
 
     @property
+    def has_text(self) -> bool:
+        """Whether the model has a text tower. Without one `model` may describe one nevertheless.
+
+        The image tower has no projection then, and `embed_dim` no meaning.
+        """
+        return self.tokenizer["kind"] != "none"
+
+    def require_text(self, where: str, what: str) -> None:
+        """Raise UserError, which names `where` and what needs a text tower, unless there is one."""
+        if not self.has_text:
+            raise UserError(f"{where}: has no text tower; needed for {what}")
+
+    @property
     def cbow(self) -> dict[str, int] | None:
         """Width, vocabulary and context of the bag-of-words text tower, where the model has one."""
-        return self.model["text_cfg"].get("cbow")
+        return self.model["text_cfg"].get("cbow") if self.has_text else None
 
     @property
     def hf_text(self) -> str:
         """Hub name or folder of a Hugging Face text tower; empty where the model has none."""
-        return self.model["text_cfg"].get("hf_model_name") or ""
+        return (self.model["text_cfg"].get("hf_model_name") or "") if self.has_text else ""
 
     @property
     def clip_class(self) -> bool:
@@ -100,12 +114,16 @@ class ModelSpec:
         return cls(**known)
 
 
-def resolve_spec(cfg: config.Model) -> ModelSpec:
+def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
     """Find and check the model description that the configuration names. Builds nothing, downloads nothing.
+
+    Args:
+        with_text: False: the model is to have no text tower, whatever is described; None: as it is described.
 
     Raises:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
-            does not fit, an unknown weights tag, a missing weights file, or word vectors without a CBOW tower.
+            does not fit, an unknown weights tag, a missing weights file, word vectors without a CBOW tower, or no text
+            tower where there must be one.
     """
     from clipdist.models.hugging_face import is_hugging_face, read_description
 
@@ -117,19 +135,25 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
     else:
         description = _open_clip_config(cfg.name)
     _check_description(cfg.name, description)
+    described = description.get("text_cfg") is not None
+    if with_text and not described:
+        raise UserError(f"model.name={cfg.name}: has no text_cfg, and a text tower is needed; describe one")
+    text = description["text_cfg"] = description.get("text_cfg") or {}
     weights = weights_facts(cfg)
     size = _square(cfg.name, description["vision_cfg"].get("image_size", 224))
-    text = description["text_cfg"]
+    has_text = described and with_text is not False
     spec = ModelSpec(
         name=cfg.name,
         embed_dim=description["embed_dim"],
         image_size=size,
         context_length=(text.get("cbow") or text).get("context_length", DEFAULT_CONTEXT),
-        tokenizer=_tokenizer_description(text),
+        tokenizer=_tokenizer_description(text) if has_text else {"kind": "none"},
         model={key: value for key, value in description.items() if key not in _NOT_OPEN_CLIPS},
         quick_gelu=bool(description.get("quick_gelu") or weights.get("quick_gelu")),
         **pixel_facts(cfg, description, weights, size),
     )
+    if not has_text and (setting := _setting_of_text(cfg)):
+        raise UserError(f"model.{setting}: the model has no text tower; leave it out")
     if cfg.word_vectors and not spec.cbow:
         raise UserError(
             f"model.word_vectors={cfg.word_vectors}: only a CBOW text tower takes them, {cfg.name} has none"
@@ -137,6 +161,17 @@ def resolve_spec(cfg: config.Model) -> ModelSpec:
     if cfg.word_vectors and cfg.weights:
         raise UserError("model.word_vectors: model.weights brings all weights, so these would be lost; leave one out")
     return spec
+
+
+def _setting_of_text(cfg: config.Model) -> str:
+    """Return a setting that only a text tower can have; "": none is set."""
+    settings = {
+        f"word_vectors={cfg.word_vectors}": cfg.word_vectors,
+        "lock_text=true": cfg.lock_text,
+        f"text_unlocked_layers={cfg.text_unlocked_layers}": cfg.text_unlocked_layers,
+        "lora.towers=text": cfg.lora and cfg.lora.towers == "text",
+    }
+    return next((setting for setting, is_set in settings.items() if is_set), "")
 
 
 def check_stages_fit(stages: Sequence[config.Stage], spec: ModelSpec) -> None:
@@ -219,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if isinstance(text, dict) and text.get("hf_tokenizer_name") and holds_tokenizer:
             text["hf_tokenizer_name"] = "."
     if isinstance(description, dict):
-        vision, text = description.get("vision_cfg"), description.get("text_cfg")
+        vision, text = description.get("vision_cfg"), description.get("text_cfg") or {}
         if isinstance(vision, dict) and isinstance(text, dict):
             _localise(vision, text, path.parent)
     return description
@@ -247,8 +282,14 @@ def _check_description(name: str, description: Any) -> None:
     where = f"model.name={name}"
     if not isinstance(description, dict):
         raise UserError(f'{where}: expected a JSON object with "embed_dim", "vision_cfg" and "text_cfg"')
-    for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
-        if not isinstance(description.get(key), kind):
+    text = description.get("text_cfg")
+    text = {} if text is None else text
+    for key, value, kind in (
+        ("embed_dim", description.get("embed_dim"), int),
+        ("vision_cfg", description.get("vision_cfg"), dict),
+        ("text_cfg", text, dict),
+    ):
+        if not isinstance(value, kind):
             raise UserError(f"{where}: {key!r} is missing or of the wrong type (a {kind.__name__} is wanted)")
     if "multimodal_cfg" in description:
         raise UserError(f"{where}: CoCa has a caption decoder, which is not supported; take a model without one")
@@ -256,7 +297,7 @@ def _check_description(name: str, description: Any) -> None:
     fields = {
         "": (description, tops),
         "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | {"timm_model_args"}),
-        "text_cfg.": (description["text_cfg"], config_fields("CLIPTextCfg") | {"cbow"}),
+        "text_cfg.": (text, config_fields("CLIPTextCfg") | {"cbow"}),
     }
     for prefix, (section, known) in fields.items():
         for key in section:
@@ -266,10 +307,10 @@ def _check_description(name: str, description: Any) -> None:
                 raise UserError(f"{where}: unknown key {prefix}{key}{hint}")
     for key, choices in _CHOICES.items():
         section, _, name = key.partition(".")
-        value = description[section].get(name)
+        value = fields[f"{section}."][0].get(name)
         if value and value not in choices:
             raise UserError(f"{where}: {key}={value}: must be one of {', '.join(choices)}")
-    _check_cbow(where, description["text_cfg"].get("cbow"))
+    _check_cbow(where, text.get("cbow"))
     vision = description["vision_cfg"]
     if vision.get("timm_model_args") and vision.get("timm_model_pretrained", True):
         raise UserError(f"{where}: vision_cfg.timm_model_args: only with timm_model_pretrained=false")

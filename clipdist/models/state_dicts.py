@@ -67,6 +67,11 @@ def plain_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def without_heads(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint without the objectives' heads, which are for training alone."""
+    return {name: value for name, value in tensors.items() if not name.startswith("heads.")}
+
+
 def _is_state_dict(content: Any) -> bool:
     named = isinstance(content, dict) and content and all(isinstance(name, str) for name in content)
     return bool(named) and all(torch.is_tensor(value) for value in content.values())

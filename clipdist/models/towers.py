@@ -158,6 +158,13 @@ def without_projection(tower: nn.Module) -> Iterator[None]:
         setattr(found.owner, found.name, projection)
 
 
+def remove_projection(tower: nn.Module) -> None:
+    """Take the projection off a tower, in place, where it has one that is known."""
+    found = find_projection(tower)
+    if found is not None:
+        setattr(found.owner, found.name, found.stand_in)
+
+
 def trained_part(tower: nn.Module) -> nn.Module | None:
     """Return what maps the features of a tower's locked part to its output: its projection, or nn.Identity.
 

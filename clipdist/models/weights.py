@@ -23,7 +23,7 @@ from clipdist.models.clip_model import check_same_architecture
 from clipdist.models.hugging_face import is_hugging_face, to_ours, weight_files
 from clipdist.models.open_clip_files import LOCAL_TIMM, models_of
 from clipdist.models.spec import ModelSpec
-from clipdist.models.state_dicts import plain_names, read_torch_file
+from clipdist.models.state_dicts import plain_names, read_torch_file, without_heads
 from clipdist.models.weight_facts import OPENAI_FACTS, is_torchscript, trained_spec
 
 # Of descriptions: positions are interpolated; the towers' own weights do not matter where all weights follow.
@@ -31,7 +31,7 @@ _NOT_COMPARED = ("image_size", "timm_model_pretrained", "hf_model_pretrained", "
 
 
 def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
-    """Load both towers and the log scale, in place.
+    """Load both towers and the log scale, in place; of a model without a text tower, the image tower.
 
     Args:
         model: a DualEncoder of the same architecture; only a ViT's image size may differ (positions are interpolated).
@@ -49,7 +49,7 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
     if (path.is_dir() or path.is_file()) and (trained := trained_spec(path)):
         _check_same_model(path, trained, spec)
     if path.is_dir() and not is_hugging_face(path):
-        found = load_full_weights(checkpoint_of(path))
+        found = without_heads(load_full_weights(checkpoint_of(path)))
     elif path.is_dir():
         check_same_architecture(path, spec)
         found = to_ours({name: value for file in weight_files(path) for name, value in read_state_dict(file).items()})
@@ -70,9 +70,11 @@ def _check_same_model(path: Path, trained: dict[str, Any], spec: ModelSpec) -> N
     """Compare a model that clipdist trained with the one that takes its weights. Image sizes may differ.
 
     Raises:
-        UserError: another architecture, or another tokenizer.
+        UserError: another architecture, another tokenizer, or no text tower where there must be one.
     """
-    for section in ("vision_cfg", "text_cfg"):
+    if spec.has_text and trained["tokenizer"]["kind"] == "none":
+        raise UserError(f"model.weights={path}: has no text tower, and {spec.name} needs the weights of one")
+    for section in ("vision_cfg", "text_cfg") if spec.has_text else ("vision_cfg",):
         theirs, ours = trained["model"][section], spec.model[section]
         for key in sorted(theirs.keys() | ours.keys()):
             if key not in _NOT_COMPARED and not _same(theirs.get(key), ours.get(key)):
@@ -80,7 +82,7 @@ def _check_same_model(path: Path, trained: dict[str, Any], spec: ModelSpec) -> N
                     f"model.weights={path}: does not fit {spec.name}: {section}.{key} is {theirs.get(key)} there, the"
                     f" model has {ours.get(key)}; take model.name={trained['name']}, which it was trained as"
                 )
-    for key in ("kind", "name", "mode", "options", "vocab_size"):
+    for key in ("kind", "name", "mode", "options", "vocab_size") if spec.has_text else ():
         theirs, ours = trained["tokenizer"].get(key), spec.tokenizer.get(key)
         if not _same(theirs, ours):
             raise UserError(
@@ -177,6 +179,12 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 
     tensors = convert_to_custom_text_state_dict(dict(tensors))
+    if model.text is None:  # the image tower without its projection is wanted, and at least something of it is there
+        own = model.state_dict()
+        if not any(name.startswith("visual.") for name in tensors):  # an image tower's own state dict
+            prefix = "visual.trunk." if hasattr(model.visual, "trunk") else "visual."
+            tensors = {prefix + name: value for name, value in tensors.items()}
+        tensors = {name: value for name, value in tensors.items() if name in own} or tensors
     bias = model.logit_bias
     if isinstance(bias, torch.Tensor):  # weights trained with InfoNCE have none: it starts as configured
         tensors["logit_bias"] = tensors.get("logit_bias", bias.detach()).reshape(1)

@@ -41,6 +41,7 @@ class Teacher:
     def __init__(self, name: str, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, rows: int) -> None:
         self.spec = loaded.model.spec
         self.record = {"name": name, "model": loaded.label, "fingerprint": loaded.fingerprint}
+        assert loaded.model.logit_scale is not None  # check_teacher has seen to it
         self._log_scale = loaded.model.logit_scale.detach().cpu().clone()  # fp32, and read without a wait
         self._model = loaded.model.requires_grad_(False).eval().to(device=device, dtype=dtype)
         self._rows = rows
@@ -79,6 +80,7 @@ def check_teacher(distill: config.Distill, model: config.Model) -> ModelSpec:
         teacher = describe_named(distill.teacher)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    teacher.require_text(where, "distillation")
     if teacher.context_length != student.context_length:
         raise UserError(
             f"{where}: takes {teacher.context_length} tokens of a text, {student.name} takes {student.context_length};"

@@ -87,7 +87,8 @@ def model_of(text: nn.Module) -> Any:
     """A model whose image tower is locked."""
     visual = nn.Linear(2, 2).requires_grad_(False)
     named = [*((f"text.{name}", p) for name, p in text.named_parameters())]
-    return SimpleNamespace(visual=visual, text=text, named_parameters=lambda: named)
+    towers = {"visual": visual, "text": text}
+    return SimpleNamespace(towers=towers, named_parameters=lambda: named, part_of=lambda name: name)
 
 
 @pytest.mark.parametrize("trunk", [False, True])

@@ -489,7 +489,7 @@ def test_unknown_names(name: str, complaint: str) -> None:
     [
         ("[1]", "expected a JSON object"),
         ("{", "not a JSON file"),
-        ('{"embed_dim": 8, "vision_cfg": {}}', "'text_cfg' is missing"),
+        ('{"embed_dim": 8, "vision_cfg": {}}', "has no text_cfg, and a text tower is needed"),
         ('{"embed_dim": "8", "vision_cfg": {}, "text_cfg": {}}', "'embed_dim' is missing or of the wrong type"),
         (
             '{"embed_dim": 8, "vision_cfg": {"widht": 8}, "text_cfg": {}}',

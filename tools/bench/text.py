@@ -82,7 +82,7 @@ def measure(config: Config, args: argparse.Namespace) -> TextTimes:
     with joined_ranks("cpu") as dist_env:
         torch.manual_seed(config.train.seed)
         model = build_model(config.model, config.clip)
-        if model.text_kind == "whole":
+        if model.text is None or model.text_kind == "whole":
             raise UserError(f"model.name={config.model.name}: its text tower reads the padding")
         source = ShardBatches(config, model.spec, dist_env, catalog)
         batch = source.batch(0).rows(0, config.train.micro_batch or config.train.global_batch)
