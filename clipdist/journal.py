@@ -176,7 +176,7 @@ class Journal:
         }
         self.metrics.write("train", step, self._samples(step), **values)
         shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
-        self.progress.show(step, {name: values[name] for name in shown})
+        self.progress.show(step, {name: values[name] for name in shown if name in values})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
         """Return the global loss, and its terms if there are several. Collective."""

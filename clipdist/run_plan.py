@@ -131,7 +131,7 @@ def make_plan(
         key = _order_of(config, fingerprint, resume)
         spec = ModelSpec.from_dict(resume.manifest.state["model"])
     else:
-        spec = resolve_spec(config.model)
+        spec = resolve_spec(config.model, config.objectives.read_text)
         key = first_order(config, catalog, world)
     check_stages_fit(config.train.stages, spec)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
@@ -207,7 +207,7 @@ def _check_model(config: Config, reader: CheckpointReader) -> None:
             " choose another run.name"
         )
     try:
-        described = resolve_spec(config.model).model
+        described = resolve_spec(config.model, config.objectives.read_text).model
     except UserError:
         return  # the model JSON or weights file is gone: the checkpoint suffices
     if described != reader.manifest.state["model"]["model"]:

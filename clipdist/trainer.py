@@ -100,7 +100,7 @@ class Trainer:
         model = self._build_model()
         self.teacher = self._open_teacher(state.get("teacher"))
         self.spec, self.base = model.spec, model.base
-        self.tokenizer = make_tokenizer(self.spec)
+        self.tokenizer = make_tokenizer(self.spec) if self.spec.has_text else None
         locked, locked_val = self._locked_features(model)
         stages = [self._batch_stage(stage, model) for stage in plan.stages]
         largest = max(plan.stages, key=lambda stage: stage.image_size).image_size
@@ -155,7 +155,8 @@ class Trainer:
         whole = resume is not None and not config.model.lora
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume and whole else None
         with NothingDrawn() if whole else nullcontext():
-            model = build_model(config.model, config.objectives.clip, restored=restored)
+            objectives = config.objectives
+            model = build_model(config.model, objectives.clip, restored=restored, with_text=objectives.read_text)
         train = config.train
         smallest = min(stage.image_size for stage in self.plan.stages)
         if train.stages:

@@ -52,7 +52,7 @@ def check(config: Config) -> None:
     if launch.cluster == "local" and launch.nodes != 1:
         raise UserError(f"launch.nodes={launch.nodes}: --cluster local has one node, this machine")
     check_ranks(config, launched_ranks(config.launch))
-    resolve_spec(config.model)
+    resolve_spec(config.model, config.objectives.read_text)
 
 
 def check_all(request: LaunchRequest) -> None:

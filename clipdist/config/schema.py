@@ -243,6 +243,11 @@ class Objectives:
     byol: Byol | None = None
     dino: Dino | None = None
 
+    @property
+    def read_text(self) -> bool:
+        """Whether one reads captions; else the run has no text tower."""
+        return self.clip is not None or self.distill is not None
+
 
 @dataclass(frozen=True)
 class Optim:

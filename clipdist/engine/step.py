@@ -259,7 +259,7 @@ class Engine:
         """Repeat each micro-batch of _forward_cached and propagate the gradients of its features."""
         scale = self.zero.loss_scale  # fp16 features have fp16 gradients, which underflow without it
         outputs = forward.outputs
-        found = torch.autograd.grad(forward.value * scale, list(outputs.values()))
+        found = torch.autograd.grad(forward.value * scale, list(outputs.values())) if outputs else ()
         gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
         shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
         constants = {name: rows.split(self.micro_batch) for name, rows in given.rows.items()}
@@ -273,7 +273,7 @@ class Engine:
                 own = {name: rows[micro] for name, rows in constants.items()}
                 terms = self._terms(self._additive, {**again, **own, **given.shared}, piece)
                 added = self._weighted(terms)
-                self.zero.accumulate(torch.stack(parts).sum() + added, last=micro == len(pieces) - 1)
+                self.zero.accumulate(torch.stack([*parts, added]).sum(), last=micro == len(pieces) - 1)
                 forward.value = forward.value.detach() + added.detach()
                 forward.terms |= {name: _sum(forward.terms.get(name), term) for name, term in terms.items()}
 
@@ -299,7 +299,7 @@ class Engine:
 
     def _nothing(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Return 0, with gradients for scalars that no objective reads: a reduction may wait for all parameters."""
-        return torch.stack([0 * outputs[name].sum() for name in self.scalars]).sum()
+        return sum((0 * outputs[name].sum() for name in self.scalars), torch.zeros((), device=self.dist_env.device))
 
     # Update
 
@@ -377,7 +377,7 @@ class Engine:
         return outputs.get(IMAGE), outputs.get("text")
 
     def logit_scale(self) -> float:
-        """Return the log scale t of the fp32 master weights."""
+        """Return the log scale t of the fp32 master weights. Of a model with a text tower."""
         return float(self.scalars["logit_scale"])
 
     @contextmanager

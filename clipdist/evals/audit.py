@@ -75,7 +75,7 @@ class Audit:
         self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
         teacher = open_teacher(cfg, dist_env)
-        model = build_model(cfg.model, cfg.objectives.clip)
+        model = build_model(cfg.model, cfg.objectives.clip, with_text=cfg.objectives.read_text)
         objectives = make_objectives(cfg.objectives, model.spec.image_size)
         prepare_model(model, objectives)
         model.check_rows(self.micro)
@@ -159,12 +159,12 @@ class Audit:
 
     def _evaluate(self, batch: Batch) -> torch.Tensor:
         """Return what Reference.evaluate returns, computed by the engine. Collective."""
-        encoded = (
-            self.engine.encode(next(iter(piece.images.values())), piece.tokens) for piece in batch.split(self.micro)
-        )
-        return concatenate_normalised(
-            [(image, text) for image, text in encoded if image is not None and text is not None]
-        )
+        found = []
+        for piece in batch.split(self.micro):
+            image = next(iter(piece.images.values()))
+            encoded = self.engine.encode(image, piece.tokens if self.spec.has_text else None)
+            found.append([features for features in encoded if features is not None])
+        return concatenate_normalised(found)
 
     def _engine_step(self, batch: Batch, step: int) -> tuple[LossAndGradients, float]:
         """Return the engine's loss and gradients, and the loss scale of its feature gradients (1 but for fp16)."""

@@ -155,8 +155,9 @@ class Reference:
         self.model.eval()
         found = []
         for piece in (piece.to(self.device) for piece in batch.split(micro)):
-            outputs = self.model(**{IMAGE: next(iter(piece.images.values()))}, tokens=piece.tokens)
-            found.append((outputs[IMAGE], outputs["text"]))
+            texts = {"tokens": piece.tokens} if self.model.text is not None else {}
+            outputs = self.model(**{IMAGE: next(iter(piece.images.values()))}, **texts)
+            found.append([outputs[name] for name in (IMAGE, "text") if name in outputs])
         self.model.train()
         return concatenate_normalised(found)
 
@@ -334,7 +335,9 @@ def _random_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def concatenate_normalised(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Concatenate and normalise (image, text) features of micro-batches: float64 [rows, D], all images first."""
-    images, texts = (F.normalize(torch.cat(side).double().flatten(0, -2), dim=1) for side in zip(*rows))
-    return torch.cat([images, texts])
+def concatenate_normalised(rows: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Concatenate and normalise [image, text] features of micro-batches: float64 [rows, D], all images first.
+
+    Of a model without a text tower there are those of images alone.
+    """
+    return torch.cat([F.normalize(torch.cat(side).double().flatten(0, -2), dim=1) for side in zip(*rows)])

@@ -149,7 +149,15 @@ def dino(cfg: config.Dino, outputs: Outputs, constants: Outputs, batch: Batch, a
         for view in range(2 + cfg.local_views)
         if view != other
     ]
-    return torch.stack(values).mean()
+    spread = [_koleo(outputs[f"hidden/dino/{view}"][valid]) for view in (0, 1) if cfg.koleo]
+    return torch.stack(values).mean() + cfg.koleo * sum(spread, torch.zeros_like(values[0]))
+
+
+def _koleo(features: Tensor) -> Tensor:
+    """Return -1/N sum_i log of the distance to the nearest other feature, of the whole batch."""
+    unit = _unit(features)
+    nearest = (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)
+    return -(unit - unit[nearest]).norm(dim=1).log().mean()
 
 
 def dino_state(cfg: config.Dino, constants: Outputs, batch: Batch) -> dict[str, Tensor]:

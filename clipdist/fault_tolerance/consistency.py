@@ -62,7 +62,9 @@ def facts(
     """
     from clipdist.models.spec import resolve_spec
 
-    spec = resume.manifest.state["model"] if resume else resolve_spec(config.model).to_dict()
+    spec = (
+        resume.manifest.state["model"] if resume else resolve_spec(config.model, config.objectives.read_text).to_dict()
+    )
     order = {name: value for name, value in order_record.items() if name != "fingerprint"}
     return {
         **{f"package {name}": _version(name) for name in PACKAGES},

@@ -125,14 +125,15 @@ class DualEncoder(nn.Module):
         Either may also be what `locked_features` gave for it, float [b, w].
 
         Returns:
-            features [b, D] or a head's output under the name of each view; "text": [b, D] or [b, K, D];
+            features [b, D] or a head's output under the name of each view; of those with a head also what the head was
+            given, [b, w], under "hidden/" and the view's name; "text": [b, D] or [b, K, D];
             "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any.
         """
         chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
         outputs = {}
         with chosen:
             for view, pixels in images.items():
-                outputs[view] = self._encode_view(view, pixels, teaching)
+                outputs |= self._encode_view(view, pixels, teaching)
                 self.after_view(view)
         if tokens is not None:
             texts = self.encode_text(tokens.flatten(0, -2))
@@ -150,11 +151,12 @@ class DualEncoder(nn.Module):
         if is_headed:
             yield from self.heads[head].modules()
 
-    def _encode_view(self, view: str, pixels: torch.Tensor, teaching: bool) -> torch.Tensor:
+    def _encode_view(self, view: str, pixels: torch.Tensor, teaching: bool) -> dict[str, torch.Tensor]:
         head, is_headed, _ = view.partition("/")
         if not is_headed:
-            return self.encode_hidden(pixels) if view == HIDDEN else self.encode_image(pixels)
-        return self.heads[head](self.encode_hidden(pixels), teaching=teaching)
+            return {view: self.encode_hidden(pixels) if view == HIDDEN else self.encode_image(pixels)}
+        hidden = self.encode_hidden(pixels)
+        return {view: self.heads[head](hidden, teaching=teaching), f"{HIDDEN}/{view}": hidden}
 
     @torch.no_grad()
     def hidden_width(self) -> int:

@@ -43,11 +43,12 @@ class OtherGrids(nn.Module):
             return super().forward(x)
         own = self._parameters[name]
         assert own is not None
-        self._parameters[name] = resized_positions(own, prefix, grid, side)  # type: ignore[assignment]
+        # Found before the parameter, which stays where it is: ZeRO stage 3 looks for it while submodules run.
+        self.__dict__[name] = resized_positions(own, prefix, grid, side)
         try:
             return super().forward(x)
         finally:
-            self._parameters[name] = own
+            del self.__dict__[name]
 
 
 def resized_positions(table: Tensor, prefix: int, grid: int, side: int) -> Tensor:
@@ -156,7 +157,8 @@ def allow_sizes(model: Any, sizes: Mapping[str, int]) -> None:
     _prepare(model.visual)
     dtype = next(model.visual.parameters()).dtype
     for where, side in sizes.items():
-        _check_shape(model.visual, (2, 3, side, side), dtype, model.spec.embed_dim, f"{where}={side}")
+        features = model.spec.embed_dim if model.spec.has_text else 0
+        _check_shape(model.visual, (2, 3, side, side), dtype, features, f"{where}={side}")
 
 
 def _check_shape(tower: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, features: int, where: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from clipdist import config
 from clipdist.data.batch import Batch
 from clipdist.data.views import views_of
+from clipdist.distributed.collectives import rank_and_world
+from clipdist.losses.koleo import koleo
 from clipdist.losses.prototypes import (
     prototype_cross_entropy,
     sinkhorn_centre,
@@ -18,6 +20,7 @@ from clipdist.losses.prototypes import (
     sum_rows,
     update_centre,
 )
+from clipdist.models.dual_encoder import HIDDEN
 from clipdist.models.heads import PrototypeHead
 from clipdist.objectives.objective import TEACHER, Given, Moment, Objective, TeacherSpec, Term
 
@@ -82,3 +85,20 @@ class DinoObjective(Objective):
         valid = batch.valid_in(self.modalities)
         sums = torch.stack([sum_rows(taught[TEACHER + name], valid) for name in self.globals]).sum(0)
         return {"centre": update_centre(state["centre"], sums, self.cfg.centre_momentum)}
+
+
+class KoLeoObjective(Objective):
+    """KoLeo of the image tower's features of DINO's global views, with the weight of both. See Objective."""
+
+    name = "koleo"
+
+    def __init__(self, cfg: config.Dino) -> None:
+        self.cfg = cfg
+        self.features = tuple(f"{HIDDEN}/dino/{view}" for view in (0, 1))
+
+    def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
+        """Return the sum over both views, each spread by itself. See Objective.loss."""
+        valid = batch.valid_in(self.modalities)
+        parts = [koleo(outputs[name], group_size=self.cfg.koleo_group, valid=valid) for name in self.features]
+        value = parts[0][0] + parts[1][0]
+        return Term(value, rank_and_world()[1], self.cfg.weight * self.cfg.koleo, parts[0][1])

@@ -10,7 +10,7 @@ from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_sizes
 from clipdist.objectives.byol import ByolObjective
 from clipdist.objectives.clip import ClipObjective
-from clipdist.objectives.dino import DinoObjective
+from clipdist.objectives.dino import DinoObjective, KoLeoObjective
 from clipdist.objectives.distill import DistillObjective
 from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
@@ -36,6 +36,8 @@ def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective,
         found.append(ByolObjective(cfg.byol, image_size))
     if cfg.dino is not None:
         found.append(DinoObjective(cfg.dino, image_size))
+        if cfg.dino.koleo:
+            found.append(KoLeoObjective(cfg.dino))
     return tuple(found)
 
 

@@ -78,7 +78,7 @@ def _texts(shape: tuple[int, ...], spec: ModelSpec, draw: torch.Generator) -> to
     tokens = torch.randint(1, 500, shape, generator=draw)
     length = torch.randint(2, shape[-1] + 1, (*shape[:-1], 1), generator=draw)
     place = torch.arange(shape[-1])
-    return tokens.where(place < length, 0).where(place != length - 1, spec.tokenizer["vocab_size"] - 1)
+    return tokens.where(place < length, 0).where(place != length - 1, spec.tokenizer.get("vocab_size", 512) - 1)
 
 
 def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
@@ -144,7 +144,8 @@ def with_views(batch: Batch, audited: Audit) -> Batch:
     for image in drawn.values():
         image[~batch.valid["image"]] = 0
     own = batch.images if reads_image(audited.engine.objectives) else {}
-    return replace(batch, images={**own, **drawn})
+    tokens = batch.tokens if audited.spec.has_text else batch.tokens[:, :0]
+    return replace(batch, images={**own, **drawn}, tokens=tokens)
 
 
 def fill_queue(audited: Audit) -> None:
