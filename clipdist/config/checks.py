@@ -102,9 +102,7 @@ def _check_data(data: Data, model: Model, train: Train) -> None:
     caption = data.caption
     known = caption in ("random", "first", "all") if isinstance(caption, str) else caption >= 2
     _need(known, "data.caption", caption, "be random, first, all, or a number of captions from 2 on")
-    amounts = len(data.jitter) in (0, 4) and all(amount >= 0 for amount in data.jitter)
-    must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
-    _need(amounts and max([0, *data.jitter[3:]]) <= 0.5, "data.jitter", data.jitter, must)
+    _check_jitter("data.jitter", data.jitter)
     if data.weights:
         fits = len(data.weights) == len(data.train) and all(0 < weight < math.inf for weight in data.weights)
         must = f"be above 0, one for each of the {len(data.train)} entries of data.train"
@@ -124,6 +122,24 @@ def _check_data(data: Data, model: Model, train: Train) -> None:
     _need(used, "data.negative_members", data.negative_members, "come with data.negatives, their number in a step")
     divides = not data.streams or train.global_batch % data.streams == 0
     _need(divides, "data.streams", data.streams, "divide train.global_batch")
+
+
+def _check_jitter(key: str, jitter: list[float]) -> None:
+    amounts = len(jitter) in (0, 4) and all(amount >= 0 for amount in jitter)
+    must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
+    _need(amounts and max([0, *jitter[3:]]) <= 0.5, key, jitter, must)
+
+
+def check_augment(key: str, augment: Augment) -> None:
+    """Raise UserError for the first value of a view's augmentation that is out of range; `key` names the view."""
+    scale = augment.crop_scale
+    share = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+    _need(share, f"{key}.crop_scale", scale, "be a range within (0, 1], such as [0.08, 1.0]")
+    _check_jitter(f"{key}.jitter", augment.jitter)
+    for name in ("flip", "jitter_probability", "grayscale", "blur", "solarise"):
+        value = getattr(augment, name)
+        _need(0 <= value <= 1, f"{key}.{name}", value, "lie in [0, 1]")
+    _need(augment.size == 0 or augment.size >= 2, f"{key}.size", augment.size, "be 0 (the model's), or pixels a side")
 
 
 def _check_model(model: Model) -> None:
@@ -232,26 +248,13 @@ def _check_dino(dino: Dino) -> None:
     warm = dino.teacher_temperature
     _need(len(warm) == 2 and min(warm) > 0, f"{key}teacher_temperature", warm, "be two temperatures, first and last")
     _need(0 <= dino.centre_momentum <= 1, f"{key}centre_momentum", dino.centre_momentum, "lie in [0, 1]")
-    _check_augment(f"{key}local.", dino.local)
+    check_augment(f"{key}local", dino.local)
 
 
 def _check_views(key: str, views: list[Augment], number: int) -> None:
     _need(len(views) == number, key, f"a list of {len(views)}", f"hold {number} views")
     for place, augment in enumerate(views):
-        _check_augment(f"{key}[{place}].", augment)
-
-
-def _check_augment(key: str, augment: Augment) -> None:
-    scale = augment.crop_scale
-    fits = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-    _need(fits, f"{key}crop_scale", scale, "be a range of shares of the area, such as [0.08, 1]")
-    amounts = len(augment.jitter) in (0, 4) and all(amount >= 0 for amount in augment.jitter)
-    must = "be four amounts (brightness, contrast, saturation, hue <= 0.5), or empty"
-    _need(amounts and max([0, *augment.jitter[3:]]) <= 0.5, f"{key}jitter", augment.jitter, must)
-    for name in ("flip", "jitter_probability", "grayscale", "blur", "solarise"):
-        value = getattr(augment, name)
-        _need(0 <= value <= 1, f"{key}{name}", value, "lie in [0, 1]")
-    _need(augment.size >= 0, f"{key}size", augment.size, "not be negative")
+        check_augment(f"{key}[{place}]", augment)
 
 
 def _check_distill(distill: Distill, data: Data, model: Model) -> None:

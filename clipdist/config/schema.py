@@ -83,6 +83,20 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """One view of an image: how an objective that takes several augments it."""
+
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # range of the crop's share of the area
+    flip: float = 0.5  # probability of a left-right flip
+    jitter: list[float] = field(default_factory=list)  # brightness, contrast, saturation, hue, as for ColorJitter
+    jitter_probability: float = 0.8  # of jittering an image, if jitter is set
+    grayscale: float = 0.0  # probability of removing the colours
+    blur: float = 0.0  # probability of a Gaussian blur, with sigma uniform in [0.1, 2.0] pixels
+    solarise: float = 0.0  # probability of inverting values of 128 and more
+    size: int = 0  # pixels a side; 0: the model's
+
+
+@dataclass(frozen=True)
 class Lora:
     """Low-rank adapters beside the layers of a tower, which is locked otherwise (Hu et al., arXiv:2106.09685)."""
 
@@ -143,20 +157,6 @@ class Distill:
     weight: float = 1.0  # of this objective in the loss
     teacher: str = "start"  # start: what model.weights names; a run, checkpoint or Hugging Face folder; or NAME:WEIGHTS
     target: Literal["features", "logits"] = "features"  # the teacher's features, of equal width; or its softmaxes
-
-
-@dataclass(frozen=True)
-class Augment:
-    """The random augmentation of one view of an image."""
-
-    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # range of a crop's share of the area
-    flip: float = 0.5  # probability of a left-right flip
-    jitter: list[float] = field(default_factory=list)  # brightness, contrast, saturation, hue, as for ColorJitter
-    jitter_probability: float = 0.8
-    grayscale: float = 0.0  # probability of removing the colours
-    blur: float = 0.0  # probability of a Gaussian blur, whose deviation is 0.1 to 2 pixels
-    solarise: float = 0.0  # probability of inverting the values from 128 on
-    size: int = 0  # pixels a side; 0: the model's
 
 
 def _alike(**augment: Any) -> Callable[[], list[Augment]]:

@@ -1,32 +1,38 @@
 """Augment training images: crop and flip one image at a time, change the colours of a whole batch.
 
-An image is decoded once for all its views. Colours are changed later, on the batch's device. All randomness comes from
-the uniform numbers of a sample: the same numbers give the same pixels.
+An image is decoded once for all its views. Colours, blur and solarisation follow later, on the batch's device. All
+randomness comes from the uniform numbers of a sample: the same numbers give the same pixels.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.decode import decode_jpeg, decode_pixels, jpeg_shape, resize
+from clipdist.data.order import mix, sample_uniforms
 from clipdist.errors import UserError
 
 _ATTEMPTS = 10  # at a crop, as in torchvision's RandomResizedCrop
 # Positions in the uniform numbers of a sample: area and aspect ratio of every attempt, then these.
 _TOP, _LEFT, _FLIP, _JITTER, _FACTORS, _ORDER, _GREY = (2 * _ATTEMPTS + i for i in (0, 1, 2, 3, 4, 8, 9))
 UNIFORMS = _GREY + 1
+_BLUR, _SIGMA, _SOLARISE = (UNIFORMS + i for i in range(3))  # of another key: the numbers before keep their places
+VIEW_UNIFORMS = _SOLARISE + 1
 _LOG_ASPECT = math.log(4 / 3)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 _HUE = 3  # number of the operation, in the order of ColorJitter's arguments: brightness, contrast, saturation, hue
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)
+_SIGMAS = (0.1, 2.0)  # of the blur, in pixels (SimCLR, appendix A)
+_FILTERS = 59  # the key of the uniform numbers of blur and solarisation
 _CHUNK = 64  # images whose colours are changed at once: bounds the memory of float32 copies
 
 
@@ -38,17 +44,22 @@ class Augmentation:
         UserError: a value outside its range.
     """
 
-    crop_scale_min: float  # the crop's share of the area is drawn from [crop_scale_min, 1]
+    crop_scale_min: float  # the crop's share of the area is drawn from [crop_scale_min, crop_scale_max]
     dct_scaling: bool = False  # decode JPEGs at 1/2, 1/4 or 1/8 if the crop still has enough pixels
     flip: float = 0.0  # probability of a left-right flip
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # as ColorJitter's arguments
     jitter_probability: float = 0.0
     grayscale: float = 0.0  # probability of replacing all three channels by the luma
+    crop_scale_max: float = 1.0
+    blur: float = 0.0  # probability of a Gaussian blur
+    solarise: float = 0.0  # probability of inverting values of 128 and more
 
     def __post_init__(self) -> None:
         if not 0 < self.crop_scale_min <= 1:
             raise UserError(f"crop_scale_min={self.crop_scale_min}: give a share of the area above 0, at most 1")
-        for name in ("flip", "jitter_probability", "grayscale"):
+        if not self.crop_scale_min <= self.crop_scale_max <= 1:
+            raise UserError(f"crop_scale_max={self.crop_scale_max}: give a share from crop_scale_min to 1")
+        for name in ("flip", "jitter_probability", "grayscale", "blur", "solarise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: give a probability from 0 to 1")
         if len(self.jitter) != 4 or not all(value >= 0 for value in self.jitter) or self.jitter[_HUE] > 0.5:
@@ -73,7 +84,7 @@ def fill_views(
 
     Args:
         images: n encoded images; None: there is none.
-        uniforms: float64 [n, len(views), UNIFORMS].
+        uniforms: float64 [n, len(views), at least UNIFORMS].
         outs: the output of every view, uint8 [n, 3, size, size].
 
     Returns:
@@ -100,7 +111,7 @@ def train_views(
 
     Args:
         data: the encoded image, decoded once.
-        uniforms: float64 [len(views), UNIFORMS], numbers in [0, 1).
+        uniforms: float64 [len(views), at least UNIFORMS], numbers in [0, 1).
         outs: the output of every view, uint8 [3, size, size] or [1, 3, size, size]; see decode.resize.
 
     Raises:
@@ -121,7 +132,7 @@ def decode_for(
     """Decode an image once for the crops of all its views.
 
     Args:
-        uniforms: UNIFORMS numbers in [0, 1) for every view.
+        uniforms: at least UNIFORMS numbers in [0, 1) for every view.
 
     Returns:
         pixels uint8 [h, w, 3], the factor by which their sides were reduced, and the crops (top, left, height, width)
@@ -133,7 +144,7 @@ def decode_for(
 
     def crops(height: int, width: int) -> list[tuple[int, int, int, int]]:
         return [
-            random_crop(height, width, numbers, view.augmentation.crop_scale_min)
+            random_crop(height, width, numbers, view.augmentation.crop_scale_min, view.augmentation.crop_scale_max)
             for view, numbers in zip(views, uniforms, strict=True)
         ]
 
@@ -149,18 +160,21 @@ def decode_for(
     return pixels, 1, crops(*pixels.shape[:2])
 
 
-def random_crop(height: int, width: int, uniforms: list[float], scale_min: float) -> tuple[int, int, int, int]:
-    """Return a random crop (top, left, height, width) of [scale_min, 1] of the area and aspect ratio 3/4 to 4/3.
+def random_crop(
+    height: int, width: int, uniforms: list[float], scale_min: float, scale_max: float = 1.0
+) -> tuple[int, int, int, int]:
+    """Return a random crop (top, left, height, width), its aspect ratio 3/4 to 4/3.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al., arXiv:1409.4842): ten attempts, then
     the largest central crop of an allowed aspect ratio.
 
     Args:
-        uniforms: UNIFORMS numbers in [0, 1).
+        uniforms: at least UNIFORMS numbers in [0, 1).
+        scale_min, scale_max: range of the crop's share of the area.
     """
     area = height * width
     for attempt in range(0, 2 * _ATTEMPTS, 2):
-        target = area * (scale_min + (1 - scale_min) * uniforms[attempt])
+        target = area * (scale_min + (scale_max - scale_min) * uniforms[attempt])
         aspect = math.exp(_LOG_ASPECT * (2 * uniforms[attempt + 1] - 1))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -175,18 +189,32 @@ def dct_factor(box: tuple[int, int, int, int], size: int) -> int:
     return next((factor for factor in (8, 4, 2) if short // factor >= size), 1)
 
 
+def filter_uniforms(seed: int, epochs: np.ndarray, sample_ids: np.ndarray, views: int) -> np.ndarray:
+    """Draw the numbers of blur and solarisation: float64 [n, views, VIEW_UNIFORMS - UNIFORMS] in [0, 1).
+
+    They are a function of (seed, epoch, sample, view), whatever else is drawn of a sample.
+
+    Args:
+        epochs, sample_ids: int64 [n].
+    """
+    each = VIEW_UNIFORMS - UNIFORMS
+    drawn = sample_uniforms(int(mix(seed, _FILTERS)), epochs, sample_ids, views * each)
+    return drawn.reshape(len(sample_ids), views, each)
+
+
 def colour_parameters(uniforms: np.ndarray, augmentation: Augmentation) -> Tensor | None:
     """Return the parameters of apply_colour for every sample; None if the augmentation changes no colours.
 
     Args:
-        uniforms: float64 [n, UNIFORMS], those of train_views for one view.
+        uniforms: float64 [n, VIEW_UNIFORMS]: those of train_views for one view, then its filter_uniforms.
 
     Returns:
-        float32 [n, 9] on the CPU: factors of brightness, contrast and saturation, hue shift in turns, the numbers of
-        the four operations in the order of application, 1 for grayscale. Without jitter factors are 1 and the shift 0.
+        float32 [n, 11] on the CPU: factors of brightness, contrast and saturation, hue shift in turns, the numbers of
+        the four operations in the order of application, 1 for grayscale, the blur's sigma in pixels (0: none), 1 for
+        solarisation. Without jitter factors are 1 and the shift 0.
     """
     jitter = np.array(augmentation.jitter) * (augmentation.jitter_probability > 0)
-    if not jitter.any() and not augmentation.grayscale:
+    if not (jitter.any() or augmentation.grayscale or augmentation.blur or augmentation.solarise):
         return None
     neutral = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.maximum(neutral - jitter, [0.0, 0.0, 0.0, -0.5])
@@ -194,18 +222,21 @@ def colour_parameters(uniforms: np.ndarray, augmentation: Augmentation) -> Tenso
     factors = np.where(uniforms[:, [_JITTER]] < augmentation.jitter_probability, factors, neutral)
     order = _ORDERS[(uniforms[:, _ORDER] * len(_ORDERS)).astype(np.int64)]
     grey = uniforms[:, [_GREY]] < augmentation.grayscale
-    return torch.from_numpy(np.concatenate([factors, order, grey], axis=1).astype(np.float32))
+    sigma = _SIGMAS[0] + (_SIGMAS[1] - _SIGMAS[0]) * uniforms[:, [_SIGMA]]
+    sigma = sigma * (uniforms[:, [_BLUR]] < augmentation.blur)
+    solarised = uniforms[:, [_SOLARISE]] < augmentation.solarise
+    return torch.from_numpy(np.concatenate([factors, order, grey, sigma, solarised], axis=1).astype(np.float32))
 
 
 def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
-    """Jitter colours as torchvision's ColorJitter, with factors and an order per sample.
+    """Jitter colours as torchvision's ColorJitter, with factors and an order per sample; then grey, blur, solarise.
 
-    Values stay float32 between operations (torchvision truncates them to integers): one operation differs from it by at
-    most 2 grey levels.
+    Values stay float32 up to the blur's end (torchvision truncates them to integers after each operation): one
+    operation differs from it by at most 2 grey levels.
 
     Args:
         images: uint8 [b, 3, H, W] on any device.
-        parameters: float32 [b, 9] of colour_parameters, preferably on the CPU, to avoid synchronising with the device.
+        parameters: float32 [b, 11] of colour_parameters, preferably on the CPU, to avoid synchronising with the device.
 
     Returns:
         uint8 [b, 3, H, W]: a new tensor.
@@ -219,20 +250,33 @@ def apply_colour(images: Tensor, parameters: Tensor) -> Tensor:
 def _colour(images: Tensor, parameters: Tensor) -> Tensor:
     """Compute apply_colour for a chunk of images, with parameters on the CPU."""
     shift, order, grey = parameters[:, _HUE], parameters[:, 4:8], parameters[:, 8] > 0
+    sigma, solarised = parameters[:, 9], parameters[:, 10] > 0
     blended, shifted = bool((parameters[:, :_HUE] != 1).any()), shift != 0
     colours = images.float()
     for position in range(4):
         if blended:
             colours = _blend(colours, parameters[:, :_HUE], order[:, position])
-        rows = torch.nonzero(shifted & (order[:, position] == _HUE))[:, 0]
-        if len(rows):
-            device_rows = rows.to(images.device, non_blocking=True)
-            turns = shift[rows].to(images.device, non_blocking=True)
-            colours.index_copy_(0, device_rows, _shift_hue(colours[device_rows], turns))
-    rows = torch.nonzero(grey)[:, 0].to(images.device, non_blocking=True)
+        at_hue = shifted & (order[:, position] == _HUE)
+        _change(colours, at_hue, lambda part, rows: _shift_hue(part, shift[rows].to(part.device, non_blocking=True)))
+    _change(colours, grey, lambda part, rows: _luma(part).expand(-1, 3, -1, -1))
+    _change(colours, sigma > 0, lambda part, rows: _blur(part, sigma[rows]))
+    changed = colours.round_().to(torch.uint8)
+    _change(changed, solarised, lambda part, rows: torch.where(part >= 128, 255 - part, part))
+    return changed
+
+
+def _change(images: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Replace the chosen images by what `change` makes of them and their row numbers.
+
+    Args:
+        images: [b, 3, H, W].
+        chosen: bool [b] on the CPU.
+        change: (images [n, 3, H, W], rows int64 [n] on the CPU) -> [n, 3, H, W].
+    """
+    rows = torch.nonzero(chosen)[:, 0]
     if len(rows):
-        colours.index_copy_(0, rows, _luma(colours[rows]).expand(-1, 3, -1, -1))
-    return colours.round_().to(torch.uint8)
+        device_rows = rows.to(images.device, non_blocking=True)
+        images.index_copy_(0, device_rows, change(images[device_rows], rows))
 
 
 def _blend(colours: Tensor, factors: Tensor, operation: Tensor) -> Tensor:
@@ -264,6 +308,33 @@ def _shift_hue(colours: Tensor, turns: Tensor) -> Tensor:
     hue = hue + 6 * turns[:, None, None]
     sextants = torch.stack([hue + 5, hue + 3, hue + 1], dim=1) % 6  # of red, green and blue
     return value[:, None] - chroma[:, None] * torch.minimum(sextants, 4 - sextants).clamp_(0, 1)
+
+
+def _blur(colours: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image by a Gaussian of its own, with mirrored borders, as torchvision's gaussian_blur.
+
+    The kernel has a tenth of the image's height in pixels, an odd number of at least 3 (SimCLR, arXiv:2002.05709).
+
+    Args:
+        colours: float32 [b, 3, H, W].
+        sigma: float32 [b] in pixels, on the CPU.
+    """
+    n, channels, height, width = colours.shape
+    radius = blur_radius(height)
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
+    weights = (weights / weights.sum(1, keepdim=True)).to(colours.device, non_blocking=True)
+    kernels = weights.repeat_interleave(channels, 0)[:, None]
+    planes = colours.reshape(1, n * channels, height, width)  # a group each: a sample does not depend on the others
+    planes = F.pad(planes, (radius, radius, 0, 0), mode="reflect")
+    planes = F.conv2d(planes, kernels[:, :, None], groups=n * channels)
+    planes = F.pad(planes, (0, 0, radius, radius), mode="reflect")
+    return F.conv2d(planes, kernels[..., None], groups=n * channels).view_as(colours)
+
+
+def blur_radius(height: int) -> int:
+    """Return the pixels on either side of the centre of the blur's kernel."""
+    return max(1, height // 10 // 2)
 
 
 def _luma(colours: Tensor) -> Tensor:

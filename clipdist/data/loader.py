@@ -19,7 +19,16 @@ import numpy as np
 import torch
 
 from clipdist import config
-from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, fill_views
+from clipdist.data.augment import (
+    UNIFORMS,
+    VIEW_UNIFORMS,
+    Augmentation,
+    View,
+    apply_colour,
+    colour_parameters,
+    fill_views,
+    filter_uniforms,
+)
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import CAPTION, IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
@@ -205,7 +214,7 @@ class Loader:
 
     def _empty_batch(self, draws: Draws) -> Batch:
         b, stage = len(draws.ids), self._stage(self._next)
-        zeros = np.zeros((b, UNIFORMS))
+        zeros = np.zeros((b, VIEW_UNIFORMS))
         colour = {view.name: colour_parameters(zeros, view.augmentation) for view in stage.views if self.pin}
         return Batch(
             position=self._next,
@@ -245,6 +254,8 @@ class Loader:
         more = self.cfg.planned_texts - 1  # texts that are drawn, but for the first
         uniforms = sample_uniforms(self.cfg.seed, draws.epochs[rows], ids, views + more)
         view_uniforms = uniforms[:, 1:views].reshape(len(ids), len(self.views), UNIFORMS)
+        filters = filter_uniforms(self.cfg.seed, draws.epochs[rows], ids, len(self.views))
+        view_uniforms = np.concatenate([view_uniforms, filters], axis=2)
         samples = self._read(ids, np.delete(uniforms, slice(1, views), axis=1).tolist())
         self._fill_images(batch, rows, stage.views, samples, view_uniforms)
         texts = [[] if isinstance(sample, str) else sample.texts for sample in samples]
@@ -403,6 +414,29 @@ def image_view(cfg: config.Data, size: int) -> View:
         grayscale=cfg.grayscale,
     )
     return View(IMAGE, size, augmentation)
+
+
+def view_of(name: str, augment: config.Augment, model_size: int, dct_scaling: bool = False) -> View:
+    """Return a view as a recipe describes it.
+
+    Args:
+        model_size: pixels a side where the description has none.
+        dct_scaling: see Augmentation; an image is decoded at reduced scale only where all its views allow it.
+    """
+    brightness, contrast, saturation, hue = augment.jitter or (0.0, 0.0, 0.0, 0.0)
+    crop_scale_min, crop_scale_max = augment.crop_scale
+    augmentation = Augmentation(
+        crop_scale_min=crop_scale_min,
+        crop_scale_max=crop_scale_max,
+        dct_scaling=dct_scaling,
+        flip=augment.flip,
+        jitter=(brightness, contrast, saturation, hue),
+        jitter_probability=augment.jitter_probability,
+        grayscale=augment.grayscale,
+        blur=augment.blur,
+        solarise=augment.solarise,
+    )
+    return View(name, augment.size or model_size, augmentation)
 
 
 def default_threads() -> int:

@@ -130,7 +130,7 @@ class DualEncoder(nn.Module):
             "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any.
         """
         chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
-        outputs = {}
+        outputs: dict[str, torch.Tensor] = {}
         with chosen:
             for view, pixels in images.items():
                 outputs |= self._encode_view(view, pixels, teaching)

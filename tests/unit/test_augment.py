@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as tv
+from torchvision.transforms.v2 import functional as tv2
 from views import train_image
 
 from clipdist.data.augment import (
     UNIFORMS,
+    VIEW_UNIFORMS,
     Augmentation,
     View,
     apply_colour,
@@ -48,7 +50,7 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 
 def uniforms(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).random((n, UNIFORMS))
+    return np.random.default_rng(seed).random((n, VIEW_UNIFORMS))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -69,14 +71,17 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(below[0] - below[1]).max())
 
 
-@pytest.mark.parametrize(("height", "width", "least"), [(100, 130, 0.4), (480, 640, 0.9), (200, 60, 0.08)])
-def test_crops_are_distributed_as_torchvisions(height: int, width: int, least: float) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "least", "most"),
+    [(100, 130, 0.4, 1.0), (480, 640, 0.9, 1.0), (200, 60, 0.08, 1.0), (100, 130, 0.05, 0.4)],
+)
+def test_crops_are_distributed_as_torchvisions(height: int, width: int, least: float, most: float) -> None:
     n = 3000
-    ours = np.array([random_crop(height, width, row.tolist(), least) for row in uniforms(n)], dtype=np.float64)
+    ours = np.array([random_crop(height, width, row.tolist(), least, most) for row in uniforms(n)], dtype=np.float64)
     torch.manual_seed(0)
     image = torch.empty(1).expand(3, height, width)
     theirs = np.array(
-        [RandomResizedCrop.get_params(image, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], dtype=np.float64
+        [RandomResizedCrop.get_params(image, [least, most], [3 / 4, 4 / 3]) for _ in range(n)], dtype=np.float64
     )
     of_chance = 1.95 * np.sqrt(2 / n)  # one pair in a thousand is further apart
     for name, value in (
@@ -107,7 +112,7 @@ def test_extreme_numbers_stay_inside(extreme: float) -> None:
         assert 0 <= left <= width - w
         assert min(h, w) >= 1
     drawn = colour_parameters(
-        np.full((1, UNIFORMS), extreme), Augmentation(1.0, jitter=(1, 1, 1, 0.5), jitter_probability=1.0)
+        np.full((1, VIEW_UNIFORMS), extreme), Augmentation(1.0, jitter=(1, 1, 1, 0.5), jitter_probability=1.0)
     )
     assert drawn is not None
     assert sorted(drawn[0, 4:8].tolist()) == [0, 1, 2, 3]
@@ -213,6 +218,10 @@ def test_scaled_decoding_leaves_other_pictures_alone(kind: str) -> None:
         {"jitter": (0.1, 0.1, 0.1, 0.6)},
         {"jitter": (-0.1, 0.1, 0.1, 0.1)},
         {"jitter": (0.1, 0.1, 0.1)},
+        {"crop_scale_max": 0.8},
+        {"crop_scale_max": 1.1},
+        {"blur": 1.1},
+        {"solarise": -0.1},
     ],
 )
 def test_values_outside_their_range_are_named(wrong: dict) -> None:
@@ -231,6 +240,7 @@ def images(n: int, side: int = 48) -> torch.Tensor:
 
 OPERATIONS = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+UNTOUCHED = (0, 1, 2, 3, 0, 0, 0)  # an order; not grey, no blur, not solarised
 
 
 @pytest.mark.parametrize("operation", range(4))
@@ -238,7 +248,7 @@ NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 def test_each_operation_is_torchvisions(operation: int, strength: float) -> None:
     batch, factors = images(6), list(NEUTRAL)
     factors[operation] += strength
-    parameters = torch.tensor([[*factors, 0, 1, 2, 3, 0]] * 6)
+    parameters = torch.tensor([[*factors, *UNTOUCHED]] * 6)
     theirs = OPERATIONS[operation](batch, factors[operation])
     assert distance(apply_colour(batch, parameters), theirs) <= 2
     assert torch.equal(theirs, batch) == (strength == 0)
@@ -247,7 +257,9 @@ def test_each_operation_is_torchvisions(operation: int, strength: float) -> None
 def test_grayscale_is_torchvisions() -> None:
     batch = images(6)
     grey = torch.tensor([1.0, 0, 0, 1, 1, 0])
-    ours = apply_colour(batch, torch.cat([torch.tensor([[*NEUTRAL, 0, 1, 2, 3]] * 6), grey[:, None]], dim=1))
+    parameters = torch.tensor([[*NEUTRAL, *UNTOUCHED]] * 6)
+    parameters[:, 8] = grey
+    ours = apply_colour(batch, parameters)
     assert torch.equal(ours[grey == 0], batch[grey == 0])
     assert distance(ours[grey == 1], tv.rgb_to_grayscale(batch[grey == 1], 3)) <= 1
 
@@ -262,7 +274,7 @@ def test_chains_in_every_order_are_torchvisions() -> None:
     )
     parameters, theirs = [], []
     for image, values, order in zip(batch, factors.T.tolist(), orders * 3, strict=True):
-        parameters.append([*values, *order, 0])
+        parameters.append([*values, *order, 0, 0, 0])
         for operation in order:
             image = OPERATIONS[operation](image, values[operation])
         theirs.append(image)
@@ -271,9 +283,62 @@ def test_chains_in_every_order_are_torchvisions() -> None:
     assert (ours.float() - theirs.float()).abs().mean() < 2
 
 
+@pytest.mark.parametrize("side", [20, 96, 224])
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 2.0])
+def test_blur_is_torchvisions(side: int, sigma: float) -> None:
+    """Of the kernel that SimCLR's code takes: 23 pixels at 224, 9 at 96, at least 3."""
+    batch = images(3, side)
+    parameters = torch.tensor([[*NEUTRAL, 0, 1, 2, 3, 0, sigma, 0]] * 3)
+    parameters[1, 9] = 0
+    kernel = {20: 3, 96: 9, 224: 23}[side]
+    theirs = tv2.gaussian_blur(batch, [kernel, kernel], [sigma, sigma])
+    theirs[1] = batch[1]
+    assert distance(apply_colour(batch, parameters), theirs) <= 1
+
+
+def test_solarised_images_are_torchvisions() -> None:
+    batch = images(6)
+    assert {127, 128} <= set(batch.unique().tolist())
+    parameters = torch.tensor([[*NEUTRAL, 0, 1, 2, 3, 0, 0, row % 2] for row in range(6)])
+    theirs = batch.clone()
+    theirs[1::2] = tv2.solarize(batch[1::2], 128)
+    assert torch.equal(apply_colour(batch, parameters), theirs)
+
+
+def test_blur_follows_grey_and_solarisation_follows_blur() -> None:
+    batch = images(3)
+    factors = (0.7, 1.3, 1.2, 0.1)
+    ours = apply_colour(batch, torch.tensor([[*factors, 0, 1, 2, 3, 1, 1.5, 1]] * 3))
+    theirs = batch
+    for operation, factor in zip(OPERATIONS, factors):
+        theirs = operation(theirs, factor)
+    theirs = tv2.gaussian_blur(tv.rgb_to_grayscale(theirs, 3), [5, 5], [1.5, 1.5])
+    near = (theirs.int() - 128).abs() <= 6  # a difference of rounding decides which side it falls on
+    assert near.float().mean() < 0.2
+    theirs = tv2.solarize(theirs, 128)
+    assert distance(ours[~near], theirs[~near]) <= 6
+
+
+def test_filters_are_drawn_as_the_papers_draw_them() -> None:
+    """BYOL's second view: blur with probability 0.1, sigma in [0.1, 2.0], solarised with probability 0.2."""
+    n = 4000
+    drawn = colour_parameters(uniforms(n), Augmentation(0.08, blur=0.1, solarise=0.2))
+    assert drawn is not None
+    assert (drawn[:, :4] == torch.tensor(NEUTRAL)).all()
+    assert not drawn[:, 8].any()
+    sigma = drawn[drawn[:, 9] > 0, 9]
+    assert abs(len(sigma) / n - 0.1) < 0.015  # three standard deviations
+    assert abs(drawn[:, 10].mean() - 0.2) < 0.02
+    assert kolmogorov_smirnov(sigma.numpy(), np.linspace(0.1, 2.0, 10_000)) < 1.95 / np.sqrt(len(sigma))
+    both = ((drawn[:, 9] > 0) & (drawn[:, 10] > 0)).float().mean()
+    assert abs(both - 0.02) < 0.007
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
-    batch = images(70, side=16)  # more than are coloured at once
-    augmentation = Augmentation(0.9, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.6, grayscale=0.2)
+    batch = images(70, side=30)  # more than are coloured at once
+    augmentation = Augmentation(
+        0.9, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.6, grayscale=0.2, blur=0.5, solarise=0.2
+    )
     parameters = colour_parameters(uniforms(70), augmentation)
     assert parameters is not None
     before = batch.clone()
@@ -291,11 +356,12 @@ def test_factors_are_drawn_as_colour_jitter_draws_them() -> None:
     augmentation = Augmentation(0.9, jitter=jitter, jitter_probability=0.8, grayscale=0.2)
     drawn = colour_parameters(uniforms(n), augmentation)
     assert drawn is not None
-    assert drawn.shape == (n, 9)
+    assert drawn.shape == (n, 11)
     assert drawn.dtype == torch.float32
     left_alone = (drawn[:, :4] == torch.tensor(NEUTRAL)).all(1)
     assert abs(left_alone.float().mean() - 0.2) < 0.02
     assert abs(drawn[:, 8].mean() - 0.2) < 0.02
+    assert not drawn[:, 9:].any()
     theirs = ColorJitter(*jitter)
     for i, bounds in enumerate((theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue)):
         values = drawn[~left_alone, i]
@@ -320,7 +386,7 @@ def test_nothing_to_colour_is_none(augmentation: Augmentation) -> None:
 @pytest.mark.gpu
 def test_colours_on_cuda_are_those_of_the_cpu() -> None:
     batch = images(70)
-    augmentation = Augmentation(0.9, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.8, grayscale=0.2)
+    augmentation = Augmentation(0.9, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.8, grayscale=0.2, blur=0.5)
     parameters = colour_parameters(uniforms(70), augmentation)
     assert parameters is not None
     there = apply_colour(batch.cuda(), parameters)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from clipdist import train
-from clipdist.config import DEFAULT_RECIPE, Clip, Config, flat, load_config, to_dict, to_yaml
+from clipdist.config import DEFAULT_RECIPE, Augment, Clip, Config, flat, load_config, to_dict, to_yaml
+from clipdist.config.checks import check_augment
 from clipdist.errors import UserError
 from launch.arguments import read_arguments
 
@@ -51,6 +52,28 @@ def test_values_have_the_types_of_their_fields(tmp_path):
     assert isinstance(config.optim.lr, float)  # a plain YAML parser reads 1e-3 as a string
     assert config.engine.activation_checkpointing is True
     assert isinstance(config.train, type(Config().train))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "must"),
+    [
+        ({"crop_scale": [0.4, 0.05]}, "be a range within"),
+        ({"crop_scale": [0.0, 1.0]}, "be a range within"),
+        ({"crop_scale": [0.5]}, "be a range within"),
+        ({"crop_scale": [0.5, 1.5]}, "be a range within"),
+        ({"jitter": [0.4, 0.4, 0.4]}, "be four amounts"),
+        ({"jitter": [0.4, 0.4, 0.4, 0.6]}, "be four amounts"),
+        ({"blur": 1.1}, "lie in"),
+        ({"solarise": -0.1}, "lie in"),
+        ({"flip": math.nan}, "lie in"),
+        ({"size": -224}, "be 0"),
+    ],
+)
+def test_augmentations_out_of_range_are_named(wrong: dict, must: str):
+    check_augment("objectives.simclr.views[1]", Augment())
+    check_augment("objectives.simclr.views[1]", Augment(jitter=[0.8, 0.8, 0.8, 0.2], blur=1.0, solarise=0.2, size=96))
+    with pytest.raises(UserError, match=rf"^objectives\.simclr\.views\[1\]\.{next(iter(wrong))}=.*: must {must}"):
+        check_augment("objectives.simclr.views[1]", Augment(**wrong))
 
 
 @pytest.mark.parametrize("word", ["data.train=DIR/a", "data.train=[DIR/a]"])

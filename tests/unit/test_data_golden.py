@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdist.data.augment import filter_uniforms
 from clipdist.data.catalog import Catalog
 from clipdist.data.index import index_from_bytes, index_to_bytes, scan_shard
 from clipdist.data.order import Order, OrderKey, sample_uniforms
@@ -17,6 +18,7 @@ from clipdist.data.order import Order, OrderKey, sample_uniforms
 FINGERPRINT = "49a5c02cee59fc5dcc31c166f2a2181bf02fe26067e92698a3dc709b3ab734bd"
 DIGEST = "cb87106cdb3ae8a6c777434ef7dfc911"
 INDEX_SHA256 = "7d26c8e78d842b313bde43b83374291a9ad2932c3da85229d7c038a12a0f0658"  # of all arrays, in their order
+FILTERS = [0.5850081054164508, 0.8850934772633926, 0.7502902722393351]
 STARTS = np.array([0, 30, 70, 100])
 # fmt: off
 ONE_SEQUENCE = [
@@ -50,6 +52,15 @@ def test_the_first_samples_of_an_order() -> None:
 def test_the_random_numbers_of_samples() -> None:
     uniforms = sample_uniforms(3, np.array([0, 1]), np.array([5, 6]), 2)
     assert uniforms.tolist() == [[0.9815691110317682, 0.6381821330188538], [0.12106814469876126, 0.4898002796707841]]
+
+
+def test_the_random_numbers_of_views() -> None:
+    """Those of blur and solarisation have a key of their own: the others stay where they were."""
+    epochs, ids = np.array([0, 1]), np.array([5, 6])
+    drawn = filter_uniforms(3, epochs, ids, 2)
+    assert drawn.shape == (2, 2, 3)
+    assert drawn[1, 1].tolist() == FILTERS
+    assert np.array_equal(drawn[:, :1], filter_uniforms(3, epochs, ids, 1))
 
 
 def test_the_fingerprint_of_a_catalog(tmp_path: Path) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from pairs import Lengths, write_pairs
 
-from clipdist.config import Data
+from clipdist.config import Augment, Data
 from clipdist.data.augment import Augmentation, View
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import CAPTION, EMPTY, NEGATIVE
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import HASH_MODULUS, Loader, ids_hash, image_view, open_loader
+from clipdist.data.loader import HASH_MODULUS, Loader, ids_hash, image_view, open_loader, view_of
 from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader, StoredSample
@@ -25,14 +26,17 @@ def loader(
     folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), two_views=False, **settings
 ) -> Loader:
     alone = settings.pop("images_only", False)
+    more, pin = settings.pop("views", ()), settings.pop("pin", False)
     cfg = dataclasses.replace(Data(threads=threads), **settings)
+    small = [View("small", 16, Augmentation(0.1))] if two_views else []
     return open_loader(
         Catalog.open([str(folder)], members=members_of(cfg)),
         OrderKey(0, 16, 4, 0),
         tokenizer or Lengths(),
         cfg,
-        views=[image_view(cfg, 24), View("small", 16, Augmentation(0.1))] if two_views else [image_view(cfg, 24)],
+        views=[image_view(cfg, 24), *small, *more],
         images_only=alone,
+        pin=pin,
         rank=rank,
         world=world,
         start=start,
@@ -206,6 +210,63 @@ def test_a_second_view_changes_nothing_of_the_first(shards):
     pieces = two.split(6)
     assert [len(piece) for piece in pieces] == [6, 6, 4]
     assert torch.equal(torch.cat([piece.images["small"] for piece in pieces]), two.images["small"])
+
+
+SIMCLR = Augment(jitter=[0.8, 0.8, 0.8, 0.2], grayscale=0.2, blur=0.5)
+BYOL = [
+    Augment(jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2, blur=1.0),
+    Augment(jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2, blur=0.1, solarise=0.2, size=16),
+]
+
+
+def test_a_view_is_described_by_the_recipe() -> None:
+    view = view_of("byol/1", BYOL[1], 24)
+    assert (view.name, view.size, view_of("byol/0", BYOL[0], 24).size) == ("byol/1", 16, 24)
+    assert view.augmentation == Augmentation(
+        0.08,
+        flip=0.5,
+        jitter=(0.4, 0.4, 0.2, 0.1),
+        jitter_probability=0.8,
+        grayscale=0.2,
+        blur=0.1,
+        solarise=0.2,
+    )
+    local = view_of("dino/local/0", Augment(crop_scale=[0.05, 0.4]), 24).augmentation
+    assert (local.crop_scale_min, local.crop_scale_max, local.jitter) == (0.05, 0.4, (0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("several", [{}, {"caption": 2}])
+def test_views_with_blur_are_a_function_of_position_and_view(shards, several):
+    """Whatever the ranks, the threads, later views and texts; and the image and its texts stay as they are alone."""
+    views = [view_of("simclr/0", SIMCLR, 24), *(view_of(f"byol/{i}", view, 24) for i, view in enumerate(BYOL))]
+    whole = take(2, shards / "train", views=views)
+    alone = take(2, shards / "train", **several)
+    fewer = take(2, shards / "train", views=views[:1], **several)
+    ranks = [take(1, shards / "train", rank, 2, 1, 3, views=views, **several)[0] for rank in (0, 1)]
+    for name, images in whole[1].images.items():
+        assert torch.equal(torch.cat([rank.images[name] for rank in ranks]), images)
+    assert torch.equal(fewer[1].images["simclr/0"], whole[1].images["simclr/0"])
+    for ours, theirs in zip(fewer, alone):
+        for name in ("tokens", "group_id"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert torch.equal(ours.images["image"], theirs.images["image"])
+    seen = [batch.images[view.name] for batch in whole for view in views[:2]]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_colours_that_the_device_changes_are_those_that_threads_change(shards, monkeypatch):
+    """On a GPU the loader leaves colours, blur and solarisation to Batch.to."""
+    views = [view_of(f"byol/{i}", view, 24) for i, view in enumerate(BYOL)]
+    (changed,) = take(1, shards / "train", views=views)
+    for name in ("zeros", "empty"):  # no pinned memory without a GPU
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *shape, real=real, pin_memory=False, **words: real(*shape, **words))
+    (left,) = take(1, shards / "train", views=views, pin=True)
+    assert left.colour.keys() == {"byol/0", "byol/1"}
+    moved = left.to(torch.device("cpu"))
+    for name, images in changed.images.items():
+        assert torch.equal(moved.images[name], images)
+        assert torch.equal(left.images[name], images) == (name == "image")
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):
