@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdist import config
 from clipdist.data.batch import EMPTY, IMAGE, MODALITIES, Batch
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.losses.cosine import cosine_distance
 from clipdist.losses.distillation import distill_logits
 from clipdist.losses.global_batch import LN_100
 from clipdist.objectives.objective import TEACHER, Given, Moment, Objective, Term
@@ -54,7 +54,7 @@ class DistillObjective(Objective):
 
     def _of_features(self, outputs: Mapping[str, Tensor], batch: Batch, valid: Tensor) -> Term:
         """Return the mean over valid rows and both towers of 1 - cos(student, teacher); of several texts their mean."""
-        image, text = (_distance(outputs[name], outputs[TEACHER + name]) for name in (IMAGE, "text"))
+        image, text = (cosine_distance(outputs[name], outputs[PREFIX + name]) for name in (IMAGE, "text"))
         if batch.roles is not None:
             there = batch.roles != EMPTY
             text = (text * there).sum(1) / there.sum(1).clamp(min=1)
@@ -62,8 +62,6 @@ class DistillObjective(Objective):
         rows = valid.sum().float()
         return Term(total, all_reduce_sum(rows).clamp_(min=1), self.cfg.weight, {"valid": rows})
 
-
-def _distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - cos of [..., D] and [..., D], fp32 [...], as half a squared distance: near 0 nothing cancels."""
-    difference = F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)
-    return difference.square().sum(-1) / 2
+    def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
+        """Return the number of valid pairs. Collective."""
+        return global_statistics({**term.statistics})
