@@ -57,11 +57,11 @@ def enqueue(
     if valid is None:
         valid = torch.ones(keys.shape[:1], dtype=torch.bool, device=keys.device)
     every, there = all_gather(keys, process_group), all_gather(valid, process_group)
-    number = there.cumsum(0)
-    place = torch.where(there, (pointer + number - 1) % size, size)  # one place more takes what is not valid
+    count = there.sum()
+    place = torch.where(there, (pointer + there.cumsum(0) - 1) % size, size)  # one place more takes what is not valid
     unit = (every * inverse_norms(every)[:, None]).to(queue.dtype)
     queue = torch.cat([queue, torch.zeros_like(queue[:1])]).index_copy_(0, place, unit)[:size]
-    return {"queue": queue, "pointer": (pointer + number[-1:]) % size, "fill": (fill + number[-1:]).clamp(max=size)}
+    return {"queue": queue, "pointer": (pointer + count) % size, "fill": (fill + count).clamp(max=size)}
 
 
 @torch.compiler.disable

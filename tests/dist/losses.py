@@ -9,6 +9,12 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from self_supervised import (
+    bad_features_are_named_on_every_rank,
+    losses_are_those_of_one_process,
+    queues_and_centres_are_those_of_one_process,
+    wrong_losses_are_found_out,
+)
 
 from clipdist.errors import UserError
 from clipdist.losses.global_batch import NonFiniteFeatures
@@ -125,9 +131,14 @@ def bad_input_is_named_on_every_rank(rank: int, world: int) -> None:
 def main() -> None:
     world = int(sys.argv[1])
     dist.init_process_group("gloo")
-    splitting_changes_nothing(dist.get_rank(), world)
-    ranks_may_have_different_numbers_of_texts(dist.get_rank(), world)
-    bad_input_is_named_on_every_rank(dist.get_rank(), world)
+    rank = dist.get_rank()
+    splitting_changes_nothing(rank, world)
+    ranks_may_have_different_numbers_of_texts(rank, world)
+    bad_input_is_named_on_every_rank(rank, world)
+    losses_are_those_of_one_process(rank, world, run, Alone)
+    wrong_losses_are_found_out(rank, world, run, Alone)
+    queues_and_centres_are_those_of_one_process(rank, world, Alone)
+    bad_features_are_named_on_every_rank(rank, world)
     dist.destroy_process_group()
 
 
