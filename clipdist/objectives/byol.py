@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdist import config
 from clipdist.data.batch import Batch
 from clipdist.data.views import views_of
+from clipdist.losses.cosine import cosine_distance
 from clipdist.models.heads import ProjectionHead, mlp
 from clipdist.objectives.objective import TEACHER, Moment, Objective, TeacherSpec, Term
 
@@ -40,12 +40,7 @@ class ByolObjective(Objective):
         """Return the sum over valid rows and both directions (equation 2). See Objective.loss."""
         first, second = self.names
         valid = batch.valid_in(self.modalities)
-        apart = [distance(outputs[own], outputs[TEACHER + other]) for own, other in ((first, second), (second, first))]
+        pairs = ((first, second), (second, first))
+        apart = [2 * cosine_distance(outputs[own], outputs[TEACHER + other]) for own, other in pairs]
         total = torch.where(valid, apart[0] + apart[1], 0.0).sum()
         return Term(total, outputs["byol/count"], self.cfg.weight, {"valid": valid.sum().float()})
-
-
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 2 - 2 cos of [..., D] and [..., D], fp32 [...], as a squared distance: near 0 nothing cancels."""
-    difference = F.normalize(student.float(), dim=-1) - F.normalize(teacher.float(), dim=-1)
-    return difference.square().sum(-1)

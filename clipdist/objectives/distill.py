@@ -54,14 +54,10 @@ class DistillObjective(Objective):
 
     def _of_features(self, outputs: Mapping[str, Tensor], batch: Batch, valid: Tensor) -> Term:
         """Return the mean over valid rows and both towers of 1 - cos(student, teacher); of several texts their mean."""
-        image, text = (cosine_distance(outputs[name], outputs[PREFIX + name]) for name in (IMAGE, "text"))
+        image, text = (cosine_distance(outputs[name], outputs[TEACHER + name]) for name in (IMAGE, "text"))
         if batch.roles is not None:
             there = batch.roles != EMPTY
             text = (text * there).sum(1) / there.sum(1).clamp(min=1)
         total = torch.where(valid, (image + text) / 2, 0.0).sum()
         rows = valid.sum().float()
         return Term(total, all_reduce_sum(rows).clamp_(min=1), self.cfg.weight, {"valid": rows})
-
-    def metrics(self, outputs: Mapping[str, Tensor], batch: Batch, term: Term) -> dict[str, float]:
-        """Return the number of valid pairs. Collective."""
-        return global_statistics({**term.statistics})

@@ -1,4 +1,4 @@
-"""A run is the weighted sum of its objectives, whole and in micro-batches."""
+"""A run is the weighted sum of its objectives, whole and in micro-batches; the example of docs/objectives.md is one."""
 
 from __future__ import annotations
 

@@ -205,6 +205,42 @@ def test_muon_goes_on(shards, tmp_path):
     assert (ours["param/" + matrix] - tensors(tmp_path / "moved")["param/" + matrix]).abs().max() < 1e-4
 
 
+MOCO = "{head: [24, 12], queue: 40, momentum: 0.9}"
+DINO = "{head: [24, 24, 12], prototypes: 20, koleo: 0.1, local_views: 2, local: {size: 16}, momentum: 0.9}"
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "section", "kept"),
+    [(RESNET, "moco", MOCO, {"queue", "pointer", "fill"}), (VIT, "dino", DINO, {"centre"})],
+)
+def test_a_teacher_and_what_objectives_keep_go_on(shards, tmp_path, model, name, section, kept):
+    """To the bit; with other ranks and another stage up to rounding; not where the checkpoint lacks the objective."""
+    given = {"model__name": model, "train__ema": 0, "objectives": f"{{clip: null, {name}: {section}}}"}
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "whole", **given))
+    run_ranks("training.py", 2, "kill", "5", *words(shards, tmp_path, "run", **given), expect=9)
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    run_ranks("training.py", 2, "none", "0", *words(shards, tmp_path, "run", **given))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert [tensor for tensor in ours if not torch.equal(ours[tensor], theirs[tensor])] == []
+    assert {tensor for tensor in ours if tensor.startswith("state/")} == {f"state/{name}/{each}" for each in kept}
+    assert any(tensor.startswith("ema/heads.") for tensor in ours)
+    run_ranks("training.py", 4, "none", "0", *words(shards, tmp_path, "moved", **given, engine__zero_stage=3))
+    if model == VIT:  # BatchNorm normalises over a rank's rows
+        assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert load_model(str(tmp_path / "moved"), ema=True).model.text is None
+
+    other = given | {"objectives": "{clip: null, simclr: {head: [24, 12]}}", "train__steps": STEPS + 1}
+    ended = train(2, *words(shards, tmp_path, "run", **other)[2:])
+    told = "made without objectives.simclr: heads, teacher and state are missing; set train.resume_objectives=reset"
+    assert ended.returncode == 2
+    assert told in ended.stderr
+    ended = train(2, *words(shards, tmp_path, "run", **other, train__resume_objectives="reset")[2:])
+    assert ended.returncode == 0, ended.stderr
+    assert not CheckpointReader(newest_checkpoint(tmp_path / "run")).names("state/")
+
+
 def test_an_average_is_left_and_begun_anew(undisturbed, shards, tmp_path):
     """A run goes on without train.ema, and then with it again: with the average of that checkpoint's weights."""
     shutil.copytree(undisturbed, tmp_path / "run")
