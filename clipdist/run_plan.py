@@ -69,7 +69,7 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
 
     Raises:
         UserError: data.train is empty, has fewer samples than a global batch, or a weighted source without samples; no
-            images or captions in the samples looked at.
+            images in the samples looked at, or no captions where an objective needs them.
     """
     batch = config.train.global_batch
     if not config.data.train:
@@ -78,9 +78,10 @@ def check_data(config: Config) -> tuple[Catalog, Catalog | None]:
     catalog = Catalog.open(config.data.train, "data.train", fetcher, members)
     of_val = replace(members, negatives=())
     val = Catalog.open(config.data.val, "data.val", fetcher, of_val) if config.data.val else None
-    catalog.contents = look_at(catalog, "data.train", config.data.train)
+    texts = config.objectives.read_text
+    catalog.contents = look_at(catalog, "data.train", config.data.train, texts, config.objectives.text_read_by)
     if val is not None:
-        val.contents = look_at(val, "data.val", config.data.val)
+        val.contents = look_at(val, "data.val", config.data.val, texts)
     if len(catalog) < batch:
         raise UserError(
             f"data.train holds {len(catalog)} samples, fewer than train.global_batch={batch}; lower train.global_batch"

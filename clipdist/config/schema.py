@@ -246,7 +246,12 @@ class Objectives:
     @property
     def read_text(self) -> bool:
         """Whether one reads captions; else the run has no text tower."""
-        return self.clip is not None or self.distill is not None
+        return bool(self.text_read_by)
+
+    @property
+    def text_read_by(self) -> str:
+        """The first objective that reads captions, such as objectives.clip; "": none does."""
+        return next((f"objectives.{name}" for name in ("clip", "distill") if getattr(self, name) is not None), "")
 
 
 @dataclass(frozen=True)

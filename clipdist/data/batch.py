@@ -25,7 +25,8 @@ class Batch:
 
     Attributes:
         images: uint8 [b, 3, H, W] by the name of the view.
-        tokens: int64 [b, L], on the CPU; [b, K, L] with several texts of an image, where K may differ between ranks.
+        tokens: int64 [b, L], on the CPU; [b, K, L] with several texts of an image, where K may differ between ranks;
+            [b, 0] where no text is read.
         valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
         sample_id: int64 [b].
         group_id: int64 [b]; pairs with equal captions form a group. [b, K] with several texts.

@@ -42,13 +42,14 @@ class _Look(NamedTuple):
     negatives: Captions = Captions([], "")
 
 
-def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = True) -> str:
+def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = True, needed_by: str = "") -> str:
     """Return in words where images and captions were found. Of remote shards the indices alone are looked at.
 
     Args:
         what: the setting that names the shards, such as data.train.
         names: of the catalog's sources.
-        captions: whether samples need any.
+        captions: whether samples need any; else negatives are not looked for either.
+        needed_by: what needs the captions, such as objectives.clip, for the error.
 
     Raises:
         UserError: no sample of a source that was looked at has an image, or none has a caption.
@@ -60,9 +61,11 @@ def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = 
             begin, count = int(catalog.starts[first]), int(catalog.starts[end] - catalog.starts[first])
             places = np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(np.int64))
             looks = [_look(reader, begin + place) for place in places.tolist()]
-            fault = _image_fault(looks, reader, what) or (_caption_fault(looks, reader, what) if captions else "")
-            if fault:
-                raise UserError(f"{what}: {safe_name(name)}: of {len(looks)} samples looked at none has {fault}")
+            of = f"{what}: {safe_name(name)}: of {len(looks)} samples looked at none has"
+            if fault := _image_fault(looks, reader, what):
+                raise UserError(f"{of} {fault}")
+            if captions and (fault := _caption_fault(looks, reader, what)):
+                raise UserError(f"{needed_by} needs captions: {of} {fault}".removeprefix(" needs captions: "))
             found += looks
     finally:
         reader.close()
@@ -77,7 +80,7 @@ def look_at(catalog: Catalog, what: str, names: Sequence[str], captions: bool = 
         least, most = min(len(own.texts) for own in read), max(len(own.texts) for own in read)
         each = f"{least} each" if least == most else f"{least} to {most} each"
         told += f"; captions are {tell_sources(Counter(own.source for own in read))}, {each}"
-    return told + _negatives(found, catalog, what)
+    return told + (_negatives(found, catalog, what) if captions else "")
 
 
 def _negatives(looks: Sequence[_Look], catalog: Catalog, what: str) -> str:

@@ -90,6 +90,7 @@ class Loader:
     """An infinite iterator over one rank's batches, from global batch `start` on.
 
     Args:
+        tokenizer: None: no captions are read; tokens are then [b, 0].
         views: of every image.
         stages: what batches are made of from which position on, the first of them from 0; empty: `views` and
             `tokenizer` throughout. Those are the largest of the stages'.
@@ -106,7 +107,7 @@ class Loader:
     def __init__(
         self,
         reader: Reader,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         order: Order,
         cfg: config.Data,
         *,
@@ -127,15 +128,17 @@ class Loader:
         self.rank, self.world, self.pin = rank, world, pin
         self.waited_s = 0.0
         self._reads_shards = len(self.locked) < len(MODALITIES)
-        self._texts = Texts(
-            reader.members,
-            tokenizer,
-            cfg,
-            shorter=[stage.tokenizer for stage in self._stages],
-            images_only=images_only,
-            locked=self.locked.get("text"),
-            pin=pin,
-        )
+        self._texts = None
+        if tokenizer is not None:
+            self._texts = Texts(
+                reader.members,
+                tokenizer,
+                cfg,
+                shorter=[stage.tokenizer for stage in self._stages if stage.tokenizer],
+                images_only=images_only,
+                locked=self.locked.get("text"),
+                pin=pin,
+            )
         self._next, self._skipped = next_position(start, skipped), skipped
         self._threads = cfg.threads or default_threads()
         self._pool = Workers(self._threads, "decode", lambda: torch.set_num_threads(1))
@@ -180,7 +183,7 @@ class Loader:
             self._prefetcher.advance(batch.position)
         batch = replace(batch, bad=[pair for part in parts for pair in part.bad])
         texts = [part.texts for part in parts if part.texts is not None]
-        return self._texts.place(batch, texts) if texts else batch
+        return self._texts.place(batch, texts) if self._texts and texts else batch
 
     @property
     def memory_bytes(self) -> int:
@@ -188,7 +191,7 @@ class Loader:
         rows = self.order.key.global_batch // self.world
         image, text = (self.locked[name].width * 4 if name in self.locked else 0 for name in MODALITIES)
         image = image or 3 * sum(view.size**2 for view in self.views)
-        text = (text or 8 * self.tokenizer.context_length) * self.cfg.planned_texts
+        text = (text or 8 * _context_length(self.tokenizer)) * self.cfg.planned_texts
         return self.cfg.prefetch * rows * (image + text + 17)
 
     def close(self) -> None:
@@ -219,7 +222,11 @@ class Loader:
         return Batch(
             position=self._next,
             images={view.name: self._empty_images(b, view) for view in stage.views},
-            tokens=self._texts.empty(b, stage.tokenizer.context_length),
+            tokens=(
+                self._texts.empty(b, _context_length(stage.tokenizer))
+                if self._texts
+                else torch.zeros(b, 0, dtype=torch.int64)
+            ),
             valid={name: torch.zeros(b, dtype=torch.bool, pin_memory=self.pin) for name in MODALITIES},
             sample_id=torch.from_numpy(draws.ids),
             group_id=torch.zeros(b, dtype=torch.int64, pin_memory=self.pin),
@@ -264,9 +271,9 @@ class Loader:
             [any(len(text.content) > 0 and text.role == CAPTION for text in own) for own in texts]
         )
         found = None
-        if self.cfg.several_texts:
+        if self._texts and self.cfg.several_texts:
             found = self._texts.several(texts, batch.tokens.shape[-1])
-        else:
+        elif self._texts:
             self._texts.fill_single(batch, rows, texts)
         if batch.patches is not None:
             batch.patches[rows] = kept_patches(self.cfg.seed, draws.epochs[rows], ids, stage)
@@ -314,7 +321,7 @@ class Loader:
         try:
             if stored is None and self._reads_shards:
                 stored = self.reader.sample(sample_id)
-            texts = self._texts.draw(sample_id, stored, uniforms)
+            texts = self._texts.draw(sample_id, stored, uniforms) if self._texts else []
             if "image" in self.locked or stored is None:
                 return _RawSample(self.locked["image"].rows(sample_id)[0].features, texts)
             return _RawSample(stored.image(), texts)
@@ -340,7 +347,7 @@ class Loader:
 def open_loader(
     catalog: Catalog,
     key: OrderKey,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     cfg: config.Data,
     *,
     views: Sequence[View],
@@ -390,6 +397,10 @@ def _results(futures: list[Future[_Part]], interrupted: Callable[[], bool] | Non
         if interrupted is not None and interrupted():
             raise Interrupted
     return [future.result() for future in futures]
+
+
+def _context_length(tokenizer: Tokenizer | None) -> int:
+    return tokenizer.context_length if tokenizer else 0
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:

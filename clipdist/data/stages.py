@@ -20,12 +20,13 @@ class BatchStage:
     """What the loader makes of the samples of batches from position `first` on.
 
     Attributes:
+        tokenizer: of the texts; None: none is read.
         patches: of an image.  kept: how many of them the tower sees; 0: all.
     """
 
     first: int
     views: Sequence[View]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     patches: int = 0
     kept: int = 0
 

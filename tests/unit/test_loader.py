@@ -25,14 +25,14 @@ from clipdist.data.texts import group_id
 def loader(
     folder, rank=0, world=1, start=0, threads=2, tokenizer=None, skipped=(), two_views=False, **settings
 ) -> Loader:
-    alone = settings.pop("images_only", False)
+    alone, mute = settings.pop("images_only", False), settings.pop("mute", False)
     more, pin = settings.pop("views", ()), settings.pop("pin", False)
     cfg = dataclasses.replace(Data(threads=threads), **settings)
     small = [View("small", 16, Augmentation(0.1))] if two_views else []
     return open_loader(
         Catalog.open([str(folder)], members=members_of(cfg)),
         OrderKey(0, 16, 4, 0),
-        tokenizer or Lengths(),
+        None if mute else tokenizer or Lengths(),
         cfg,
         views=[image_view(cfg, 24), *small, *more],
         images_only=alone,
@@ -267,6 +267,28 @@ def test_colours_that_the_device_changes_are_those_that_threads_change(shards, m
     for name, images in changed.images.items():
         assert torch.equal(moved.images[name], images)
         assert torch.equal(left.images[name], images) == (name == "image")
+
+
+@pytest.mark.parametrize("caption", ["random", "all"])
+def test_images_without_captions_are_read_alone(tmp_path, monkeypatch, caption):
+    """Where no objective needs text there are no tokens, and no caption is looked for."""
+    write_pairs(tmp_path / "mixed", 16, bad={3: b""}, without_caption={5, 9})
+    write_pairs(tmp_path / "mute", 16, without_caption=range(16))
+    reference = take(1, tmp_path / "mixed", images_only=True)[0]
+    monkeypatch.setattr(StoredSample, "find_captions", lambda sample: pytest.fail("a caption was read"))
+    (mixed,) = take(1, tmp_path / "mixed", images_only=True, mute=True, caption=caption)
+    (mute,) = take(1, tmp_path / "mute", images_only=True, mute=True, caption=caption)
+    assert mute.valid["image"].all()
+    assert not mute.valid["text"].any()
+    assert (mixed.bad, mute.bad) == ([(3, "missing image")], [])
+    for batch in (mixed, mute):
+        assert batch.tokens.shape == (16, 0)
+        assert batch.tokens.dtype == torch.int64
+        assert len(batch) == 16
+        assert batch.inputs().keys() == {"image"}
+        assert [len(piece) for piece in batch.split(6)] == [6, 6, 4]
+        assert batch.roles is None
+    assert torch.equal(mixed.images["image"], reference.images["image"])
 
 
 def test_an_error_in_a_thread_reaches_the_consumer(shards, monkeypatch):

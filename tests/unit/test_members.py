@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -181,8 +182,20 @@ def test_what_training_could_not_use_is_refused_before_a_model_is_built(
                 archive.addfile(member, io.BytesIO(image() if name.endswith("png") else b"dog"))
     source = f"{(folder / '0.tar').as_uri()}" if form == "remote" else folder
     config = load_config("configs/tiny.yaml", [f"data.train={source}", f"run.root={tmp_path}", "device=cpu", *words])
-    with pytest.raises(UserError, match=r"^data\.train: .*/set.*: of \d+ samples looked at .*" + text):
+    asked = "^" if NO_IMAGE in text or form == "tif" else r"^objectives\.clip needs captions: "
+    with pytest.raises(UserError, match=asked + r"data\.train: .*/set.*: of \d+ samples looked at .*" + text):
         train(config)
+
+
+def test_captions_are_not_looked_for_where_no_objective_needs_them(tmp_path: Path) -> None:
+    source = made(tmp_path / "set", "mute")
+    config = load_config("configs/tiny.yaml", [f"data.train={source}", f"data.val={source}", "train.global_batch=4"])
+    with pytest.raises(UserError, match=r"^objectives\.clip needs captions: data\.train"):
+        check_data(config)
+    words = ["objectives.clip=null", "objectives.simclr={}"]
+    for catalog in check_data(dataclasses.replace(config, objectives=load_config(None, words).objectives)):
+        assert catalog is not None
+        assert catalog.contents == "16 samples looked at: images are .png"
 
 
 def test_several_sources_are_looked_at_one_by_one(tmp_path: Path) -> None:
