@@ -118,6 +118,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--salvage", action="store_true", help="keep the whole samples of damaged shards")
     parser.add_argument("--force", action="store_true", help="make indices anew that are fresh")
     front.add_members(parser)
+    front.add_images_only(parser)
     front.add_processes(parser)
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where a remote shard lies while it is read (TMPDIR)")
     arguments = parser.parse_args()
@@ -145,6 +146,7 @@ def main() -> int:
             force=arguments.force,
             folder=Path(folder),
             members=members,
+            captions=not arguments.images_only,
             reread=members != DEFAULT_MEMBERS,  # an earlier run may have looked for others
         )
         parts = examine(sources, task, tally, arguments.processes)
@@ -198,7 +200,7 @@ def require_samples(tally: Tally, images: Sequence[str]) -> None:
     if not tally.kept:
         hint = "; --salvage keeps the whole samples of damaged shards" if tally.damaged else ""
         if "missing caption" in tally.defects:
-            hint += f"; their members are {there}; see --caption-members"
+            hint += f"; their members are {there}; see --caption-members, or --images-only"
         raise Fault(f"none of {tally.samples} samples can be used: {', '.join(tally.defects)}{hint}")
 
 

@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw some pictures with their captions")
     front.add_members(parser)
+    front.add_images_only(parser)
     front.add_processes(parser, "of --verify, --interop; ")
     arguments = parser.parse_args()
     if arguments.interop and (arguments.verify or arguments.sheet):
@@ -71,30 +72,33 @@ def main() -> int:
         print(f"damaged: {damage}", file=sys.stderr)
     result = {**describe_members(opened.catalog), "indexed": opened.indexed, "damaged": opened.damaged}
     try:
-        look_at(opened.catalog, "SHARDS", [" ".join(arguments.shards)])
+        look_at(opened.catalog, "SHARDS", [" ".join(arguments.shards)], not arguments.images_only)
     except UserError as error:  # the table says what is there instead
         front.tell(str(error))
     ids = choose_samples(opened.catalog, arguments.samples)
     reader = open_reader(opened.catalog)
     try:
-        result |= describe_samples(reader, ids)
+        result |= describe_samples(reader, ids, not arguments.images_only)
         if arguments.sheet:
             draw_sheet(reader, ids, arguments.sheet)
     finally:
         reader.close()
     if arguments.verify:
-        result["verified"] = verify(arguments.shards, arguments.processes, members)
+        result["verified"] = verify(arguments.shards, arguments.processes, members, not arguments.images_only)
     front.finish(arguments, result, table(result))
     return EXIT_FAULT if opened.damaged or result.get("verified") else 0
 
 
-def verify(shards: list[str], processes: int, members: Members) -> dict[str, int]:
+def verify(shards: list[str], processes: int, members: Members, captions: bool) -> dict[str, int]:
     """Read and decode everything. Return how many samples have each defect; the first are named on stderr."""
     sources = shard_sources(shards)
     defects: Counter[str] = Counter()
     named = 0
     with tempfile.TemporaryDirectory(prefix="clipdist-") as folder:
-        task = ShardTask(verify=True, output="nothing", salvage=True, reread=True, folder=Path(folder), members=members)
+        place = Path(folder)
+        task = ShardTask(
+            verify=True, output="nothing", salvage=True, reread=True, folder=place, members=members, captions=captions
+        )
         results = in_order(functools.partial(examine_shard, task=task), sources, processes)
         for found in tqdm(results, total=len(sources), desc="verify", unit="shard", disable=None):
             defects += found.defects
@@ -159,15 +163,17 @@ def table(result: dict) -> list[str]:
         f"{'percentile':>14}" + "".join(f"{p:>9}" for p in captions["words"] or images["width"]),
     ]
     rows = [(name, images[name]) for name in ("width", "height", "aspect")]
-    rows += [(name, captions[name]) for name in ("per_picture", "words", "characters")]
+    rows += [(name, captions[name]) for name in ("per_picture", "words", "characters") if captions["count"]]
     lines += [f"{name.replace('_', ' '):>14}" + "".join(f"{v:>9.4g}" for v in values.values()) for name, values in rows]
-    if captions["sources"]:
-        lines.append(f"  captions are {tell_sources(captions['sources'])}")
-    lines += [
-        f"  {captions['count']} captions, {captions['vocabulary']} different words: "
-        + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
-        f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one",
-    ]
+    if captions["count"]:
+        lines += [
+            f"  captions are {tell_sources(captions['sources'])}",
+            f"  {captions['count']} captions, {captions['vocabulary']} different words: "
+            + ", ".join(f"{word} {count}" for word, count in captions["most_frequent"].items()),
+        ]
+    else:
+        lines.append("  no captions")
+    lines.append(f"  repeats: {images['repeated']} pictures, {captions['repeated']} captions equal an earlier one")
     lines += front.count_lines("", result["unusable"])[1:]
     if "verified" in result:
         lines += front.count_lines("verified: every sample, of which", result["verified"]) or [

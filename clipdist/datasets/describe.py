@@ -97,8 +97,12 @@ def choose_samples(catalog: Catalog, samples: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(len(catalog), samples, replace=False))
 
 
-def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
-    """Return image sizes and formats, captions, and repeats, of these samples; pixels are not decoded."""
+def describe_samples(reader: Reader, ids: np.ndarray, need_captions: bool = True) -> dict[str, object]:
+    """Return image sizes and formats, captions, and repeats, of these samples; pixels are not decoded.
+
+    Args:
+        need_captions: whether a sample without a caption counts as unusable.
+    """
     sizes: list[tuple[int, int]] = []
     formats: Counter[str] = Counter()
     images: Counter[bytes] = Counter()  # by a hash of their bytes
@@ -125,6 +129,8 @@ def describe_samples(reader: Reader, ids: np.ndarray) -> dict[str, object]:
             sources[found.source] += 1
         except BadSample as error:
             unusable[error.reason] += 1
+    if not need_captions:
+        del unusable["missing caption"]
     width, height = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     return {
         "looked_at": len(ids),

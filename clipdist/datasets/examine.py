@@ -71,6 +71,7 @@ class ShardTask:
         reread: verify again what was verified, by its checksums.
         folder: where remote shards lie while they are looked at.
         members: which members of a sample are image and captions.
+        captions: whether a sample without a caption is defective.
     """
 
     verify: bool = False
@@ -81,6 +82,7 @@ class ShardTask:
     reread: bool = False
     folder: Path = Path()
     members: Members = DEFAULT_MEMBERS
+    captions: bool = True
 
     @property
     def columns(self) -> set[str]:
@@ -242,6 +244,8 @@ def _with_columns(index: ShardIndex, task: ShardTask) -> ShardIndex:
 
 def _summed_up(index: ShardIndex, task: ShardTask, damage: str, made: bool) -> Examined:
     defect = index.columns.get(DEFECT, np.zeros(len(index), dtype=np.int64)).astype(np.int64)
+    if not task.captions:
+        defect[defect == DEFECTS.index("missing caption")] = 0
     good = defect == 0
     keep, passed = good, []
     for condition in task.conditions:

@@ -163,7 +163,7 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
         UserError: no folders, or one without an image.
     """
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {entry.name: _images_below(entry) for entry in classes}
+    found = {entry.name: images_below(entry) for entry in classes}
     if not any(found.values()):
         raise UserError(f"{folder}: no folders with pictures; {_EXPECTED}")
     for name, images in found.items():
@@ -172,7 +172,8 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Return the images of a folder at any depth, sorted."""
     return sorted(
         Path(here) / name
         for here, _, names in walk(folder)

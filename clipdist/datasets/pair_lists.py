@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -51,7 +51,7 @@ ListRow = tuple[int, Mapping[str, Any]]  # its number, and its cells by column
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its captions, at least one.
+    """An image and its captions, at least one in a list of captions.
 
     Attributes:
         row: of its first caption, from 1 (a CSV's header does not count; in JSONL the line); 0 in a folder.
@@ -59,6 +59,7 @@ class Pair:
         captions: without white space around them.
         extra: the other columns of its first row: numbers as numbers, empty cells left out.
         data: the image where the list itself holds it; None: it is a file.
+        label: number of its class.
     """
 
     row: int
@@ -66,6 +67,21 @@ class Pair:
     captions: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
     data: bytes | None = None
+    label: int | None = None
+
+
+class PairSource(Protocol):
+    """Where pairs come from: a list, or a set of images. Iterating reads it, anew each time, in the same order."""
+
+    @property
+    def source(self) -> Path:
+        """The file or folder, for messages and as the data set's name."""
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether pairs have their images with them."""
+
+    def __iter__(self) -> Iterator[Pair | Skip]: ...
 
 
 @dataclass(frozen=True)
@@ -191,7 +207,7 @@ class Survey:
     fingerprint: str
 
 
-def survey(pairs: PairList) -> Survey:
+def survey(pairs: PairSource) -> Survey:
     """Read the whole list, so that what is wrong with it is known at once. Memory: 8 bytes per image, twice.
 
     Raises:
@@ -212,6 +228,7 @@ def survey(pairs: PairList) -> Survey:
             name = hashlib.blake2b(image, digest_size=8).digest()
             said = [entry.row, entry.file, entry.captions, entry.extra]
             said += [] if entry.data is None else [name.hex()]
+            said += [] if entry.label is None else [entry.label]
             backslashes += entry.data is None and "\\" in entry.file
             files.append(int.from_bytes(name, "little"))
         digest.update(json.dumps(said, default=str).encode() + b"\n")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from clipdist.data.index import index_path
 from clipdist.datasets.images import check_bytes, shrink
-from clipdist.datasets.pair_lists import Pair, PairList, Skip
+from clipdist.datasets.pair_lists import Pair, PairSource, Skip
 from clipdist.datasets.pool import AHEAD, in_order
 from clipdist.datasets.shard_writer import (
     Sample,
@@ -52,7 +52,7 @@ class ShardPlan:
 
     Attributes:
         list: fingerprint of the list's content.
-        columns: of the image, then those of captions.
+        columns: of the image, then those of captions, and what else is stored.
         images_root: where relative file names start.
         per_shard: images of the list per shard.
         shrink: pixels of the shorter side at most; 0: bytes untouched.
@@ -167,16 +167,16 @@ def _sample(key: str, pair: Pair, image: _StoredImage, job: _PairShardJob, numbe
         "filename": pair.file.encode(errors="replace").decode(),
         **pair.extra,  # a column may be named filename; what is measured here wins over columns
         "key": key,
-        "caption": pair.captions[0],
-        "captions": pair.captions,
+        **({"caption": pair.captions[0], "captions": pair.captions} if pair.captions else {}),
         **image.sizes,
         "sha256": hashlib.sha256(image.data).hexdigest(),
     }
-    members = {
-        image.kind: image.data,
-        "txt": pair.captions[0].encode(),
-        "json": json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace"),
-    }
+    members = {image.kind: image.data}
+    if pair.captions:
+        members["txt"] = pair.captions[0].encode()
+    members["json"] = json.dumps(record, ensure_ascii=False, default=str).encode(errors="replace")
+    if pair.label is not None:
+        members["cls"] = str(pair.label).encode()
     if job.plan.tokens:
         members[job.plan.tokens] = job.tokens[number]
     size = {name: image.sizes[name] for name in ("width", "height")}
@@ -187,7 +187,7 @@ def _sample(key: str, pair: Pair, image: _StoredImage, job: _PairShardJob, numbe
 
 
 def write_pairs(
-    pairs: PairList,
+    pairs: PairSource,
     images: int,
     out: Path,
     plan: ShardPlan,
@@ -249,7 +249,7 @@ def write_pairs(
 
 
 def _jobs(
-    pairs: PairList, out: Path, plan: ShardPlan, pack: PackCaptions | None, journal: _ShardJournal
+    pairs: PairSource, out: Path, plan: ShardPlan, pack: PackCaptions | None, journal: _ShardJournal
 ) -> Iterator[_PairShardJob]:
     for shard, entries in enumerate(_ranges(pairs, plan.per_shard)):
         if shard not in journal.done:

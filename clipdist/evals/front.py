@@ -125,6 +125,11 @@ def add_members(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caption-lines", choices=("auto", "split", "whole"), default="auto", help=what)
 
 
+def add_images_only(parser: argparse.ArgumentParser) -> None:
+    what = "samples need no captions: one without is good for objectives that need no text"
+    parser.add_argument("--images-only", action="store_true", help=what)
+
+
 def members_of_arguments(args: argparse.Namespace) -> Members:
     """Return what the options of add_members ask for."""
     from clipdist.config import Data

@@ -285,6 +285,15 @@ def test_where_nothing_is_left_it_is_a_fault(folder: Path, monkeypatch, capsys, 
     assert run(monkeypatch, capsys, tmp_path / "cap.tar", *out, "--caption-members", "cap")[1]["kept"] == 1
 
 
+def test_images_alone_are_kept_where_no_captions_are_needed(folder: Path, monkeypatch, capsys, tmp_path: Path) -> None:
+    assert run(monkeypatch, capsys, folder, "--verify")[1]["dropped"] == DEFECTIVE
+    for words in (["--verify"], []):  # of indices that an earlier run made, the latter
+        out = tmp_path / f"{len(words)}.index.zip"
+        _, result, _ = run(monkeypatch, capsys, folder, *words, "--images-only", "--out", out)
+        assert result["dropped"] == {name: 1 for name in DEFECTIVE if name != "missing caption"}
+        assert "mute" in Catalog.open([str(out)]).table(1).keys
+
+
 def test_every_reason_of_training_has_its_place() -> None:
     assert set(REASONS) <= set(DEFECTS)
     assert (DEFECTS.index("missing image"), DEFECTS.index("shard cut off")) == (1, 10)  # as in indices that exist

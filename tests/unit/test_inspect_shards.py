@@ -85,6 +85,21 @@ def test_numbers(folder: Path, monkeypatch, capsys) -> None:
     assert result["unusable"] == {"missing caption": 1}
 
 
+def test_images_alone_are_whole_where_no_captions_are_needed(tmp_path: Path, monkeypatch, capsys) -> None:
+    samples = [Sample(f"s{row}", {"jpg": picture(10 + row, 20, "JPEG"), "cls": b"1"}) for row in range(3)]
+    write_shard(tmp_path / "0.tar", samples)
+    code, result, said = run(monkeypatch, capsys, tmp_path, "--verify")
+    assert (code, result["verified"], result["unusable"]) == (EXIT_FAULT, *[{"missing caption": 3}] * 2)
+    assert "of 3 samples looked at none has a caption" in said
+    code, result, said = run(monkeypatch, capsys, tmp_path, "--verify", "--images-only")
+    assert (code, result["verified"], result["unusable"], said) == (0, {}, {}, "")
+    assert (result["captions"]["count"], result["pictures"]["formats"]) == (0, {"jpg": 3})
+    assert "  no captions" in tool.table(result)
+    write_shard(tmp_path / "1.tar", [Sample("s9", {"jpg": b"no picture", "cls": b"1"})])
+    code, result, _ = run(monkeypatch, capsys, tmp_path, "--verify", "--images-only")
+    assert (code, result["verified"]) == (EXIT_FAULT, {"not an image": 1})
+
+
 def test_five_lines_are_five_captions_unless_told_otherwise(tmp_path: Path, monkeypatch, capsys) -> None:
     members = {"img": picture(10, 20, "JPEG"), "txt": b"\n".join(b"caption %d" % row for row in range(5))}
     write_shard(tmp_path / "0.tar", [Sample(f"s{row}", members) for row in range(24)])

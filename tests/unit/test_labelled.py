@@ -19,9 +19,10 @@ from PIL import Image
 from clipdist.config import Data
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.decode import eval_image, eval_pixels
+from clipdist.data.decode import decode_pixels, eval_image, eval_pixels
 from clipdist.data.loader import image_view, open_loader
 from clipdist.data.order import OrderKey
+from clipdist.data.reader import Reader
 from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
@@ -306,8 +307,8 @@ def test_shards_of_labelled_images_have_their_classes_as_captions(
     loader.close()
     groups = {tuple(row) for row in batch.group_id.view(8, -1).tolist()}
     assert len(groups) == 2  # the images of a class have the same captions
-    wanted = [6, 12, 13, 19] if caption == "all" else [6, 13]  # "a cat.", "the big cat.", "a guinea pig." ...
-    assert sorted(set(batch.tokens[..., 0].flatten().tolist())) == wanted
+    texts = {"a cat.", "a guinea pig.", *(["the big cat.", "the big guinea pig."] if caption == "all" else [])}
+    assert {tuple(row) for row in batch.tokens.view(-1, 2).tolist()} == set(map(tuple, Lengths()([*texts]).tolist()))
     before = {path.name: path.read_bytes() for path in (out / "train").glob("*.tar")}
     sharded(tmp_path / "pets", monkeypatch, "--templates", str(templates))
     assert before == {path.name: path.read_bytes() for path in (out / "train").glob("*.tar")}
@@ -330,3 +331,86 @@ def test_folders_of_which_no_shards_are_made(
         write_classes(tmp_path / "pets", counts)
     with pytest.raises(UserError, match=told):
         sharded(tmp_path / "pets", monkeypatch)
+
+
+def numbers(out: Path) -> list[int]:
+    """The .cls of all samples."""
+    reader = Reader(Catalog.open([str(out)]))
+    found = [int(reader.sample(row).read("cls") or b"-1") for row in range(len(reader.catalog))]
+    reader.close()
+    return found
+
+
+def test_shards_of_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = sharded(cifar10(tmp_path), monkeypatch)
+    data = open_labelled(out)
+    check(data)
+    assert data.train is not None
+    assert numbers(out / "train") == data.train.labels.tolist()
+    assert numbers(out / "train") != sorted(numbers(out / "train"))  # mixed
+    reader = Reader(Catalog.open([str(out / "test")]))
+    assert sorted({reader.sample(row).captions()[0] for row in range(6)}) == [f"a photo of a {n}." for n in NAMES]
+    reader.close()
+
+
+@pytest.mark.parametrize("words", [[], ["--unlabelled"]])
+def test_shards_of_any_folder_hold_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    root = tmp_path / "holidays"
+    for row, pixels in enumerate(pictures(9, 0)):
+        place = root / ("2019/coast" if words and row % 2 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{row}.png").write_bytes(png(pixels))
+    (root / "broken.jpg").write_bytes(b"no picture")
+    out = sharded(root, monkeypatch, *words)
+    said = capsys.readouterr().out
+    assert f"{out}: 9 pictures, 1 shards" in said
+    assert "no captions: for objectives that need no text" in said
+    assert "1  not a picture" in said
+    reader = Reader(Catalog.open([str(out)]))
+    found = {decode_pixels(reader.sample(row).image()).tobytes() for row in range(9)}
+    assert found == {pixels.tobytes() for pixels in pictures(9, 0)}
+    assert set(reader.catalog.table(0).kinds) == {"png", "json"}
+    assert not {"caption", "captions", "class"} & set(reader.sample(0).metadata())
+    reader.close()
+    before = (out / "00000.tar").read_bytes()
+    sharded(root, monkeypatch, *words)
+    assert (out / "00000.tar").read_bytes() == before
+    cfg = Data()
+    loader = open_loader(
+        Catalog.open([str(out)]),
+        OrderKey(0, 8, 1, 0),
+        None,
+        cfg,
+        views=[image_view(cfg, 8)],
+        rank=0,
+        world=1,
+        images_only=True,
+    )
+    batch = loader.next()
+    loader.close()
+    assert batch.valid["image"].all()
+    assert batch.tokens.shape == (8, 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "told"),
+    [
+        ([], ["--unlabelled"], "holidays: no pictures in it"),
+        (["a.png", "b.png"], ["--classes", "names.txt"], "--classes: .*holidays has no classes"),
+        (["a.png", "b.png"], ["--templates", "a {}."], "--templates: .*holidays has no classes"),
+        (["cat/a.png", "dog/b.png"], ["--unlabelled", "--templates", "a {}."], "--templates: .*has no classes"),
+        (["cat\udcff/a.png", "cat\udcff/b.png"], [], r"the folder 'cat\\udcff' has a name that is not UTF-8"),
+    ],
+)
+def test_images_that_cannot_be_sharded_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], words: list[str], told: str
+) -> None:
+    root = tmp_path / "holidays"
+    root.mkdir()
+    for name in files:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(png(pictures(1, 0)[0]))
+    with pytest.raises(UserError, match=told):
+        sharded(root, monkeypatch, *words)
