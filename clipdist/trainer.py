@@ -100,7 +100,7 @@ class Trainer:
         model = self._build_model()
         self.teacher = self._open_teacher(state.get("teacher"))
         self.spec, self.base = model.spec, model.base
-        self.tokenizer = make_tokenizer(self.spec) if self.spec.has_text else None
+        self.tokenizer = make_tokenizer(self.spec)
         locked, locked_val = self._locked_features(model)
         stages = [self._batch_stage(stage, model) for stage in plan.stages]
         largest = max(plan.stages, key=lambda stage: stage.image_size).image_size
@@ -108,7 +108,7 @@ class Trainer:
         self.loader = open_loader(
             plan.catalog,
             plan.order,
-            self.tokenizer,
+            self.tokenizer if self.spec.has_text else None,
             config.data,
             views=self._views(largest),
             stages=stages,
@@ -174,8 +174,9 @@ class Trainer:
 
     def _batch_stage(self, stage: PlannedStage, model: DualEncoder) -> BatchStage:
         """Return what the loader makes of a stage."""
-        cut = stage.tokens < self.spec.context_length
-        tokenizer = make_tokenizer(replace(self.spec, context_length=stage.tokens)) if cut else self.tokenizer
+        tokenizer = self.tokenizer if self.spec.has_text else None
+        if tokenizer and stage.tokens < self.spec.context_length:
+            tokenizer = make_tokenizer(replace(self.spec, context_length=stage.tokens))
         views, patches = self._views(stage.image_size), patches_of(model.visual, stage.image_size)
         return BatchStage(stage.first, views, tokenizer, patches, kept_of(patches, stage.patch_dropout))
 
