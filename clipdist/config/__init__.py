@@ -25,6 +25,7 @@ from clipdist.config.schema import (
     SimClr,
     Stage,
     Train,
+    Vae,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SimClr",
     "Stage",
     "Train",
+    "Vae",
     "flat",
     "load_config",
     "refuse_options",

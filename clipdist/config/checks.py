@@ -20,6 +20,7 @@ from clipdist.config.schema import (
     Optim,
     Run,
     Train,
+    Vae,
 )
 from clipdist.errors import UserError
 
@@ -42,7 +43,7 @@ AT_LEAST_1 = {
 FROM_0_TO_1 = {"data": ("flip", "jitter_probability", "grayscale", "max_bad_share")}
 BELOW_1 = {"optim": ("beta1", "beta2"), "train": ("ema",)}
 ABOVE_0 = {"optim": ("lr", "eps")}
-VIEWED = ("simclr", "moco", "byol", "dino")  # objectives on views of an image
+VIEWED = ("simclr", "moco", "byol", "dino", "vae")  # objectives on views of an image
 TAUGHT = ("moco", "byol", "dino")  # of them, those whose teacher follows the weights
 LOGGERS = ("wandb", "mlflow", "trackio")
 SEEDS = {"data": ("seed",), "train": ("seed",)}
@@ -199,9 +200,12 @@ def _check_self_supervised(objectives: Objectives, data: Data, train: Train) -> 
         key = f"objectives.{name}."
         must = f"be above 0; objectives.{name}=null takes it out"
         _need(0 < section.weight < math.inf, f"{key}weight", section.weight, must)
+        _check_views(f"{key}views", section.views, 1 if name == "vae" else 2)
+        if name == "vae":
+            _check_vae(section)
+            continue
         widths = bool(section.head) and min(section.head) >= 1
         _need(widths, f"{key}head", section.head, "be widths of layers, one or more")
-        _check_views(f"{key}views", section.views, 2)
         if name in TAUGHT:
             _need(0 <= section.momentum <= 1, f"{key}momentum", section.momentum, "lie in [0, 1]")
         if name in ("simclr", "moco"):
@@ -249,6 +253,17 @@ def _check_dino(dino: Dino) -> None:
     _need(len(warm) == 2 and min(warm) > 0, f"{key}teacher_temperature", warm, "be two temperatures, first and last")
     _need(0 <= dino.centre_momentum <= 1, f"{key}centre_momentum", dino.centre_momentum, "lie in [0, 1]")
     check_augment(f"{key}local", dino.local)
+
+
+def _check_vae(vae: Vae) -> None:
+    key = "objectives.vae."
+    doubled = vae.size >= 4 and vae.size & (vae.size - 1) == 0
+    _need(doubled, f"{key}size", vae.size, "be 4, 8, 16 or another power of two")
+    _need(vae.latent >= 1, f"{key}latent", vae.latent, "be at least 1")
+    least = vae.size // 4
+    _need(vae.width >= least, f"{key}width", vae.width, f"be at least {least}, so that each doubling leaves a channel")
+    _need(vae.beta >= 0, f"{key}beta", vae.beta, "not be negative")
+    _need(vae.deviation > 0, f"{key}deviation", vae.deviation, "be above 0")
 
 
 def _check_views(key: str, views: list[Augment], number: int) -> None:

@@ -233,6 +233,19 @@ class Dino:
 
 
 @dataclass(frozen=True)
+class Vae:
+    """A variational autoencoder on the image tower: a baseline among the representations."""
+
+    weight: float = 1.0  # of this objective in the loss
+    latent: int = 128  # width of the code
+    beta: float = 1.0  # weight of the divergence from N(0, 1)
+    deviation: float = 0.1  # of a pixel, on the scale 0..1, from what is decoded
+    size: int = 32  # pixels a side of what is decoded: 4, 8, 16 ...
+    width: int = 256  # channels of the decoder at 4 x 4; each doubling of the side halves them
+    views: list[Augment] = field(default_factory=lambda: [Augment(crop_scale=[0.9, 1.0])])  # one
+
+
+@dataclass(frozen=True)
 class Objectives:
     """The objectives to train, those whose sections are set. A recipe without this section trains CLIP."""
 
@@ -242,6 +255,7 @@ class Objectives:
     moco: Moco | None = None
     byol: Byol | None = None
     dino: Dino | None = None
+    vae: Vae | None = None
 
     @property
     def read_text(self) -> bool:

@@ -229,7 +229,7 @@ class Engine:
         """
         seed_step(self.seed, step, self.dist_env.rank)
         with self._statistics_of_views() if len(batch.images) > 1 else nullcontext():
-            outputs = self._forward(batch)
+            outputs = self._forward(batch, step)
         terms = self._terms(self.objectives, {**outputs, **given.rows, **given.shared}, batch)
         value = self._weighted(terms) + self._nothing(outputs)
         return _Forward(value, terms, outputs, partial(self.zero.backward, value), batch, taught)
@@ -246,7 +246,7 @@ class Engine:
         with torch.no_grad(), statistics_frozen(self._statistics.norms):
             for micro, piece in enumerate(pieces if self._coupled else ()):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
-                cached.append(self._forward(piece))
+                cached.append(self._forward(piece, step))
         outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
         outputs |= {name: master.clone().requires_grad_() for name, master in self.scalars.items()}
         del cached
@@ -266,7 +266,7 @@ class Engine:
         with self._statistics_of_views():
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
-                again = self._forward(piece)
+                again = self._forward(piece, step)
                 parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
                 # Divide a scalar's gradient among all micro-batches: a reduction may wait for all parameters.
                 parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
@@ -280,9 +280,12 @@ class Engine:
     def _statistics_of_views(self) -> AbstractContextManager[None]:
         return statistics_of_views(self.zero.module, self._statistics.norms)
 
-    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+    def _forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return the model's outputs, the scalars with the values of their fp32 masters."""
-        outputs = self.zero.forward(**batch.inputs(without=self._taught_alone))
+        at = Moment(step, self.steps)
+        noise = {name: own for each in self.objectives for name, own in each.noise(batch, at).items()}
+        more = {"noise": noise} if noise else {}
+        outputs = self.zero.forward(**batch.inputs(without=self._taught_alone), **more)
         for name, master in self.scalars.items():
             scalar = outputs[name]
             outputs[name] = scalar.float() + (master - scalar.detach().float())

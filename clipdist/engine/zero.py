@@ -102,7 +102,7 @@ class Zero:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Return the outputs of the model."""
         return self._deepspeed(**inputs)
 

@@ -86,6 +86,7 @@ class Audit:
         self.locked = [model.part_of(name) for name, tower in model.towers.items() if _frozen(tower)]
         moving = next((each.teacher for each in objectives if each.teacher), None)
         self.reference = Reference(copy.deepcopy(model), cfg, dist_env, DTYPES[self.precision], teacher, moving)
+        self.reference.drawn_by = [*objectives]
         self.reference.taught_alone = tuple(name for each in objectives for name in each.taught_alone)
         model.prepare(cfg.engine)
         made = {each.name: each for each in objectives}

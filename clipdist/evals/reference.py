@@ -28,7 +28,7 @@ from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.evals.reference_losses import FORMULAS, STATES
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.objectives.objective import Moment, TeacherSpec
+from clipdist.objectives.objective import Moment, Objective, TeacherSpec
 from clipdist.objectives.teacher import Teacher
 
 # Below this loss the relative error of any fp32 implementation grows; the dense formula's is measured for comparison.
@@ -59,6 +59,7 @@ class Reference:
         draws_random_numbers: whether a forward pass has drawn random numbers (dropout).
         state: of the objectives, by objective and name.
         state_after: what the last step should have made of it, float64, by OBJECTIVE/NAME.
+        drawn_by: the objectives, for their random numbers.
         taught_alone: names of the views that the model does not see.
     """
 
@@ -82,6 +83,7 @@ class Reference:
         self.moving = _Moving(self.model, moving) if moving else None
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.state_after: dict[str, torch.Tensor] = {}
+        self.drawn_by: list[Objective] = []
         self.taught_alone: tuple[str, ...] = ()
         self.draws_random_numbers = False
 
@@ -174,7 +176,9 @@ class Reference:
         rank, k, rows = where
         seed_step(self.seed, step, rank, k)
         before = _random_state(self.device)
-        outputs = self.model(**batch.rows(rows.start, rows.stop).to(self.device).inputs(self.taught_alone))
+        own = batch.rows(rows.start, rows.stop).to(self.device)
+        noise = {name: drawn for each in self.drawn_by for name, drawn in each.noise(own, Moment(step, STEPS)).items()}
+        outputs = self.model(**own.inputs(self.taught_alone), noise=noise)
         self.draws_random_numbers = self.draws_random_numbers or not torch.equal(before, _random_state(self.device))
         return {name: output for name, output in outputs.items() if name not in self.scalars}
 

@@ -168,6 +168,18 @@ def dino_state(cfg: config.Dino, constants: Outputs, batch: Batch) -> dict[str, 
     return {"centre": cfg.centre_momentum * constants["dino/centre"] + (1 - cfg.centre_momentum) * logits.mean(0)}
 
 
+def vae(cfg: config.Vae, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
+    """Compute minus the evidence lower bound, by torch's distributions."""
+    normal = torch.distributions.Normal
+    parts, valid = outputs["vae/0"], batch.valid["image"]
+    code = normal(parts[:, : cfg.latent], (parts[:, cfg.latent : 2 * cfg.latent] / 2).exp())
+    divergence = torch.distributions.kl_divergence(code, normal(torch.zeros_like(code.mean), 1.0)).sum(1)
+    pixels = batch.images["vae/0"].to(parts.dtype) / 255
+    target = F.avg_pool2d(pixels, pixels.shape[-1] // cfg.size).flatten(1)
+    missed = ((parts[:, 2 * cfg.latent :] - target) / cfg.deviation).square().sum(1) / 2
+    return ((missed + cfg.beta * divergence)[valid] / target.shape[1]).mean()
+
+
 def _sinkhorn_knopp(logits: Tensor, tau: float, iterations: int = 3) -> Tensor:
     """Return assignments [N, P] whose columns are alike in sum (arXiv:2006.09882, listing 1)."""
     q = ((logits - logits.max()) / tau).exp().T
@@ -190,6 +202,7 @@ FORMULAS: dict[str, Callable[[Any, Outputs, Outputs, Batch, Moment], Tensor]] = 
     "moco": moco,
     "byol": byol,
     "dino": dino,
+    "vae": vae,
 }
 # What a step makes of the state of an objective, by name.
 STATES: dict[str, Callable[[Any, Outputs, Batch], dict[str, Tensor]]] = {"moco": moco_state, "dino": dino_state}

@@ -109,6 +109,7 @@ class DualEncoder(nn.Module):
         tokens: torch.Tensor | None = None,
         patches: torch.Tensor | None = None,
         teaching: bool = False,
+        noise: Mapping[str, torch.Tensor] | None = None,
         **images: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return features, not normalised, and the scalars.
@@ -119,6 +120,7 @@ class DualEncoder(nn.Module):
             patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
                 clipdist.models.fewer_patches.allow_stages.
             teaching: whether heads give what a teacher gives.
+            noise: random numbers for heads, by view.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. Of the view
                 "hidden" the features are those of `encode_hidden`; the view NAME/... goes through the head NAME.
 
@@ -133,7 +135,7 @@ class DualEncoder(nn.Module):
         outputs: dict[str, torch.Tensor] = {}
         with chosen:
             for view, pixels in images.items():
-                outputs |= self._encode_view(view, pixels, teaching)
+                outputs |= self._encode_view(view, pixels, teaching, noise or {})
                 self.after_view(view)
         if tokens is not None:
             texts = self.encode_text(tokens.flatten(0, -2))
@@ -151,12 +153,15 @@ class DualEncoder(nn.Module):
         if is_headed:
             yield from self.heads[head].modules()
 
-    def _encode_view(self, view: str, pixels: torch.Tensor, teaching: bool) -> dict[str, torch.Tensor]:
+    def _encode_view(
+        self, view: str, pixels: torch.Tensor, teaching: bool, noise: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         head, is_headed, _ = view.partition("/")
         if not is_headed:
             return {view: self.encode_hidden(pixels) if view == HIDDEN else self.encode_image(pixels)}
         hidden = self.encode_hidden(pixels)
-        return {view: self.heads[head](hidden, teaching=teaching), f"{HIDDEN}/{view}": hidden}
+        more = {"noise": noise[view]} if view in noise else {}
+        return {view: self.heads[head](hidden, teaching=teaching, **more), f"{HIDDEN}/{view}": hidden}
 
     @torch.no_grad()
     def hidden_width(self) -> int:

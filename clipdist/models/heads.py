@@ -86,3 +86,38 @@ class Prototypes(nn.Module):
         unit = F.normalize(self.weight.float(), dim=1).to(x.dtype)
         logits = F.linear(x, unit)
         return logits if self.norm is None else logits * self.norm.to(x.dtype)
+
+
+class VariationalHead(nn.Module):
+    """Mean and variance of a code, and a decoder of transposed 3 x 3 convolutions.
+
+    Args:
+        width: w of the input.
+        latent: Z, width of the code.
+        size: side S of what is decoded, a power of two.
+        channels: of the decoder at 4 x 4; half of them at each doubling.
+    """
+
+    def __init__(self, width: int, latent: int, size: int, channels: int) -> None:
+        super().__init__()
+        self.moments = nn.Linear(width, 2 * latent)
+        self.grid = nn.Linear(latent, 16 * channels)
+        layers: list[nn.Module] = []
+        side = 4
+        while side < size:
+            layers += [nn.ReLU(), nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)]
+            side, channels = 2 * side, channels // 2
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels, 3, 3, padding=1))
+
+    def forward(self, hidden: Tensor, teaching: bool = False, noise: Tensor | None = None) -> Tensor:
+        """Return [b, Z + Z + 3 S S]: means, logarithms of variances, and values around 0..1 of the decoded code.
+
+        Args:
+            hidden: [b, w].
+            noise: standard normal, [b, Z]; None: the mean is decoded.
+        """
+        moments = self.moments(hidden)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        code = mean if noise is None else mean + noise * (log_variance / 2).exp()
+        decoded = self.decoder(self.grid(code.to(hidden.dtype)).unflatten(1, (-1, 4, 4)))
+        return torch.cat([moments, decoded.flatten(1)], dim=1)

@@ -15,6 +15,7 @@ from clipdist.objectives.distill import DistillObjective
 from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
 from clipdist.objectives.simclr import SimClrObjective
+from clipdist.objectives.vae import VaeObjective
 
 
 def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective, ...]:
@@ -38,6 +39,8 @@ def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective,
         found.append(DinoObjective(cfg.dino, image_size))
         if cfg.dino.koleo:
             found.append(KoLeoObjective(cfg.dino))
+    if cfg.vae is not None:
+        found.append(VaeObjective(cfg.vae, image_size))
     return tuple(found)
 
 

@@ -117,6 +117,14 @@ class Objective:
         """Return the initial tensors, by name, that the engine keeps between steps: the same on all ranks."""
         return {}
 
+    def noise(self, batch: Batch, at: Moment) -> Mapping[str, Tensor]:
+        """Return random numbers for the head, [b, ...] by view: a function of the step and of each row's sample alone.
+
+        Args:
+            batch: rows of this rank, or of a micro-batch.
+        """
+        return {}
+
     def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor], at: Moment) -> Given:
         """Return what is constant within a step, before the student's pass, without gradients. Collective.
 

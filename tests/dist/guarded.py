@@ -7,6 +7,7 @@ accidents are never called. Weights, moments, counters and running statistics mu
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from clipdist.errors import Fault
 from clipdist.fault_tolerance.guard import Guard
 from clipdist.models.dual_encoder import build_model
 from clipdist.objectives.clip import ClipObjective, LossFunction
+from clipdist.objectives.make import make_objectives, prepare_model
 
 BATCH, STEPS = 16, 18
 VIT, RESNET = "configs/models/tiny_vit.json", "configs/models/tiny_rn.json"  # the ResNet has running statistics
-# stage, precision, micro-batch, model, and the optimiser if it is not AdamW
+# stage, precision, micro-batch, model, the optimiser if it is not AdamW, and an objective beside CLIP
 CELLS: list[tuple[Any, ...]] = [
     (0, "fp32", 0, RESNET),
     (1, "fp32", 0, VIT),
@@ -34,7 +36,10 @@ CELLS: list[tuple[Any, ...]] = [
     (0, "bf16", 4, VIT),
     (1, "bf16", 4, VIT),
     (2, "fp32", 0, VIT, "muon"),
+    (1, "fp32", 4, RESNET, "adamw", "moco"),  # a teacher, its statistics, and a queue
+    (3, "fp32", 0, RESNET, "adamw", "moco"),
 ]
+MOCO = "{head: [24, 12], queue: 40, momentum: 0.9}"
 # What goes wrong at which step, and the words that say so. One rank alone is hit, but for the steep gradient.
 ACCIDENTS = {
     0: ("nan gradient", "the gradient is not finite: that of"),  # there are no moments yet
@@ -89,7 +94,8 @@ def data(rank: int, world: int, step: int, context: int, vocabulary: int, side: 
 
 def train(cell: tuple[Any, ...], dist_env: DistEnv, guarded: bool) -> tuple[Engine, dict[int, Any]]:
     """The engine after all steps, and the results by step."""
-    stage, precision, micro, model_name, *optimizer = cell
+    stage, precision, micro, model_name, *more = cell
+    optimizer, beside = more[:1], more[1:]
     words = [
         f"model.name={model_name}",
         f"engine.zero_stage={stage}",
@@ -98,7 +104,8 @@ def train(cell: tuple[Any, ...], dist_env: DistEnv, guarded: bool) -> tuple[Engi
         f"train.micro_batch={micro}",
         "guard.window=10",
         "optim.grad_clip=0",
-        "train.ema=0.9",
+        f"train.ema={0 if beside else 0.9}",
+        *(f"objectives={{clip: {{}}, moco: {MOCO}}}" for _ in beside),
         *(f"optim.name={name}" for name in optimizer),
     ]
     if stage == 3:
@@ -110,7 +117,9 @@ def train(cell: tuple[Any, ...], dist_env: DistEnv, guarded: bool) -> tuple[Engi
     accidents = Accidents(dist_env.rank)
     objective = ClipObjective(config.objectives.clip)
     objective.function = accidents.loss(objective.function)
-    engine = Engine(model, (objective,), config, dist_env)
+    others = make_objectives(config.objectives, spec.image_size)[1:]
+    prepare_model(model, (objective, *others))
+    engine = Engine(model, (objective, *others), config, dist_env, steps=STEPS)
     accidents.watch(engine)
     guard = Guard(config.guard) if guarded else None
     calls: list[int] = []
@@ -123,6 +132,10 @@ def train(cell: tuple[Any, ...], dist_env: DistEnv, guarded: bool) -> tuple[Engi
         rows = data(
             dist_env.rank, dist_env.world_size, step, spec.context_length, spec.tokenizer["vocab_size"], spec.image_size
         )
+        views = (
+            {view.name: image.flip(-1) for view in others[0].views for image in rows.images.values()} if beside else {}
+        )
+        rows = replace(rows, images=rows.images | views)
         results[step] = engine.train_step(rows, step=step, lr=1e-4 * (1 + step), guard=guard)
     assert calls == [step for step in range(STEPS) if step not in ACCIDENTS], calls
     if guard:
@@ -168,6 +181,10 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
         found[f"buffer {name}"] = buffer.clone()
     for piece in engine.ema.live_pieces() if engine.ema else ():
         found[piece.name] = piece.data.clone()
+    for objective, state in engine.state.items():
+        found |= {f"state of {objective}: {name}": tensor.clone() for name, tensor in state.items()}
+    if engine.moving_teacher and engine.moving_teacher._module is not None:
+        found |= {f"teacher {name}": p.clone() for name, p in engine.moving_teacher._module.named_parameters()}
     return found
 
 

@@ -33,6 +33,7 @@ PARTS = {  # further ones, of cells with these objectives
     "moco": {*TAUGHT, "teacher statistics", "state"},
     "byol": {*TAUGHT, "teacher statistics"},
     "dino": {*TAUGHT, "state"},
+    "vae": {"heads"},
 }
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -105,6 +106,7 @@ MOCO = {
 }  # is full in the second step, and wraps
 MOCO_3 = {"moco": {"weight": 0.7, "momentum": 0.5, "head": [24, 12], "queue": 0, "predictor": [24, 12]}}
 BYOL = {"byol": {"weight": 0.7, "momentum": 0.5, "head": [24, 12]}}
+VAE = {"vae": {"weight": 0.7, "latent": 6, "size": 8, "width": 8}}
 LOCAL = {"local_views": 2, "local": {"size": 16}}
 DINO = {"dino": {"weight": 0.7, "momentum": 0.5, "head": [24, 24, 12], "prototypes": 20, **LOCAL}}
 DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True, "koleo": 0.1}}
@@ -115,8 +117,8 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
     half = BATCH // world // 2
     cells = []
     for stage, micro in in_turn(world, half):
-        for number, beside in enumerate((SIMCLR, MOCO, MOCO_3, BYOL, DINO, DINO_2)):
-            rows = micro if (number + stage) % 2 else half - micro
+        for number, beside in enumerate((SIMCLR, MOCO, MOCO_3, BYOL, DINO, DINO_2, VAE)):
+            rows = micro if number % 2 else half - micro
             cells += [cell(stage=stage, micro=rows, alone=number > 0, beside=beside, steps=2)]
         cells += [cell(stage=stage, micro=half - micro, model=RESNET, beside=BYOL, steps=2)]
     return cells

@@ -284,7 +284,7 @@ def test_objectives_are_clip_unless_they_are_listed(tmp_path, recipe, words, cli
     [
         ({"objectives": {}}, [], "objectives: none is set"),
         ({}, ["objectives.clip=null"], "objectives: none is set"),
-        ({"objectives": {"simclr": {}}}, [], "objectives.simclr"),
+        ({"objectives": {"vicreg": {}}}, [], "objectives.vicreg"),
         ({}, ["objectives.clip.weight=0"], "objectives.clip.weight=0.0: must be above 0"),
         ({"loss": {"name": "sigmoid"}}, [], "loss.name is objectives.clip.loss now"),
         ({"loss": {}}, [], "the section loss is objectives.clip now"),
