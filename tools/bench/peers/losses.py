@@ -2,7 +2,7 @@
 
 open_clip's losses are those of the installed package, in its exact modes: local_loss with gather_with_grad for
 ClipLoss, the exchange between neighbours (its default) for SigLipLoss. memeff's is a loss in Triton kernels, of one
-GPU, whose temperature is a constant. No training of clipdist's depends on this file.
+GPU, whose temperature is a constant. lightly's is its NT-Xent. No training of clipdist's depends on this file.
 """
 
 from __future__ import annotations
@@ -70,3 +70,10 @@ def memeff_loss(log_scale: float) -> Callable[..., torch.Tensor]:
     # stable=True, its default, multiplies the gradients by another factor.
     loss = MemoryEfficientCLIPLoss(temperature=math.exp(-log_scale), stable=False)
     return lambda images, texts, *_: loss(images, texts)
+
+
+def lightly_loss(temperature: float) -> Callable[..., torch.Tensor]:
+    """Return lightly's NTXentLoss: a function of the features of two views [b, D], in one process."""
+    from lightly.loss.ntx_ent_loss import NTXentLoss
+
+    return NTXentLoss(temperature)
