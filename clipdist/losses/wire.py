@@ -59,6 +59,17 @@ def distill_bytes(world: int, b: int, width: int, teacher_width: int, dtype: str
     return clipdist_bytes("sigmoid", world, b, width, dtype) + teacher + 2 * (world - 1) / world * 32 * world * b
 
 
+def nt_xent_bytes(world: int, b: int, width: int, dtype: str) -> float:
+    """Return the bytes that nt_xent sends per rank and step where all rows are valid.
+
+    (W-1) 2 b (D s + 4)    all-gathers of both views' features, and of their sums in fp32
+    (W-1) 56               shapes
+
+    Arguments: see clipdist_bytes; b counts samples.
+    """
+    return (world - 1) * (2 * b * (width * BYTES[dtype] + 4) + AGREEMENT_BYTES)
+
+
 def open_clip_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:
     """Return the bytes that open_clip 3.3 sends per rank and step in its exact modes. Arguments: see clipdist_bytes.
 

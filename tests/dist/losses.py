@@ -12,6 +12,7 @@ import torch.distributed as dist
 from self_supervised import (
     bad_features_are_named_on_every_rank,
     losses_are_those_of_one_process,
+    nt_xent_sends_what_the_model_says,
     queues_and_centres_are_those_of_one_process,
     wrong_losses_are_found_out,
 )
@@ -137,6 +138,7 @@ def main() -> None:
     bad_input_is_named_on_every_rank(rank, world)
     losses_are_those_of_one_process(rank, world, run, Alone)
     wrong_losses_are_found_out(rank, world, run, Alone)
+    nt_xent_sends_what_the_model_says(rank, world)
     queues_and_centres_are_those_of_one_process(rank, world, Alone)
     bad_features_are_named_on_every_rank(rank, world)
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from clipdist.losses.nt_xent import nt_xent
 from clipdist.losses.prototypes import sinkhorn_centre, sum_rows, update_centre
 from clipdist.losses.spread import effective_rank
 from clipdist.losses.tiles import Tile
+from clipdist.losses.wire import nt_xent_bytes, written_bytes
 
 Run = Callable[..., list[torch.Tensor]]  # see losses.run
 
@@ -91,6 +92,14 @@ def wrong_losses_are_found_out(rank: int, world: int, run: Run, alone: type) -> 
         value, *gradients = errors_over_ranks(run(partial(_wrong_nt_xent, kind, 0.2), inputs, rows), exact)
         assert min(gradients) > 1e-2, kind
         assert (value > 1e-2) == (kind in ("not gathered", "divided by the ranks")), (kind, value)
+
+
+def nt_xent_sends_what_the_model_says(rank: int, world: int) -> None:
+    views = torch.randn(2, 64, 128)
+    nt_xent(*views, 0.1)  # connects
+    before = written_bytes()
+    nt_xent(*views, 0.1)
+    assert written_bytes() - before == pytest.approx(nt_xent_bytes(world, 64, 128, "fp32"), rel=0.04)
 
 
 def queues_and_centres_are_those_of_one_process(rank: int, world: int, alone: type) -> None:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from clipdist.losses.wire import clipdist_bytes, open_clip_bytes, written_bytes
+from clipdist.losses.wire import clipdist_bytes, nt_xent_bytes, open_clip_bytes, written_bytes
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,11 @@ from clipdist.losses.wire import clipdist_bytes, open_clip_bytes, written_bytes
 def test_the_model_is_what_one_counts_by_hand(op, world, b, width, dtype, ours, theirs):
     assert clipdist_bytes(op, world, b, width, dtype) == pytest.approx(ours, rel=1e-12)
     assert open_clip_bytes(op, world, b, width, dtype) == theirs
+
+
+def test_nt_xent_sends_no_gradients():
+    assert nt_xent_bytes(2, 4, 3, "fp32") == 8 * 3 * 4 + 8 * 4 + 56
+    assert nt_xent_bytes(4, 4, 3, "bf16") == 3 * (8 * 3 * 2 + 8 * 4 + 56)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8, 512, 4096])
