@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from unit.test_nt_xent import LargestTensor
 
 from clipdist.losses import prototypes, tiles
 from clipdist.losses.global_batch import NonFiniteFeatures
@@ -49,6 +50,17 @@ def test_cross_entropy_is_that_of_the_definition():
     assert float(prototype_cross_entropy(student, targets[:1], 0.1)) == pytest.approx(
         float(F.cross_entropy(student / 0.1, targets[0], reduction="sum")), rel=1e-6
     )
+
+
+def test_the_forward_pass_copies_no_logits():
+    """What it makes is as large as a chunk of rows; the backward pass makes the gradient alone."""
+    student, targets = draw().requires_grad_(), [soft_targets(draw(seed=1), torch.zeros(23), 0.07)]
+    with LargestTensor() as made:
+        value = prototype_cross_entropy(student, targets, 0.1)
+    assert made.elements == 5 * 23
+    with LargestTensor() as made:
+        value.backward()
+    assert made.elements == 40 * 23
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
