@@ -38,7 +38,7 @@ slurm-test: install
 
 # The whole table of gradients, over ranks, ZeRO stages, micro-batches, objectives and precisions.
 exact: install
-	@EXACT_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/dist/test_gradients.py
+	@EXACT_ALL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/dist/test_gradients.py tests/dist/test_optimizers.py
 
 # Runs that are killed at random moments and at named points, beside undisturbed ones; a long run's memory and files.
 KILLS ?= 40

@@ -30,7 +30,7 @@ from clipdist.data.stages import BatchStage
 from clipdist.data.tokens import make_tokenizer
 from clipdist.distributed.consensus import Consensus, Flags
 from clipdist.distributed.rank import DistEnv
-from clipdist.engine.optim import learning_rate
+from clipdist.engine.optim import learning_rate, weight_decay
 from clipdist.engine.step import Engine, StepResult
 from clipdist.errors import Fault, UserError
 from clipdist.evals.locked import LockedTowers
@@ -314,6 +314,7 @@ class Trainer:
             batch,
             step=self.step,
             lr=learning_rate(self.config.optim, self.step, self.plan.steps),
+            weight_decay=weight_decay(self.config.optim, self.step, self.plan.steps),
             want_norms=want_norms,
             guard=self.guard,
         )

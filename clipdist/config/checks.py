@@ -28,7 +28,7 @@ from clipdist.errors import UserError
 NOT_NEGATIVE = {
     "data": ("negatives", "cache_gb", "retry_s", "threads", "streams", "window"),
     "model": ("image_unlocked_groups", "text_unlocked_layers"),
-    "optim": ("warmup_steps", "weight_decay", "grad_clip", "min_lr"),
+    "optim": ("warmup_steps", "weight_decay", "grad_clip", "clip_each", "min_lr"),
     "train": ("steps", "samples", "micro_batch", "save_every", "save_minutes", "keep_every", "compare_every", "hang_s"),
     "guard": ("loss_spike", "update_spike", "patience", "rollbacks"),
     "eval": ("every", "sheet"),
@@ -302,12 +302,18 @@ def _check_clip(clip: Clip) -> None:
 def _check_optim(optim: Optim, model: Model, engine: Engine) -> None:
     _need(optim.min_lr <= optim.lr, "optim.min_lr", optim.min_lr, f"not exceed optim.lr={optim.lr}")
     _need(0 < optim.layer_decay <= 1, "optim.layer_decay", optim.layer_decay, "lie in (0, 1]")
+    end = optim.weight_decay_end
+    _need(end is None or end >= 0, "optim.weight_decay_end", end, "not be negative; null: constant")
+    must = "come with optim.grad_clip=0: gradients are clipped by one norm of all tensors or each by its own"
+    _need(not (optim.clip_each and optim.grad_clip), "optim.clip_each", optim.clip_each, must)
+    zero = engine.deepspeed.get("zero_optimization") or {}
+    for part in ("offload_optimizer", "offload_param"):
+        offloaded = (zero.get(part) or {}).get("device", "none") != "none"
+        must = f"be adamw with {part} of engine.deepspeed: the others compute on the device"
+        _need(not offloaded or optim.name == "adamw", "optim.name", optim.name, must)
+        must = f"be 0 with {part} of engine.deepspeed: norms of tensors are computed on the device"
+        _need(not (offloaded and optim.clip_each), "optim.clip_each", optim.clip_each, must)
     if optim.name == "muon":
-        zero = engine.deepspeed.get("zero_optimization") or {}
-        for part in ("offload_optimizer", "offload_param"):
-            offloaded = (zero.get(part) or {}).get("device", "none") != "none"
-            must = f"be adamw with {part} of engine.deepspeed: Muon's matrices are computed on the device"
-            _need(not offloaded, "optim.name", "muon", must)
         must = "be adamw with model.biases_only, which trains no matrix"
         _need(not model.biases_only, "optim.name", "muon", must)
 

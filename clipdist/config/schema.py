@@ -272,15 +272,18 @@ class Objectives:
 class Optim:
     """The optimiser and its learning rate schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of hidden layers; the rest keeps AdamW
+    # muon: of the matrices of hidden layers, the rest keeps AdamW. lars, lamb: trust ratios of whole tensors
+    name: Literal["adamw", "muon", "lars", "lamb", "sgd"] = "adamw"
     lr: float = 5e-4  # at the peak
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 100
-    beta1: float = 0.9
+    beta1: float = 0.9  # of lars and sgd the momentum
     beta2: float = 0.98
     eps: float = 1e-6
     weight_decay: float = 0.2  # not on biases, norms, position embeddings and the temperature
+    weight_decay_end: float | None = None  # at the end of half a cosine from weight_decay; null: constant
     grad_clip: float = 1.0  # norm over all parameters; 0: no clipping
+    clip_each: float = 0.0  # norm of each tensor, instead of grad_clip; 0: no clipping
     layer_decay: float = 1.0  # factor of the learning rate from a tower's layer to the one before; 1: none
 
 

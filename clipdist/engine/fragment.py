@@ -35,3 +35,9 @@ class Fragment:
     def master(self) -> Tensor:
         """The fp32 master weights, as a writable 1-D view."""
         return self.of(self.flat)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient that the optimiser's step reads, fp32, as a writable 1-D view; exists during that step only."""
+        assert self.flat.grad is not None
+        return self.of(self.flat.grad)

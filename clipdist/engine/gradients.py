@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from clipdist import config
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.distributed.rank import upload
 from clipdist.engine.fragment import Fragment
@@ -45,24 +46,23 @@ class GradientStatistics:
     loss: float
 
 
-def gradient_statistics(zero: Zero, value: torch.Tensor, grad_clip: float, want_sizes: bool) -> GradientStatistics:
-    """Return statistics of the gradients: one pass over them, and an all-reduce of 3 numbers per parameter. Collective.
+def gradient_statistics(zero: Zero, value: torch.Tensor, optim: config.Optim, want_sizes: bool) -> GradientStatistics:
+    """Return statistics of the gradients: one pass over them, and an all-reduce of 2 numbers per parameter. Collective.
 
     The host waits once for the device.
 
     Args:
         zero: between backward pass and step.
         value: this rank's loss, a scalar.
-        grad_clip: the norm that the step will clip to; 0: no clipping.
+        optim: whose clipping the step will apply.
         want_sizes: whether to read the second moments and measure update sizes.
     """
     numel, world = zero.numel(trained_only=True), rank_and_world()[1]
     own = torch.cat([_sums(zero, numel, want_sizes).view(-1), value.detach().double().view(1).to(zero.device)])
     *totals, loss = all_reduce_sum(own).tolist()
     # At stage 0 all ranks have all gradients: the mean makes the sums equal to the bit on all ranks.
-    sums = torch.tensor(totals, dtype=torch.float64).view(-1, 3) / (world if zero.stage == 0 else 1)
-    squares = sums[:, 0] / zero.loss_scale**2
-    seconds, steps = sums[:, 1], round(float(sums[:, 2].max()))
+    sums = torch.tensor(totals, dtype=torch.float64).view(-1, 2) / (world if zero.stage == 0 else 1)
+    squares, seconds = sums[:, 0] / zero.loss_scale**2, sums[:, 1]
     parts = [zero.module.part_of(name) for name in numel]
     norms = {
         part: float(squares[[i for i, other in enumerate(parts) if other == part]].sum().sqrt())
@@ -70,11 +70,12 @@ def gradient_statistics(zero: Zero, value: torch.Tensor, grad_clip: float, want_
     }
     not_finite = tuple(name for name, finite in zip(numel, squares.isfinite().tolist()) if not finite)
     sizes: dict[str, float] = {}
-    if want_sizes and steps and not not_finite:
-        group = zero.optimizer_settings
-        clip = min(1.0, grad_clip / (math.sqrt(float(squares.sum())) + 1e-6)) if grad_clip else 1.0
+    if want_sizes and float(seconds.sum()) and not not_finite:
+        limit = optim.clip_each or optim.grad_clip or math.inf
+        clip = (limit / ((squares if optim.clip_each else squares.sum()).sqrt() + 1e-6)).clamp(max=1)
         count = torch.tensor(list(numel.values()), dtype=torch.float64)
-        expected = (seconds / (1 - group["betas"][1] ** steps)).clamp_min(count * group["eps"] ** 2)
+        steps = torch.tensor([zero.optimizer_steps(name) for name in numel], dtype=torch.float64)
+        expected = (seconds / (1 - optim.beta2 ** steps.clamp_min(1))).clamp_min(count * optim.eps**2)
         weight = count * (seconds > 0)  # without second moments: a parameter that has not had a gradient yet
         quotients = weight * squares * clip**2 / expected
         for tower in TOWERS:
@@ -86,14 +87,14 @@ def gradient_statistics(zero: Zero, value: torch.Tensor, grad_clip: float, want_
 
 @torch.no_grad()
 def _sums(zero: Zero, numel: dict[str, int], want_seconds: bool) -> torch.Tensor:
-    """Return this rank's sums of P parameters, float64 [P, 3]: g^2 (loss scale included), v, optimiser steps.
+    """Return this rank's sums of P parameters, float64 [P, 2]: g^2 (loss scale included), v.
 
     Args:
         numel: elements of each parameter by name.
         want_seconds: whether to read v.
     """
     row = {name: number for number, name in enumerate(numel)}
-    sums = torch.zeros(len(numel), 3, dtype=torch.float64, device=zero.device)
+    sums = torch.zeros(len(numel), 2, dtype=torch.float64, device=zero.device)
     for pieces in _batches(fragment for fragment in zero.fragments() if fragment.trained):
         rows = [row[piece.name] for piece in pieces]
         norms = torch._foreach_norm([zero.gradient(piece) for piece in pieces], 2, dtype=torch.float32)
@@ -104,9 +105,6 @@ def _sums(zero: Zero, numel: dict[str, int], want_seconds: bool) -> torch.Tensor
             present_rows = upload([rows[i] for i in present], torch.int64, zero.device)
             totals = torch._foreach_norm(list(present.values()), 1)  # second moments are not negative
             sums[:, 1].index_add_(0, present_rows, torch.stack(totals).to(sums))
-            shares = upload([pieces[i].numel / numel[pieces[i].name] for i in present], torch.float64, zero.device)
-            steps = zero.optimizer_steps(pieces[next(iter(present))])
-            sums[:, 2].index_add_(0, present_rows, shares * steps)
     return sums
 
 

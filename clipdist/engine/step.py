@@ -132,14 +132,15 @@ class Engine:
         self.seed = config.train.seed
         self.before_update: Callable[[], None] | None = None
         self.skip_nonfinite = config.guard.nonfinite == "skip"
-        self.grad_clip = config.optim.grad_clip
+        self.optim = config.optim
         self.micro_batch = config.train.micro_batch or config.train.global_batch // dist_env.world_size
         spec = next((objective.teacher for objective in objectives if objective.teacher), None)
         copied = None
         if spec and config.engine.zero_stage < 3:
             precision = resolve_precision(config.train.precision, dist_env.device.type)
             copied = copy_for_teacher(model, DTYPES[precision])
-        self.zero = Zero(model, config, dist_env)
+        held = {name: until for objective in objectives for name, until in objective.held.items()}
+        self.zero = Zero(model, config, dist_env, held)
         self.scalars: dict[str, Tensor] = {}
         self.refresh_scalars()
         self._coupled = [objective for objective in objectives if not objective.additive]
@@ -158,13 +159,21 @@ class Engine:
             self.moving_teacher = MovingTeacher(spec, self.zero, self.ema, copied, self.micro_batch)
 
     def train_step(
-        self, batch: Batch, *, step: int, lr: float, want_norms: bool = False, guard: StepGuard | None = None
+        self,
+        batch: Batch,
+        *,
+        step: int,
+        lr: float,
+        weight_decay: float | None = None,
+        want_norms: bool = False,
+        guard: StepGuard | None = None,
     ) -> StepResult:
         """Train on this rank's rows of global batch `step`. Collective.
 
         Args:
             batch: on this rank's device, but for the tokens; see Batch.to.
             lr: the learning rate of this step.
+            weight_decay: of this step; None: that of the step before, at first optim.weight_decay.
             want_norms: whether to measure gradient norms (one pass over the gradients and a small collective).
             guard: judges the global loss and the gradients after the backward pass, and records the result of the
                 step; it has the same state on all ranks. Without one only the features are checked.
@@ -173,7 +182,7 @@ class Engine:
             Fault: features, or with a guard the loss or gradients, are not finite, unless guard.nonfinite=skip.
         """
         self.zero.train()
-        self.zero.set_lr(lr)
+        self.zero.set_rates(lr, weight_decay)
         self._statistics.save()
         run_forward = self._forward_whole if self.micro_batch >= len(batch) else self._forward_cached
         try:
@@ -186,7 +195,7 @@ class Engine:
         if guard is None and not want_norms:
             return self._update(forward, step, None, None)
         want_sizes = guard is not None and guard.wants_sizes
-        gradients = gradient_statistics(self.zero, forward.value, self.grad_clip, want_sizes)
+        gradients = gradient_statistics(self.zero, forward.value, self.optim, want_sizes)
         reason, finite = self._judge(gradients, guard) if guard else ("", True)
         if reason:
             self.zero.discard_gradients()

@@ -5,7 +5,7 @@ No other file uses DeepSpeed's internals (a test checks that).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -18,11 +18,14 @@ from clipdist.checkpoint.format import Piece
 from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import Config
 from clipdist.distributed.collectives import all_reduce_sum
-from clipdist.distributed.rank import DistEnv, resolve_precision
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.fragment import Fragment
+from clipdist.engine.layerwise import Lamb, Sgd
 from clipdist.engine.muon import Muon
 from clipdist.engine.optim import make_optimizer
-from clipdist.engine.setup import prepare_deepspeed
+from clipdist.engine.setup import deepspeed_config, prepare_deepspeed
+from clipdist.engine.step_rules import StepRules
+from clipdist.engine.tensor_norms import TensorNorms
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import HEADS
 
@@ -37,6 +40,10 @@ class Zero:
 
     Args:
         model: on its device, fp32.
+        held: by parameter name, such as heads.dino.last_layer.weight, how many optimiser steps leave the parameter as
+            it is, weights and moments, without decay. Steps that are left out do not count. The first step that
+            changes the parameter is the first of its moments, with the bias correction of step 1: torch's AdamW, too,
+            counts only steps with a gradient.
 
     Attributes:
         stage: the ZeRO stage.
@@ -47,7 +54,9 @@ class Zero:
         UserError: DeepSpeed refuses engine.deepspeed.
     """
 
-    def __init__(self, model: nn.Module, config: Config, dist_env: DistEnv) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, dist_env: DistEnv, held: Mapping[str, int] | None = None
+    ) -> None:
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
         from pydantic import ValidationError
@@ -55,7 +64,7 @@ class Zero:
         prepare_deepspeed()
         settings = deepspeed_config(config, dist_env.device.type, dist_env.world_size)
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none")
-        optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu")
+        optimizer = make_optimizer(model, config.optim, cpu_offload=offload == "cpu", held=held)
         half = settings["bf16"]["enabled"] or settings["fp16"]["enabled"]
         originals = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()} if half else {}
         if half:  # DeepSpeed casts no buffers, but timm's towers add constants to weights: the model casts itself
@@ -68,8 +77,15 @@ class Zero:
         self.fp16: bool = self._deepspeed.fp16_enabled()
         self.device: torch.device = self._deepspeed.device
         self._base_optimizer.state.clear()  # of a step at construction: see make_optimizer
+        norms = TensorNorms(self.fragments(), self.numel(trained_only=True))
         if isinstance(optimizer, Muon):
             optimizer.attach(self.fragments())
+        elif isinstance(optimizer, Sgd | Lamb):
+            optimizer.attach(norms)
+        self._held = held or {}
+        self._rules = StepRules(norms, config.optim.clip_each)
+        for one in self._optimizers:
+            self._rules.govern(one)
         self._set_masters(originals)
         # DeepSpeed at stage 0 in half precision accumulates in half precision: see accumulate.
         self._accumulates_in_fp32 = bool(half) and self.stage == 0
@@ -89,6 +105,8 @@ class Zero:
 
     def close(self) -> None:
         """Release the memory, which DeepSpeed's hooks on the weights hold. At stage 3 some of it stays allocated."""
+        for optimizer in self._optimizers:
+            self._rules.release(optimizer)
         self._deepspeed.destroy()
 
     # One step
@@ -97,10 +115,16 @@ class Zero:
         """Set training or evaluation mode."""
         self._deepspeed.train(mode)
 
-    def set_lr(self, lr: float) -> None:
-        """Set the learning rate of all parameter groups: `lr` times a group's own factor."""
+    def set_rates(self, lr: float, weight_decay: float | None = None) -> None:
+        """Set the learning rate of all parameter groups, `lr` times a group's own factor, and that of decay.
+
+        Args:
+            weight_decay: of the groups that decay; None: as it is.
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+            if weight_decay is not None and group["decays"]:
+                group["weight_decay"] = weight_decay
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """Return the outputs of the model."""
@@ -151,7 +175,9 @@ class Zero:
     def step(self) -> bool:
         """Take an optimiser step. Return False if it was skipped because gradients overflowed (fp16)."""
         self._deepspeed.step()
-        return self._deepspeed.was_step_applied()
+        applied = self._deepspeed.was_step_applied()
+        self._rules.steps += applied
+        return applied
 
     def discard_gradients(self) -> None:
         """Discard the gradients of a step by DeepSpeed's step function with an optimiser that does nothing.
@@ -159,15 +185,11 @@ class Zero:
         Every stage then clears its gradients, buffers and counters as after any step, and copies unchanged master
         weights. (If DeepSpeed itself finds the gradients not finite, it skips the step in the same way.)
         """
-        candidates = [self._base_optimizer, getattr(self._deepspeed.optimizer, "backup_optimizer", None)]
-        optimizers = [optimizer for optimizer in candidates if optimizer is not None]
-        for optimizer in optimizers:
-            optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+        self._rules.discarding = True
         try:
             self._deepspeed.step()
         finally:
-            for optimizer in optimizers:
-                del optimizer.step
+            self._rules.discarding = False
 
     # Weights, moments, gradients
 
@@ -189,16 +211,12 @@ class Zero:
 
     def _moment_names(self, fragment: Fragment) -> tuple[str, ...]:
         optimizer = self._base_optimizer
-        return MOMENTS[:1] if isinstance(optimizer, Muon) and fragment.name in optimizer.parameters else MOMENTS
+        one = isinstance(optimizer, Sgd) or (isinstance(optimizer, Muon) and fragment.name in optimizer.parameters)
+        return MOMENTS[:1] if one else MOMENTS
 
-    def optimizer_steps(self, fragment: Fragment) -> Tensor | int:
-        """Return how many steps the optimiser has taken with a fragment that has moments."""
-        return self._base_optimizer.state[fragment.flat]["step"]
-
-    @property
-    def optimizer_settings(self) -> dict[str, Any]:
-        """The optimiser's settings: betas, eps and others."""
-        return self._base_optimizer.param_groups[0]
+    def optimizer_steps(self, name: str) -> int:
+        """Return how many steps the optimiser has taken with a parameter: fewer than others where it was held."""
+        return max(0, self._rules.steps - self._held.get(name, 0))
 
     def gradient(self, fragment: Fragment) -> Tensor:
         """Return the reduced gradient of a trained fragment, 1-D, loss scale included; valid from backward to step."""
@@ -338,7 +356,7 @@ class Zero:
             UserError: a parameter is missing or has another shape.
             Fault: the storage cannot be read.
         """
-        step = reader.manifest.optimizer_step
+        self._rules.steps = reader.manifest.optimizer_step
         for fragment in self.fragments():
             where = f"param/{fragment.name}"
             if not fragment.trained and where not in reader.manifest.tensors and "base" in reader.manifest.state:
@@ -348,15 +366,18 @@ class Zero:
             if where not in reader.manifest.tensors or reader.shape(where) != fragment.shape:
                 raise UserError(f"{reader.folder}: a checkpoint of another model ({fragment.name} does not fit)")
             reader.read_into(fragment.master, where, fragment.start)
-            if fragment.trained and step:
-                self._restore_moments(fragment, reader, step)
+            if fragment.trained:
+                self._restore_moments(fragment, reader)
         for name, value in reader.manifest.state.get("scaler", {}).items():
             if hasattr(self._scaler, name):
                 setattr(self._scaler, name, value)
         reader.close()  # open files would keep a pruned checkpoint's space on the disk
 
-    def _restore_moments(self, fragment: Fragment, reader: CheckpointReader, step: int) -> None:
-        optimizer = self._base_optimizer
+    def _restore_moments(self, fragment: Fragment, reader: CheckpointReader) -> None:
+        optimizer, step = self._base_optimizer, self.optimizer_steps(fragment.name)
+        if step == 0:
+            optimizer.state.pop(fragment.flat, None)
+            return
         state = optimizer.state[fragment.flat]
         moments = self._moment_names(fragment)
         for moment in moments:
@@ -396,6 +417,12 @@ class Zero:
                 yield f"loss scaler/{name}", torch.tensor(float(value))
 
     # DeepSpeed's internals
+
+    @property
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimiser, and that of what offloading at stage 3 leaves on the device."""
+        backup = getattr(self._deepspeed.optimizer, "backup_optimizer", None)
+        return [self._base_optimizer] if backup is None else [self._base_optimizer, backup]
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
@@ -455,35 +482,3 @@ def _replicated(name: str, parameter: nn.Parameter, master: Tensor) -> Fragment:
     numel, rank, world = parameter.numel(), dist.get_rank(), dist.get_world_size()
     own = (rank * numel // world, (rank + 1) * numel // world)
     return Fragment(name, parameter, tuple(parameter.shape), 0, numel, master, 0, parameter.requires_grad, own)
-
-
-def deepspeed_config(config: Config, device: str, world: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: engine.deepspeed and the keys that the trainer owns."""
-    batch = config.train.global_batch
-    micro = config.train.micro_batch or batch // world
-    precision = resolve_precision(config.train.precision, device)
-    owned: dict[str, Any] = {
-        "train_batch_size": batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": batch // world // micro,
-        "gradient_clipping": config.optim.grad_clip,  # always explicit: DeepSpeed's default is 1.0
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # it knows AdamW by its type: Muon is derived from it
-        "steps_per_print": 1 << 62,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in every micro-batch
-    }
-    if batch // world > micro and precision != "fp32" and config.engine.zero_stage > 0:
-        owned["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(config.engine.deepspeed, owned)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `over`, nested dicts merged."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

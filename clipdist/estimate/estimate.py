@@ -210,7 +210,8 @@ class Estimate:
 
     def _state_bytes(self) -> int:
         locked = 0 if self.config.model.lora else self.sizes.locked
-        return self.sizes.trained * (12 + 4 * self.layout.ema) - 4 * self.sizes.matrices + locked * 4
+        kept = 1 + self.sizes.moments + self.layout.ema
+        return 4 * (self.sizes.trained * kept - self.sizes.matrices + locked)
 
     def _batch_bytes(self) -> int:
         stages = stages_of(self.config, self.model.spec)
@@ -302,6 +303,7 @@ class MeasuredModel:
             buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
             width=self.spec.embed_dim,
             matrices=sum(n for name, n, _ in numbers if name in hidden),
+            moments=1 if config.optim.name in ("lars", "sgd") else 2,
         )
         self.counts = {
             "image": sum(n for name, n, _ in numbers if name.startswith("visual.")),

@@ -38,6 +38,7 @@ class ModelSizes:
     buffer_bytes: int
     width: int  # of the features
     matrices: int = 0  # of the trained: those that Muon updates, which have one moment
+    moments: int = 2  # that the optimiser keeps of a trained parameter
 
     @property
     def all(self) -> int:
@@ -126,14 +127,15 @@ def weight_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
 
 
 def optimizer_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
-    """Return the bytes of fp32 masters, fp32 moments (two; of Muon's one) and fp32 average that this rank updates.
+    """Return the bytes of fp32 masters, fp32 moments and fp32 average that this rank updates.
 
     In fp32 and stage 0 the weights themselves are updated and there are no masters. Stage 3 in fp32 copies them all the
     same.
     """
     ranks = 1 if layout.stage == 0 else layout.world
     stepped, one_moment = -(-sizes.trained // ranks), sizes.matrices // ranks
-    return -4 * one_moment + stepped * ((8 if layout.itemsize == 4 and layout.stage == 0 else 12) + 4 * layout.ema)
+    masters = not (layout.itemsize == 4 and layout.stage == 0)
+    return 4 * (stepped * (masters + sizes.moments + layout.ema) - one_moment)
 
 
 def orthogonalised_bytes(sizes: ModelSizes, layout: StepLayout) -> int:

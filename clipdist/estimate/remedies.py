@@ -60,7 +60,9 @@ def stages(config: Config) -> list[Remedy]:
 def offloads(config: Config, device: str) -> list[Remedy]:
     engine = config.engine
     zero = engine.deepspeed.get("zero_optimization") or {}
-    if device == "cpu" or "offload_optimizer" in zero or config.optim.name == "muon":
+    if device == "cpu" or "offload_optimizer" in zero:
+        return []
+    if config.optim.name != "adamw" or config.optim.clip_each:
         return []
     settings = {**engine.deepspeed, "zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}}
     changed = replace(engine, deepspeed=settings, zero_stage=max(1, engine.zero_stage))

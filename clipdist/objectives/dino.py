@@ -20,7 +20,7 @@ from clipdist.losses.prototypes import (
     sum_rows,
     update_centre,
 )
-from clipdist.models.dual_encoder import HIDDEN
+from clipdist.models.dual_encoder import HEADS, HIDDEN
 from clipdist.models.heads import PrototypeHead
 from clipdist.objectives.objective import TEACHER, Given, Moment, Objective, TeacherSpec, Term
 
@@ -36,6 +36,8 @@ class DinoObjective(Objective):
         self.views = views_of(self.name, [*cfg.views, *[cfg.local] * cfg.local_views], image_size)
         self.names = tuple(view.name for view in self.views)
         self.globals = self.names[:2]
+        prototypes = [f"{HEADS}dino.last_layer.{name}" for name in ("weight", *(["norm"] if cfg.free_norm else []))]
+        self.held = dict.fromkeys(prototypes, cfg.frozen_steps) if cfg.frozen_steps else {}
         self.teacher = TeacherSpec(self.globals, lambda at: at.cosine(cfg.momentum, 1.0))
 
     def head(self, width: int) -> nn.Module:

@@ -94,6 +94,7 @@ class Objective:
             tower and this objective's head: that is the output of the view's name.
         taught_alone: names of the views that the teacher sees and the model does not.
         teacher: of the objective, if it follows the weights.
+        held: by parameter name, how many optimiser steps leave it as it is; see clipdist.engine.zero.Zero.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Objective:
     views: tuple[View, ...] = ()
     taught_alone: tuple[str, ...] = ()
     teacher: TeacherSpec | None = None
+    held: Mapping[str, int] = {}
 
     def head(self, width: int) -> nn.Module | None:
         """Return the head, with random weights, or None. It is trained beside the towers and dropped on export.

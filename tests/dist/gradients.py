@@ -26,7 +26,7 @@ from clipdist.config import load_config
 from clipdist.config.stages import plan_stages
 from clipdist.data.batch import CAPTION, IMAGE, Batch, pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
-from clipdist.engine import zero
+from clipdist.engine import setup
 from clipdist.evals import audit
 from clipdist.evals.audit import Audit
 from clipdist.models.dual_encoder import build_model
@@ -113,7 +113,7 @@ def make_wrong(name: str, cfg: config.Clip) -> ClipObjective:
 def allow_fp16() -> None:
     """Lets the CPU, which computes in fp16 slowly, stand for a GPU."""
     get_accelerator().is_fp16_supported = lambda: True
-    for module in (audit, zero, teacher):
+    for module in (audit, setup, teacher):
         module.resolve_precision = lambda wanted, device: wanted
 
 

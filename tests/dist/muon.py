@@ -1,13 +1,11 @@
-"""One rank of the proof that a step of optim.name=muon is that of whole matrices in float64.
+"""The proof that a step of optim.name=muon is that of whole matrices in float64, on the ranks of optimizers.py.
 
-Prints as JSON, by cell, relative errors of the change of fp32 master weights in two steps: of every parameter, and of
-all matrices and the rest of a tower. The reference takes the engine's reduced gradients, and decomposes matrices.
+Gives, by cell, relative errors of the change of fp32 master weights in two steps: of every parameter, and of all
+matrices and the rest of a tower. The reference takes the engine's reduced gradients, and decomposes matrices.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 import re
 from functools import partial
@@ -17,8 +15,7 @@ from guarded import data
 from torch import Tensor
 
 from clipdist.config import load_config
-from clipdist.distributed.rank import DistEnv, joined_ranks
-from clipdist.engine import muon
+from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import parameter_groups
 from clipdist.engine.step import Engine
 from clipdist.models.dual_encoder import build_model
@@ -121,18 +118,3 @@ def hidden(name: str) -> bool:
     block = r"\.resblocks\..*(in_proj_weight|out_proj\.weight|c_fc\.weight|c_proj\.weight)$"
     resnet = r"^visual\.(layer.*(conv\d|downsample\.0)|conv[23]|attnpool\.[qkv]_proj)\.weight$"
     return bool(re.search(block, name) or re.search(resnet, name))
-
-
-def main() -> None:
-    found = {}
-    muon.ROUND = 5000  # several rounds
-    with joined_ranks("cpu") as dist_env:
-        for cell in [*CELLS, *(CELLS_OF_TWO if dist_env.world_size == 2 else [])]:
-            found[" ".join(map(str, cell))] = run_cell(*cell, dist_env)
-            gc.freeze()  # ZeRO-3 collects garbage at its start: not for a second over what was imported, every time
-        if dist_env.rank == 0:
-            print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -55,6 +55,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> Counter[tuple[str, str]
             f"train.precision={cell['precision']}",
             f"engine.zero_stage={cell['stage']}",
             "train.ema=0.9",
+            f"optim={cell['optim']}",
         ],
     )
     torch.manual_seed(0)

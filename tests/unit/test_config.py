@@ -157,6 +157,9 @@ def test_deepspeed_settings_pass_through():
         ("optim.name=lion", ["optim.name", "lion", "muon", "adamw"]),
         ("optim.beta1=1.5", ["optim.beta1=1.5"]),
         ("optim.eps=-1", ["optim.eps=-1"]),
+        ("optim.weight_decay_end=-1", ["optim.weight_decay_end=-1", "not be negative"]),
+        ("optim={clip_each: -1, grad_clip: 0}", ["optim.clip_each=-1", "not be negative"]),
+        ("optim.clip_each=3", ["optim.clip_each=3", "optim.grad_clip=0"]),
         ("train.seed=-1", ["train.seed=-1"]),
         ("run.name=..", ["run.name"]),
     ],
@@ -164,6 +167,14 @@ def test_deepspeed_settings_pass_through():
 def test_bad_overrides_are_refused_by_name(word, parts):
     message = refused([word])
     assert all(part in message for part in parts), message
+
+
+def test_no_other_optimizer_nor_clipping_by_tensor_with_offloading():
+    more = "engine.deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    for name in ("lars", "lamb", "sgd"):
+        assert refused([f"optim.name={name}", more]).startswith(f"optim.name={name}: must be adamw with ")
+    message = refused(["optim={clip_each: 3, grad_clip: 0}", more])
+    assert message.startswith("optim.clip_each=3.0: must be 0 with offload_optimizer of engine.deepspeed")
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def test_weights_and_optimiser_by_hand() -> None:
     assert optimizer_bytes(SIZES, layout(stage=0, itemsize=4)) == 4000 * 8  # the weights themselves are stepped
     assert optimizer_bytes(SIZES, layout()) == 1000 * 12
     assert optimizer_bytes(SIZES, layout(ema=True)) == 1000 * 16
+    assert optimizer_bytes(replace(SIZES, moments=1), layout()) == 1000 * 8  # LARS and SGD
     muon = replace(SIZES, matrices=2000)
     assert optimizer_bytes(muon, layout()) == 1000 * 12 - 500 * 4  # one moment
     assert wire_bytes(muon, layout(), "", "bf16")["Muon's matrices: all-to-all"] == 2 * 0.75 * 500 * 2

@@ -209,7 +209,7 @@ class Towers(nn.Module):
         return PARTS[name.partition(".")[0]]
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [{}, {"grad_clip": 0.5}, {"clip_each": 0.5}])
 def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     torch.manual_seed(0)
     model, beta2, eps = Towers(), 0.9, 1e-6
@@ -217,6 +217,8 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     engine = Zero.__new__(Zero)  # stage 0 in fp32: what DeepSpeed holds is the model and the optimiser themselves
     engine.stage, engine.device = 0, torch.device("cpu")
     engine._deepspeed = SimpleNamespace(module=model, optimizer=optimizer)
+    engine._rules, engine._held = SimpleNamespace(steps=0), {}
+    optim = config.Optim(beta2=beta2, eps=eps, **{"grad_clip": 0.0} | clip)
     past = {name: [] for name, _ in model.named_parameters()}
     for step in range(3):
         for name, parameter in model.named_parameters():
@@ -226,19 +228,21 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
             past[name].append(parameter.grad)
         if step == 2:
             break
-        sizes = gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True).sizes
+        sizes = gradient_statistics(engine, torch.tensor(2.5), optim, want_sizes=True).sizes
         assert sizes.keys() == ({"image", "text"} if step else set())
         optimizer.step()
-    found = gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True)
+        engine._rules.steps += 1
+    found = gradient_statistics(engine, torch.tensor(2.5), optim, want_sizes=True)
     gradients = {name: gradients[-1] for name, gradients in past.items()}
     total = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
-    factor = min(1.0, clip / total) if clip else 1.0
 
     def quotient(name: str) -> float:
         v = torch.zeros_like(past[name][0])
         for g in past[name][:2]:
             v = beta2 * v + (1 - beta2) * g.square()
         mean = max(float(v.mean()) / (1 - beta2**2), eps**2)
+        norm = float(gradients[name].norm()) if "clip_each" in clip else total
+        factor = min(1.0, 0.5 / norm) if clip else 1.0
         return float(gradients[name].square().mean()) * factor**2 / mean
 
     image = (12 * quotient("visual.weight") + 4 * quotient("visual.bias")) / 16
@@ -248,9 +252,9 @@ def test_update_sizes_and_norms_by_the_formula(one_rank, clip):
     assert found.norms["image"] == pytest.approx(norm)
     assert found.not_finite == ()
     assert found.loss == 2.5
-    assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=False).sizes == {}
+    assert gradient_statistics(engine, torch.tensor(2.5), optim, want_sizes=False).sizes == {}
     model.text.bias.grad[1] = -math.inf
-    assert gradient_statistics(engine, torch.tensor(2.5), clip, want_sizes=True).not_finite == ("text.bias",)
+    assert gradient_statistics(engine, torch.tensor(2.5), optim, want_sizes=True).not_finite == ("text.bias",)
 
 
 def test_gradients_that_are_offloaded_are_read_after_their_copies_have_arrived(monkeypatch):
