@@ -165,6 +165,7 @@ def compiled_cells() -> list[dict[str, Any]]:
     traced = partial(cell, compiled="aot_eager")
     cells = [cell(model=CBOW, stage=1, micro=2, compiled="inductor")]
     cells += [traced(stage=0), traced(stage=1, micro=2, steps=2, lora=True), traced(precision="fp16", micro=2)]
+    cells += [traced(stage=1, micro=4, steps=2, alone=True, beside=DINO)]
     return [*cells, traced(model=RESNET, micro=4, steps=2)]
 
 
