@@ -215,13 +215,25 @@ class Journal:
         if not findings.values or self.dist_env.rank:
             return
         self.metrics.write("val", step, self._samples(step), **findings.values)
-        names: tuple[str, ...] = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "chance", "zero_shot/top1", "probe/accuracy")
+        names: tuple[str, ...] = (
+            "t2i_r1",
+            "t2i_r5",
+            "t2i_r10",
+            "i2t_r1",
+            "chance",
+            "zero_shot/top1",
+            "knn_20",
+            "knn_200",
+            "probe/accuracy",
+        )
         names += tuple(name for name in findings.values if re.fullmatch(r"width_\d+/t2i_r1", name))
-        names += tuple(f"{EMA}{name}" for name in ("t2i_r1", "i2t_r1", "zero_shot/top1", "probe/accuracy"))
+        names += tuple(f"{EMA}{name}" for name in ("t2i_r1", "i2t_r1", "zero_shot/top1", "knn_20", "probe/accuracy"))
         shown = "  ".join(f"{name} {findings.values[name]:.2f}" for name in names if name in findings.values)
         if "candidates" in findings.values:
             images, captions = (round(findings.values[name]) for name in ("candidates", "captions"))
             shown += f"  (%, {images} images, {captions} captions; i2t counts any of an image's captions)"
+        if "effective_rank" in findings.values:
+            shown += f"  effective rank {findings.values['effective_rank']:.1f}"
         self.log(f"validation at step {step}: {shown}")
         try:
             self._show_sheet(step, findings, validation)

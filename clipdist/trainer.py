@@ -122,7 +122,15 @@ class Trainer:
         )
         widths = config.objectives.clip.nested_widths(self.spec.embed_dim) if config.objectives.clip else ()
         self.validation = Validation(
-            config.eval, config.data, plan.val, self.tokenizer, self.spec.transform, dist_env, locked_val, widths[:-1]
+            config.eval,
+            config.data,
+            plan.val,
+            self.tokenizer,
+            self.spec.transform,
+            dist_env,
+            locked_val,
+            widths[:-1],
+            has_text=self.spec.has_text,
         )
         self.guard = Guard(config.guard, state.get("guard"))
         self.last_skip = ""
@@ -498,6 +506,10 @@ class _WatchedEncoder:
     def encode(self, image: Tensor | None, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         self.progress()
         return self._engine.encode(image, tokens)
+
+    def encode_hidden(self, image: Tensor) -> Tensor:
+        self.progress()
+        return self._engine.encode_hidden(image)
 
     def logit_scale(self) -> float:
         return self._engine.logit_scale()

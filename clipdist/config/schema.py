@@ -356,6 +356,7 @@ class Eval:
     )
     templates: str = "simple"  # prompts for class names: cifar10, imagenet, simple, a file, or one with {}
     probe: bool = False  # also a linear probe of projected features, on eval.labelled: minutes on a large data set
+    knn: bool = False  # also nearest neighbours of features before the projection, on eval.labelled: nothing is fitted
 
 
 @dataclass(frozen=True)

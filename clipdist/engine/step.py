@@ -28,6 +28,7 @@ from clipdist.engine.zero import Zero
 from clipdist.errors import Fault
 from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.models.compiled import uncompiled
+from clipdist.models.dual_encoder import HIDDEN
 from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_of_views
 from clipdist.objectives.objective import Given, Moment, Objective, Term
 from clipdist.objectives.teacher import Teacher
@@ -382,11 +383,19 @@ class Engine:
         Returns:
             image and text features [b, D]; None where the input is None.
         """
-        self.zero.train(False)
         images = {} if image is None else {IMAGE: image.to(self.dist_env.device)}
-        with uncompiled() if self._compiled else nullcontext():  # as in the offline tools, for batches of any size
-            outputs = self.zero.forward(**images, **({} if tokens is None else {"tokens": tokens}))
+        outputs = self._evaluate(**images, **({} if tokens is None else {"tokens": tokens}))
         return outputs.get(IMAGE), outputs.get("text")
+
+    @torch.no_grad()
+    def encode_hidden(self, image: Tensor) -> Tensor:
+        """Return the features [b, w] of images before the projection; see DualEncoder.encode_hidden and `encode`."""
+        return self._evaluate(**{HIDDEN: image.to(self.dist_env.device)})[HIDDEN]
+
+    def _evaluate(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.zero.train(False)
+        with uncompiled() if self._compiled else nullcontext():  # as in the offline tools, for batches of any size
+            return self.zero.forward(**inputs)
 
     def logit_scale(self) -> float:
         """Return the log scale t of the fp32 master weights. Of a model with a text tower."""

@@ -266,11 +266,28 @@ def _nearest(images: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores = torch.zeros(len(queries), 0)
     for begin in range(0, len(images), TILE_IMAGES):
         tile = images[begin : begin + TILE_IMAGES].to(queries.device)
-        top = (queries @ tile.T).topk(min(k, len(tile)), dim=1)
-        rows = torch.cat([rows, top.indices.cpu() + begin], 1)
-        scores = torch.cat([scores, top.values.cpu()], 1)
+        found, columns = highest(queries @ tile.T, min(k, len(tile)))
+        rows = torch.cat([rows, columns.cpu() + begin], 1)
+        scores = torch.cat([scores, found.cpu()], 1)
         in_order = rows.argsort(dim=1)  # so that the stable sort below leaves equal scores in catalog order
         rows, scores = rows.gather(1, in_order), scores.gather(1, in_order)
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
         rows, scores = rows.gather(1, best), scores.gather(1, best)
     return rows, scores
+
+
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest values of each row of [q, n], and their columns, int64 [q, k].
+
+    Of values that are equal those in the first columns are taken, where topk takes any.
+    """
+    values, columns = scores.topk(k, dim=1)
+    least = values[:, -1:]
+    tied = ((scores >= least).sum(1) > k).nonzero().flatten()
+    if len(tied):
+        part, edge = scores[tied], least[tied]
+        above, equal = part > edge, part == edge
+        taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        columns[tied] = taken.nonzero()[:, 1].view(-1, k)
+        values[tied] = part.gather(1, columns[tied])
+    return values, columns

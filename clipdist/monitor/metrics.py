@@ -32,6 +32,7 @@ TENSORBOARD_RETRY_S = 60.0  # after a failed write
 WATCHED = {  # charts on TensorBoard's page of custom scalars: title, and a regular expression of names
     "loss": "^train/loss(/|$)",  # and its terms
     "R@1, %": "^val/(t2i|i2t)_r1$",
+    "effective rank of the image features": "^val/effective_rank$",
     "log scale of the logits": "^train/logit_scale$",
     "learning rate": "^train/lr$",
     "samples per second": "^train/samples_per_s$",

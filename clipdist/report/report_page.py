@@ -58,6 +58,7 @@ SUMMARY = {
 TOOLS = {  # the tool's name -> its heading; those that are looked for come first
     "zero_shot": "Zero-shot classification",
     "probe_cifar10": "The frozen probe",
+    "eval_knn": "Nearest neighbours",
     "eval_retrieval": "Retrieval by the tool",
     "universal_perturbation": "Universal perturbation",
 }

@@ -28,6 +28,8 @@ LABELS = {
     "mean_per_class": "mean of the classes, %",
     "ece": "calibration error, %",
     "accuracy": "accuracy, %",
+    "knn_20": "20 nearest neighbours, %",
+    "knn_200": "200 nearest neighbours, %",
     "baseline_pixels": "raw pixels, %",
     "fooling_rate": "fooling rate, %",
     "per_class": "per class, %",

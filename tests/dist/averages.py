@@ -70,6 +70,7 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
 
     before = everything(engine) | {"scale": engine.scalars["logit_scale"].clone()}
     own = engine.encode(batch.images["image"], batch.tokens)
+    hidden = engine.encode_hidden(batch.images["image"])
     copies.clear()
     with engine.averaged():
         assert copies  # the writer of a checkpoint has copied the weights
@@ -83,9 +84,18 @@ def run_cell(stage: int, precision: str, name: str, more: tuple[str, ...], dist_
     wanted = reference_features(reference, expected, batch, precision)
     moved = min(relative(x, y) for x, y in zip(own, wanted))
     result = {"average": error, "features": max(relative(x, y) for x, y in zip(features, wanted)), "moved": moved}
+    result["hidden"] = relative(projected(hidden.double(), now), own[0])
     assert engine.train_step(batch, step=STEPS, lr=1e-2).applied  # and training goes on
     engine.close()
     return result
+
+
+def projected(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """What the image tower's projection, of a ViT or a ResNet, makes of the features before it."""
+    if "visual.proj" in weights:
+        return hidden @ weights["visual.proj"].view(hidden.shape[1], -1)
+    layer = "visual.attnpool.c_proj."
+    return hidden @ weights[f"{layer}weight"].view(-1, hidden.shape[1]).T + weights[f"{layer}bias"]
 
 
 def gathered(engine: Engine) -> dict[str, Tensor]:

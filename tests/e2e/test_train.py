@@ -170,9 +170,11 @@ def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
                 Image.new("RGB", (24, 24), tuple(c - number for c in colour)).save(folder / f"{number}.png")
     words = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={tmp_path}", "train.steps=4"]
     forms = ["objectives.clip.widths=[16]", "data.caption=all"]
-    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true", *forms)
+    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true", "eval.knn=true", *forms)
     assert asked.returncode == 0, asked.stderr
     last = records(tmp_path / "tiny", "val")[-1]
+    assert last["knn_20"] == last["knn_200"] == 100
+    assert 1 <= last["effective_rank"] <= 32
     assert last["probe/accuracy"] == 100  # two colours: any tower that sees tells them apart
     assert last["zero_shot/top1"] in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
     assert last["zero_shot/chance"] == 50
@@ -184,4 +186,4 @@ def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
     assert last["width_16/i2t_r10"] >= last["width_16/i2t_r1"]
     refused = train(1, *words, "run.name=other", "eval.probe=true")
     assert refused.returncode == 2
-    assert "eval.labelled" in refused.stderr
+    assert "eval.probe: needs eval.labelled" in refused.stderr

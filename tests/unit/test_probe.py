@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clipdist import config
+from clipdist.data.tokens import NoTokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.datasets.cifar import FOLDER, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, Split, open_labelled
@@ -39,6 +40,7 @@ from clipdist.evals import probe
 from clipdist.evals.embed import Encode, WorkShare
 from clipdist.evals.features import embed_set, features_path, frozen_encoder, pixel_encoder, random_twin
 from clipdist.evals.fractions import MOST_SEEDS, interval, label_fraction
+from clipdist.evals.knn import knn_of
 from clipdist.evals.probe import (
     LR_GRID,
     fit_probe,
@@ -573,6 +575,9 @@ class Pixels:
         texts = None if tokens is None else torch.ones(len(tokens), 3 * 8 * 8)
         return (None if image is None else pixel_encoder(image, None)[0]), texts
 
+    def encode_hidden(self, image: torch.Tensor) -> torch.Tensor:
+        return self.encode(image, None)[0]
+
     def logit_scale(self) -> float:
         return 1.0
 
@@ -582,15 +587,20 @@ class Pixels:
 
 def test_validation_decodes_in_the_threads_of_the_data_and_its_probe_shows_signs_of_life(tmp_path: Path) -> None:
     labelled_set(tmp_path)
-    cfg = config.Eval(labelled=str(tmp_path / FOLDER), probe=True, batch=8)
+    cfg = config.Eval(labelled=str(tmp_path / FOLDER), probe=True, knn=True, batch=8)
     alone = DistEnv(0, 1, 0, torch.device("cpu"))
     model = Pixels()
     found = Validation(
         cfg, config.Data(threads=5), None, lambda texts: torch.ones(len(texts), 4), EvalTransform(8), alone
     ).run(model)
     assert found.values["probe/accuracy"] > 90
+    assert found.values["knn_20"] > 90
     assert model.threads == 5
     assert model.signs > 50
+    no_text = Validation(cfg, config.Data(), None, NoTokenizer(), EvalTransform(8), alone, has_text=False).run(model)
+    assert {name.partition("/")[0] for name in no_text.values} == {"knn_20", "knn_200", "probe"}
+    with pytest.raises(UserError, match=r"^eval\.knn: needs eval\.labelled with training pictures$"):
+        Validation(config.Eval(knn=True), config.Data(), None, NoTokenizer(), EvalTransform(8), alone)
 
 
 def probe_on(rank: int, port: int, folder: str) -> None:
@@ -606,7 +616,8 @@ def probe_on(rank: int, port: int, folder: str) -> None:
             embed_set(pixel_encoder, data, EvalTransform(8), share, Path(folder) / "f.safetensors") for _ in range(2)
         ]
         counts = [len(features.train.image) for features in cached]
-        Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts]))
+        neighbours = knn_of(pixel_encoder, data, EvalTransform(8), share)
+        Path(f"{folder}/{rank}.json").write_text(json.dumps([result, counts, neighbours]))
     finally:
         dist.destroy_process_group()
 
@@ -618,8 +629,10 @@ def test_two_ranks_share_the_pictures(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
     mp.spawn(probe_on, (port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == [probe_of(pixel_encoder, data, EvalTransform(8), WorkShare(batch=8)), [30, 30]]
-    assert second == [{}, [30, 0]]  # where the cache answers, only rank 0 has features
+    alone = WorkShare(batch=8)
+    neighbours = knn_of(pixel_encoder, data, EvalTransform(8), alone)
+    assert first == [probe_of(pixel_encoder, data, EvalTransform(8), alone), [30, 30], neighbours]
+    assert second == [{}, [30, 0], neighbours]  # where the cache answers, only rank 0 has features
 
 
 # The tool
