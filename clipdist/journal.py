@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clipdist.checkpoint.format import EMA
-from clipdist.config import Config, flat, to_yaml
+from clipdist.config import Config, Data, flat, to_yaml
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import Batch
 from clipdist.data.loader import HASH_MODULUS, default_threads, ids_hash
@@ -76,7 +76,8 @@ class Journal:
         self.metrics.settings(flat(config), to_yaml(config))
         for note in plan.notes:
             self.log(f"note: {note}")
-        rows = "images" if config.data.several_texts else "pairs"
+        texts = config.objectives.read_text
+        rows = "images" if config.data.several_texts or not texts else "pairs"
         parameters, trained = (sum(engine.zero.numel(trained_only).values()) for trained_only in (False, True))
         part = f" ({trained / 1e6:.2g} M trained)" if trained < parameters else ""
         self.log(
@@ -85,11 +86,7 @@ class Journal:
             f" {dist_env.world_size} x {dist_env.device.type}, ZeRO {config.engine.zero_stage};"
             f" {loader.memory_bytes / 1e6:.0f} MB of batches ahead on a rank"
         )
-        taken = {"all": "all", "first": "one", "random": "one"}.get(str(config.data.caption), f"{config.data.caption}")
-        self.log(
-            f"data.train: {plan.catalog.contents}; of several a step takes {taken}: data.caption={config.data.caption}"
-            + (f", and {config.data.negatives} negatives, drawn" if config.data.negatives else "")
-        )
+        self.log(f"data.train: {plan.catalog.contents}" + (_captions_taken(config.data) if texts else ""))
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
         if engine.teacher is not None:
@@ -301,6 +298,12 @@ def _key(reader: Any, sample_id: int) -> str:
         return reader.key(sample_id)
     except (OSError, UserError):
         return f"sample id {sample_id}"
+
+
+def _captions_taken(data: Data) -> str:
+    taken = {"all": "all", "first": "one", "random": "one"}.get(str(data.caption), f"{data.caption}")
+    negatives = f", and {data.negatives} negatives, drawn" if data.negatives else ""
+    return f"; of several a step takes {taken}: data.caption={data.caption}{negatives}"
 
 
 def _teacher_line(teacher: Teacher, spec: ModelSpec) -> str:

@@ -45,7 +45,10 @@ def describe_folder(path: Path) -> str:
             return f"it holds {name}, {describe_file(os.path.join(path, name)) or kind}"
     below = itertools.chain.from_iterable(files for _, _, files in os.walk(path))
     if any(map(_IMAGE.search, itertools.islice(below, _LOOKED_AT))):
-        return f"it holds images, not shards; {_make(str(path))}"
+        alone = f"without captions: python tools/shard_images.py {path} --out DIR"
+        return f"it holds images, not shards; {_make(str(path))}; {alone}"
+    if any(name.startswith("data_batch_") for name in names):
+        return f"it holds CIFAR's batches, not shards; make shards of it: python tools/shard_images.py {path} --out DIR"
     return next((f"it holds {name}, {told}" for name in names if (told := describe_file(name))), "")
 
 

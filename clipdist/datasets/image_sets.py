@@ -69,7 +69,7 @@ def open_image_sets(path: Path, unlabelled: bool = False) -> dict[str, ImageSet]
         unlabelled: folders are no classes: all images at any depth are one split.
 
     Raises:
-        UserError: no such folder, no images, or as read_cifar and class_folders.
+        UserError: no such folder, no images, a name that is not UTF-8, or as read_cifar and class_folders.
     """
     layout = None if unlabelled else layout_of(path)
     if layout is not None:
@@ -81,7 +81,12 @@ def open_image_sets(path: Path, unlabelled: bool = False) -> dict[str, ImageSet]
         if not images:
             raise UserError(f"{path}: no pictures in it ({', '.join(IMAGE_KINDS)})")
         return {"": ImageSet(path, [str(image.relative_to(path)) for image in images])}
-    splits = class_folders(path)
+    try:
+        splits = class_folders(path)
+    except UserError as error:
+        if path.is_dir() and images_below(path):
+            raise UserError(f"{error}; --unlabelled takes all pictures, without classes") from None
+        raise
     classes = tuple(next(iter(splits.values())))  # of what is trained on, where there are two
     for name in classes:
         if not _is_text(name):

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from commands import LAUNCHERS, records, run
 from dist.launch import train
-from pairs import write_pairs
+from pairs import draw_pair, write_pairs
 from PIL import Image
+
+from tools import shard_images
 
 LOGGERS = Path(__file__).parents[1] / "loggers"
 
@@ -110,6 +112,21 @@ def test_a_misspelt_key_is_one_line_and_exit_2(launcher, shards, tmp_path):
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error")]
     assert lines == ["error: the command line: optim.lrr: Key 'lrr' not in 'Optim'. Did you mean: 'lr'?"]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_folder_of_images_without_captions_is_trained_on(tmp_path):
+    (tmp_path / "holidays").mkdir()
+    for number in range(20):
+        (tmp_path / "holidays" / f"{number}.png").write_bytes(draw_pair(number)[0])
+    assert shard_images.main([str(tmp_path / "holidays"), "--out", str(tmp_path / "set"), "--processes", "1"]) == 0
+    words = [f"data.train={tmp_path / 'set'}", f"run.root={tmp_path}", "data.val=", "train.steps=4"]
+    words += ["objectives.clip=null", "objectives.simclr={head: [32, 16], temperature: 0.5}"]
+    ended = run("python", *words, "run.name=alone")
+    assert ended.returncode == 0, ended.stderr
+    assert "data.train: 16 samples looked at: images are .png\n" in ended.stdout
+    assert "4 steps of 16 images on" in ended.stdout
+    steps = records(tmp_path / "alone", "train")
+    assert [(record["valid"], record["loss"] > 0) for record in steps] == [(16, True)] * 4
 
 
 def test_bad_samples_are_masked_counted_and_named(tmp_path):

@@ -101,15 +101,28 @@ def test_fingerprint_stays_with_a_copy_and_changes_with_the_samples(tmp_path: Pa
         ("captions.txt", f"a list of images and captions, .*{SHARD_PAIRS}captions.txt --images-root FOLDER --out DIR"),
         ("token.txt", "token.txt: a list of images and captions, not of shards"),
         ("pairs", rf"pairs: the folder holds no \*.tar; it holds images, not shards; {SHARD_PAIRS}pairs --out DIR"),
+        ("pairs", r"; without captions: python tools/shard_images.py .*pairs --out DIR$"),
+        (
+            "cifar",
+            r"it holds CIFAR's batches, not shards; make shards of it: python tools/shard_images.py .*/cifar --out",
+        ),
         ("tables", f"it holds b.parquet, a Parquet file, not shards; {SHARD_PAIRS}tables/b.parquet"),
         ("https://host/a.csv", "https://host/a.csv: a CSV file, not shards"),
     ],
 )
 def test_what_matches_nothing_is_told(tmp_path: Path, source: str, text: str) -> None:
     make_shards(tmp_path / "a", [1, 1])
-    for folder in ("empty", "pairs/more", "tables", "odd"):
+    for folder in ("empty", "pairs/more", "tables", "odd", "cifar"):
         (tmp_path / folder).mkdir(parents=True)
-    for name in ("pairs.csv", "b.parquet", "tables/b.parquet", "zip.zip", "c.tar.gz", "pairs/more/a.jpg"):
+    for name in (
+        "pairs.csv",
+        "b.parquet",
+        "tables/b.parquet",
+        "zip.zip",
+        "c.tar.gz",
+        "pairs/more/a.jpg",
+        "cifar/data_batch_1",
+    ):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "odd" / "renamed.tar").write_bytes(gzip.compress(b"of a tar"))
     (tmp_path / "captions.txt").write_text("image,caption\n1000268201_693b08cb0e.jpg,A child\n")
