@@ -334,8 +334,9 @@ def test_filters_are_drawn_as_the_papers_draw_them() -> None:
     assert abs(both - 0.02) < 0.007
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
-    batch = images(70, side=30)  # more than are coloured at once
+def test_a_sample_does_not_depend_on_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = images(70, side=30)
+    monkeypatch.setattr("clipdist.data.augment._CPU_CHUNK", 64 * batch[0].numel())  # fewer are coloured at once
     augmentation = Augmentation(
         0.9, jitter=(0.4, 0.4, 0.4, 0.1), jitter_probability=0.6, grayscale=0.2, blur=0.5, solarise=0.2
     )
