@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from clipdist.errors import UserError, run_main, writing
 from clipdist.evals import front
@@ -40,7 +41,7 @@ def main() -> None:
     with writing(f"--out {out}", "; name another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(rows).save(out, "PNG")
-    record = {"model": loaded.label, "step": loaded.step, "images": [str(path) for path in args.images]}
+    record: dict[str, Any] = {"model": loaded.label, "step": loaded.step, "images": [str(path) for path in args.images]}
     record |= {"heads": heads, "grid": list(maps.shape[1:]), "sheet": str(out)}
     patches = " x ".join(str(side) for side in maps.shape[1:])
     lines = [f"{loaded.label}: {len(rows)} images, {heads} heads, {patches} patches: {out}"]

@@ -16,7 +16,6 @@ from clipdist.losses.koleo import koleo
 from clipdist.losses.momentum_contrast import contrast_batch, empty_queue, enqueue
 from clipdist.losses.nt_xent import nt_xent
 from clipdist.losses.prototypes import sinkhorn_centre, sum_rows, update_centre
-from clipdist.losses.spread import effective_rank
 from clipdist.losses.tiles import Tile
 from clipdist.losses.wire import nt_xent_bytes, written_bytes
 
@@ -134,12 +133,6 @@ def queues_and_centres_are_those_of_one_process(rank: int, world: int, alone: ty
     if world > 2:
         assert not torch.allclose(0.1 * of_own_rows / (world - 1), moved, rtol=1e-2)  # the mean of the ranks' means
 
-    features, valid = torch.randn(6 * world, 7, generator=generator), torch.rand(6 * world, generator=generator) > 0.2
-    rows = slice(6 * rank, 6 * rank + 6)
-    found = effective_rank(features[rows], valid=valid[rows])
-    with alone():
-        assert found == pytest.approx(effective_rank(features, valid=valid), rel=1e-9)
-
 
 def bad_features_are_named_on_every_rank(rank: int, world: int) -> None:
     features, bad = torch.randn(6, 8), torch.randn(6, 8)
@@ -150,7 +143,6 @@ def bad_features_are_named_on_every_rank(rank: int, world: int) -> None:
         (lambda: nt_xent(features, bad, 0.1), "the second view"),
         (lambda: koleo(bad), "the features"),
         (lambda: contrast_batch(bad, features, 0.2), "the queries"),
-        (lambda: effective_rank(bad), "the features"),
         (lambda: sinkhorn_centre(lambda rows: bad[rows], every, 8, 0.1), "the teacher's logits"),
     ):
         with pytest.raises(NonFiniteFeatures) as found:

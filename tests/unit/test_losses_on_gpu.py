@@ -16,7 +16,6 @@ from clipdist.losses.prototypes import (
     sum_rows,
     update_centre,
 )
-from clipdist.losses.spread import effective_rank
 
 
 def moco(queries, keys):
@@ -39,7 +38,6 @@ LOSSES = {
     "moco": moco,
     "moco v3": lambda x, y: contrast_batch(x, y, 0.2),
     "dino": dino,
-    "effective rank": lambda x, y: x.sum() * effective_rank(y),
 }
 
 
