@@ -31,6 +31,8 @@ from clipdist.monitor.bad_samples import BadSamples
 from clipdist.monitor.loggers import Loggers
 from clipdist.monitor.metrics import Metrics, Progress, memory_gb
 from clipdist.monitor.provenance import commit, versions
+from clipdist.objectives.describe import describe
+from clipdist.objectives.objective import Moment
 from clipdist.run_plan import RunPlan
 
 if TYPE_CHECKING:
@@ -89,10 +91,14 @@ class Journal:
         self.log(f"data.train: {plan.catalog.contents}" + (_captions_taken(config.data) if texts else ""))
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
+        trained = [describe(objective) for objective in engine.objectives]
+        if any(objective.views for objective in engine.objectives):
+            for line in trained:
+                self.log(line)
         if engine.teacher is not None:
             self.log(_teacher_line(engine.teacher, spec))
         self.log(self._taken(spec))
-        how = {"world": dist_env.world_size, "steps": plan.steps}
+        how = {"world": dist_env.world_size, "steps": plan.steps, "objectives": trained}
         if plan.resume:
             self.log(f"goes on from {plan.resume.folder}")
             self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)
@@ -159,6 +165,8 @@ class Journal:
         for objective in engine.objectives:
             values |= objective.metrics(result.outputs, batch, result.terms[objective.name])
         steps, seconds, waited = timer.lap(step)
+        if engine.moving_teacher:
+            values["teacher_momentum"] = engine.moving_teacher.spec.momentum(Moment(step - 1, self.plan.steps))
         values |= {
             **{name: float(scalar) for name, scalar in engine.scalars.items()},
             "lr": learning_rate(self.config.optim, step - 1, self.plan.steps),
@@ -172,8 +180,9 @@ class Journal:
             "batch_hash": self._batch_hash(batch),
         }
         self.metrics.write("train", step, self._samples(step), **values)
-        shown = ("loss", "logit_scale", "lr", "samples_per_s", "wait_share")
-        self.progress.show(step, {name: values[name] for name in shown if name in values})
+        bounded = {name for objective in engine.objectives for name in objective.upper_bounds}  # by those that read it
+        shown = ("loss", *({"logit_scale"} & bounded), "lr", "samples_per_s", "wait_share")
+        self.progress.show(step, {name: values[name] for name in shown})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
         """Return the global loss, and its terms if there are several. Collective."""

@@ -2,13 +2,13 @@
 
 The real model runs on torch's meta device, whose tensors have shapes and no memory, while every storage that an
 operation makes is counted from its allocation to its release. A tower that does not run there (code that reads values)
-runs on the CPU with one pair and with two instead, and the result is extrapolated linearly.
+runs on the CPU with two rows and with three instead, and the result is extrapolated linearly.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from clipdist.config import Config
 from clipdist.config.stages import PlannedStage, plan_stages
+from clipdist.data.batch import IMAGE
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
+from clipdist.objectives.make import make_objectives, prepare_model, reads_image
+from clipdist.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,12 @@ def _fused_attention(
 
 
 def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
-    """Build the configured model, locks and checkpointing included, on the meta device: no weights are drawn or read.
+    """Build the configured model, heads, locks and checkpointing included, on the meta device: no weights are drawn.
 
     Raises:
-        UserError: as clipdist.models.dual_encoder.build_model.
+        UserError: as clipdist.models.dual_encoder.build_model, and clipdist.objectives.make.prepare_model.
     """
-    spec = resolve_spec(config.model)
+    spec = resolve_spec(config.model, config.objectives.read_text)
     check_stages_fit(config.train.stages, spec)
     try:
         with torch.device("meta"):
@@ -130,7 +133,11 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     except UserError:  # some towers read values while they are built
         model = assemble(spec, config.objectives.clip, tower_weights=False).to("meta")
     model.check_sizes()
-    return _locked(model, config), spec
+    try:
+        with torch.device("meta"):
+            return _prepared(model, config), spec
+    except (RuntimeError, NotImplementedError):  # or while their width is measured
+        return _real_model(config, spec).to("meta"), spec
 
 
 def meta_teacher(spec: ModelSpec) -> DualEncoder:
@@ -142,27 +149,59 @@ def meta_teacher(spec: ModelSpec) -> DualEncoder:
         return assemble(spec, None, tower_weights=False).to("meta")
 
 
-def forward_peak(model: DualEncoder, batch: int, texts: int = 1) -> int:
-    """Return the peak bytes of a forward pass without gradients on the meta device; 0 for a tower that reads values."""
-    side, length = model.spec.image_size, model.spec.context_length
-    image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device="meta")
-    tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device="meta")
-    counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
+def forward_peak(model: DualEncoder, batch: int, texts: int = 1, views: Mapping[str, int] | None = None) -> int:
+    """Return the peak bytes of a forward pass without gradients on the meta device; 0 for a tower that reads values.
+
+    Args:
+        views: sides in pixels, by name, of those that a teacher sees; None: images and texts, as the model has them.
+    """
+    if views is None:
+        inputs = _inputs(model, batch, {IMAGE: model.spec.image_size}, texts, model.spec.context_length)
+    else:
+        inputs = _inputs(model, batch, views, 0, 0)
+    counter = StorageCounter([*model.parameters(), *model.buffers(), *inputs.values()])
     try:
         with torch.no_grad(), fused_attention(), counter:
-            model.eval()(image=image, tokens=tokens)
+            model.eval()(**inputs, teaching=views is not None)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
         return 0
     return counter.peak
 
 
-def _locked(model: DualEncoder, config: Config) -> DualEncoder:
+def _prepared(model: DualEncoder, config: Config) -> DualEncoder:
     if config.train.stages:
         allow_stages(model, stages_of(config, model.spec))
     model.lock_towers(config.model)
+    prepare_model(model, make_objectives(config.objectives, model.spec.image_size))
     if config.engine.activation_checkpointing:
         model.set_activation_checkpointing()
     return model
+
+
+def _real_model(config: Config, spec: ModelSpec) -> DualEncoder:
+    return _prepared(assemble(spec, config.objectives.clip, tower_weights=False), config)
+
+
+def sides_of(objectives: Sequence[Objective], image_size: int) -> dict[str, int]:
+    """Return the sides of all views of an image, in pixels, by name.
+
+    Args:
+        image_size: of CLIP's own view, if there is one.
+    """
+    own = {IMAGE: image_size} if reads_image(objectives) else {}
+    return own | {view.name: view.size for objective in objectives for view in objective.views}
+
+
+def _inputs(
+    model: DualEncoder, batch: int, sides: Mapping[str, int], texts: int, length: int
+) -> dict[str, torch.Tensor]:
+    """Return the inputs of a forward pass on the model's device, zeros; no tokens for a model without a text tower."""
+    device = next(model.parameters()).device
+    inputs = {name: torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device) for name, side in sides.items()}
+    if texts and model.text is not None:
+        inputs["tokens"] = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
+        inputs["tokens"][..., -1:] = 1
+    return inputs
 
 
 def stages_of(config: Config, spec: ModelSpec) -> tuple[PlannedStage, ...]:
@@ -171,14 +210,14 @@ def stages_of(config: Config, spec: ModelSpec) -> tuple[PlannedStage, ...]:
 
 
 def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> Activations:
-    """Measure one forward and backward pass of `batch` pairs, of several stages that which needs the most.
+    """Measure one forward and backward pass of `batch` rows, of several stages that which needs the most.
 
     Args:
         model: as meta_model gives it; it is cast to the precision.
         precision: fp32, bf16 or fp16.
 
     Raises:
-        UserError: BatchNorm cannot be trained with so few pairs.
+        UserError: BatchNorm cannot be trained with so few rows.
     """
     stages = stages_of(config, model.spec)
     model.check_rows(batch, min(stage.image_size for stage in stages))
@@ -191,24 +230,34 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
 
 
 def _measure_stage(config: Config, model: DualEncoder, batch: int, precision: str, stage: PlannedStage) -> Activations:
+    objectives = make_objectives(config.objectives, model.spec.image_size)
+    alone = {name for objective in objectives for name in objective.taught_alone}
+    sides = {name: side for name, side in sides_of(objectives, stage.image_size).items() if name not in alone}
     texts = config.data.planned_texts
     try:
-        return one_pass(model.to(DTYPES[precision]), batch, texts, stage)
+        return one_pass(model.to(DTYPES[precision]), batch, texts, stage, sides)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
-        real = _locked(assemble(model.spec, config.objectives.clip, tower_weights=False), config).to(DTYPES[precision])
-        one, two = one_pass(real, 1, texts, stage), one_pass(real, 2, texts, stage)
+        real = _real_model(config, model.spec).to(DTYPES[precision])
+        two, three = (one_pass(real, rows, texts, stage, sides) for rows in (2, 3))  # of one BatchNorm learns nothing
         saved, peak, peak_with_gradients = (
-            getattr(one, name) + (getattr(two, name) - getattr(one, name)) * (batch - 1)
+            getattr(two, name) + (getattr(three, name) - getattr(two, name)) * (batch - 2)
             for name in ("saved", "peak", "peak_with_gradients")
         )
         return Activations(saved, peak, peak_with_gradients, measured_on="cpu")
 
 
-def one_pass(model: DualEncoder, batch: int, texts: int = 1, stage: PlannedStage | None = None) -> Activations:
+def one_pass(
+    model: DualEncoder,
+    batch: int,
+    texts: int = 1,
+    stage: PlannedStage | None = None,
+    views: Mapping[str, int] | None = None,
+) -> Activations:
     """Measure as `measure`, on the device that the model is on, with so many texts of an image, all of them padded.
 
     Args:
         stage: None: images, texts and patches as the model has them.
+        views: sides in pixels of those that the model sees, by name; None: CLIP's.
     """
     device = next(model.parameters()).device
     side, length, patches = model.spec.image_size, model.spec.context_length, {}
@@ -216,17 +265,15 @@ def one_pass(model: DualEncoder, batch: int, texts: int = 1, stage: PlannedStage
         side, length = stage.image_size, stage.tokens
         if kept := kept_of(patches_of(model.visual, side), stage.patch_dropout):
             patches = {"patches": torch.arange(kept).expand(batch, -1).to(device)}
-    image = torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device)
-    tokens = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
-    tokens[..., -1:] = 1
+    inputs = _inputs(model, batch, {IMAGE: side} if views is None else views, texts, length)
     model.train()
     kind, model.text_kind = model.text_kind, "whole"
-    counter = StorageCounter([*model.parameters(), *model.buffers(), image, tokens])
+    counter = StorageCounter([*model.parameters(), *model.buffers(), *inputs.values()])
     hooks = [p.register_post_accumulate_grad_hook(counter.complete) for p in model.parameters() if p.requires_grad]
     attention: AbstractContextManager[Any] = fused_attention() if device.type == "meta" else nullcontext()
     try:
         with attention, counter:
-            outputs = [x for x in model(image=image, tokens=tokens, **patches).values() if x.requires_grad]
+            outputs = [x for x in model(**inputs, **patches).values() if x.requires_grad]
             saved = counter.now
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
         return Activations(saved, counter.peak, counter.peak_with_gradients, device.type)

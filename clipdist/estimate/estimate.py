@@ -14,15 +14,26 @@ from clipdist.config.batches import check_ranks, launched_ranks, total_steps
 from clipdist.config.stages import plan_stages
 from clipdist.data.catalog import Catalog
 from clipdist.distributed.rank import DTYPES
+from clipdist.engine.zero import GATHERED
 from clipdist.errors import UserError
-from clipdist.estimate.activations import Activations, forward_peak, measure, meta_model, meta_teacher, stages_of
+from clipdist.estimate.activations import (
+    Activations,
+    forward_peak,
+    measure,
+    meta_model,
+    meta_teacher,
+    sides_of,
+    stages_of,
+)
 from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stage
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
 from clipdist.estimate.traffic import wire_bytes
+from clipdist.estimate.views import taught_sides, viewed_objectives
 from clipdist.losses.tiles import Tile, choose_tile
-from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.dual_encoder import HEADS, DualEncoder
 from clipdist.models.layers import hidden_matrices, layers_behind
+from clipdist.objectives.make import make_objectives
 from clipdist.objectives.teacher import check_teacher
 
 TOLERANCE = 1.15  # a run is refused above this share of the device: the prediction may be wrong by as much
@@ -108,12 +119,17 @@ class Estimate:
             bucket=int(zero.get("reduce_bucket_size", memory.BUCKET)),
             cpu=self.device == "cpu",
             offload=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
-            ema=train.ema > 0,
+            ema=train.ema > 0 or self.sizes.taught > 0,
         )
 
     @property
     def sizes(self) -> ModelSizes:
         return self.model.sizes
+
+    @property
+    def rows(self) -> str:
+        """What a batch is made of."""
+        return "pairs" if self.config.objectives.read_text else "images"
 
     @cached_property
     def activations(self) -> Activations:
@@ -125,11 +141,12 @@ class Estimate:
         teacher = self.model.teacher
         rest = {
             memory.TEACHER: teacher.elements * self.layout.itemsize if teacher else 0,
+            memory.STATE: self._objective_bytes,
             memory.FEATURES: self._feature_bytes(),
             memory.TILES: self._tile_bytes(),
             memory.BATCH: self._batch_bytes(),
         }
-        taught = 0
+        taught = self.model.taught_peak(self.config, self.layout.micro, self.precision)
         if teacher:
             taught = teacher.forward_peak(self.layout.micro, self.precision, self.config.data.planned_texts)
         return by_stage(self.sizes, self.layout, self.activations, rest, taught)
@@ -159,8 +176,12 @@ class Estimate:
         """Bytes that a rank sends in a step, by collective."""
         clip = self.config.objectives.clip
         texts, taught = self.config.data.planned_texts, self._taught_width
+        views = {
+            f"{viewed.objective.name}: outputs, sums": viewed.wire_bytes(self.world, self.layout.share, self.precision)
+            for viewed in self.model.viewed
+        }
         return wire_bytes(
-            self.sizes, self.layout, clip.loss if clip else "", self.precision, self._narrower, texts, taught
+            self.sizes, self.layout, clip.loss if clip else "", self.precision, self._narrower, texts, taught, views
         )
 
     @property
@@ -190,7 +211,7 @@ class Estimate:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a whole checkpoint: fp32 weights, moments and an average, over all ranks."""
+        """Bytes of a whole checkpoint, over all ranks: fp32 weights, moments, an average, and objectives' state."""
         return self._state_bytes() + self.sizes.buffer_bytes
 
     @property
@@ -211,14 +232,31 @@ class Estimate:
     def _state_bytes(self) -> int:
         locked = 0 if self.config.model.lora else self.sizes.locked
         kept = 1 + self.sizes.moments + self.layout.ema
-        return 4 * (self.sizes.trained * kept - self.sizes.matrices + locked)
+        saved = 4 * (self.sizes.trained * kept - self.sizes.matrices + locked)
+        return saved + self._objective_bytes
+
+    @property
+    def _objective_bytes(self) -> int:
+        """What objectives keep between steps."""
+        return sum(viewed.state_bytes for viewed in self.model.viewed)
 
     def _batch_bytes(self) -> int:
         stages = stages_of(self.config, self.model.spec)
         side, length = max(stage.image_size for stage in stages), max(stage.tokens for stage in stages)
-        return self.layout.share * (3 * side**2 + 8 * length * self.config.data.planned_texts + 17)
+        pixels = 3 * sum(side**2 for side in sides_of(self.model.objectives, side).values())
+        texts = self.config.data.planned_texts if self.config.objectives.read_text else 0
+        return self.layout.share * (pixels + 8 * length * texts + 17)
 
     def _feature_bytes(self) -> int:
+        layout = self.layout
+        views = (
+            viewed.feature_bytes(layout.share, layout.micro, self.world, layout.itemsize)
+            for viewed in self.model.viewed
+        )
+        return sum(views) + (self._pair_bytes() if self.config.objectives.read_text else 0)
+
+    def _pair_bytes(self) -> int:
+        """Features of images and texts over the batch, and their gradients."""
         share, batch = self.layout.share, self.config.train.global_batch
         width, size = self.sizes.width, self.layout.itemsize
         texts = self.config.data.planned_texts
@@ -244,7 +282,14 @@ class Estimate:
         return features
 
     def _tile_bytes(self) -> int:
-        """The logits that exist at one time, and the features beside them; a fused kernel has none in memory."""
+        """The logits that exist at one time, and the features beside them."""
+        layout = self.layout
+        tile = choose_tile(torch.device("cpu"), GPU_TILE if self.device == "cuda" else None)
+        views = (viewed.tile_bytes(tile, layout.share, layout.micro, self.world) for viewed in self.model.viewed)
+        return max([self._pair_tile_bytes(), *views])
+
+    def _pair_tile_bytes(self) -> int:
+        """Those of images and texts; a fused kernel has none in memory."""
         texts, clip, taught = self.config.data.planned_texts, self.config.objectives.clip, self._taught_width
         fused = self.device == "cuda" and texts == 1 and clip is not None and clip.implementation != "tiles"
         if (fused or clip is None) and not taught:
@@ -266,7 +311,7 @@ class Estimate:
         where = f"{'a rank' if self.device == 'cpu' else 'a GPU'} needs about {self.total / GB:.1f} GB"
         raise UserError(
             f"{where} and has {self.limit / GB:.1f} GB ({self.limit_source}), at model.name={self.config.model.name},"
-            f" engine.zero_stage={self.layout.stage}, {self.layout.micro} pairs a forward pass;"
+            f" engine.zero_stage={self.layout.stage}, {self.layout.micro} {self.rows} a forward pass;"
             f" {self._what_fits(self.limit)}"
         )
 
@@ -284,18 +329,24 @@ class MeasuredModel:
     """A model's sizes and activations, kept for configurations that differ in batch, stage or checkpointing alone.
 
     Attributes:
-        teacher: that of the configuration, if it has one.
+        teacher: the frozen one of the configuration, if it has one.
+        objectives: of the configuration.  viewed: those on views of an image.
     """
 
     def __init__(self, config: Config) -> None:
         self.teacher = MeasuredTeacher(config) if config.objectives.distill else None
         self._activations: dict[tuple[bool, int, str], Activations] = {}
         model, self.spec = meta_model(config)
+        self.objectives = make_objectives(config.objectives, self.spec.image_size)
+        self.viewed = viewed_objectives(self.objectives, model)
         if config.optim.layer_decay < 1:
             layers_behind(model)  # refuses what training would
         self._by_checkpointing: dict[bool, DualEncoder] = {config.engine.activation_checkpointing: model}
         hidden = hidden_matrices(model) if config.optim.name == "muon" else {}  # refuses the same
         numbers = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+        moving = any(objective.teacher for objective in self.objectives)
+        copied = [(n, trained) for name, n, trained in numbers if moving and not name.startswith("text.")]
+        followed = [n for n, trained in copied if trained]
         self.sizes = ModelSizes(
             trained=sum(n for _, n, trained in numbers if trained),
             locked=sum(n for _, n, trained in numbers if not trained),
@@ -304,10 +355,14 @@ class MeasuredModel:
             width=self.spec.embed_dim,
             matrices=sum(n for name, n, _ in numbers if name in hidden),
             moments=1 if config.optim.name in ("lars", "sgd") else 2,
+            taught=sum(n for n, _ in copied),
+            taught_trained=sum(followed),
+            gathered=max([0, *(sum(followed[at : at + GATHERED]) for at in range(0, len(followed), GATHERED))]),
         )
         self.counts = {
             "image": sum(n for name, n, _ in numbers if name.startswith("visual.")),
             "text": sum(n for name, n, _ in numbers if name.startswith("text.")),
+            "heads": sum(n for name, n, _ in numbers if name.startswith(HEADS)),
             "all": self.sizes.all,
         }
 
@@ -319,6 +374,14 @@ class MeasuredModel:
                 self._by_checkpointing[checkpointing] = meta_model(config)[0]
             self._activations[key] = measure(config, self._by_checkpointing[checkpointing], micro, precision)
         return self._activations[key]
+
+    def taught_peak(self, config: Config, micro: int, precision: str) -> int:
+        """Return the bytes of the activations of a pass of a teacher that follows the weights; 0: there is none."""
+        sides = taught_sides(self.objectives, sides_of(self.objectives, self.spec.image_size))
+        if not sides:
+            return 0
+        model = self._by_checkpointing[config.engine.activation_checkpointing]
+        return forward_peak(model.to(DTYPES[precision]), micro, views=sides)
 
 
 class MeasuredTeacher:

@@ -1,10 +1,10 @@
 """Predict the memory of one rank, part by part, at the moment of a step that needs the most.
 
-A step has four moments that may be the fullest: the start of the backward pass, when activations are alive; the
+A step has five moments that may be the fullest: the start of the backward pass, when activations are alive; the
 reduction of the gradients, when DeepSpeed holds them and a flat copy; the optimiser's step, when it makes fp32
-gradients of its own partition; and, before them, the forward pass of a teacher, if there is one. What DeepSpeed
-allocates was read in its source (0.19.8: runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py,
-fp16/unfused_optimizer.py, engine.py).
+gradients of its own partition; before them, the forward pass of a teacher, if there is one; and, after them, the update
+of a teacher that follows the weights. What DeepSpeed allocates was read in its source (0.19.8:
+runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py, fp16/unfused_optimizer.py, engine.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CUDA_OVERHEAD = 1_000_000_000  # assumed: context, NCCL, cuBLAS workspaces, the 
 CPU_OVERHEAD = 95_000_000  # measured: growth of a process that trains a model of 0.1 M parameters
 WEIGHTS, GRADIENTS, OPTIMIZER, BUFFERS = "weights", "gradients", "optimiser", "DeepSpeed's buffers"
 ACTIVATIONS, FEATURES, TILES, BATCH = "activations", "features", "loss tiles", "batch"
-TEACHER = "teacher"
+TEACHER, STATE = "teacher", "state of objectives"
 OVERHEAD = "framework"
-PARTS = (WEIGHTS, TEACHER, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS, FEATURES, TILES, BATCH, OVERHEAD)
-MOMENTS = ("backward pass", "reduction", "optimiser step", "teacher's pass")
+PARTS = (WEIGHTS, TEACHER, STATE, GRADIENTS, OPTIMIZER, BUFFERS, ACTIVATIONS, FEATURES, TILES, BATCH, OVERHEAD)
+MOMENTS = ("backward pass", "reduction", "optimiser step", "teacher's pass", "teacher's update")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ class ModelSizes:
     width: int  # of the features
     matrices: int = 0  # of the trained: those that Muon updates, which have one moment
     moments: int = 2  # that the optimiser keeps of a trained parameter
+    taught: int = 0  # of the parameters that a teacher which follows the weights has, too; 0: there is none
+    taught_trained: int = 0  # of them, those that train
+    gathered: int = 0  # of the most whole parameters that are gathered at one time when it follows them
 
     @property
     def all(self) -> int:
@@ -50,7 +53,7 @@ class StepLayout:
     """What a rank does in a step, and with which settings.
 
     Attributes:
-        share: pairs of a rank.  micro: of one forward pass.
+        share: rows of a rank.  micro: of one forward pass.
         itemsize: bytes of a weight, an activation and a gradient: 4 in fp32, else 2.
         bucket: elements of DeepSpeed's reduce bucket.
         cpu: the rank's device; there, memory that is allocated and never written to counts for nothing.
@@ -98,19 +101,22 @@ def peak_memory(
     """Return the memory at the one of the moments that needs the most.
 
     Args:
-        rest: bytes of TEACHER, FEATURES, TILES and BATCH, which are there throughout.
+        rest: bytes of TEACHER, a frozen one, STATE, FEATURES, TILES and BATCH, which are there throughout.
         taught: bytes of the activations of a teacher's forward pass.
     """
     held = optimizer_bytes(sizes, layout)
     fixed = rest | {
         WEIGHTS: weight_bytes(sizes, layout),
+        TEACHER: rest.get(TEACHER, 0) + copy_bytes(sizes, layout),
         OPTIMIZER: 0 if layout.offload else held,
         OVERHEAD: CPU_OVERHEAD if layout.cpu else CUDA_OVERHEAD,
     }
     of_stage = _stage_3 if layout.stage == 3 else _stages_0_to_2
     during, reduction, step = of_stage(sizes, layout, activations)
     step = step | {BUFFERS: step.get(BUFFERS, 0) + orthogonalised_bytes(sizes, layout)}
-    moments = during, reduction, step, {ACTIVATIONS: taught}
+    lesson = {ACTIVATIONS: taught, BUFFERS: swapped_bytes(sizes, layout)}
+    followed = {BUFFERS: 2 * 4 * sizes.gathered if layout.stage in (1, 2) else 0, STATE: 3 * rest.get(STATE, 0)}
+    moments = during, reduction, step, lesson, followed if sizes.taught else {}
     found = [
         RankMemory(name, {part: (fixed | moment).get(part, 0) for part in PARTS}, held if layout.offload else 0)
         for name, moment in zip(MOMENTS, moments)
@@ -124,6 +130,27 @@ def weight_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
         return sizes.all * layout.itemsize + sizes.buffer_bytes
     whole = sizes.small * layout.itemsize if layout.world > 1 else 0
     return -(-sizes.all // layout.world) * layout.itemsize + whole + sizes.buffer_bytes
+
+
+def copy_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of a copy of the model, which a teacher that follows the weights is at stages 0 to 2."""
+    if not sizes.taught or layout.stage == 3:
+        return 0
+    return sizes.taught * layout.itemsize + sizes.buffer_bytes
+
+
+def swapped_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
+    """Return the bytes of this rank's shares, put aside at stage 3 while the teacher's run, and of gathered weights."""
+    if not sizes.taught or layout.stage < 3:
+        return 0
+    return -(-sizes.trained // layout.world) * layout.itemsize + gathered_bytes(sizes.taught, layout)
+
+
+def gathered_bytes(elements: int, layout: StepLayout) -> int:
+    """Return the bytes of weights that stage 3 has gathered, or gathers ahead, in passes of so many elements."""
+    if layout.world == 1:
+        return 0
+    return (min(elements, LIVE) + min(elements, PREFETCH)) * layout.itemsize
 
 
 def optimizer_bytes(sizes: ModelSizes, layout: StepLayout) -> int:
@@ -208,11 +235,8 @@ def _stage_3(sizes: ModelSizes, layout: StepLayout, activations: Activations) ->
     bucket = chunk if layout.cpu else layout.bucket * size  # allocated once and for all
     wide = 4 if layout.pieces > 1 else size
     kept = 0 if layout.offload else share * wide
-    gathered = ahead = 0
-    if layout.world > 1:
-        gathered = min(sizes.all, LIVE) * size
-        ahead = min(sizes.all, PREFETCH) * size
-    during = {ACTIVATIONS: activations.peak, GRADIENTS: kept, BUFFERS: bucket + gathered + ahead}
+    gathered = gathered_bytes(sizes.all, layout)
+    during = {ACTIVATIONS: activations.peak, GRADIENTS: kept, BUFFERS: bucket + gathered}
     reduction = {GRADIENTS: kept, BUFFERS: bucket + chunk}
     flat = 0 if layout.offload else share * (4 if wide == 4 else 2 + 4)
     return during, reduction, {GRADIENTS: kept + flat, BUFFERS: bucket}

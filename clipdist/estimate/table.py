@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipdist.estimate.estimate import GB, Estimate
-from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS, TEACHER
+from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS, STATE, TEACHER
 
 
 def summary(found: Estimate) -> str:
@@ -27,10 +27,11 @@ def full_table(found: Estimate) -> str:
 
 def _parameters(found: Estimate) -> str:
     counts, sizes = found.model.counts, found.sizes
+    parts = ", ".join(f"{name} {_millions(counts[name])}" for name in ("image", "text", "heads") if counts[name])
     return (
         f"{found.config.run.dir}: {found.config.model.name}, {found.precision}, {_ranks(found)}\n"
-        f"parameters  {_millions(counts['all'])} (image {_millions(counts['image'])},"
-        f" text {_millions(counts['text'])}); trained {_millions(sizes.trained)}, locked {_millions(sizes.locked)}"
+        f"parameters  {_millions(counts['all'])} ({parts}); trained {_millions(sizes.trained)},"
+        f" locked {_millions(sizes.locked)}"
     )
 
 
@@ -38,15 +39,15 @@ def _memory(found: Estimate) -> str:
     label = {OVERHEAD: f"{OVERHEAD} (assumed)"}
     if found.layout.ema:
         label[OPTIMIZER] = f"{OPTIMIZER}, average of weights"
-    stages = found.stages.values()
-    parts = [part for part in PARTS if part != TEACHER or found.model.teacher]
+    stages = [*found.stages.values()]
+    parts = [part for part in PARTS if part not in (TEACHER, STATE) or any(memory.parts[part] for memory in stages)]
     rows = [("memory of a rank, GB", [f"ZeRO {n}{'*' if n == found.layout.stage else ''}" for n in found.stages])]
     rows += [(f"  {label.get(part, part)}", [f"{m.parts[part] / GB:.2f}" for m in stages]) for part in parts]
     rows.append(("  in all", [f"{memory.total / GB:.2f}" for memory in stages]))
     rows.append(("  fullest moment", [memory.moment for memory in stages]))
-    lines = ["".join([f"{name:30}", *(f"{cell:>17}" for cell in cells)]) for name, cells in rows]
+    lines = ["".join([f"{name:32}", *(f"{cell:>17}" for cell in cells)]) for name, cells in rows]
     about = "measured with shapes alone" if found.activations.measured_on == "meta" else "from two small runs"
-    lines.append(f"  activations of {found.layout.micro} pairs: {about}; {_room(found)}")
+    lines.append(f"  activations of {found.layout.micro} {found.rows}: {about}; {_room(found)}")
     return "\n".join(lines)
 
 
@@ -58,16 +59,16 @@ def _host(found: Estimate) -> str:
 def _wire(found: Estimate) -> str:
     if not found.wire:
         return "bytes on the wire: none, there is one rank"
-    rows = [f"  {name:40}{size / 1e6:>10.1f}" for name, size in found.wire.items()]
-    rows.append(f"  {'in all':40}{sum(found.wire.values()) / 1e6:>10.1f}")
+    rows = [f"  {name:44}{size / 1e6:>10.1f}" for name, size in found.wire.items()]
+    rows.append(f"  {'in all':44}{sum(found.wire.values()) / 1e6:>10.1f}")
     return "\n".join(["sent by a rank and step, MB", *rows])
 
 
 def _run(found: Estimate) -> str:
-    train = found.config.train
+    train, layout = found.config.train, found.layout
     return (
-        f"global batch  {train.global_batch} pairs, {found.layout.share} a rank in {found.layout.pieces} forward passes"
-        f" of {found.layout.micro}\nlength        {_length(found)}\ntime          {_time(found)}"
+        f"global batch  {train.global_batch} {found.rows}, {layout.share} a rank in {layout.pieces} forward passes"
+        f" of {layout.micro}\nlength        {_length(found)}\ntime          {_time(found)}"
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipdist.config import Config
 from clipdist.config.stages import plan_stages
-from clipdist.data.batch import Batch, pair_batch
+from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.members import members_of
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
@@ -26,7 +26,7 @@ from clipdist.evals.reference import STEPS, LossAndGradients, Reference, concate
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_objectives, prepare_model
+from clipdist.objectives.make import make_objectives, prepare_model, reads_image
 from clipdist.objectives.objective import Moment, Objective
 from clipdist.objectives.teacher import open_teacher
 
@@ -382,22 +382,28 @@ def _gathered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class RandomBatches:
-    """Batches of random pixels and tokens, all valid."""
+    """Batches of random pixels, in all views that the objectives read, and of random tokens, all valid."""
 
     def __init__(self, cfg: Config, spec: ModelSpec, note: str = "drawn random pictures and tokens") -> None:
         self.note, self.spec, self.rows, self.seed = note, spec, cfg.train.global_batch, cfg.data.seed
+        objectives = make_objectives(cfg.objectives, spec.image_size)
+        own = {IMAGE: spec.image_size} if reads_image(objectives) else {}
+        self.sides = own | {view.name: view.size for objective in objectives for view in objective.views}
 
     def batch(self, step: int) -> Batch:
         """Return global batch number `step`."""
         from clipdist.data.tokens import make_tokenizer
 
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        side = self.spec.image_size
-        image = torch.randint(0, 256, (self.rows, 3, side, side), dtype=torch.uint8, generator=draw)
+        images = {
+            name: torch.randint(0, 256, (self.rows, 3, side, side), dtype=torch.uint8, generator=draw)
+            for name, side in self.sides.items()
+        }
         numbers = torch.randint(0, 10_000, (self.rows, 3), generator=draw).tolist()
         # Random captions instead of random ids: the tokenizer puts the special tokens where the tower expects them.
         tokens = make_tokenizer(self.spec)([" ".join(map(str, row)) for row in numbers])
-        return pair_batch(image, tokens, torch.ones(self.rows, dtype=torch.bool), torch.arange(self.rows))
+        valid = dict.fromkeys(MODALITIES, torch.ones(self.rows, dtype=torch.bool))
+        return Batch(images, tokens, valid, torch.arange(self.rows), torch.arange(self.rows))
 
     def close(self) -> None:
         pass

@@ -59,6 +59,11 @@ def distill_bytes(world: int, b: int, width: int, teacher_width: int, dtype: str
     return clipdist_bytes("sigmoid", world, b, width, dtype) + teacher + 2 * (world - 1) / world * 32 * world * b
 
 
+def reduced_bytes(world: int, size: int) -> float:
+    """Return the bytes that a rank sends in an all-reduce of `size` bytes."""
+    return 2 * (world - 1) / world * size
+
+
 def nt_xent_bytes(world: int, b: int, width: int, dtype: str) -> float:
     """Return the bytes that nt_xent sends per rank and step where all rows are valid.
 
@@ -68,6 +73,24 @@ def nt_xent_bytes(world: int, b: int, width: int, dtype: str) -> float:
     Arguments: see clipdist_bytes; b counts samples.
     """
     return (world - 1) * (2 * b * (width * BYTES[dtype] + 4) + AGREEMENT_BYTES)
+
+
+def contrast_bytes(world: int, b: int, width: int, dtype: str) -> float:
+    """Return the bytes that contrast_batch sends per rank and call: keys and their validity, and shapes.
+
+    Arguments: see nt_xent_bytes.
+    """
+    return (world - 1) * (b * (width * BYTES[dtype] + 1) + AGREEMENT_BYTES)
+
+
+def koleo_bytes(world: int, b: int, width: int, dtype: str, group: int) -> float:
+    """Return the bytes that koleo sends per rank and call: validity and shapes; features and neighbours, too, where a
+    group of so many rows (0: all) spans ranks.
+
+    Other arguments: see nt_xent_bytes.
+    """
+    spans = group == 0 or b % group
+    return (world - 1) * (b * (1 + (width * BYTES[dtype] + 8 if spans else 0)) + AGREEMENT_BYTES)
 
 
 def open_clip_bytes(op: str, world: int, b: int, width: int, dtype: str) -> float:

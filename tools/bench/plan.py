@@ -45,6 +45,32 @@ def each_stage(name: str, *words: str, ranks: int = 1) -> dict[str, tuple[int, l
     return {f"stage{stage} {name}": (ranks, [*VIT, f"engine.zero_stage={stage}", *words]) for stage in range(4)}
 
 
+# Without a text tower; of DINO a head and crops as large as they are to the tower in the paper
+TAUGHT = {
+    "SimCLR": "{clip: null, simclr: {}}",
+    "SLIP": "{simclr: {head: [2048, 2048, 128]}}",
+    "MoCo": "{clip: null, moco: {queue: 8192}}",
+    "MoCo 3": "{clip: null, moco: {queue: 0, head: [2048, 2048, 256], predictor: [2048, 256]}}",
+    "BYOL": "{clip: null, byol: {}}",
+    "DINO": "{clip: null, dino: {prototypes: 16384, local: {size: 96}, local_views: 4}}",
+}
+
+
+def each_objective() -> dict[str, tuple[int, list[str]]]:
+    """Return cells of all objectives on views: each at one stage, and three of them at the others and in other ways."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for number, (name, section) in enumerate(TAUGHT.items()):
+        words = [*VIT, f"objectives={section}"]
+        ways: dict[str, tuple[int, list[str]]] = {f"stage{number % 3}": (1, [f"engine.zero_stage={number % 3}"])}
+        if name in ("SimCLR", "BYOL", "DINO"):
+            ways |= {f"stage{stage}": (1, [f"engine.zero_stage={stage}"]) for stage in (0, 2, 3)}
+            ways |= {f"stage{stage} 2 ranks": (2, [f"engine.zero_stage={stage}"]) for stage in (1, 3)}
+            ways["stage1 bf16 micro-batches"] = (1, [BF16, "train.micro_batch=4"])
+        found |= {f"{name} {way}": (ranks, [*words, *more]) for way, (ranks, more) in ways.items()}
+    rn50 = [*RN50, "objectives={clip: null, byol: {}}"]
+    return found | {"RN50 BYOL stage1": (1, rn50)}
+
+
 CELLS = {
     **each_stage("fp32"),
     **each_stage("bf16", BF16),
@@ -55,6 +81,7 @@ CELLS = {
     "batch 32 fp32 micro-batches": (1, [*WIDE, "train.micro_batch=8"]),
     **{f"RN50 stage{stage} fp32": (1, [*RN50, f"engine.zero_stage={stage}"]) for stage in (0, 1, 3)},
     "RN50 bf16": (1, [*RN50, BF16]),
+    **each_objective(),
 }
 
 

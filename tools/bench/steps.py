@@ -15,7 +15,7 @@ from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.evals.audit import RandomBatches
 from clipdist.models.dual_encoder import build_model
-from clipdist.objectives.make import make_objectives
+from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.teacher import open_teacher
 from tools.bench.harness import timed
 from tools.bench.peak_memory import MemoryGrowth, trim_heap
@@ -26,7 +26,9 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
     """Build a model and its engine on cpu or cuda. Yield what takes a step on this rank's rows of one drawn batch."""
     with joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, config.objectives.clip)
+        model = build_model(config.model, config.objectives.clip, with_text=config.objectives.read_text)
+        objectives = make_objectives(config.objectives, model.spec.image_size)
+        prepare_model(model, objectives)
         model.text_kind = "whole"  # the most memory that texts need, as in the plan
         if config.engine.activation_checkpointing:
             model.set_activation_checkpointing()
@@ -35,8 +37,8 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
         mine = drawn.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
         batch = mine.each(lambda tensor: tensor.clone()).to(dist_env.device)
         del drawn, mine
-        objectives, teacher = make_objectives(config.objectives, model.spec.image_size), open_teacher(config, dist_env)
-        engine = Engine(model.to(dist_env.device), objectives, config, dist_env, teacher)
+        teacher = open_teacher(config, dist_env)
+        engine = Engine(model.to(dist_env.device), objectives, config, dist_env, teacher, config.train.steps)
         yield lambda step: engine.train_step(batch, step=step, lr=config.optim.lr)
 
 
