@@ -185,9 +185,9 @@ class Journal:
         self.progress.show(step, {name: values[name] for name in shown})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
-        """Return the global loss, and its terms if there are several. Collective."""
+        """Return the global loss, and its terms unless there is that of CLIP alone. Collective."""
         values = {"loss": result.value / self.dist_env.world_size}
-        if len(result.terms) > 1:
+        if [*result.terms] != ["clip"]:
             values |= {f"loss/{name}": term.sum / term.count for name, term in result.terms.items()}
         return dict(zip(values, all_reduce_sum(torch.stack(list(values.values()))).tolist()))
 

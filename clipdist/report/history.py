@@ -81,6 +81,16 @@ class RunHistory:
         """The last step that is recorded."""
         return max((record["step"] for record in self.records), default=0)
 
+    @property
+    def objectives(self) -> list[str]:
+        """Names of what the run trains, as configured."""
+        return [name for name, section in vars(self.config.objectives).items() if section] if self.config else []
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the run reads captions, as far as is known."""
+        return self.config is None or self.config.objectives.read_text
+
     def planned_steps(self) -> int | None:
         """Return the steps of the whole run; None where that cannot be known."""
         if self.config is None:
@@ -144,6 +154,7 @@ def run_figures(run: RunHistory) -> dict[str, Any]:
     wait_share = run.median("wait_share")
     return {
         "state": run.state(),
+        "objectives": run.objectives,
         "step": run.step,
         "samples": max((int(number(record.get("samples")) or 0) for record in run.records), default=0),
         "seconds": round(run.seconds(), 1),

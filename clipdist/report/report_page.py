@@ -44,7 +44,7 @@ MOST_CLASSES = 50  # rows of a table in a tool's result; of more, the lowest and
 
 SUMMARY = {
     "step": "step",
-    "samples": "pairs seen",
+    "samples": "samples seen",
     "seconds": "time",
     "loss": "loss, last",
     "t2i_r1": LABELS["t2i_r1"],
@@ -76,7 +76,7 @@ def report_page(runs: Runs, made: datetime) -> str:
     """
     sections = [
         ("summary", "Summary", _summary(runs)),
-        ("training", "Training", [*chart_grid(runs, TRAINING), *_how_to_read(runs)]),
+        ("training", "Training", [*chart_grid(runs, TRAINING), *_how_to_read(runs), *_objectives(runs)]),
         ("throughput", "Throughput and waiting", _throughput(runs)),
         ("validation", "Validation during training", _validation(runs)),
         ("pictures", "Query pictures", _images(runs)),
@@ -106,6 +106,7 @@ def _summary(runs: Runs) -> list[Markup]:
     rows = [
         (words, [duration_text(f[name]) if name == "seconds" else labelled_text(words, f[name]) for f in figures])
         for name, words in SUMMARY.items()
+        if name not in RECALLS or any(run.reads_text for run in runs)
     ]
     return [_by_run(runs, rows) if len(runs) > 1 else parts.tiles([(words, row[0]) for words, row in rows])]
 
@@ -117,6 +118,20 @@ def _how_to_read(runs: Runs) -> list[Markup]:
     if len(runs) == 1 and runs[0].events("restart"):
         lines.append("Vertical lines: the run was started again.")
     return [parts.paragraph(" ".join(lines))] if lines else []
+
+
+def _objectives(runs: Runs) -> list[Markup]:
+    """List what a run said of its objectives at its last start; of CLIP alone, and before it said so, nothing."""
+    contents: list[Markup] = []
+    for run in runs:
+        told = [record.get("objectives") for name in ("start", "restart") for record in run.events(name)]
+        lines = [[value_text(line)] for line in told[-1]] if told and isinstance(told[-1], list) else []
+        if run.objectives != ["clip"] and lines:
+            contents += [
+                *_own_heading(runs, run),
+                parts.table(lines, ["objectives, with the views and teachers of each"]),
+            ]
+    return contents
 
 
 def _throughput(runs: Runs) -> list[Markup]:
@@ -139,13 +154,15 @@ def _validation(runs: Runs) -> list[Markup]:
         return [parts.missing("No validation is recorded: data.val was empty, or none has been due yet.")]
     names = [name for name in recorded_names(runs, "val") if name not in RECORD_KEYS]
     widths = tuple(name for name in names if name.startswith("width_"))
-    evaluators = [n for n in names if "/" in n and label_of(n).endswith("%") and not n.endswith("/chance")]
+    shares = [name for name in names if label_of(name).endswith("%") and name not in RECALLS]
+    evaluators = [name for name in shares if name.rpartition("/")[2] != "chance"]
     averaged = [name for name in evaluators if name.startswith(EMA)]  # in a chart with those of the weights themselves
     alone = [name for name in evaluators if name not in (*widths, *averaged)]
     charts: list[tuple[str, tuple[str, ...]]] = [(label_of(name), (name, EMA + name)) for name in alone]
     charts += [(label_of(n), (n, EMA + n)) for n in ("t2i_r1", "i2t_r1") if EMA + n in averaged]
     if widths:
         charts.append(("text to image R@1 by width, %", tuple(name for name in widths if name.endswith("/t2i_r1"))))
+    charts += [(label_of(name), (name, EMA + name)) for name in ("effective_rank",) if name in names]
     specs = [*RETRIEVAL, *(ChartSpec(label, shown, "val", zero=True) for label, shown in charts)]
     rows = [(label_of(name), [labelled_text(label_of(name), run.last("val", name)) for run in runs]) for name in names]
     contents = [*chart_grid(runs, specs), parts.heading("Last validation"), _by_run(runs, rows)]
@@ -287,7 +304,7 @@ def _data(runs: Runs) -> list[Markup]:
     rows = [
         ("training shards", [shards_text(run.config.data.train) if run.config else MISSING for run in runs]),
         ("validation shards", [shards_text(run.config.data.val) if run.config else MISSING for run in runs]),
-        ("pairs seen", [number_text(figure["samples"]) for figure in figures]),
+        ("samples seen", [number_text(figure["samples"]) for figure in figures]),
         ("epochs", [number_text(run.last("train", "epoch")) for run in runs]),
         ("steps of an epoch", [number_text(run.steps_per_epoch()) for run in runs]),
         ("validation pictures", [number_text(run.last("val", "candidates")) for run in runs]),

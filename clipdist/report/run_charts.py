@@ -25,16 +25,20 @@ class ChartSpec:
     log: bool = False
     zero: bool = False
     optional: bool = False  # nothing is missing where it is not recorded
+    text: bool = False  # nor is it where no run reads captions
 
 
 TRAINING = (
     ChartSpec("Loss", ("loss",)),
     ChartSpec("Terms of the loss", ("loss/",), optional=True),
-    ChartSpec("Log scale t of the logits", ("logit_scale",)),
+    ChartSpec("Log scale t of the logits", ("logit_scale",), text=True),
     ChartSpec("Bias of the logits", ("logit_bias",), optional=True),
     ChartSpec("Learning rate", ("lr",), zero=True),
     ChartSpec("Gradient norm", ("grad_norm/",), log=True),
+    ChartSpec("Momentum of the teacher", ("teacher_momentum",), optional=True),
     ChartSpec("R@1 within the batch, %", ("batch_t2i_r1", "batch_i2t_r1"), zero=True, optional=True),
+    ChartSpec(LABELS["batch_views_r1"], ("batch_views_r1",), zero=True, optional=True),
+    ChartSpec(LABELS["batch_keys_r1"], ("batch_keys_r1",), zero=True, optional=True),
 )
 THROUGHPUT = (
     ChartSpec("Samples per second", ("samples_per_s",), zero=True),
@@ -42,7 +46,7 @@ THROUGHPUT = (
     ChartSpec("Peak memory, GB", ("memory_gb",), zero=True),
 )
 RETRIEVAL = tuple(
-    ChartSpec(f"{words.capitalize()}, R@K in %", tuple(f"{way}_r{k}" for k in (1, 5, 10)), "val", zero=True)
+    ChartSpec(f"{words.capitalize()}, R@K in %", tuple(f"{way}_r{k}" for k in (1, 5, 10)), "val", zero=True, text=True)
     for way, words in DIRECTIONS.items()
 )
 
@@ -50,7 +54,8 @@ RETRIEVAL = tuple(
 def chart_grid(runs: Sequence[RunHistory], specs: Sequence[ChartSpec]) -> list[Markup]:
     """Draw the charts, and name those that nothing is recorded for."""
     drawn = [(spec, _charts(runs, spec)) for spec in specs]
-    missing = [spec.title for spec, charts in drawn if not charts and not spec.optional]
+    text = any(run.reads_text for run in runs)
+    missing = [spec.title for spec, charts in drawn if not charts and not spec.optional and (text or not spec.text)]
     grid = parts.chart_grid([chart for _, charts in drawn for chart in charts])
     return [grid, parts.missing(f"Not recorded: {'; '.join(missing)}.")] if missing else [grid]
 
@@ -98,7 +103,7 @@ def _series(
 
 
 def _chart(title: str, lines: Sequence[Series], x: str, spec: ChartSpec) -> list[Markup]:
-    svg = curves.chart(title, lines, "step" if x == "step" else "pairs seen", spec.log, spec.zero)
+    svg = curves.chart(title, lines, "step" if x == "step" else "samples seen", spec.log, spec.zero)
     return [parts.chart(title, svg, [_legend(line, len(lines) > 1) for line in lines])] if svg else []
 
 

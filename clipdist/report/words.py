@@ -18,6 +18,8 @@ LABELS = {
     **{f"{way}_median_rank": f"{words}, median rank" for way, words in DIRECTIONS.items()},
     **{f"{way}_mean_rank": f"{words}, mean rank" for way, words in DIRECTIONS.items()},
     **{f"batch_{way}_r1": f"{words} R@1 within the batch, %" for way, words in DIRECTIONS.items()},
+    "batch_views_r1": "other view nearest of the batch's, %",
+    "batch_keys_r1": "own key nearest of all, %",
     "rsum": "sum of the six R@K",
     "mean_recall": "mean of the six R@K, %",
     "kept": "kept, %",

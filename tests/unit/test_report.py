@@ -183,7 +183,7 @@ def test_several_runs_stand_side_by_side(call, tmp_path: Path) -> None:
     (loss,) = [label for label in charts if label.startswith("Loss")]
     assert f"{one}: last 0.375" in loss
     assert f"{two}: last 1.5" in loss
-    assert "pairs seen" in page.text  # the x axis: a step is not the same in both
+    assert "samples seen" in page.text  # the x axis: a step is not the same in both
     assert f"{one}: no validation is recorded." in page.text
 
 
