@@ -91,14 +91,14 @@ class Journal:
         self.log(f"data.train: {plan.catalog.contents}" + (_captions_taken(config.data) if texts else ""))
         if plan.val is not None:
             self.log(f"data.val: {plan.val.contents}; all of them are evaluated")
-        trained = [describe(objective) for objective in engine.objectives]
+        lines = [describe(objective) for objective in engine.objectives]
         if any(objective.views for objective in engine.objectives):
-            for line in trained:
+            for line in lines:
                 self.log(line)
         if engine.teacher is not None:
             self.log(_teacher_line(engine.teacher, spec))
         self.log(self._taken(spec))
-        how = {"world": dist_env.world_size, "steps": plan.steps, "objectives": trained}
+        how = {"world": dist_env.world_size, "steps": plan.steps, "objectives": lines}
         if plan.resume:
             self.log(f"goes on from {plan.resume.folder}")
             self.event(plan.start_step, "restart", checkpoint=str(plan.resume.folder), **how)

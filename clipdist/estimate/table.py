@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipdist.estimate.estimate import GB, Estimate
 from clipdist.estimate.memory import OPTIMIZER, OVERHEAD, PARTS, STATE, TEACHER
+from clipdist.objectives.describe import describe
 
 
 def summary(found: Estimate) -> str:
@@ -27,11 +28,12 @@ def full_table(found: Estimate) -> str:
 
 def _parameters(found: Estimate) -> str:
     counts, sizes = found.model.counts, found.sizes
+    objectives = "".join(f"\n{describe(objective)}" for objective in found.model.objectives if found.model.viewed)
     parts = ", ".join(f"{name} {_millions(counts[name])}" for name in ("image", "text", "heads") if counts[name])
     return (
         f"{found.config.run.dir}: {found.config.model.name}, {found.precision}, {_ranks(found)}\n"
         f"parameters  {_millions(counts['all'])} ({parts}); trained {_millions(sizes.trained)},"
-        f" locked {_millions(sizes.locked)}"
+        f" locked {_millions(sizes.locked)}{objectives}"
     )
 
 

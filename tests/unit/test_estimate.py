@@ -11,13 +11,27 @@ import pytest
 import torch
 
 from clipdist.config import Config, load_config, to_yaml
+from clipdist.engine.moving_teacher import copy_for_teacher
 from clipdist.errors import UserError
 from clipdist.estimate import activations, full_table, make_estimate, summary
 from clipdist.estimate.activations import Activations, meta_model, one_pass
-from clipdist.estimate.memory import ACTIVATIONS, ModelSizes, StepLayout, by_stage, optimizer_bytes, weight_bytes
+from clipdist.estimate.memory import (
+    ACTIVATIONS,
+    BATCH,
+    STATE,
+    TEACHER,
+    ModelSizes,
+    StepLayout,
+    by_stage,
+    optimizer_bytes,
+    weight_bytes,
+)
 from clipdist.estimate.traffic import wire_bytes
+from clipdist.evals.audit import RandomBatches
 from clipdist.losses.wire import clipdist_bytes
 from clipdist.models.dual_encoder import build_model
+from clipdist.objectives.describe import describe
+from clipdist.objectives.make import make_objectives, prepare_model
 
 TINY = ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", "device=cpu"]
 RESNET = ["model.name=configs/models/tiny_rn.json", "train.global_batch=16", "device=cpu"]
@@ -114,6 +128,79 @@ def test_the_plan_takes_the_largest_stage() -> None:
     assert smallest.host["batches ahead"] < whole.host["batches ahead"] == mixed.host["batches ahead"]
     with pytest.raises(UserError, match=r"train\.stages\[1\]\.share=0\.01: leaves it no step of 10"):
         make_estimate(configured("train.steps=10", "train.stages=[{share: 0.99}, {share: 0.01}]"))
+
+
+VIEWS = {
+    "simclr": "{clip: null, simclr: {head: [24, 12]}}",
+    "moco": "{clip: null, moco: {head: [24, 12], queue: 64}}",
+    "byol": "{clip: null, byol: {head: [24, 12]}}",
+    "dino": "{clip: null, dino: {head: [24, 12], prototypes: 500, local_views: 2, local: {size: 16}, koleo: 0.1}}",
+    "slip": "{simclr: {head: [24, 12]}}",
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_objectives_on_views_are_what_a_real_model_and_engine_hold(name: str) -> None:
+    found = make_estimate(configured(f"objectives={VIEWS[name]}"))
+    config = found.config
+    model = build_model(config.model, config.objectives.clip, with_text=config.objectives.read_text)
+    objectives = make_objectives(config.objectives, model.spec.image_size)
+    prepare_model(model, objectives)
+    assert found.sizes.all == sum(p.numel() for p in model.parameters())
+    assert found.sizes.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.model.counts["heads"] == sum(p.numel() for p in model.heads.parameters()) > 0
+    assert (found.model.counts["text"] > 0) == (name == "slip")
+    teachers = [objective.teacher for objective in objectives if objective.teacher]
+    copy = copy_for_teacher(model, torch.float32)
+    tensors = [*copy.parameters(), *copy.buffers()]
+    assert found.stages[0].parts[TEACHER] == (sum(t.nbytes for t in tensors) if teachers else 0)
+    assert found.stages[3].parts[TEACHER] == 0
+    assert found.layout.ema == bool(teachers)
+    state = sum(t.nbytes for objective in objectives for t in objective.state().values())
+    assert found.stages[1].parts[STATE] in (state, 3 * state)
+    batch = RandomBatches(config, model.spec).batch(0)
+    pixels = sum(image.nbytes for image in batch.images.values())
+    assert found.stages[1].parts[BATCH] == pixels + batch.tokens.nbytes + 17 * len(batch)
+    text = full_table(found)
+    assert all(describe(objective) in text for objective in objectives)
+    assert f"{found.layout.micro} {'pairs' if name == 'slip' else 'images'}" in text
+
+
+def test_views_are_counted_in_their_own_sizes() -> None:
+    def peak(section: str) -> int:
+        return make_estimate(configured(f"objectives={section}")).activations.saved
+
+    dino = "{{clip: null, dino: {{head: [24, 12], prototypes: 500, local_views: {views}, local: {{size: {size}}}}}}}"
+    none, small, large = (peak(dino.format(views=n, size=size)) for n, size in ((0, 16), (4, 16), (4, 32)))
+    assert large - none == pytest.approx(2 * none, rel=0.02)  # four more views beside two
+    assert 0 < small - none < 0.5 * (large - none)
+    asked = peak("{clip: null, moco: {head: [24, 12], queue: 64}}")  # the second view is the teacher's alone
+    assert asked == pytest.approx(peak("{clip: null, byol: {head: [24, 12]}}") / 2, rel=0.1)
+
+
+def test_traffic_of_objectives_on_views_by_hand() -> None:
+    words = ["launch.gpus=4", "engine.zero_stage=2", "train.precision=fp32"]  # b = 4
+
+    def sent(name: str, *more: str) -> dict[str, float]:
+        return make_estimate(configured(f"objectives={VIEWS[name]}", *words, *more)).wire
+
+    assert sent("simclr")["simclr: outputs, sums"] == 3 * (8 * (12 * 4 + 4) + 56)
+    count = 2 * 3 / 4 * 4
+    assert sent("byol")["byol: outputs, sums"] == count
+    assert sent("moco")["moco: outputs, sums"] == count + 3 * 4 * (12 * 4 + 1)
+    assert sent("dino")["dino: outputs, sums"] == count + 2 * 3 / 4 * 8 * 501
+    assert "loss: features, their gradients, sums" not in sent("byol")
+    found = make_estimate(configured(f"objectives={VIEWS['byol']}", *words))
+    assert found.wire["teacher: all-reduce of fp32 weights"] == 2 * 3 / 4 * 4 * found.sizes.trained
+    third = sent("byol", "engine.zero_stage=3", "train.micro_batch=2")
+    assert third["weights: all-gather for the teacher's pass"] == 2 * 3 / 4 * 4 * found.sizes.all
+    assert "teacher: all-reduce of fp32 weights" not in third
+
+
+def test_a_step_at_which_a_queue_moves_may_be_the_fullest() -> None:
+    found = make_estimate(configured("objectives={clip: null, moco: {head: [24, 128], queue: 65536}}"))
+    assert found.memory.moment == "teacher's update"
+    assert found.memory.parts[STATE] == 3 * (65536 * 128 * 4 + 16)
 
 
 def layout(**changes: Any) -> StepLayout:
