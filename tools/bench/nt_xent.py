@@ -18,6 +18,7 @@ import importlib.util
 import multiprocessing
 import os
 import statistics
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +52,15 @@ class ViewsJob:
     threads: int
 
 
+@dataclass(frozen=True)
+class ViewsStep:
+    """One call: seconds, processor seconds, and by how many bytes memory grew (None: cannot be measured here)."""
+
+    time_s: float
+    cpu_s: float
+    extra_bytes: int | None
+
+
 class ViewsLoss:
     """One implementation: its views, and the loss on them."""
 
@@ -73,15 +83,15 @@ class ViewsLoss:
         exact = torch.cat(torch.autograd.grad(F.cross_entropy(logits, partner), leaves))
         return float((torch.cat(found).double() - exact).norm() / exact.norm())
 
-    def step(self) -> tuple[float, int | None]:
-        """Return the seconds of one call, and by how many bytes memory grew meanwhile."""
+    def step(self) -> ViewsStep:
+        """Call the loss."""
         trim_heap()
-        memory = MemoryGrowth("cpu")
+        memory, began = MemoryGrowth("cpu"), time.process_time()
         time_s, _ = harness.timed(lambda: self.loss(*self.views).backward())
-        peak = memory.peak()
+        step = ViewsStep(time_s, time.process_time() - began, memory.peak())
         for view in self.views:
             view.grad = None
-        return time_s, peak
+        return step
 
 
 def draw_views(job: ViewsJob, samples: int) -> list[torch.Tensor]:
@@ -133,36 +143,33 @@ def main() -> int:
     return harness.finish(args, lines, {"rows": rows, "load": load})
 
 
-def as_row(impl: str, results: dict[str, list[tuple[float, int | None]]], errors: dict[str, float]) -> dict[str, Any]:
-    times = {name: [time_s for time_s, _ in steps] for name, steps in results.items()}
-    extra = {name: [grown for _, grown in steps if grown is not None] for name, steps in results.items()}
-    ratios = harness.ratios(times[impl], times["lightly"]) if "lightly" in times else []
+def as_row(impl: str, results: dict[str, list[ViewsStep]], errors: dict[str, float]) -> dict[str, Any]:
+    own, peers = results[impl], results.get("lightly", [])
+    extra, peer_extra = (max((x.extra_bytes for x in steps if x.extra_bytes), default=None) for steps in (own, peers))
+    pairs = list(zip(own, peers))
     return {
         "impl": LABELS[impl],
-        "time_s": statistics.median(times[impl]),
-        "times_s": times[impl],
-        "time_ratio": statistics.median(ratios) if ratios else None,
-        "extra_bytes": max(extra[impl], default=None),
-        "memory_ratio": max(extra[impl]) / max(extra["lightly"]) if ratios and extra[impl] else None,
+        "time_s": statistics.median(step.time_s for step in own),
+        "times_s": [step.time_s for step in own],
+        "cpu_s": statistics.median(step.cpu_s for step in own),
+        "time_ratio": statistics.median(x.time_s / y.time_s for x, y in pairs) if pairs else None,
+        "cpu_ratio": statistics.median(x.cpu_s / y.cpu_s for x, y in pairs) if pairs else None,
+        "extra_bytes": extra,
+        "memory_ratio": extra / peer_extra if extra and peer_extra else None,
         "grad_error": errors[impl],
     }
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    header = [
-        "implementation",
-        "time, s",
-        "time / lightly's",
-        "extra MiB",
-        "memory / lightly's",
-        "gradient error",
-        "turns",
-    ]
+    header = ["implementation", "time, s", "/ lightly's", "processor, s", "/ lightly's", "extra MiB", "/ lightly's"]
+    header += ["gradient error", "turns, s"]
     cells = [
         [
             row["impl"],
             format(row["time_s"], ".3f"),
             harness.optional(row["time_ratio"], ".2f"),
+            format(row["cpu_s"], ".3f"),
+            harness.optional(row["cpu_ratio"], ".2f"),
             harness.optional(row["extra_bytes"] and row["extra_bytes"] / 2**20, ".1f"),
             harness.optional(row["memory_ratio"], ".4f"),
             format(row["grad_error"], ".1e"),
