@@ -16,7 +16,7 @@ CELLS = [
     ("tiny_rn", "sigmoid", 4, False, 0, "bf16", 97 + 8),
     ("tiny_vit", "sigmoid", 0, True, 3, "fp16", 4),
     ("tiny_vit", "infonce", 0, False, 2, "fp32", 3, "{name: lars, clip_each: 3, grad_clip: 0}"),
-    ("tiny_vit", "infonce", 4, True, 1, "bf16", 3, "{name: lamb, clip_each: 3, grad_clip: 0}"),
+    ("tiny_vit", "infonce", 4, True, 1, "bf16", 2, "{name: lamb, clip_each: 3, grad_clip: 0}"),
 ]
 KEYS = ("model", "loss", "micro", "guarded", "stage", "precision")
 
