@@ -427,19 +427,17 @@ def image_view(cfg: config.Data, size: int) -> View:
     return View(IMAGE, size, augmentation)
 
 
-def view_of(name: str, augment: config.Augment, model_size: int, dct_scaling: bool = False) -> View:
+def view_of(name: str, augment: config.Augment, model_size: int) -> View:
     """Return a view as a recipe describes it.
 
     Args:
         model_size: pixels a side where the description has none.
-        dct_scaling: see Augmentation; an image is decoded at reduced scale only where all its views allow it.
     """
     brightness, contrast, saturation, hue = augment.jitter or (0.0, 0.0, 0.0, 0.0)
     crop_scale_min, crop_scale_max = augment.crop_scale
     augmentation = Augmentation(
         crop_scale_min=crop_scale_min,
         crop_scale_max=crop_scale_max,
-        dct_scaling=dct_scaling,
         flip=augment.flip,
         jitter=(brightness, contrast, saturation, hue),
         jitter_probability=augment.jitter_probability,

@@ -22,6 +22,7 @@ from clipdist.data.augment import (
     apply_colour,
     colour_parameters,
     dct_factor,
+    decode_for,
     random_crop,
     train_views,
 )
@@ -190,6 +191,19 @@ def test_scaled_decoding_is_near_the_whole_on_aligned_crops(size: int) -> None:
         ours = train_image(data, size, row, Augmentation(0.5, dct_scaling=True))
         assert distance(ours, pillows(pixels, aligned, size)) <= 26
     assert max(factors) == {150: 2, 75: 4, 37: 8}[size]
+
+
+def test_an_image_is_reduced_as_far_as_all_its_views_allow() -> None:
+    data, rows = encoded(picture(642, 483)), [row.tolist() for row in uniforms(2)]
+    scaled, whole = (Augmentation(0.9, dct_scaling=on) for on in (True, False))
+    for views, factor in (
+        ([View("a", 37, scaled), View("b", 75, scaled)], 4),
+        ([View("a", 37, scaled), View("b", 400, scaled)], 1),
+        ([View("a", 37, scaled), View("b", 75, whole)], 1),
+    ):
+        pixels, found, _ = decode_for(data, views, rows, 1_000_000)
+        assert found == factor
+        assert pixels.shape[:2] == (-(-483 // factor), -(-642 // factor))
 
 
 @pytest.mark.parametrize("kind", ["small JPEG", "PNG", "odd JPEG", "CMYK JPEG"])
