@@ -85,7 +85,9 @@ def open_image_sets(path: Path, unlabelled: bool = False) -> dict[str, ImageSet]
         splits = class_folders(path)
     except UserError as error:
         if path.is_dir() and images_below(path):
-            raise UserError(f"{error}; --unlabelled takes all pictures, without classes") from None
+            raise UserError(
+                f"{error}; tools/shard_images.py --unlabelled takes all pictures, without classes"
+            ) from None
         raise
     classes = tuple(next(iter(splits.values())))  # of what is trained on, where there are two
     for name in classes:

@@ -320,7 +320,10 @@ def test_shards_of_labelled_images_have_their_classes_as_captions(
         ({"cat": 2, "dog": 1}, "dog: a class with one picture; add some, or remove the folder"),
         ({"cat": 2, "dog": 0}, "dog: a class without pictures; add some, or remove the folder"),
         ({}, "no folders with pictures"),
-        ({"train": 1}, "holds train, but no test or val beside it; --unlabelled takes all pictures"),
+        (
+            {"train": 1},
+            "holds train, but no test or val beside it; tools/shard_images.py --unlabelled takes all pictures",
+        ),
         (None, "pets: no such folder; expected folders DIR/CLASS"),
     ],
 )
