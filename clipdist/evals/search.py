@@ -281,9 +281,10 @@ def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Of values that are equal those in the first columns are taken, where topk takes any.
     """
-    values, columns = scores.topk(k, dim=1)
+    further = scores.topk(min(k + 1, scores.shape[1]), dim=1)  # whether the next one is equal to the last of them
+    values, columns = further.values[:, :k].clone(), further.indices[:, :k].clone()
     least = values[:, -1:]
-    tied = ((scores >= least).sum(1) > k).nonzero().flatten()
+    tied = (further.values[:, k:] == least).flatten().nonzero().flatten()
     if len(tied):
         part, edge = scores[tied], least[tied]
         above, equal = part > edge, part == edge

@@ -76,11 +76,12 @@ def test_ties_and_few_images() -> None:
         knn_classify(train * float("nan"), labels, east, 4, [(1, 0.1)])
 
 
-def test_of_equal_scores_the_first_are_taken() -> None:
-    scores = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5]])
-    values, columns = highest(scores, 3)
-    assert sorted(columns[0].tolist()) == [0, 1, 2]
-    assert columns[1].tolist() == [4, 3, 2]
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 5), (40, 1), (40, 7), (40, 39)])
+def test_of_equal_scores_the_first_are_taken(n: int, k: int) -> None:
+    scores = torch.randint(0, 4, (200, n), generator=torch.Generator().manual_seed(n)).float()
+    values, columns = highest(scores, k)
+    wanted = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert torch.equal(columns.sort(1).values, wanted.sort(1).values)
     assert torch.equal(values, scores.gather(1, columns))
 
 
