@@ -187,7 +187,15 @@ def test_labelled_pictures_are_asked_about_during_training(shards, tmp_path):
                 Image.new("RGB", (24, 24), tuple(c - number for c in colour)).save(folder / f"{number}.png")
     words = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"run.root={tmp_path}", "train.steps=4"]
     forms = ["objectives.clip.widths=[16]", "data.caption=all"]
-    asked = train(2, *words, f"eval.labelled={tmp_path / 'labelled'}", "eval.probe=true", "eval.knn=true", *forms)
+    asked = train(
+        2,
+        *words,
+        f"eval.labelled={tmp_path / 'labelled'}",
+        "eval.probe=true",
+        "eval.knn=true",
+        "train.keep_best=knn_20",
+        *forms,
+    )
     assert asked.returncode == 0, asked.stderr
     last = records(tmp_path / "tiny", "val")[-1]
     assert last["knn_20"] == last["knn_200"] == 100
