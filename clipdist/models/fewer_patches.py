@@ -157,6 +157,9 @@ def allow_sizes(model: Any, sizes: Mapping[str, int]) -> None:
     _prepare(model.visual)
     dtype = next(model.visual.parameters()).dtype
     for where, side in sizes.items():
+        table = getattr(getattr(model.visual, "trunk", model.visual), "table", None)
+        if table and side % table.patch:
+            raise UserError(f"{where}={side}: must be a multiple of the model's patches of {table.patch} pixels")
         features = model.spec.embed_dim if model.spec.has_text else 0
         _check_shape(model.visual, (2, 3, side, side), dtype, features, f"{where}={side}")
 
