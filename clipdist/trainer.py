@@ -177,7 +177,7 @@ class Trainer:
 
     def _views(self, image_size: int) -> list[View]:
         """Return the views of an image that the objectives need."""
-        own = [image_view(self.config.data, image_size)] if reads_image(self.objectives) else []
+        own = [image_view(self.config.data, image_size, self.spec.transform)] if reads_image(self.objectives) else []
         further = [view for objective in self.objectives for view in objective.views]
         scaling = self.config.data.dct_scaling  # of an image, so of all its views
         return own + [replace(v, augmentation=replace(v.augmentation, dct_scaling=scaling)) for v in further]

@@ -32,7 +32,10 @@ FORMATS = {  # what each can be rounded to
     "peft": ("fp32",),
     "adapter": ("fp32",),
 }
+_SQUARES = "for open_clip 3 resizes all images to squares: {} (of open_clip 4, which can keep their aspect ratio)"
 LEFT_OUT = {
+    "open_clip": _SQUARES,
+    "open_clip_folder": _SQUARES,
     "hugging_face": "for CLIPModel has no place for it: {} (a constant: no ranking changes)",
     "peft": "for it is no adapter of this model of transformers: {}",
 }

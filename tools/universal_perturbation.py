@@ -43,6 +43,8 @@ def main() -> None:
     needs_text = "" if args.classifier == "probe" else "--classifier zero-shot"
     loaded = front.load(args, args.model, needs_text=needs_text)
     model, transform = loaded.model.to(device), loaded.model.spec.transform
+    if model.spec.patch_budget:
+        raise UserError(f"{args.model}: its images keep their aspect ratio, and a perturbation is of one size")
     xi = default_xi(args.norm, transform.size) if args.xi is None else args.xi
     (train, train_labels), (images, labels) = choose_images(data, transform, args, share)
     if args.classifier == "probe":

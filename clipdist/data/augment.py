@@ -23,7 +23,7 @@ from clipdist.errors import UserError
 
 _ATTEMPTS = 10  # at a crop, as in torchvision's RandomResizedCrop
 # Positions in the uniform numbers of a sample: area and aspect ratio of every attempt, then these.
-_TOP, _LEFT, _FLIP, _JITTER, _FACTORS, _ORDER, _GREY = (2 * _ATTEMPTS + i for i in (0, 1, 2, 3, 4, 8, 9))
+_TOP, _LEFT, FLIP, _JITTER, _FACTORS, _ORDER, _GREY = (2 * _ATTEMPTS + i for i in (0, 1, 2, 3, 4, 8, 9))
 UNIFORMS = _GREY + 1
 _BLUR, _SIGMA, _SOLARISE = (UNIFORMS + i for i in range(3))  # of another key: the numbers before keep their places
 VIEW_UNIFORMS = _SOLARISE + 1
@@ -69,13 +69,53 @@ class Augmentation:
             )
 
 
+Box = tuple[int, int, int, int]  # a crop: top, left, height, width
+
+
 @dataclass(frozen=True)
 class View:
-    """One view of an image: name, side in pixels, and augmentation."""
+    """One view of an image.
+
+    Attributes:
+        size: side in pixels.
+        own_aspect: crops have the image's own aspect ratio, times 3/4 to 4/3, instead of 3/4 to 4/3: of a model that
+            squashes whole images in evaluation, or keeps their aspect ratio.
+    """
 
     name: str
     size: int
     augmentation: Augmentation
+    own_aspect: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image as it lies in memory."""
+        return self.size, self.size, 3
+
+    @property
+    def defers_colour(self) -> bool:
+        """Whether colours are changed later, for a whole batch."""
+        return True
+
+    def crop(self, height: int, width: int, numbers: list[float]) -> Box:
+        """Return the crop that an image's UNIFORMS numbers give."""
+        scales = self.augmentation.crop_scale_min, self.augmentation.crop_scale_max
+        if not self.own_aspect or height == width:
+            return random_crop(height, width, numbers, *scales)
+        side = max(height, width)  # the crop of a square, stretched as the image is
+        top, left, tall, wide = random_crop(side, side, numbers, *scales)
+        tall, wide = max(1, tall * height // side), max(1, wide * width // side)
+        return min(top * height // side, height - tall), min(left * width // side, width - wide), tall, wide
+
+    def target(self, box: Box) -> tuple[int, int]:
+        """Return the height and width to which a crop is resized, pixels."""
+        return self.size, self.size
+
+    def write(self, image: np.ndarray, target: tuple[int, int], numbers: list[float], out: Tensor) -> None:
+        """Write a crop, uint8 [h, w, 3], resized to `target` and flipped as its numbers say."""
+        resized = resize(image, *target, out)
+        if numbers[FLIP] < self.augmentation.flip:
+            resized.copy_(resized.flip(-1))
 
 
 def fill_views(
@@ -86,7 +126,7 @@ def fill_views(
     Args:
         images: n encoded images; None: there is none.
         uniforms: float64 [n, len(views), at least UNIFORMS].
-        outs: the output of every view, uint8 [n, 3, size, size].
+        outs: the output of every view, n rows each: see train_views.
 
     Returns:
         By row, the reasons of images that cannot be used.
@@ -113,7 +153,8 @@ def train_views(
     Args:
         data: the encoded image, decoded once.
         uniforms: float64 [len(views), at least UNIFORMS], numbers in [0, 1).
-        outs: the output of every view, uint8 [3, size, size] or [1, 3, size, size]; see decode.resize.
+        outs: the output of every view, uint8 [3, size, size] or [1, 3, size, size] (see decode.resize), or what another
+            class of views writes.
 
     Raises:
         BadSample: see decode_pixels. `outs` are then unchanged.
@@ -122,14 +163,12 @@ def train_views(
     pixels, factor, boxes = decode_for(data, views, numbers_of_views, max_pixels)
     for view, numbers, box, out in zip(views, numbers_of_views, boxes, outs, strict=True):
         top, left, height, width = (side // factor for side in box)
-        image = resize(pixels[top : top + height, left : left + width], view.size, view.size, out)
-        if numbers[_FLIP] < view.augmentation.flip:
-            image.copy_(image.flip(-1))
+        view.write(pixels[top : top + height, left : left + width], view.target(box), numbers, out)
 
 
 def decode_for(
     data: bytes, views: Sequence[View], uniforms: list[list[float]], max_pixels: int
-) -> tuple[np.ndarray, int, list[tuple[int, int, int, int]]]:
+) -> tuple[np.ndarray, int, list[Box]]:
     """Decode an image once for the crops of all its views.
 
     Args:
@@ -143,17 +182,14 @@ def decode_for(
         BadSample: see decode_pixels.
     """
 
-    def crops(height: int, width: int) -> list[tuple[int, int, int, int]]:
-        return [
-            random_crop(height, width, numbers, view.augmentation.crop_scale_min, view.augmentation.crop_scale_max)
-            for view, numbers in zip(views, uniforms, strict=True)
-        ]
+    def crops(height: int, width: int) -> list[Box]:
+        return [view.crop(height, width, numbers) for view, numbers in zip(views, uniforms, strict=True)]
 
     scaling = all(view.augmentation.dct_scaling for view in views)
     shape = jpeg_shape(data, max_pixels) if scaling else None
     if shape is not None:
         boxes = crops(*shape)
-        factor = min(dct_factor(box, view.size) for box, view in zip(boxes, views, strict=True))
+        factor = min(dct_factor(box, *view.target(box)) for box, view in zip(boxes, views, strict=True))
         # train_views then cuts crops to whole pixels of the reduced image
         if factor > 1 and (reduced := decode_jpeg(data, shape, factor)) is not None:
             return reduced, factor, boxes
@@ -161,9 +197,7 @@ def decode_for(
     return pixels, 1, crops(*pixels.shape[:2])
 
 
-def random_crop(
-    height: int, width: int, uniforms: list[float], scale_min: float, scale_max: float = 1.0
-) -> tuple[int, int, int, int]:
+def random_crop(height: int, width: int, uniforms: list[float], scale_min: float, scale_max: float = 1.0) -> Box:
     """Return a random crop (top, left, height, width), its aspect ratio 3/4 to 4/3.
 
     The distribution is that of torchvision's RandomResizedCrop (Szegedy et al., arXiv:1409.4842): ten attempts, then
@@ -184,10 +218,9 @@ def random_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def dct_factor(box: tuple[int, int, int, int], size: int) -> int:
-    """Return the largest of 8, 4, 2 and 1 by which a crop (top, left, height, width) can shrink to >= `size` pixels."""
-    short = min(box[2:])
-    return next((factor for factor in (8, 4, 2) if short // factor >= size), 1)
+def dct_factor(box: Box, height: int, width: int) -> int:
+    """Return the largest of 8, 4, 2 and 1 by which a crop can shrink and keep height and width at least."""
+    return next((factor for factor in (8, 4, 2) if box[2] // factor >= height and box[3] // factor >= width), 1)
 
 
 def filter_uniforms(seed: int, epochs: np.ndarray, sample_ids: np.ndarray, views: int) -> np.ndarray:

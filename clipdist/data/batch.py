@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipdist.data.augment import apply_colour
+from clipdist.data.patches import is_buffer
 
 IMAGE = "image"  # the only view of CLIP
 MODALITIES = ("image", "text")
@@ -24,7 +25,8 @@ class Batch:
     A row whose image cannot be decoded has zero pixels in every view.
 
     Attributes:
-        images: uint8 [b, 3, H, W] by the name of the view.
+        images: uint8 [b, 3, H, W] by the name of the view; of a model whose images keep their aspect ratio, patches in
+            a buffer (see clipdist.data.patches), on the CPU.
         tokens: int64 [b, L], on the CPU; [b, K, L] with several texts of an image, where K may differ between ranks;
             [b, 0] where no text is read.
         valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
@@ -85,9 +87,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, with the colour changes applied there.
 
-        The tokens stay: the model reads their lengths on the CPU, and moves them.
+        Tokens stay, and patches in buffers: the model reads lengths and grids on the CPU, and moves what they hold.
         """
-        moved = self.each(lambda tensor: tensor.to(device, non_blocking=True), colour={}, tokens=self.tokens)
+
+        def moving(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        images = {view: pixels if is_buffer(pixels) else moving(pixels) for view, pixels in self.images.items()}
+        moved = self.each(moving, colour={}, tokens=self.tokens, images=images)
         coloured = {view: apply_colour(moved.images[view], parameters) for view, parameters in self.colour.items()}
         return replace(moved, images=moved.images | coloured)
 

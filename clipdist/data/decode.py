@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 
 from clipdist.data.bad_sample import MAX_PIXELS, BadSample
-from clipdist.data.transform import EvalTransform
+from clipdist.data.patches import write_patches
+from clipdist.data.transform import EvalTransform, NativeAspect
 
 # Formats that Pillow may open. It starts other programs for some formats, and TIFF is a container of many codecs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Decoding a progressive JPEG visits all pixels once per scan. Encoders write about ten scans, but a scan may take only
 # 30 bytes, so that a small file could take minutes. Checked where a scan takes milliseconds.
 _MAX_SCANS, _MANY_PIXELS = 100, 1_000_000
+ELONGATED = "too elongated for the patch budget"
 
 # Pillow warns of large images, which max_pixels covers, and of harmless defects. Set once, because changing warning
 # filters is not thread-safe.
@@ -46,7 +48,7 @@ def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def eval_image(data: bytes, transform: EvalTransform, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode an image and apply a model's evaluation transform: return uint8 [3, size, size].
+    """Decode an image and apply a model's evaluation transform: return uint8 of shape transform.shape.
 
     Raises:
         BadSample: see decode_pixels and eval_pixels.
@@ -55,17 +57,20 @@ def eval_image(data: bytes, transform: EvalTransform, max_pixels: int = MAX_PIXE
 
 
 def eval_pixels(pixels: np.ndarray, transform: EvalTransform, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Apply a model's evaluation transform: resize, then crop the centre or fill up to the square.
+    """Apply a model's evaluation transform: resize, then crop the centre or fill up to the square, or cut into patches.
 
     Args:
         pixels: uint8 [h, w, 3].
 
     Returns:
-        uint8 [3, size, size].
+        uint8 of shape transform.shape.
 
     Raises:
-        BadSample: an elongated image would have more than `max_pixels` pixels after resizing.
+        BadSample: an elongated image would have more than `max_pixels` pixels after resizing, or does not fit a budget
+            of patches.
     """
+    if isinstance(transform, NativeAspect):
+        return _patches(pixels, transform)
     tall, wide = transform.resized(*pixels.shape[:2])
     if tall * wide > max_pixels:
         raise BadSample("too many pixels")
@@ -78,6 +83,16 @@ def eval_pixels(pixels: np.ndarray, transform: EvalTransform, max_pixels: int = 
     height, width = inside.shape[1:]
     square[:, max(0, -top) : max(0, -top) + height, max(0, -left) : max(0, -left) + width] = inside
     return square
+
+
+def _patches(pixels: np.ndarray, transform: NativeAspect) -> torch.Tensor:
+    height, width = pixels.shape[:2]
+    if not transform.shows(height, width):
+        raise BadSample(ELONGATED)
+    out = torch.empty(transform.shape, dtype=torch.uint8)
+    image = resize(pixels, *transform.resized(height, width), interpolation=transform.interpolation)
+    write_patches(image, out, transform.patch)
+    return out
 
 
 def jpeg_shape(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:

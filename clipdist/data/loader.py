@@ -7,6 +7,7 @@ counts.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import deque
@@ -34,12 +35,14 @@ from clipdist.data.batch import CAPTION, IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.locked_features import LockedFeatures
+from clipdist.data.native_view import NativeView
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.stages import BatchStage, kept_patches
 from clipdist.data.texts import SeveralTexts, Text, Texts
 from clipdist.data.tokens import Tokenizer
+from clipdist.data.transform import EvalTransform, NativeAspect
 from clipdist.data.workers import Workers
 from clipdist.distributed.node import cores_of_rank
 from clipdist.errors import Fault
@@ -190,7 +193,7 @@ class Loader:
         """Memory of the prefetched batches in bytes."""
         rows = self.order.key.global_batch // self.world
         image, text = (self.locked[name].width * 4 if name in self.locked else 0 for name in MODALITIES)
-        image = image or 3 * sum(view.size**2 for view in self.views)
+        image = image or sum(math.prod(view.shape) for view in self.views)
         text = (text or 8 * _context_length(self.tokenizer)) * self.cfg.planned_texts
         return self.cfg.prefetch * rows * (image + text + 17)
 
@@ -218,7 +221,8 @@ class Loader:
     def _empty_batch(self, draws: Draws) -> Batch:
         b, stage = len(draws.ids), self._stage(self._next)
         zeros = np.zeros((b, VIEW_UNIFORMS))
-        colour = {view.name: colour_parameters(zeros, view.augmentation) for view in stage.views if self.pin}
+        deferred = [view for view in stage.views if self.pin and view.defers_colour]
+        colour = {view.name: colour_parameters(zeros, view.augmentation) for view in deferred}
         return Batch(
             position=self._next,
             images={view.name: self._empty_images(b, view) for view in stage.views},
@@ -237,7 +241,8 @@ class Loader:
     def _empty_images(self, b: int, view: View) -> torch.Tensor:
         if "image" in self.locked:
             return torch.zeros(b, self.locked["image"].width, pin_memory=self.pin)
-        return self._pixels((b, view.size, view.size, 3)).permute(0, 3, 1, 2)  # channels_last is fastest for resize()
+        pixels = self._pixels((b, *view.shape))
+        return pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels  # channels_last is fastest for resize()
 
     def _pixels(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return uninitialised memory for images, uint8; reuse that of earlier batches that is no longer referenced.
@@ -278,7 +283,8 @@ class Loader:
         if batch.patches is not None:
             batch.patches[rows] = kept_patches(self.cfg.seed, draws.epochs[rows], ids, stage)
         for number, view in enumerate(stage.views):
-            self._change_colour(batch, view, rows, view_uniforms[:, number])
+            if view.defers_colour:
+                self._change_colour(batch, view, rows, view_uniforms[:, number])
         return _Part([(i, sample) for i, sample in zip(ids.tolist(), samples) if isinstance(sample, str)], found)
 
     def _fill_images(
@@ -413,8 +419,13 @@ _UNUSED = _references([np.empty(0)])[
 ]  # the count of an array that only a list references; depends on Python's version
 
 
-def image_view(cfg: config.Data, size: int) -> View:
-    """Return the view that CLIP trains on, `size` pixels a side."""
+def image_view(cfg: config.Data, size: int, transform: EvalTransform | None = None) -> View:
+    """Return the view that CLIP trains on, `size` pixels a side.
+
+    Args:
+        transform: the model's in evaluation. Of one that squashes whole images, crops keep their aspect ratio; of
+            NativeAspect they are shown at it, whatever `size`.
+    """
     brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
     augmentation = Augmentation(
         crop_scale_min=cfg.crop_scale_min,
@@ -424,7 +435,10 @@ def image_view(cfg: config.Data, size: int) -> View:
         jitter_probability=cfg.jitter_probability,
         grayscale=cfg.grayscale,
     )
-    return View(IMAGE, size, augmentation)
+    if isinstance(transform, NativeAspect):
+        return NativeView(IMAGE, size, augmentation, own_aspect=True, transform=transform)
+    squashed = transform is not None and transform.resize_mode == "squash"
+    return View(IMAGE, size, augmentation, own_aspect=squashed)
 
 
 def view_of(name: str, augment: config.Augment, model_size: int) -> View:

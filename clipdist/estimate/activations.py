@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from clipdist.config import Config
 from clipdist.config.stages import PlannedStage, plan_stages
 from clipdist.data.batch import IMAGE
+from clipdist.data.patches import full_images
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
+from clipdist.models.packed_images import Packing
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
 from clipdist.objectives.make import make_objectives, prepare_model, reads_image
 from clipdist.objectives.objective import Objective
@@ -106,12 +108,14 @@ def _fused_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | Packing | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if isinstance(attn_mask, Packing):
+        return attn_mask.attention(_fused_attention, query, key, value)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     # The CPU's kernel stands for all. CUDA's keep the same: queries, keys, values, the output and one sum a row.
@@ -197,7 +201,9 @@ def _inputs(
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of a forward pass on the model's device, zeros; no tokens for a model without a text tower."""
     device = next(model.parameters()).device
-    inputs = {name: torch.zeros(batch, 3, side, side, dtype=torch.uint8, device=device) for name, side in sides.items()}
+    inputs = {
+        name: full_images(batch, replace(model.spec.transform, size=side), device) for name, side in sides.items()
+    }
     if texts and model.text is not None:
         inputs["tokens"] = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
         inputs["tokens"][..., -1:] = 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -243,7 +244,8 @@ class Estimate:
     def _batch_bytes(self) -> int:
         stages = stages_of(self.config, self.model.spec)
         side, length = max(stage.image_size for stage in stages), max(stage.tokens for stage in stages)
-        pixels = 3 * sum(side**2 for side in sides_of(self.model.objectives, side).values())
+        sides = sides_of(self.model.objectives, side).values()
+        pixels = sum(math.prod(replace(self.model.spec.transform, size=side).shape) for side in sides)
         texts = self.config.data.planned_texts if self.config.objectives.read_text else 0
         return self.layout.share * (pixels + 8 * length * texts + 17)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +18,8 @@ from clipdist.config.stages import plan_stages
 from clipdist.data.batch import IMAGE, MODALITIES, Batch
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.members import members_of
+from clipdist.data.patches import write_patches
+from clipdist.data.transform import EvalTransform, NativeAspect
 from clipdist.distributed.collectives import all_gather, all_reduce_max, all_reduce_sum
 from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.step import Engine
@@ -359,7 +361,7 @@ class ShardBatches:
             first_order(cfg, catalog, dist_env.world_size),
             make_tokenizer(spec),
             cfg.data,
-            views=[image_view(cfg.data, spec.image_size)],
+            views=[image_view(cfg.data, spec.image_size, spec.transform)],
             rank=dist_env.rank,
             world=dist_env.world_size,
         )
@@ -381,6 +383,16 @@ def _gathered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return all_gather(sent).cpu().to(tensor.dtype)
 
 
+def random_images(rows: int, transform: EvalTransform, draw: torch.Generator) -> torch.Tensor:
+    """Return random images, uint8 [rows, *transform.shape], of random aspect ratios where those are kept."""
+    images = torch.randint(0, 256, (rows, *transform.shape), dtype=torch.uint8, generator=draw)
+    if isinstance(transform, NativeAspect):
+        for row, (height, width) in zip(images, torch.randint(100, 400, (rows, 2), generator=draw).tolist()):
+            pixels = torch.randint(0, 256, (3, *transform.resized(height, width)), dtype=torch.uint8, generator=draw)
+            write_patches(pixels, row, transform.patch)
+    return images
+
+
 class RandomBatches:
     """Batches of random pixels, in all views that the objectives read, and of random tokens, all valid."""
 
@@ -396,7 +408,7 @@ class RandomBatches:
 
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         images = {
-            name: torch.randint(0, 256, (self.rows, 3, side, side), dtype=torch.uint8, generator=draw)
+            name: random_images(self.rows, replace(self.spec.transform, size=side), draw)
             for name, side in self.sides.items()
         }
         numbers = torch.randint(0, 10_000, (self.rows, 3), generator=draw).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -20,7 +20,7 @@ AHEAD = 3  # batches that are decoded while the model is busy
 def decode_ahead(
     load: Callable[[T], Tensor],
     items: Iterable[T],
-    size: int,
+    shape: Sequence[int],
     batch: int,
     calls: int,
     threads: int,
@@ -29,11 +29,11 @@ def decode_ahead(
     """Yield exactly `calls` batches and the items in their rows, whatever the number of items and of damaged ones.
 
     Args:
-        load: returns an item's image, uint8 [3, size, size]; called by several threads.
+        load: returns an item's image, uint8 of this shape; called by several threads.
         bad: takes the reason of every item for which `load` raises BadSample, before its batch is yielded.
 
     Yields:
-        uint8 [batch, 3, size, size], zeros in the rows of bad items and in those that fill a batch up; up to `batch`
+        uint8 [batch, *shape], zeros in the rows of bad items and in those that fill a batch up; up to `batch`
         items.
     """
 
@@ -48,7 +48,7 @@ def decode_ahead(
         upcoming = iter(items)
 
         def begin() -> tuple[Tensor, list[T], list[Future[str | None]]]:
-            images = torch.zeros(batch, 3, size, size, dtype=torch.uint8)
+            images = torch.zeros(batch, *shape, dtype=torch.uint8)
             part = list(islice(upcoming, batch))
             return images, part, [pool.submit(fill, item, row) for item, row in zip(part, images)]
 

@@ -125,7 +125,7 @@ def embed_catalog(
             known = [_image_row(locked["image"], sample_id, bad) for sample_id in mine]
             images = _batches(known, locked["image"].width, share.batch, image_calls)
         else:
-            decoded = decode_ahead(load, mine, transform.size, share.batch, image_calls, share.threads, bad)
+            decoded = decode_ahead(load, mine, transform.shape, share.batch, image_calls, share.threads, bad)
             images = (pixels for pixels, _ in decoded)
         image = encode_images(encode, share.bar(images, "pictures", image_calls))
         flat = [(sample_id, caption) for sample_id, own in captions.items() for caption in own]

@@ -197,9 +197,9 @@ def decode_split(
     threads: int,
     bad: dict[int, str],
 ) -> Iterator[Tensor]:
-    """Yield exactly `calls` batches uint8 [batch, 3, size, size] of these rows; see decode_ahead."""
+    """Yield exactly `calls` batches uint8 [batch, *transform.shape] of these rows; see decode_ahead."""
 
     def load(row: int) -> Tensor:
         return eval_pixels(split.read(row), transform)
 
-    return (images for images, _ in decode_ahead(load, rows, transform.size, batch, calls, threads, bad))
+    return (images for images, _ in decode_ahead(load, rows, transform.shape, batch, calls, threads, bad))

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipdist.config import Data
 from clipdist.data.augment import UNIFORMS, random_crop
 from clipdist.data.decode import resize
+from clipdist.data.loader import image_view
+from clipdist.data.transform import EvalTransform, NativeAspect
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.decode_ahead import decode_ahead
@@ -132,13 +135,14 @@ def _train(
     optimiser = torch.optim.SGD(trained, lr=schedule.lr, momentum=MOMENTUM, nesterov=True)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     network.train()
-    size, bad = network.model.spec.image_size, dict[tuple[int, int], str]()
+    transform, bad = network.model.spec.transform, dict[tuple[int, int], str]()
 
     def load(drawn: tuple[int, int]) -> Tensor:
         uniforms = np.random.default_rng((seed, *drawn)).random(UNIFORMS + 1)
-        return _cropped(split.read(drawn[1]), size, uniforms)
+        return _cropped(split.read(drawn[1]), transform, uniforms)
 
-    decoded = decode_ahead(load, _draws(rows, batch, schedule.epochs, seed), size, batch, steps, threads, bad)
+    draws = _draws(rows, batch, schedule.epochs, seed)
+    decoded = decode_ahead(load, draws, transform.shape, batch, steps, threads, bad)
     done = 0
     for images, drawn in tqdm(decoded, "fine-tuning", steps, disable=None if progress else True):
         good = [row for row, which in enumerate(drawn) if which not in bad]
@@ -161,8 +165,15 @@ def _draws(rows: Sequence[int] | np.ndarray, batch: int, epochs: int, seed: int)
             yield epoch, int(row)
 
 
-def _cropped(pixels: np.ndarray, size: int, uniforms: np.ndarray) -> Tensor:
-    """Crop at random, resize and perhaps mirror: uint8 [h, w, 3] -> uint8 [3, size, size]."""
+def _cropped(pixels: np.ndarray, transform: EvalTransform, uniforms: np.ndarray) -> Tensor:
+    """Crop at random, resize and perhaps mirror: uint8 [h, w, 3] -> uint8 of shape transform.shape."""
+    numbers, size = uniforms[:UNIFORMS].tolist(), transform.size
+    if isinstance(transform, NativeAspect):
+        view = image_view(Data(crop_scale_min=CROP_SCALE_MIN, flip=FLIP), size, transform)
+        box = top, left, height, width = view.crop(pixels.shape[0], pixels.shape[1], numbers)
+        out = torch.empty(1, *view.shape, dtype=torch.uint8)
+        view.write(pixels[top : top + height, left : left + width], view.target(box), numbers, out)
+        return out[0]
     top, left, height, width = random_crop(pixels.shape[0], pixels.shape[1], uniforms.tolist(), CROP_SCALE_MIN)
     image = resize(pixels[top : top + height, left : left + width], size, size)
     return image.flip(2) if uniforms[UNIFORMS] < FLIP else image

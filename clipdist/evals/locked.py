@@ -138,7 +138,7 @@ class LockedTowers:
 
         calls = -(-len(samples) // ROWS)
         threads = self._cfg.threads or default_threads()
-        decoded = decode_ahead(load, samples, transform.size, ROWS, calls, threads, bad)
+        decoded = decode_ahead(load, samples, transform.shape, ROWS, calls, threads, bad)
         rows = encode_images(self._encode, (images for images, _ in decoded))[: len(samples)]
         counts = [int(sample not in bad) for sample in samples]
         kept = rows[torch.tensor(counts, dtype=torch.bool)]

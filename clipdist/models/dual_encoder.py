@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from clipdist import config
+from clipdist.data.patches import is_buffer
+from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
 from clipdist.models.cbow import CBOW, load_word_vectors
@@ -21,6 +23,8 @@ from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.norms import running_norms, statistics_frozen
 from clipdist.models.open_clip_files import LOCAL_TIMM
+from clipdist.models.packed_images import allow_packing as allow_packed_images
+from clipdist.models.packed_images import pack, packed_input
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.text_length import PackedTexts, allow_packing, encode
 from clipdist.models.towers import (
@@ -54,8 +58,9 @@ class DualEncoder(nn.Module):
     that the engine calls.
 
     Attributes:
-        visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model. Without
-            a text tower it has no projection, for there is no space to share: -> [b, w].
+        visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model. timm's
+            NaFlexVit also takes images at their own aspect ratio, see clipdist.models.packed_images. Without a text
+            tower it has no projection, for there is no space to share: -> [b, w].
         text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW; None where the
             description has none, or nothing is trained that needs one.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
@@ -81,6 +86,10 @@ class DualEncoder(nn.Module):
         self.heads = nn.ModuleDict()
         self.base: Base | None = None
         self.text_kind = "whole" if text is None else allow_packing(text)
+        transform = spec.transform
+        self._prefix_tokens = 0
+        if isinstance(transform, NativeAspect):
+            self._prefix_tokens = allow_packed_images(visual, spec.name, transform.patch)
         self._locked: list[nn.Module] = []
         self._trained_parts: dict[str, nn.Module] = {}  # of the towers in `locked`
         # channels_last is faster for a ResNet, but not for a ViT, which has one convolution.
@@ -189,9 +198,16 @@ class DualEncoder(nn.Module):
             projection.requires_grad_(False)
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the features [b, D] of images uint8 [b, 3, H, W] (or see `locked_features`), not normalised."""
+        """Return the features [b, D] of images, not normalised.
+
+        Args:
+            image: uint8 [b, 3, H, W]; patches in a buffer, on the CPU (see clipdist.data.patches), of a model whose
+                images keep their aspect ratio; or see `locked_features`.
+        """
         if image.is_floating_point():
             return self._continue("image", image)
+        if is_buffer(image):
+            return self._encode_patches(image)
         return self.encode_pixels(image)
 
     def encode_hidden(self, image: torch.Tensor) -> torch.Tensor:
@@ -205,6 +221,13 @@ class DualEncoder(nn.Module):
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of pixels in 0..255, any dtype [b, 3, H, W]: perturbed images have fractions."""
         return self.visual(self._normalise(pixels))
+
+    def _encode_patches(self, buffer: torch.Tensor) -> torch.Tensor:
+        patches, packing = pack(buffer, self._prefix_tokens)
+        pixels = moved(patches, self.image_mean.device).view(-1, 3).to(torch.float32) / 255
+        pixels = (pixels - self.image_mean.view(3)) / self.image_std.view(3)
+        normalised = pixels.view(patches.shape).to(next(self.visual.parameters()).dtype)
+        return self.visual(packed_input(normalised, packing))
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of tokens int64 [b, L] (or see `locked_features`), not normalised.
@@ -231,7 +254,7 @@ class DualEncoder(nn.Module):
         """Return what the locked part of a tower in `locked` gives, before its projection if that trains.
 
         Args:
-            inputs: images uint8 [b, 3, H, W], or tokens int64 [b, L].
+            inputs: images as encode_image takes them, or tokens int64 [b, L].
 
         Returns:
             float [b, w], which the forward pass takes in place of `inputs`.
@@ -376,8 +399,14 @@ class DualEncoder(nn.Module):
         """Compile the towers' blocks and checkpoint their activations, as configured.
 
         Raises:
-            UserError: no blocks are known in either tower; or see set_activation_checkpointing.
+            UserError: no blocks are known in either tower, or every step would have a shape of its own; or see
+                set_activation_checkpointing.
         """
+        if cfg.compile and self.spec.patch_budget:
+            raise UserError(
+                f"engine.compile=true: not for {self.spec.name}, whose images keep their aspect ratio: the number of"
+                " patches differs from step to step; set it to false"
+            )
         if cfg.compile:
             if not sum(map(compile_blocks, self.towers.values())):
                 raise UserError(f"engine.compile=true: no blocks are known in {self.spec.name}; set it to false")
@@ -479,6 +508,7 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     described.pop("custom_text", None)
     for section in ("vision_cfg", "text_cfg"):
         described[section]["output_tokens"] = False  # only a caption decoder needs them
+    described["vision_cfg"].pop("image_seq_len", None)  # open_clip 3 does not know it
     if not tower_weights:
         described["vision_cfg"]["timm_model_pretrained"] = False
         described["text_cfg"]["hf_model_pretrained"] = False

@@ -53,7 +53,7 @@ class Exported:
         name: for open_clip.create_model_and_transforms; empty for the other formats.
         config: the model JSON to register with open_clip.add_model_config first; None for a model of open_clip's own.
         merges: the byte-pair merges of a vocabulary smaller than CLIP's, for open_clip.SimpleTokenizer; else None.
-        left_out: what of the model a Hugging Face or peft folder does not hold; empty: nothing.
+        left_out: what of the model is not written; empty: nothing.
         parameters: how many were written; 0: all.
         local: entries of `config` that name folders of this machine.
     """
@@ -121,7 +121,7 @@ def export_model(
     error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
     files = tuple(path for path in (out, description, merges) if path)
     lines = _open_clip_lines(spec, name, out, description, merges)
-    return Exported(files, lines, error, name, description, merges, local=tuple(local))
+    return Exported(files, lines, error, name, description, merges, _budget(spec), local=tuple(local))
 
 
 def export_open_clip_folder(
@@ -170,7 +170,12 @@ tokenizer = open_clip.get_tokenizer("PLACE")"""
         error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         check_tokenizer(spec, out, lambda sentences: tokenizer(sentences).tolist())
-    return Exported((out,), lines_of(text, f"local-dir:{out}"), error)
+    return Exported((out,), lines_of(text, f"local-dir:{out}"), error, left_out=_budget(spec))
+
+
+def _budget(spec: ModelSpec) -> str:
+    """Return what of a description open_clip 3 has no place for; empty: nothing."""
+    return f"vision_cfg.image_seq_len={spec.patch_budget}" if spec.patch_budget else ""
 
 
 def _check_for_open_clip(spec: ModelSpec) -> None:
@@ -183,7 +188,9 @@ def _check_for_open_clip(spec: ModelSpec) -> None:
 def _described(model: DualEncoder) -> dict[str, Any]:
     """Return the model's description in open_clip's form."""
     bias = {} if model.logit_bias is None else {"init_logit_bias": -10.0}  # makes open_clip build the parameter
-    return {**model.spec.model, "quick_gelu": model.spec.quick_gelu, **bias}
+    described = {**model.spec.model, "quick_gelu": model.spec.quick_gelu, **bias}
+    vision = {key: value for key, value in described["vision_cfg"].items() if key != "image_seq_len"}
+    return {**described, "vision_cfg": vision}
 
 
 def _portable(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -20,6 +20,7 @@ _BEFORE_BLOCKS = re.compile(
 )
 
 _OUTPUT = re.compile(r"^(?:proj|text_projection|head|attnpool\.c_proj)(?:\.|$)")  # to the space of both towers
+_PIXELS = re.compile(r"(?:^|\.)embeds\.proj$")  # of NaFlexVit: a linear layer that reads pixels
 _STACKED = {"qkv": 3, "kv": 2}  # of timm
 
 
@@ -100,7 +101,8 @@ def hidden_matrices(model: Any) -> dict[str, int]:
             if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
                 found[f"{tower}.{name}.in_proj_weight"] = 3
             filters = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels != 3
-            if (filters or isinstance(layer, nn.Linear)) and not _OUTPUT.search(name) and "lora_" not in name:
+            inner = not (_OUTPUT.search(name) or _PIXELS.search(name) or "lora_" in name)
+            if (filters or isinstance(layer, nn.Linear)) and inner:
                 found[f"{tower}.{name}.weight"] = _STACKED.get(last, 1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {name: stacked for name, stacked in found.items() if name in trained}

@@ -83,9 +83,15 @@ def export_towers(
         The files, the image tower's first, and what `compare` gives.
 
     Raises:
-        UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
+        UserError: a tower that torch.export cannot trace, or whose images keep their aspect ratio; a folder in the way,
+            or one that cannot be written.
         RuntimeError: see compare.
     """
+    if model.spec.patch_budget:
+        raise UserError(
+            f"{model.spec.name}: its images keep their aspect ratio, and a traced tower takes one size; take --format"
+            " open_clip"
+        )
     towers = {model.part_of(name): tower for name, tower in model.towers.items()} | {"image": _ImageTower(model).eval()}
     targets = tuple(out.with_name(f"{out.name}.{name}.{suffix}") for name in towers)
     for target in targets:

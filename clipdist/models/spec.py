@@ -3,7 +3,8 @@
 A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
 form, with additions:
 text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
-pseudo-code; vision_cfg {"timm_model_args": {...}}, arguments of timm's model; and "image_mean", "image_std",
+pseudo-code; vision_cfg {"timm_model_args": {...}}, arguments of timm's model, and "image_seq_len", the patches of an
+image at most (both as in open_clip 4, where the first is named timm_model_kwargs); and "image_mean", "image_std",
 "image_resize_mode", "image_interpolation", "image_fill_color", "image_resize_size" and "image_floor_crop" (see
 EvalTransform) where they are not OpenAI's. Without "text_cfg" the model has no text tower.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,14 @@ from typing import Any
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.config.stages import check_stages
-from clipdist.data.transform import EvalTransform
+from clipdist.data.patches import BUDGET_MAX
+from clipdist.data.transform import EvalTransform, NativeAspect
 from clipdist.errors import UserError
 from clipdist.models.open_clip_files import LOCAL_TIMM, config_fields, model_config, model_names, read_json
 from clipdist.models.weight_facts import PIXEL_FACTS, pixel_facts, weights_facts
 
 DEFAULT_CONTEXT = 77
+BUDGET_MIN = 4  # patches: with fewer, images of ordinary aspect ratios would not fit
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class ModelSpec:
     @property
     def transform(self) -> EvalTransform:
         """What happens to a decoded image in evaluation, before its pixels are normalised."""
-        return EvalTransform(
+        common = (
             self.image_size,
             self.image_resize_mode,
             self.image_interpolation,
@@ -73,6 +77,14 @@ class ModelSpec:
             self.image_resize_size,
             self.image_floor_crop,
         )
+        if self.patch_budget:
+            return NativeAspect(*common, patch=_patch_side(self.model["vision_cfg"]) or 0, budget=self.patch_budget)
+        return EvalTransform(*common)
+
+    @property
+    def patch_budget(self) -> int:
+        """Patches of an image at most, which then keeps its aspect ratio; 0: images are squares."""
+        return self.model["vision_cfg"].get("image_seq_len") or 0
 
     @property
     def has_text(self) -> bool:
@@ -139,6 +151,7 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
     if with_text and not described:
         raise UserError(f"model.name={cfg.name}: has no text_cfg, and a text tower is needed; describe one")
     text = description["text_cfg"] = description.get("text_cfg") or {}
+    description["vision_cfg"] = _with_budget(cfg, description["vision_cfg"])
     weights = weights_facts(cfg)
     size = _square(cfg.name, description["vision_cfg"].get("image_size", 224))
     has_text = described and with_text is not False
@@ -181,6 +194,11 @@ def check_stages_fit(stages: Sequence[config.Stage], spec: ModelSpec) -> None:
         UserError: see check_stages; or patches would be dropped twice.
     """
     vision = spec.model["vision_cfg"]
+    if stages and spec.patch_budget:
+        raise UserError(
+            f"train.stages: not with model.name={spec.name}, whose images keep their aspect ratio; leave them out, or"
+            " the budget of patches (model.patch_budget, vision_cfg.image_seq_len)"
+        )
     patch = vision.get("patch_size", 16)
     if vision.get("timm_model_name"):
         patch = None
@@ -217,6 +235,8 @@ def find_model_json(name: str) -> Path:
 # A constant logit bias cancels in both softmaxes of InfoNCE.
 _NOT_OPEN_CLIPS = (*(f"image_{key}" for key in PIXEL_FACTS), "quick_gelu", "init_logit_bias")
 
+
+_MORE_OF_VISION = {"timm_model_args", "timm_model_kwargs", "image_seq_len"}  # the last two are open_clip 4's
 
 # Values that open_clip would meet with a KeyError, or not at all.
 _CHOICES = {
@@ -296,7 +316,7 @@ def _check_description(name: str, description: Any) -> None:
     tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", *_NOT_OPEN_CLIPS}
     fields = {
         "": (description, tops),
-        "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | {"timm_model_args"}),
+        "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | _MORE_OF_VISION),
         "text_cfg.": (text, config_fields("CLIPTextCfg") | {"cbow"}),
     }
     for prefix, (section, known) in fields.items():
@@ -312,8 +332,42 @@ def _check_description(name: str, description: Any) -> None:
             raise UserError(f"{where}: {key}={value}: must be one of {', '.join(choices)}")
     _check_cbow(where, text.get("cbow"))
     vision = description["vision_cfg"]
-    if vision.get("timm_model_args") and vision.get("timm_model_pretrained", True):
-        raise UserError(f"{where}: vision_cfg.timm_model_args: only with timm_model_pretrained=false")
+    for key in ("timm_model_args", "timm_model_kwargs"):
+        if vision.get(key) and vision.get("timm_model_pretrained", True):
+            raise UserError(f"{where}: vision_cfg.{key}: only with timm_model_pretrained=false")
+
+
+def _with_budget(cfg: config.Model, vision: dict[str, Any]) -> dict[str, Any]:
+    """Return a vision_cfg in this version's form, with the patches of an image at most if it keeps its aspect ratio.
+
+    Raises:
+        UserError: not a number that fits, or a tower that takes square images alone.
+    """
+    vision = dict(vision)
+    if args := vision.pop("timm_model_kwargs", None):
+        vision["timm_model_args"] = args
+    budget = cfg.patch_budget or vision.get("image_seq_len")
+    if not budget:
+        return vision
+    key = "model.patch_budget" if cfg.patch_budget else f"model.name={cfg.name}: vision_cfg.image_seq_len"
+    if not isinstance(budget, int) or not BUDGET_MIN <= budget <= BUDGET_MAX:
+        raise UserError(f"{key}={budget}: must be a number of patches in {BUDGET_MIN} .. {BUDGET_MAX}")
+    flexible = (vision.get("timm_model_args") or {}).get("use_naflex")
+    if not (str(vision.get("timm_model_name")).startswith("naflexvit") or flexible) or not _patch_side(vision):
+        raise UserError(
+            f"{key}={budget}: the image tower of {cfg.name} takes square images alone; take one with timm's naflexvit"
+            " (vision_cfg.timm_model_name), such as configs/models/naflex_vit_tiny.json"
+        )
+    return {**vision, "image_seq_len": budget}
+
+
+def _patch_side(vision: dict[str, Any]) -> int | None:
+    """Return the side of the patches of a timm ViT in pixels; None where its description does not say."""
+    named = re.search(r"patch(\d+)", str(vision.get("timm_model_name")))
+    said = (vision.get("timm_model_args") or {}).get("patch_size", int(named[1]) if named else None)
+    sides = set(said) if isinstance(said, (list, tuple)) else {said}
+    side = sides.pop()
+    return side if isinstance(side, int) and not sides else None
 
 
 def _check_cbow(where: str, cbow: Any) -> None:

@@ -27,7 +27,14 @@ from clipdist.models.state_dicts import plain_names, read_torch_file, without_he
 from clipdist.models.weight_facts import OPENAI_FACTS, is_torchscript, trained_spec
 
 # Of descriptions: positions are interpolated; the towers' own weights do not matter where all weights follow.
-_NOT_COMPARED = ("image_size", "timm_model_pretrained", "hf_model_pretrained", "tokenizer_kwargs", "hf_tokenizer_name")
+_NOT_COMPARED = (
+    "image_size",
+    "image_seq_len",
+    "timm_model_pretrained",
+    "hf_model_pretrained",
+    "tokenizer_kwargs",
+    "hf_tokenizer_name",
+)
 
 
 def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:

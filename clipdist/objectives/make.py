@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from clipdist import config
 from clipdist.data.batch import IMAGE
+from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_sizes
 from clipdist.objectives.byol import ByolObjective
@@ -52,6 +53,8 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
     Raises:
         UserError: the tower does not take a size.
     """
+    if model.spec.patch_budget and any(objective.views for objective in objectives):
+        raise UserError(f"model.name={model.spec.name}: images keep their aspect ratio, and views of them are squares")
     sizes = {f"objectives.{view.name} size": view.size for objective in objectives for view in objective.views}
     if others := {where: size for where, size in sizes.items() if size != model.spec.image_size}:
         allow_sizes(model, others)

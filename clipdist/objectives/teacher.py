@@ -11,6 +11,7 @@ from torch import Tensor
 from clipdist import config
 from clipdist.data.batch import IMAGE, Batch
 from clipdist.data.tokens import make_tokenizer
+from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import build_model
@@ -60,7 +61,7 @@ class Teacher:
 
     def _outputs(self, batch: Batch) -> dict[str, Tensor]:
         images, side = batch.images[IMAGE], self.spec.image_size
-        if images.dtype == torch.uint8 and images.shape[-1] != side:  # else what its locked tower gave
+        if images.dim() == 4 and images.shape[-1] != side:  # else patches, or what its locked tower gave
             resized = F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
             images = resized.round_().clamp_(0, 255).to(torch.uint8)
         return self._model(image=images, tokens=batch.tokens)
@@ -90,6 +91,12 @@ def check_teacher(distill: config.Distill, model: config.Model) -> ModelSpec:
         raise UserError(
             f"{where}: has another tokenizer than {student.name}, and would read its token ids as other words; take"
             " a teacher or a model with the tokenizer of the other"
+        )
+    own, theirs = student.transform, teacher.transform
+    if isinstance(own, NativeAspect) and not (isinstance(theirs, NativeAspect) and theirs.patch == own.patch):
+        raise UserError(
+            f"{where}: takes no images at their own aspect ratio in patches of {own.patch} pixels, as {student.name}"
+            " does; take a teacher that does, or leave out the budget of patches"
         )
     if distill.target == "features" and teacher.embed_dim != student.embed_dim:
         raise UserError(

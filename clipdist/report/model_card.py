@@ -59,7 +59,7 @@ def _facts(loaded: LoadedModel, dtype: str) -> list[tuple[str, str]]:
     return [
         ("architecture", _public(spec.name)),
         ("parameters", f"{parameters / 1e6:.1f} M, {dtype}"),
-        ("images", f"{spec.image_size} x {spec.image_size} pixels"),
+        ("images", str(spec.transform) if spec.patch_budget else f"{spec.image_size} x {spec.image_size} pixels"),
         ("texts", f"{spec.context_length} tokens of a vocabulary of {loaded.tokenizer.vocab_size:,}"),
         ("features", f"{spec.embed_dim}"),
     ]

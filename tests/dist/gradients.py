@@ -56,7 +56,7 @@ def make_batch(spec: ModelSpec, texts: int = 1, stage: config.Stage | None = Non
     valid[[3, 12]] = False
     group_id = torch.arange(BATCH)
     group_id[9], group_id[14] = group_id[1], group_id[2]
-    image = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draw)
+    image = audit.random_images(BATCH, replace(spec.transform, size=side), draw)
     image[~valid] = 0
     if stage is not None:
         patches = (side // spec.model["vision_cfg"]["patch_size"]) ** 2

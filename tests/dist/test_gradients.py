@@ -20,6 +20,7 @@ RESNET = "configs/models/tiny_rn.json"  # BatchNorm: normalises over a micro-bat
 TIMM = "tests/dist/timm_lcnet.json"  # BatchNormAct2d
 WIDER = "tests/dist/vit_wider.json"  # a teacher with 48 features and images of 40 pixels
 DROPOUT = "tests/dist/vit_patch_dropout.json"
+NAFLEX = "tests/dist/naflex.json"  # images at their own aspect ratio
 BATCH = 16
 STAGES = (0, 1, 2, 3)
 LOSSES = ("infonce", "sigmoid")
@@ -140,6 +141,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, loss=LOSSES[stage // 2], micro=micro, widths=WIDTHS)]
         cells += [cell(stage=stage, loss=LOSSES[1 - stage // 2], micro=micro, texts=3)]
     cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
+    cells += [cell(model=NAFLEX, stage=stage, micro=micro) for stage, micro in ((1, 0), (3, share // 2))]
     cells += distill_cells(world)
     cells += self_supervised_cells(world)
     if world == 2:

@@ -175,8 +175,8 @@ def test_flips_come_as_often_as_asked() -> None:
     ("short", "size", "factor"), [(447, 224, 1), (448, 224, 2), (895, 224, 2), (896, 224, 4), (1792, 224, 8), (9, 1, 8)]
 )
 def test_the_largest_reduction_that_leaves_enough_pixels(short: int, size: int, factor: int) -> None:
-    assert dct_factor((0, 0, short, 2 * short), size) == factor
-    assert dct_factor((0, 0, 2 * short, short), size) == factor
+    assert dct_factor((0, 0, short, 2 * short), size, size) == factor
+    assert dct_factor((0, 0, 2 * short, short), size, size) == factor
 
 
 @pytest.mark.parametrize("size", [150, 75, 37])  # reductions of 2, 4 and 8
@@ -185,7 +185,7 @@ def test_scaled_decoding_is_near_the_whole_on_aligned_crops(size: int) -> None:
     pixels, factors = decode_pixels(data), set()
     for row in uniforms(6):
         box = random_crop(483, 642, row.tolist(), 0.5)
-        factor = dct_factor(box, size)
+        factor = dct_factor(box, size, size)
         factors.add(factor)
         aligned = tuple(side // factor * factor for side in box)
         ours = train_image(data, size, row, Augmentation(0.5, dct_scaling=True))

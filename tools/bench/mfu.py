@@ -42,12 +42,13 @@ def flops_per_pair(config: Config) -> float | None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from clipdist.data.patches import full_images
     from clipdist.estimate.activations import meta_model
 
     model, spec = meta_model(replace(config, engine=replace(config.engine, activation_checkpointing=False)))
     model.train()
     pairs = 2  # BatchNorm takes no single one
-    image = torch.zeros(pairs, 3, spec.image_size, spec.image_size, dtype=torch.uint8, device="meta")
+    image = full_images(pairs, spec.transform, "meta")
     tokens = torch.zeros(pairs, 1, spec.context_length, dtype=torch.int64, device="meta")
     try:
         with FlopCounterMode(display=False) as counter:

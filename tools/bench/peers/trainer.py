@@ -273,7 +273,7 @@ class _FedBatches:
             plan.order,
             make_tokenizer(self._spec),
             config.data,
-            views=[image_view(config.data, self._spec.image_size)],
+            views=[image_view(config.data, self._spec.image_size, self._spec.transform)],
             rank=rank,
             world=world,
         )
