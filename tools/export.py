@@ -32,12 +32,11 @@ FORMATS = {  # what each can be rounded to
     "peft": ("fp32",),
     "adapter": ("fp32",),
 }
-_SQUARES = "for open_clip 3 resizes all images to squares: {} (of open_clip 4, which can keep their aspect ratio)"
+_SQUARES = "for it takes images as squares, whose aspect ratio the model keeps: {}"
 LEFT_OUT = {
-    "open_clip": _SQUARES,
-    "open_clip_folder": _SQUARES,
     "hugging_face": "for CLIPModel has no place for it: {} (a constant: no ranking changes)",
     "peft": "for it is no adapter of this model of transformers: {}",
+    **dict.fromkeys(("open_clip", "open_clip_folder", "torch_export", "onnx"), _SQUARES),
 }
 BOTH_TOWERS = ("open_clip", "open_clip_folder", "hugging_face", "peft")
 FOLDERS = ("open_clip_folder", "hugging_face")  # as the hub takes them

@@ -121,7 +121,7 @@ def export_model(
     error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
     files = tuple(path for path in (out, description, merges) if path)
     lines = _open_clip_lines(spec, name, out, description, merges)
-    return Exported(files, lines, error, name, description, merges, _budget(spec), local=tuple(local))
+    return Exported(files, lines, error, name, description, merges, kept_aspect(spec), local=tuple(local))
 
 
 def export_open_clip_folder(
@@ -170,11 +170,11 @@ tokenizer = open_clip.get_tokenizer("PLACE")"""
         error = compare(model, _open_clip_encoder(spec, theirs), str(out), math.inf if half else TOLERANCE)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         check_tokenizer(spec, out, lambda sentences: tokenizer(sentences).tolist())
-    return Exported((out,), lines_of(text, f"local-dir:{out}"), error, left_out=_budget(spec))
+    return Exported((out,), lines_of(text, f"local-dir:{out}"), error, left_out=kept_aspect(spec))
 
 
-def _budget(spec: ModelSpec) -> str:
-    """Return what of a description open_clip 3 has no place for; empty: nothing."""
+def kept_aspect(spec: ModelSpec) -> str:
+    """Return what of a description is left out of what takes squares alone; empty: nothing."""
     return f"vision_cfg.image_seq_len={spec.patch_budget}" if spec.patch_budget else ""
 
 

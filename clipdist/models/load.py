@@ -40,7 +40,7 @@ class Preprocess:
     transform: EvalTransform
 
     def __call__(self, image: str | Path | bytes | np.ndarray | Image.Image) -> torch.Tensor:
-        """Return uint8 [3, S, S] of a file, its bytes, pixels uint8 [h, w, 3], or Pillow's image.
+        """Return uint8 of shape transform.shape of a file, its bytes, pixels uint8 [h, w, 3], or Pillow's image.
 
         Raises:
             UserError: the file cannot be read, or is not an image.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.export import Exported
+from clipdist.models.export import Exported, kept_aspect
 from clipdist.models.program_export import Tower, export_towers
 
 TOLERANCE = 1e-4  # of normalised features in fp32
@@ -57,7 +57,7 @@ def export_onnx(model: DualEncoder, out: Path, int8: bool = False) -> Exported:
         lines.append(f'{name}_tower = onnxruntime.InferenceSession("{file}")')
         run = f'{name}_tower.run(None, {{"{name}": {name}}})[0]'
         lines.append(f"encode_{name} = lambda {name}: {run}  # numpy, {takes[name]}")
-    return Exported(files, tuple(lines), error)
+    return Exported(files, tuple(lines), error, left_out=kept_aspect(model.spec))
 
 
 def _quantise(whole: Path, file: Path, large: bool) -> None:

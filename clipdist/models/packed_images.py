@@ -138,8 +138,9 @@ def allow_packing(tower: Any, name: str, patch: int) -> int:
     ):
         if unable:
             raise UserError(f"{where}: not known how with {what}; leave it out, or leave out the budget of patches")
-    mix_in(PackedEmbeds, embeds)
-    mix_in(PackedImages, trunk)
+    if not isinstance(trunk, PackedImages):
+        mix_in(PackedEmbeds, embeds)
+        mix_in(PackedImages, trunk)
     return trunk.num_prefix_tokens
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from clipdist import config
 from clipdist.errors import UserError, brief
 from clipdist.models.dual_encoder import DualEncoder
-from clipdist.models.export import TOLERANCE, Exported, FeatureError, compare, sample_inputs
+from clipdist.models.export import TOLERANCE, Exported, FeatureError, compare, kept_aspect, sample_inputs
 from clipdist.models.spec import ModelSpec
 
 # What is loaded of one tower: its inputs -> features [b, D]
@@ -60,7 +60,7 @@ def export_programs(model: DualEncoder, out: Path) -> Exported:
         f'encode_{name} = torch.export.load("{file}").module()  # {takes[name]}'
         for name, file in zip(map(model.part_of, model.towers), files)
     ]
-    return Exported(files, ("import torch", *lines), error)
+    return Exported(files, ("import torch", *lines), error, left_out=kept_aspect(model.spec))
 
 
 def export_towers(
@@ -83,15 +83,9 @@ def export_towers(
         The files, the image tower's first, and what `compare` gives.
 
     Raises:
-        UserError: a tower that torch.export cannot trace, or whose images keep their aspect ratio; a folder in the way,
-            or one that cannot be written.
+        UserError: a tower that torch.export cannot trace, a folder in the way, or one that cannot be written.
         RuntimeError: see compare.
     """
-    if model.spec.patch_budget:
-        raise UserError(
-            f"{model.spec.name}: its images keep their aspect ratio, and a traced tower takes one size; take --format"
-            " open_clip"
-        )
     towers = {model.part_of(name): tower for name, tower in model.towers.items()} | {"image": _ImageTower(model).eval()}
     targets = tuple(out.with_name(f"{out.name}.{name}.{suffix}") for name in towers)
     for target in targets:

@@ -30,6 +30,7 @@ from clipdist.errors import UserError
 from clipdist.estimate.activations import one_pass
 from clipdist.evals.audit import random_images
 from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.layers import hidden_matrices
 from clipdist.models.program_export import export_programs
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
 from clipdist.objectives.teacher import check_teacher
@@ -170,12 +171,24 @@ def test_squares_are_taken_as_before():
     assert torch.allclose(model.encode_image(buffer), model.encode_image(image), atol=1e-6)
 
 
+def test_an_exported_program_takes_squares_and_says_so(tmp_path):
+    exported = export_programs(built(TINY).eval(), tmp_path / "out")
+    assert exported.error.difference < 1e-5
+    assert exported.left_out == "vision_cfg.image_seq_len=16"
+
+
 def test_only_the_patches_of_images_are_computed():
     model = built(TINY)
     images, seen = some_images(model), []
     model.visual.trunk.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     model.encode_image(images)
     assert seen == [(1, sum(h * w + 4 for h, w in grids(images)), 32)]  # with four registers each
+
+
+def test_the_layer_that_reads_pixels_is_no_hidden_matrix():
+    found = hidden_matrices(built(TINY))
+    assert "visual.trunk.blocks.0.attn.qkv.weight" in found
+    assert not [name for name in found if "embeds" in name]
 
 
 def test_memory_is_measured_with_full_images():
@@ -326,8 +339,6 @@ def test_what_needs_squares_is_refused(tmp_path):
         check_stages_fit([Stage(1.0)], model.spec)
     with pytest.raises(UserError, match=r"engine\.compile=true: not for"):
         model.prepare(config.Engine(compile=True))
-    with pytest.raises(UserError, match="a traced tower takes one size"):
-        export_programs(model.eval(), tmp_path / "out")
     squares = tmp_path / "weights.safetensors"
     save_file(built(VIT).state_dict(), squares)
     with pytest.raises(UserError, match="takes no images at their own aspect ratio in patches of 8 pixels"):
