@@ -23,8 +23,7 @@ from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.norms import running_norms, statistics_frozen
 from clipdist.models.open_clip_files import LOCAL_TIMM
-from clipdist.models.packed_images import allow_packing as allow_packed_images
-from clipdist.models.packed_images import pack, packed_input
+from clipdist.models.packed_images import allow_packed_images, pack, packed_input
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.models.text_length import PackedTexts, allow_packing, encode
 from clipdist.models.towers import (

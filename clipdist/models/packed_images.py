@@ -109,7 +109,7 @@ def packed_input(patches: Tensor, packing: Packing) -> dict[str, Any]:
     return {"patches": patches[None], "patch_coord": packing, "patch_valid": packing, "attn_mask": packing}
 
 
-def allow_packing(tower: Any, name: str, patch: int) -> int:
+def allow_packed_images(tower: Any, name: str, patch: int) -> int:
     """Let an image tower take what `packed_input` gives, in place. Return its number of prefix tokens.
 
     Args:
