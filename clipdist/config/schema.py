@@ -116,7 +116,7 @@ class Model:
     weights: str = ""  # "": random; an open_clip tag; a file; or a Hugging Face CLIP folder
     trust_weights: bool = False  # load a TorchScript file whose SHA-256 is not OpenAI's
     patch_budget: int = 0  # patches of an image at most, at its own aspect ratio (naflexvit); 0: the description's
-    word_vectors: str = ""  # word vectors in text format (word2vec, GloVe) for a CBOW tower
+    word_vectors: str = ""  # word vectors in text format (word2vec, GloVe) for a CBOW or LSTM tower
     lock_image: bool = False  # freeze the image tower (LiT)
     lock_text: bool = False
     image_unlocked_groups: int = 0  # number of last groups of a locked image tower to train

@@ -1,1 +1,1 @@
-"""The dual encoder: open_clip, timm, transformers and CBOW towers, and their weights."""
+"""The dual encoder: open_clip, timm, transformers, CBOW and LSTM towers, and their weights."""

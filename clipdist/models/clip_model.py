@@ -79,8 +79,8 @@ def inexpressible(spec: ModelSpec) -> str:
     text = spec.model["text_cfg"]
     if not spec.has_text:
         return "no text tower"
-    if spec.cbow:
-        return "a CBOW text tower"
+    if spec.own_text:
+        return f"{'an LSTM' if spec.own_text == 'lstm' else 'a CBOW'} text tower"
     if spec.hf_text:
         return f"the Hugging Face text tower {spec.hf_text}"
     if reason := _inexpressible_image_tower(spec):

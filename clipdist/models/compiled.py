@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from clipdist.errors import brief
+from clipdist.models.lstm import LSTMLayer
 
 # Blocks of open_clip's, timm's and Hugging Face's transformers; those of a ResNet's stages layer1, layer2 ...
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|layers?|blocks?|layer\d+)\.\d+$")
@@ -47,9 +48,11 @@ def compile_blocks(tower: nn.Module) -> int:
 
 
 def _residual_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a tower, none of them inside another."""
+    """Return the blocks of a tower, none of them inside another. An LSTM's layers are one call of a library each."""
     found: dict[str, nn.Module] = {}
     for name, module in tower.named_modules():
+        if isinstance(module, LSTMLayer):
+            continue
         if _BLOCK.search(name) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return list(found.values())

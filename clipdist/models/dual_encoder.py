@@ -17,10 +17,11 @@ from clipdist.data.patches import is_buffer
 from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
-from clipdist.models.cbow import CBOW, load_word_vectors
+from clipdist.models.cbow import CBOW
 from clipdist.models.compiled import compile_blocks
 from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
+from clipdist.models.lstm import LSTM
 from clipdist.models.norms import running_norms, statistics_frozen
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.packed_images import allow_packed_images, pack, packed_input
@@ -44,8 +45,10 @@ from clipdist.models.towers import (
     without_projection,
 )
 from clipdist.models.weights import load_weights, weights_checksum
+from clipdist.models.word_vectors import load_word_vectors
 
 HEADS = "heads."  # of the names of the heads' parameters
+OWN_TOWERS = {"cbow": CBOW, "lstm": LSTM}
 PARTS = {"visual": "image", "text": "text", "heads": "heads", "logit_scale": "temperature", "logit_bias": "bias"}
 HIDDEN = "hidden"  # the view whose features are taken before the projection
 
@@ -60,7 +63,7 @@ class DualEncoder(nn.Module):
         visual: float [b, 3, H, W] -> [b, D]; open_clip's ModifiedResNet or VisionTransformer, or a timm model. timm's
             NaFlexVit also takes images at their own aspect ratio, see clipdist.models.packed_images. Without a text
             tower it has no projection, for there is no space to share: -> [b, w].
-        text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, or CBOW; None where the
+        text: int64 [b, L] -> [b, D]; open_clip's TextTransformer, a Hugging Face model, CBOW or LSTM; None where the
             description has none, or nothing is trained that needs one.
         logit_scale: Parameter [1], t (DeepSpeed does not support 0-D parameters); logits are exp(t) * cosine + bias.
             None without a text tower.
@@ -475,8 +478,9 @@ def build_model(
     if cfg.word_vectors and not restored:
         from clipdist.data.tokens import BPETokenizer
 
-        assert isinstance(model.text, CBOW)
-        load_word_vectors(model.text, cfg.word_vectors, BPETokenizer(model.text.vocab_size, spec.context_length))
+        assert isinstance(model.text, (CBOW, LSTM))
+        words = BPETokenizer(model.text.vocab_size, spec.context_length)
+        load_word_vectors(model.text.token_embedding, cfg.word_vectors, words)
     if cfg.weights and not restored:
         load_weights(model, cfg.weights, trust=cfg.trust_weights)
     if cfg.lora:
@@ -511,7 +515,7 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
     if not tower_weights:
         described["vision_cfg"]["timm_model_pretrained"] = False
         described["text_cfg"]["hf_model_pretrained"] = False
-    if spec.cbow or not spec.has_text:
+    if spec.own_text or not spec.has_text:
         described["text_cfg"] = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # replaced, or left out, below
     try:
         with _timm_arguments(described["vision_cfg"]):
@@ -526,8 +530,10 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
         remove_projection(towers.visual)
     if isinstance(getattr(towers.text, "pooler", None), open_clip.hf_model.MeanPooler):
         towers.text.pooler = MeanPooler()
-    text = CBOW(**spec.cbow, embed_dim=spec.embed_dim) if spec.cbow else towers.text
-    return DualEncoder(spec, towers.visual, text if spec.has_text else None, clip or config.Clip())
+    text: nn.Module | None = towers.text if spec.has_text else None
+    if kind := spec.own_text:
+        text = OWN_TOWERS[kind](**spec.model["text_cfg"][kind], embed_dim=spec.embed_dim)
+    return DualEncoder(spec, towers.visual, text, clip or config.Clip())
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def export_model(
         half: write the towers' weights in fp16.
 
     Raises:
-        UserError: a CBOW text tower (open_clip has none), another suffix, a weight too large for fp16, or a folder
-            that cannot be written.
+        UserError: a CBOW or LSTM text tower (open_clip has neither), another suffix, a weight too large for fp16, or a
+            folder that cannot be written.
         RuntimeError: open_clip's features differ from the model's by more than 1e-5; with `half`, are not finite.
     """
     spec = model.spec
@@ -138,7 +138,7 @@ def export_open_clip_folder(
         card: makes README.md of the lines that load the model; None: no card.
 
     Raises:
-        UserError: a CBOW text tower, a Hugging Face text tower that is a folder of this machine, or as
+        UserError: a CBOW or LSTM text tower, a Hugging Face text tower that is a folder of this machine, or as
             export_hugging_face.
         RuntimeError: as export_hugging_face.
     """
@@ -179,8 +179,8 @@ def kept_aspect(spec: ModelSpec) -> str:
 
 
 def _check_for_open_clip(spec: ModelSpec) -> None:
-    if spec.cbow:
-        raise UserError(f"{spec.name}: open_clip has no CBOW text tower; take --format torch_export")
+    if spec.own_text:
+        raise UserError(f"{spec.name}: open_clip has no {spec.own_text.upper()} text tower; take --format torch_export")
     if spec.model["vision_cfg"].get("timm_model_args"):
         raise UserError(f"{spec.name}: open_clip has no place for timm_model_args; take --format torch_export")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from clipdist.errors import UserError
 from clipdist.models.cbow import CBOW
+from clipdist.models.lstm import LSTMLayer
 
 # Parameter names of open_clip's and Hugging Face's towers. What is neither is behind the blocks: norm, pooling, head.
 _BLOCK = re.compile(r"(?:^|\.)(?:resblocks|layers?|blocks?)\.(\d+)\.")
@@ -89,7 +90,8 @@ def hidden_matrices(model: Any) -> dict[str, int]:
         model: a DualEncoder.
 
     Returns:
-        by name how many matrices lie one below the other in the parameter: three where it stacks those of q, k and v.
+        by name how many matrices lie one below the other in the parameter: three where it stacks those of q, k and v,
+        four of an LSTM's gates.
 
     Raises:
         UserError: there are none.
@@ -100,6 +102,8 @@ def hidden_matrices(model: Any) -> dict[str, int]:
             last = name.rpartition(".")[2]
             if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
                 found[f"{tower}.{name}.in_proj_weight"] = 3
+            if isinstance(layer, LSTMLayer):  # four gates each
+                found |= {f"{tower}.{name}.{own}": 4 for own, weight in layer.named_parameters() if weight.ndim == 2}
             filters = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels != 3
             inner = not (_OUTPUT.search(name) or _PIXELS.search(name) or "lora_" in name)
             if (filters or isinstance(layer, nn.Linear)) and inner:

@@ -184,7 +184,7 @@ def config_of(model: Any) -> dict[str, Any]:
     text = open_clip.CLIPTextCfg(**spec.model["text_cfg"])
     approximate = (text.act_kwargs or {}).get("approximate", "none")
     plain = (text.no_causal_mask, text.proj_bias, text.pool_type, text.embed_cls) == (True, True, "last", False)
-    if spec.cbow or spec.hf_text or spec.quick_gelu or not plain or spec.tokenizer["kind"] != "hf":
+    if spec.own_text or spec.hf_text or spec.quick_gelu or not plain or spec.tokenizer["kind"] != "hf":
         raise UserError(f"{spec.name}: its text tower is not SigLIP's; {INSTEAD}")
     try:
         block = trunk.blocks[0]

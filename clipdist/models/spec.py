@@ -3,7 +3,8 @@
 A model is named (any of open_clip's), or described by a Hugging Face CLIP folder or by a JSON file in open_clip's own
 form, with additions:
 text_cfg {"cbow": {"width", "vocab_size", "context_length"}} for the bag-of-words text tower of the CLIP paper's
-pseudo-code; vision_cfg {"timm_model_args": {...}}, arguments of timm's model, and "image_seq_len", the patches of an
+pseudo-code, {"lstm": {"width", "layers", "bidirectional", "vocab_size", "context_length"}} for a recurrent one;
+vision_cfg {"timm_model_args": {...}}, arguments of timm's model, and "image_seq_len", the patches of an
 image at most (both as in open_clip 4, where the first is named timm_model_kwargs); and "image_mean", "image_std",
 "image_resize_mode", "image_interpolation", "image_fill_color", "image_resize_size" and "image_floor_crop" (see
 EvalTransform) where they are not OpenAI's. Without "text_cfg" the model has no text tower.
@@ -25,12 +26,17 @@ from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.config.stages import check_stages
 from clipdist.data.patches import BUDGET_MAX
 from clipdist.data.transform import EvalTransform, NativeAspect
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from clipdist.models.open_clip_files import LOCAL_TIMM, config_fields, model_config, model_names, read_json
 from clipdist.models.weight_facts import PIXEL_FACTS, pixel_facts, weights_facts
 
 DEFAULT_CONTEXT = 77
 BUDGET_MIN = 4  # patches: with fewer, images of ordinary aspect ratios would not fit
+OWN_TEXT = {  # the project's own text towers: what text_cfg says of each
+    "cbow": {"width", "vocab_size", "context_length"},
+    "lstm": {"width", "layers", "bidirectional", "vocab_size", "context_length"},
+}
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,10 @@ class ModelSpec:
             raise UserError(f"{where}: has no text tower; needed for {what}")
 
     @property
-    def cbow(self) -> dict[str, int] | None:
-        """Width, vocabulary and context of the bag-of-words text tower, where the model has one."""
-        return self.model["text_cfg"].get("cbow") if self.has_text else None
+    def own_text(self) -> str:
+        """Which of the project's own text towers the model has, a key of OWN_TEXT; empty: none."""
+        described = self.model["text_cfg"] if self.has_text else {}
+        return next((kind for kind in OWN_TEXT if kind in described), "")
 
     @property
     def hf_text(self) -> str:
@@ -112,7 +119,7 @@ class ModelSpec:
     @property
     def clip_class(self) -> bool:
         """Whether open_clip builds this model as its CLIP class (text parameters without the prefix "text.")."""
-        return not (self.model.get("custom_text") or self.hf_text or self.cbow)
+        return not (self.model.get("custom_text") or self.hf_text or self.own_text)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -134,8 +141,8 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
 
     Raises:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
-            does not fit, an unknown weights tag, a missing weights file, word vectors without a CBOW tower, or no text
-            tower where there must be one.
+            does not fit, an unknown weights tag, a missing weights file, word vectors for a tower that does not take
+            them, LoRA on an LSTM, or no text tower where there must be one.
     """
     from clipdist.models.hugging_face import is_hugging_face, read_description
 
@@ -154,12 +161,12 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
     description["vision_cfg"] = _with_budget(cfg, description["vision_cfg"])
     weights = weights_facts(cfg)
     size = _square(cfg.name, description["vision_cfg"].get("image_size", 224))
-    has_text = described and with_text is not False
+    has_text, section = described and with_text is not False, _section(text)
     spec = ModelSpec(
         name=cfg.name,
         embed_dim=description["embed_dim"],
         image_size=size,
-        context_length=(text.get("cbow") or text).get("context_length", DEFAULT_CONTEXT),
+        context_length=section.get("context_length", DEFAULT_CONTEXT),
         tokenizer=_tokenizer_description(text) if has_text else {"kind": "none"},
         model={key: value for key, value in description.items() if key not in _NOT_OPEN_CLIPS},
         quick_gelu=bool(description.get("quick_gelu") or weights.get("quick_gelu")),
@@ -167,9 +174,14 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
     )
     if not has_text and (setting := _setting_of_text(cfg)):
         raise UserError(f"model.{setting}: the model has no text tower; leave it out")
-    if cfg.word_vectors and not spec.cbow:
+    if cfg.word_vectors and not spec.own_text:
         raise UserError(
-            f"model.word_vectors={cfg.word_vectors}: only a CBOW text tower takes them, {cfg.name} has none"
+            f"model.word_vectors={cfg.word_vectors}: only a CBOW or LSTM text tower takes them, {cfg.name} has neither"
+        )
+    if cfg.lora and spec.own_text == "lstm" and cfg.lora.towers != "image":
+        raise UserError(
+            f"model.lora.towers={cfg.lora.towers}: {cfg.name} has an LSTM, for which there are no adapters; set it to"
+            " image"
         )
     if cfg.word_vectors and cfg.weights:
         raise UserError("model.word_vectors: model.weights brings all weights, so these would be lost; leave one out")
@@ -317,7 +329,7 @@ def _check_description(name: str, description: Any) -> None:
     fields = {
         "": (description, tops),
         "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | _MORE_OF_VISION),
-        "text_cfg.": (text, config_fields("CLIPTextCfg") | {"cbow"}),
+        "text_cfg.": (text, config_fields("CLIPTextCfg") | OWN_TEXT.keys()),
     }
     for prefix, (section, known) in fields.items():
         for key in section:
@@ -330,7 +342,7 @@ def _check_description(name: str, description: Any) -> None:
         value = fields[f"{section}."][0].get(name)
         if value and value not in choices:
             raise UserError(f"{where}: {key}={value}: must be one of {', '.join(choices)}")
-    _check_cbow(where, text.get("cbow"))
+    _check_own_text(where, text)
     vision = description["vision_cfg"]
     for key in ("timm_model_args", "timm_model_kwargs"):
         if vision.get(key) and vision.get("timm_model_pretrained", True):
@@ -370,16 +382,29 @@ def _patch_side(vision: dict[str, Any]) -> int | None:
     return side if isinstance(side, int) and not sides else None
 
 
-def _check_cbow(where: str, cbow: Any) -> None:
-    if cbow is None:
-        return
-    wanted = {"width", "vocab_size", "context_length"}
-    if (
-        not isinstance(cbow, dict)
-        or set(cbow) != wanted
-        or not all(isinstance(v, int) and v > 0 for v in cbow.values())
-    ):
-        raise UserError(f"{where}: text_cfg.cbow takes exactly {', '.join(sorted(wanted))}, all positive integers")
+def _check_own_text(where: str, text: dict[str, Any]) -> None:
+    kinds = [kind for kind in OWN_TEXT if kind in text]
+    if len(kinds) > 1:
+        raise UserError(f"{where}: text_cfg.{kinds[0]} and text_cfg.{kinds[1]}: a model has one text tower")
+    for kind in kinds:
+        section, wanted = text[kind], OWN_TEXT[kind]
+        if not isinstance(section, dict) or section.keys() != wanted:
+            raise UserError(f"{where}: text_cfg.{kind} takes exactly {', '.join(sorted(wanted))}")
+        for key, value in section.items():
+            if key == "bidirectional" and type(value) is not bool:
+                raise UserError(f"{where}: text_cfg.{kind}.{key}={value!r}: must be true or false")
+            if key != "bidirectional" and (type(value) is not int or value < 1):
+                raise UserError(f"{where}: text_cfg.{kind}.{key}={value!r}: must be a positive integer")
+        if section["vocab_size"] > BPE_VOCABULARY:
+            raise UserError(
+                f"{where}: text_cfg.{kind}.vocab_size={section['vocab_size']}: CLIP's byte-pair encoding has"
+                f" {BPE_VOCABULARY} tokens"
+            )
+
+
+def _section(text: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of text_cfg that describes the tower."""
+    return next((text[kind] for kind in OWN_TEXT if kind in text), text)
 
 
 def _square(name: str, size: Any) -> int:
@@ -390,11 +415,9 @@ def _square(name: str, size: Any) -> int:
 
 
 def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
-    from clipdist.data.vocabulary import BPE_VOCABULARY
-
     options = dict(text.get("tokenizer_kwargs") or {})
     name = text.get("hf_tokenizer_name") or text.get("hf_model_name")
-    if name and not text.get("cbow"):
+    if name and _section(text) is text:
         tower = text.get("hf_model_name")
         reads_eos = not tower and text.get("pool_type") == "eos"
         return {
@@ -407,7 +430,7 @@ def _tokenizer_description(text: dict[str, Any]) -> dict[str, Any]:
         }
     return {
         "kind": "bpe",
-        "vocab_size": (text.get("cbow") or text).get("vocab_size", BPE_VOCABULARY),
+        "vocab_size": _section(text).get("vocab_size", BPE_VOCABULARY),
         "options": options,
     }
 

@@ -5,6 +5,7 @@ that masks padding. Captions have 14 tokens on average, of 77. By kind of tower 
 
     packed    several behind one another in a row, each with positions of its own and attending to itself alone, as
               sequences are in Krell et al., arXiv:2107.02027
+    sequences one behind another without rows, as torch packs them for recurrent layers: an LSTM
     trimmed   cut to the longest of the batch
     whole     run as they are: the tower reads the padding
 
@@ -21,12 +22,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from clipdist.distributed.rank import moved
 from clipdist.models.cbow import CBOW
+from clipdist.models.lstm import LSTM
 from clipdist.models.towers import MeanPooler, mix_in
 
-Kind = Literal["packed", "trimmed", "whole"]
+Kind = Literal["packed", "sequences", "trimmed", "whole"]
 
 MASKED = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # Hugging Face models that attend to no padding
 ROW = 64  # tokens of a row of packed texts, or of the longest text: attention within a row costs its square
@@ -46,6 +49,8 @@ def text_kind(tower: nn.Module) -> Kind:
         poolers = (MeanPooler, ClsPooler, ClsLastHiddenStatePooler)  # MaxPooler reads the padding, and nothing else
         masked = tower.config.model_type in MASKED and isinstance(tower.pooler, poolers)
         return "trimmed" if masked else "whole"
+    if isinstance(tower, LSTM):
+        return "sequences"
     return "trimmed" if isinstance(tower, CBOW) else "whole"
 
 
@@ -70,6 +75,9 @@ def encode(tower: Any, kind: Kind, tokens: Tensor, device: torch.device) -> Tens
     lengths = text_lengths(tower, tokens)
     if kind == "trimmed":
         return tower(moved(tokens[:, : _rounded(int(lengths.max()), MULTIPLE)], device))
+    if kind == "sequences":
+        ids, batch_sizes, order = pack_sequences(tokens, lengths)
+        return tower(moved(ids, device), batch_sizes, moved(order, device))
     return tower(*(moved(part, device) for part in pack(tokens, lengths, tower.row_bits)))
 
 
@@ -82,7 +90,7 @@ def text_lengths(tower: Any, tokens: Tensor) -> Tensor:
     if isinstance(tower, PackedTexts):  # it is read at the first of these, and at position 0 without any
         ends = tokens.eq(tower.eos_id).to(torch.int64) if tower.pool_type == "eos" else tokens
         return ends.argmax(1) + 1
-    if isinstance(tower, CBOW):
+    if isinstance(tower, (CBOW, LSTM)):
         found = tokens.eq(tower.end)
         length = found.to(torch.int64).argmax(1) + 1
     else:
@@ -115,6 +123,21 @@ def pack(tokens: Tensor, lengths: Tensor, bits: int = 5) -> tuple[Tensor, Tensor
     packed[1, places] = position
     ids, positions = packed.view(2, rows, width)
     return ids, positions, start + lengths - 1
+
+
+def pack_sequences(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts of torch's PackedSequence of texts.
+
+    Args:
+        tokens: int64 [b, L].  lengths: int64 [b], 1 to L.
+
+    Returns:
+        The tokens, int64 [N], the first ones of all texts before the second ones; how many texts have a first token,
+        a second one and so on, int64, which stays on the CPU; and the place of every text among those, int64 [b].
+    """
+    packed = pack_padded_sequence(tokens, lengths, batch_first=True, enforce_sorted=False)
+    assert packed.unsorted_indices is not None
+    return packed.data, packed.batch_sizes, packed.unsorted_indices
 
 
 def _best_fit(counts: list[int], width: int) -> tuple[list[int], int]:

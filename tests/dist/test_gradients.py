@@ -16,6 +16,7 @@ from dist.launch import run_ranks
 
 VIT = "configs/models/tiny_vit.json"
 CBOW = "configs/models/tiny_cbow.json"
+LSTM = "configs/models/tiny_lstm.json"
 RESNET = "configs/models/tiny_rn.json"  # BatchNorm: normalises over a micro-batch
 TIMM = "tests/dist/timm_lcnet.json"  # BatchNormAct2d
 WIDER = "tests/dist/vit_wider.json"  # a teacher with 48 features and images of 40 pixels
@@ -140,6 +141,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
     for stage, micro in in_turn(world, share // 2):
         cells += [cell(stage=stage, loss=LOSSES[stage // 2], micro=micro, widths=WIDTHS)]
         cells += [cell(stage=stage, loss=LOSSES[1 - stage // 2], micro=micro, texts=3)]
+    cells += [cell(model=LSTM, stage=stage, micro=micro) for stage, micro in in_turn(world, share // 4)]
     cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
     cells += [cell(model=NAFLEX, stage=stage, micro=micro) for stage, micro in ((1, 0), (3, share // 2))]
     cells += distill_cells(world)
@@ -155,6 +157,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, precision="bf16", micro=micro, steps=2) for stage, micro in in_turn(1, 2)]
         cells += [cell(stage=stage, loss="sigmoid", precision="bf16", micro=2) for stage in (STAGES if ALL else (0, 1))]
         cells += [cell(stage=stage, loss="sigmoid", micro=4, steps=3) for stage in (1, 3)]
+        cells += [cell(model=LSTM, stage=3, precision="bf16", micro=2), cell(model=LSTM, precision="fp16", texts=2)]
         cells += compiled_cells()
     return cells
 
@@ -168,7 +171,7 @@ def compiled_cells() -> list[dict[str, Any]]:
     cells = [cell(model=CBOW, stage=1, micro=2, compiled="inductor")]
     cells += [traced(stage=0), traced(stage=1, micro=2, steps=2, lora=True), traced(precision="fp16", micro=2)]
     cells += [traced(stage=1, micro=4, steps=2, alone=True, beside=DINO)]
-    return [*cells, traced(model=RESNET, micro=4, steps=2)]
+    return [*cells, traced(model=RESNET, micro=4, steps=2), traced(model=LSTM, micro=2)]
 
 
 def in_turn(world: int, micro: int) -> list[tuple[int, int]]:

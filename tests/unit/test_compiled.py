@@ -14,7 +14,7 @@ from clipdist.models.compiled import compile_blocks, why_not
 from clipdist.models.dual_encoder import build_model
 
 
-@pytest.mark.parametrize(("name", "image", "text"), [("vit", 2, 2), ("rn", 4, 2), ("cbow", 2, 0)])
+@pytest.mark.parametrize(("name", "image", "text"), [("vit", 2, 2), ("rn", 4, 2), ("cbow", 2, 0), ("lstm", 2, 0)])
 def test_blocks_are_found_and_weights_keep_their_names(name, image, text):
     model = build_model(config.Model(name=f"configs/models/tiny_{name}.json"))
     names = list(model.state_dict())

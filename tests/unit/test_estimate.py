@@ -36,6 +36,7 @@ from clipdist.objectives.make import make_objectives, prepare_model
 TINY = ["model.name=configs/models/tiny_vit.json", "train.global_batch=16", "device=cpu"]
 RESNET = ["model.name=configs/models/tiny_rn.json", "train.global_batch=16", "device=cpu"]
 CBOW = ["model.name=configs/models/tiny_cbow.json", "train.global_batch=16", "device=cpu"]
+LSTM = ["model.name=configs/models/tiny_lstm.json", "train.global_batch=16", "device=cpu"]
 
 
 def configured(*words: str, base: list[str] = TINY) -> Config:
@@ -64,7 +65,7 @@ def saved_bytes(config: Config, batch: int, dtype: torch.dtype) -> int:
     return total
 
 
-@pytest.mark.parametrize("base", [TINY, RESNET, CBOW], ids=["vit", "resnet", "cbow"])
+@pytest.mark.parametrize("base", [TINY, RESNET, CBOW, LSTM], ids=["vit", "resnet", "cbow", "lstm"])
 def test_parameters_are_those_of_the_real_model(base: list[str]) -> None:
     found = make_estimate(configured("model.lock_image=true", base=base))
     model = build_model(found.config.model, found.config.objectives.clip)
@@ -75,7 +76,7 @@ def test_parameters_are_those_of_the_real_model(base: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("base", [TINY, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("base", [TINY, RESNET, LSTM], ids=["vit", "resnet", "lstm"])
 def test_activations_are_what_a_real_forward_pass_saves(base: list[str], dtype: torch.dtype) -> None:
     config = configured(base=base)
     found = one_pass(meta_model(config)[0].to(dtype), 8)

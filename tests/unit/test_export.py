@@ -96,8 +96,10 @@ def test_towers_that_transformers_has_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has a ResNet image tower, .* take --format open_clip or torch_export"):
         export_hugging_face(trained(tmp_path, vision_cfg=RESNET), tmp_path / "clip")
     cbow = build_model(Model(name="configs/models/tiny_cbow.json"))
-    with pytest.raises(UserError, match="has a CBOW text tower"):
-        export_hugging_face(cbow, tmp_path / "clip")
+    lstm = build_model(Model(name="configs/models/tiny_lstm.json"))
+    for model, what in ((cbow, "a CBOW"), (lstm, "an LSTM")):
+        with pytest.raises(UserError, match=f"has {what} text tower"):
+            export_hugging_face(model, tmp_path / "clip")
     assert not (tmp_path / "clip").exists()
 
 
@@ -172,15 +174,21 @@ def test_a_program_is_no_start_of_training(programs: tuple[DualEncoder, Exported
         build_model(Model(name=model.spec.name, weights=str(export.file)))
 
 
-def test_a_resnet_and_a_bag_of_words_become_programs(tmp_path: Path) -> None:
-    cbow = {"cbow": {"width": 8, "vocab_size": 600, "context_length": 8}}
-    model = trained(tmp_path, vision_cfg=RESNET, text_cfg=cbow)
+LSTM = {"lstm": {"width": 8, "layers": 2, "bidirectional": True, "vocab_size": 1200, "context_length": 8}}
+
+
+@pytest.mark.parametrize("text", [{"cbow": {"width": 8, "vocab_size": 600, "context_length": 8}}, LSTM])
+def test_a_resnet_and_the_projects_own_text_towers_become_programs(text: dict[str, Any], tmp_path: Path) -> None:
+    model = trained(tmp_path, vision_cfg=RESNET, text_cfg=text)
     assert export_programs(model, tmp_path / "rn").error.difference < 1e-5
 
 
+@pytest.mark.parametrize("text", [{**TEXT, "layers": 1}, LSTM], ids=["clip", "lstm"])
 @torch.no_grad()
-def test_onnx_files_take_batches_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(tmp_path, vision_cfg={**VISION, "layers": 1}, text_cfg={**TEXT, "layers": 1})
+def test_onnx_files_take_batches_of_any_size(
+    text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(tmp_path, vision_cfg={**VISION, "layers": 1}, text_cfg=text)
     monkeypatch.setattr(onnx_export, "LARGEST_BYTES", 45_000)  # the text tower's weights go to a file of their own
     export = onnx_export.export_onnx(model, tmp_path / "out" / "mini")
     assert export.error.difference < 1e-5

@@ -34,6 +34,12 @@ TOWERS: dict[str, dict[str, int]] = {
         r"visual\.attnpool": 0,
     },
     "configs/models/tiny_cbow.json": {r"text\.token_embedding": 1, r"text\.proj": 0},
+    "configs/models/tiny_lstm.json": {
+        r"text\.token_embedding": 3,
+        r"text\.layers\.0\.": 2,
+        r"text\.layers\.1\.": 1,
+        r"text\.proj": 0,
+    },
     "tests/dist/timm_lcnet.json": {  # 13 blocks in six stages
         r"visual\.trunk\.(conv_stem|bn1)": 14,
         r"visual\.trunk\.blocks\.0\.0": 13,

@@ -100,6 +100,18 @@ def test_targets_choose_layers_of_one_tower(lora: Lora, adapted: set[str]) -> No
     assert whole == {name for name in names if name.startswith(other)}
 
 
+def test_an_lstm_has_no_adapters() -> None:
+    name = "configs/models/tiny_lstm.json"
+    for towers in ("both", "text"):
+        told = rf"^model\.lora\.towers={towers}: {name} has an LSTM, for which there are no adapters; set it to image$"
+        with pytest.raises(UserError, match=told):
+            build(name, lora=Lora(towers=towers))
+    names = trained(build(name, lora=Lora(towers="image")))
+    assert {name for name in names if name.startswith("text.")} == {
+        f"text.{name}" for name, _ in build(name).text.named_parameters()
+    }
+
+
 def test_targets_that_match_nothing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for make in (build, lambda name, **settings: meta_model(Config(model=Model(name=name, **settings)))):
         told = (

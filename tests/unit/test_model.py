@@ -21,10 +21,11 @@ from clipdist.estimate import make_estimate
 from clipdist.estimate.activations import meta_model
 from clipdist.models.cbow import CBOW
 from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.lstm import LSTM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.trainer import Trainer
 
-TINY_VIT, TINY_RN, TINY_CBOW = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow"))
+TINY_VIT, TINY_RN, TINY_CBOW, TINY_LSTM = (f"configs/models/tiny_{name}.json" for name in ("vit", "rn", "cbow", "lstm"))
 TIMM = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
 VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
@@ -85,7 +86,7 @@ def gradients(model: DualEncoder, image: torch.Tensor, tokens: torch.Tensor) -> 
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, "timm", "hf"])
+@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, TINY_LSTM, "timm", "hf"])
 def test_forward_gives_features_and_every_parameter_a_gradient(name: str, tmp_path: Path) -> None:
     if name == "timm":
         name = model_json(tmp_path, vision=TIMM)
@@ -271,13 +272,17 @@ def vectors_file(path: Path, words: dict[str, list[float]], heading: str = "") -
     return str(path)
 
 
-@pytest.mark.parametrize("heading", ["", "3 32"])
-def test_word_vectors_start_whole_word_tokens(heading: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = {"the": [0.5] * 32, "dog": [-0.5] * 32, "antidisestablishment": [9.0] * 32}
-    model = build(TINY_CBOW, word_vectors=vectors_file(tmp_path / "v.txt", words, heading))
+@pytest.mark.parametrize(
+    ("name", "width", "heading"), [(TINY_CBOW, 32, ""), (TINY_CBOW, 32, "3 32"), (TINY_LSTM, 16, "")]
+)
+def test_word_vectors_start_whole_word_tokens(
+    name: str, width: int, heading: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"the": [0.5] * width, "dog": [-0.5] * width, "antidisestablishment": [9.0] * width}
+    model = build(name, word_vectors=vectors_file(tmp_path / "v.txt", words, heading))
     ids = make_tokenizer(model.spec)(["the dog"])[0, 1:3]
     table = model.text.token_embedding.weight  # type: ignore[union-attr]
-    assert table[ids].tolist() == [[0.5] * 32, [-0.5] * 32]  # type: ignore[index]
+    assert table[ids].tolist() == [[0.5] * width, [-0.5] * width]  # type: ignore[index]
     assert float(table.detach().abs().max()) < 9  # type: ignore[operator]
     assert "2 of 2048 tokens (0.1 %)" in capsys.readouterr().out
 
@@ -285,7 +290,7 @@ def test_word_vectors_start_whole_word_tokens(heading: str, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"the 1 2 3\n", r"line 1 has 3 numbers, the CBOW tower is 32 wide"),
+        (b"the 1 2 3\n", r"line 1 has 3 numbers, the text tower's vectors 32; set its width in the model JSON"),
         (b"\xff\xfe\x00binary", r"not a text file"),
         (("the" + " x" * 32).encode(), r"could not convert"),
         (("qqqqqqqqqqqq" + " 1" * 32).encode(), r"not one of its words"),
@@ -297,11 +302,37 @@ def test_bad_word_vectors(content: bytes, complaint: str, tmp_path: Path) -> Non
         build(TINY_CBOW, word_vectors=str(tmp_path / "v.txt"))
 
 
-def test_word_vectors_need_a_cbow_tower_and_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="only a CBOW text tower"):
+def test_word_vectors_need_a_tower_that_takes_them_and_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only a CBOW or LSTM text tower"):
         build(TINY_VIT, word_vectors="v.txt")
     with pytest.raises(UserError, match="No such file"):
         build(TINY_CBOW, word_vectors=str(tmp_path / "v.txt"))
+
+
+# LSTM
+
+
+def lstm_json(**changes: object) -> str:
+    tower = {"width": 8, "layers": 1, "bidirectional": False, "vocab_size": 600, "context_length": 8} | changes
+    return json.dumps({"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"lstm": tower}})
+
+
+@pytest.mark.parametrize("both", [False, True])
+@torch.no_grad()
+def test_an_lstm_is_torchs_and_is_read_at_the_end_of_the_text(both: bool) -> None:
+    torch.manual_seed(0)
+    tower = LSTM(width=6, layers=2, bidirectional=both, vocab_size=100, context_length=7, embed_dim=3)
+    theirs = torch.nn.LSTM(6, 6, num_layers=2, bidirectional=both, batch_first=True)
+    for number, layer in enumerate(tower.layers):
+        for name, value in layer.named_parameters():
+            matrix, kind = name.removeprefix("reverse_").split("_")
+            suffix = "_reverse" if name.startswith("reverse_") else ""
+            getattr(theirs, f"{kind}_{matrix}_l{number}{suffix}").copy_(value)
+    tokens = torch.tensor([[98, 5, 7, 99, 0, 3, 99], [98, 5, 0, 0, 8, 9, 99], [98, 99, 0, 0, 0, 0, 0]])
+    for row, length in zip(tokens, (4, 7, 2)):
+        _, (last, _) = theirs(tower.token_embedding(row[None, :length]))
+        wanted = tower.proj(last[-2:].flatten() if both else last[-1, 0])
+        torch.testing.assert_close(tower(row[None])[0], wanted)
 
 
 # Locked towers
@@ -365,10 +396,11 @@ def test_last_groups_can_stay_unlocked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "tower", "groups"), [("vit", "image", 4), ("vit", "text", 4), ("cbow", "text", 2), ("timm", "image", 5)]
+    ("kind", "tower", "groups"),
+    [("vit", "image", 4), ("vit", "text", 4), ("cbow", "text", 2), ("lstm", "text", 4), ("timm", "image", 5)],
 )
 def test_unlocking_all_groups_or_more_is_refused(kind: str, tower: str, groups: int, tmp_path: Path) -> None:
-    name = {"vit": TINY_VIT, "cbow": TINY_CBOW}.get(kind) or model_json(tmp_path, vision=TIMM)
+    name = {"vit": TINY_VIT, "cbow": TINY_CBOW, "lstm": TINY_LSTM}.get(kind) or model_json(tmp_path, vision=TIMM)
     key = {"image": "image_unlocked_groups", "text": "text_unlocked_layers"}[tower]
     lock = {f"lock_{tower}": True}
     for unlocked in (groups, 99):
@@ -389,7 +421,7 @@ def test_towers_that_cannot_be_locked_so(tmp_path: Path) -> None:
 # Activation checkpointing
 
 
-@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, "timm"])
+@pytest.mark.parametrize("name", [TINY_VIT, TINY_RN, TINY_CBOW, TINY_LSTM, "timm"])
 def test_recomputed_activations_change_nothing(name: str, tmp_path: Path) -> None:
     name = model_json(tmp_path, vision=TIMM) if name == "timm" else name
     plain, recomputing = build(name), build(name)
@@ -500,6 +532,11 @@ def test_unknown_names(name: str, complaint: str) -> None:
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}, "image_std": 5}', "image_std takes three numbers"),
         ('{"embed_dim": 8, "vision_cfg": {"image_size": [32, 64]}, "text_cfg": {}}', "only square pictures"),
         ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"cbow": {"width": 8}}}', "text_cfg.cbow takes exactly"),
+        (lstm_json(width=True), r"text_cfg.lstm.width=True: must be a positive integer"),
+        (lstm_json(bidirectional=1), r"text_cfg.lstm.bidirectional=1: must be true or false"),
+        (lstm_json(layers=0), r"text_cfg.lstm.layers=0: must be a positive integer"),
+        (lstm_json(vocab_size=50000), r"text_cfg.lstm.vocab_size=50000: CLIP's byte-pair encoding has 49408 tokens"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"cbow": {}, "lstm": {}}}', "a model has one text tower"),
         (
             '{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"hf_pooler_type": "mean"}}',
             "text_cfg.hf_pooler_type=mean: must be one of mean_pooler, max_pooler, cls_pooler, cls_last_hidden_state_p",
@@ -542,6 +579,7 @@ def test_weights_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
         (TINY_VIT, ["image"]),
         (TINY_RN, ["image"]),
         (TINY_CBOW, ["text"]),
+        (TINY_LSTM, ["text"]),
         ("timm", ["image"]),
         ("hf", ["image", "text"]),
     ],

@@ -18,11 +18,13 @@ from clipdist.estimate.activations import meta_model
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.layers import hidden_matrices
 
+VIT = r"visual\.(conv1\.weight|positional_embedding|proj)|"
 TEXT = r"text\.(.*embedding.*|text_proj.*)"
 ADAMW = {  # matrices that Muon leaves alone, by model; it has all others of two dimensions or more
-    "configs/models/tiny_vit.json": r"visual\.(conv1\.weight|positional_embedding|proj)|" + TEXT,
+    "configs/models/tiny_vit.json": VIT + TEXT,
     "configs/models/tiny_rn.json": r"visual\.(conv1|attnpool\.(positional|c_proj)).*|" + TEXT,
     "configs/models/rn50_cbow.json": r"visual\.(conv1|attnpool\.(positional|c_proj)).*|text\..*",
+    "configs/models/tiny_lstm.json": VIT + r"text\.(token_embedding|proj)\..*",
     "tests/dist/timm_lcnet.json": r"visual\.trunk\.(conv_stem|blocks.*conv_dw)\.weight|" + TEXT,
     "ViT-B-16-SigLIP": r"visual\.trunk\.(pos_embed|patch_embed.*|attn_pool\.latent)|" + TEXT,
 }
@@ -36,6 +38,7 @@ def test_matrices_are_those_of_hidden_layers(name: str) -> None:
         left = tensor.ndim < 2 or re.fullmatch(ADAMW[name], parameter)
         assert (parameter in found) == (not left), parameter
         stacked = 3 if re.search(r"in_proj_weight|\.qkv\.", parameter) else 2 if ".kv." in parameter else 1
+        stacked = 4 if re.search(r"[ih]h_weight", parameter) else stacked
         assert left or found[parameter] == stacked, parameter
 
 

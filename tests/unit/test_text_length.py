@@ -16,6 +16,7 @@ from clipdist.models.text_length import MULTIPLE, ROW, pack, text_kind, text_len
 VIT = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}
 CLIP = {"context_length": 40, "vocab_size": 600, "width": 16, "heads": 2, "layers": 2}
 CBOW = {"cbow": {"width": 16, "vocab_size": 600, "context_length": 40}}
+LSTM = {"width": 8, "layers": 2, "bidirectional": True, "vocab_size": 600, "context_length": 40}
 END = 599
 SIZES = {
     "bert": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
@@ -37,6 +38,8 @@ TOWERS: dict[str, tuple[str, Any]] = {
     "first": ("whole", {"pool_type": "first"}),
     "coca": ("whole", {"embed_cls": True}),
     "cbow": ("trimmed", CBOW),
+    "lstm": ("sequences", {"lstm": LSTM}),
+    "lstm of one direction": ("sequences", {"lstm": LSTM | {"layers": 3, "bidirectional": False}}),
     "bert mean": ("trimmed", ("bert", "mean_pooler")),
     "bert cls": ("trimmed", ("bert", "cls_pooler")),
     "bert last cls": ("trimmed", ("bert", "cls_last_hidden_state_pooler")),
@@ -60,7 +63,7 @@ def build(folder: Path, name: str, **settings: Any) -> DualEncoder:
         AutoConfig.for_model(kind, vocab_size=600, **sizes).save_pretrained(folder / "hf")
         text = {"hf_model_name": "hf", "hf_model_pretrained": False, "hf_pooler_type": pooler, "context_length": 40}
     else:
-        text = more if "cbow" in more else CLIP | more
+        text = more if more.keys() & {"cbow", "lstm"} else CLIP | more
     path = folder / "model.json"
     path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text}))
     torch.manual_seed(0)
@@ -190,7 +193,7 @@ def test_adapters_and_unlocked_layers(settings: dict[str, Any], tmp_path: Path) 
     assert_same(model, draw_texts(model, LENGTHS))
 
 
-@pytest.mark.parametrize("name", ["clip", "bert cls"])
+@pytest.mark.parametrize("name", ["clip", "lstm", "bert cls"])
 def test_recomputed_activations_and_training_mode(name: str, tmp_path: Path) -> None:
     model = build(tmp_path, name)
     model.set_activation_checkpointing()
@@ -201,11 +204,13 @@ def test_recomputed_activations_and_training_mode(name: str, tmp_path: Path) -> 
     assert_same(model, draw_texts(model, [length or 1 for length in LENGTHS]))
 
 
-def test_half_precision(tmp_path: Path) -> None:
-    model = build(tmp_path, "clip")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["clip", "lstm"])
+def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build(tmp_path, name)
     tokens = draw_texts(model, LENGTHS)
     wanted = model.encode_text(tokens).detach()
-    model = model.to(torch.bfloat16)
+    model = model.to(dtype)
     torch.testing.assert_close(model.encode_text(tokens), model.text(tokens), rtol=0.02, atol=0.02)
     found = model.encode_text(tokens).detach()
     assert float((found - wanted).norm() / wanted.norm()) < 0.02

@@ -346,8 +346,9 @@ def test_a_model_that_open_clip_knows_is_exported_under_its_name(tmp_path: Path,
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no CBOW text tower"):
-        export_model(trained("configs/models/tiny_cbow.json"), tmp_path / "e.safetensors")
+    for kind in ("CBOW", "LSTM"):
+        with pytest.raises(UserError, match=f"no {kind} text tower"):
+            export_model(trained(f"configs/models/tiny_{kind.lower()}.json"), tmp_path / "e.safetensors")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         export_model(trained(model_json(tmp_path)), tmp_path / "e.pt")
     (tmp_path / "file").write_text("")

@@ -99,7 +99,7 @@ def make_start(config: Config, folder: Path) -> StartWeights:
     """Draw (or load) the weights of config.model and write them to `folder` for both sides.
 
     Raises:
-        UserError: a model that open_clip does not have (CBOW), or that cannot be built.
+        UserError: a model that open_clip does not have (CBOW, LSTM), or that cannot be built.
     """
     import torch
 
