@@ -27,6 +27,7 @@ _MEMO_TEXTS, _MEMO_LETTERS = 1 << 15, 256
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # what transformers reads a folder's *.model with
 _FEWEST_IDS = 0.5  # of a text tower's: embeddings are padded to round numbers, but not to twice as many
 _MARKS = ("<start_of_text>", "<end_of_text>")
+PIECE = "@@"  # behind a token that another follows within a word, as subword-nmt writes it
 _PROBE = ["A dog's 2 puppies run!", "naïve café — déjà vu", "snow-boarder ☃ jumps", ""]
 
 
@@ -148,9 +149,24 @@ class BPETokenizer:
         return _digest("bpe", self.vocab_size, self.context_length, self(_PROBE).tolist())
 
     def word_id(self, word: str) -> int | None:
-        """The id of the token that is this whole (lower-case) word, if the vocabulary has one."""
-        letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
-        return self._bpe.encoder.get(letters + "</w>")
+        """The id of the token that is this whole (lower-case) word, or begins one ("snow@@"), if there is one."""
+        piece = self._letters(word.removesuffix(PIECE)) if word.endswith(PIECE) else ""
+        return self._bpe.encoder.get(piece, self._bpe.encoder.get(self._letters(word) + "</w>"))
+
+    def word_of(self, token: int) -> str | None:
+        """The word that word_id gives this token for; None for the marks, and for a part of a character."""
+        letters = self._bpe.decoder[token]
+        whole = letters.removesuffix("</w>")
+        if letters in _MARKS:
+            return None
+        try:
+            word = bytes(self._bpe.byte_decoder[letter] for letter in whole).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+        return word if whole != letters else word + PIECE
+
+    def _letters(self, text: str) -> str:
+        return "".join(self._bpe.byte_encoder[byte] for byte in text.encode("utf-8"))
 
     def _ids(self, text: str) -> list[int]:
         ids = self._texts.get(text)
@@ -178,8 +194,7 @@ class BPETokenizer:
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in _MARKS:  # a caption may hold them as text; open_clip takes them for what they are
             return (self._bpe.encoder[word],)
-        letters = "".join(self._bpe.byte_encoder[byte] for byte in word.encode("utf-8"))
-        return tuple(token.id for token in self._merge.tokenize(letters))
+        return tuple(token.id for token in self._merge.tokenize(self._letters(word)))
 
 
 class HFTokenizer:
