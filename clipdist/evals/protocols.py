@@ -51,6 +51,11 @@ PROTOCOLS = {
         RetrievalProtocol("coco-1k-folds", "coco", 5000, 5),
     )
 }
+CAPTION_PROTOCOLS = {  # of captioning: the same test images, every one of whose captions is a reference
+    "coco": PROTOCOLS["coco-5k"],
+    "flickr8k": PROTOCOLS["flickr8k-1k"],
+    "flickr30k": PROTOCOLS["flickr30k-1k"],
+}
 
 
 def read_test_names(path: Path, protocol: RetrievalProtocol) -> list[str]:
