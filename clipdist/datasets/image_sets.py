@@ -14,8 +14,8 @@ from PIL import Image
 
 from clipdist.data.index import IMAGE_KINDS
 from clipdist.datasets.cifar import LabelledImages, layout_of, read_cifar
-from clipdist.datasets.labelled import class_folders, images_below
-from clipdist.datasets.pair_lists import Pair
+from clipdist.datasets.labelled import class_folders, images_below, is_image
+from clipdist.datasets.pair_lists import Pair, Skip
 from clipdist.errors import UserError
 
 
@@ -29,6 +29,7 @@ class ImageSet:
         labels: a place in `classes` for each; None: there are no classes.
         captions: by class; empty: there are none.
         pixels: uint8 [n, 3, h, w]; None: they are files.
+        outside: images that are left out, since they lie in no class' folder.
     """
 
     source: Path
@@ -37,6 +38,7 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     captions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pixels: np.ndarray | None = None
+    outside: Sequence[str] = ()
 
     @property
     def holds_images(self) -> bool:
@@ -48,8 +50,9 @@ class ImageSet:
         """What is stored of a sample, for ShardPlan."""
         return ("file",) if self.labels is None else ("file", "captions", "cls")
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[Pair | Skip]:
         """Yield pairs; images that are no files as PNG."""
+        yield from (Skip(0, name, "outside of the classes' folders") for name in self.outside)
         order = sorted(range(len(self.files)), key=lambda place: _mixed(self.files[place]))
         for row, place in enumerate(order, start=1):
             data = None if self.pixels is None else _png(self.pixels[place])
@@ -71,7 +74,8 @@ def open_image_sets(path: Path, unlabelled: bool = False) -> dict[str, ImageSet]
     Raises:
         UserError: no such folder, no images, a name that is not UTF-8, or as read_cifar and class_folders.
     """
-    layout = None if unlabelled else layout_of(path)
+    may_be_cifar = path.is_dir() or {".tar", ".tgz"} & set(path.suffixes)
+    layout = layout_of(path) if may_be_cifar and not unlabelled else None
     if layout is not None:
         data = read_cifar(path, layout)
         parts = {"train": data.train, "test": data.test}
@@ -85,9 +89,8 @@ def open_image_sets(path: Path, unlabelled: bool = False) -> dict[str, ImageSet]
         splits = class_folders(path)
     except UserError as error:
         if path.is_dir() and images_below(path):
-            raise UserError(
-                f"{error}; tools/shard_images.py --unlabelled takes all pictures, without classes"
-            ) from None
+            hint = "tools/shard_images.py --unlabelled takes all pictures, without classes"
+            raise UserError(f"{error}; {hint}") from None
         raise
     classes = tuple(next(iter(splits.values())))  # of what is trained on, where there are two
     for name in classes:
@@ -112,7 +115,8 @@ def _of_arrays(path: Path, split: str, part: LabelledImages, classes: tuple[str,
 def _of_files(folder: Path, images: Mapping[str, Sequence[Path]], classes: tuple[str, ...]) -> ImageSet:
     places = {name: place for place, name in enumerate(classes)}
     found = [(str(file.relative_to(folder)), places[name]) for name, files in images.items() for file in files]
-    return ImageSet(folder, [file for file, _ in found], [label for _, label in found], classes)
+    outside = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and is_image(entry.name))
+    return ImageSet(folder, [file for file, _ in found], [label for _, label in found], classes, outside=outside)
 
 
 def _mixed(file: str) -> bytes:

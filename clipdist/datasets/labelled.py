@@ -174,12 +174,12 @@ def _images_by_class(folder: Path) -> dict[str, list[Path]]:
 
 def images_below(folder: Path) -> list[Path]:
     """Return the images of a folder at any depth, sorted."""
-    return sorted(
-        Path(here) / name
-        for here, _, names in walk(folder)
-        for name in names
-        if name.rpartition(".")[2].lower() in IMAGE_KINDS and not name.startswith(".")
-    )
+    return sorted(Path(here) / name for here, _, names in walk(folder) for name in names if is_image(name))
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file is an image by its name, and not hidden."""
+    return name.rpartition(".")[2].lower() in IMAGE_KINDS and not name.startswith(".")
 
 
 def _from_files(found: dict[str, list[Path]], classes: tuple[str, ...]) -> Split:

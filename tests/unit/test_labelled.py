@@ -294,7 +294,10 @@ def test_shards_of_labelled_images_have_their_classes_as_captions(
     write_classes(tmp_path / "pets" / "test", {"cat": 1})
     templates = tmp_path / "templates.txt"
     templates.write_text("a {}.\n" + ("the big {}.\n" if caption == "all" else ""))
+    (tmp_path / "pets" / "train" / "stray.jpg").write_bytes(b"")
     out = sharded(tmp_path / "pets", monkeypatch, "--templates", str(templates))
+    skipped = json.loads((out / "train" / "skipped.jsonl").read_text())
+    assert skipped == {"file": "stray.jpg", "reason": "outside of the classes' folders"}
     found = open_labelled(out)
     assert found.train is not None
     assert sorted(found.train.labels) == [0] * 5 + [1] * 3
@@ -322,7 +325,7 @@ def test_shards_of_labelled_images_have_their_classes_as_captions(
         ({}, "no folders with pictures"),
         (
             {"train": 1},
-            "holds train, but no test or val beside it; tools/shard_images.py --unlabelled takes all pictures",
+            "holds train, but no test or val beside it; tools/shard_images.py --unlabelled takes",
         ),
         (None, "pets: no such folder; expected folders DIR/CLASS"),
     ],
