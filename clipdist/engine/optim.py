@@ -65,10 +65,13 @@ def parameter_groups(
         held: by parameter name, how many optimiser steps leave it as it is.
 
     Raises:
+        ValueError: the model has no parameter of a name in `held`.
         UserError: see layers_behind.
     """
     behind = layers_behind(model) if cfg.layer_decay < 1 else {}
     held = held or {}
+    if unknown := held.keys() - dict(model.named_parameters()).keys():
+        raise ValueError(f"held: the model has no parameter {min(unknown)}")
     groups: dict[tuple[int, bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

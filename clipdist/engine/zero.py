@@ -116,7 +116,7 @@ class Zero:
         self._deepspeed.train(mode)
 
     def set_rates(self, lr: float, weight_decay: float | None = None) -> None:
-        """Set the learning rate of all parameter groups, `lr` times a group's own factor, and that of decay.
+        """Set the learning rate of all parameter groups, `lr` times a group's own factor, and the weight decay.
 
         Args:
             weight_decay: of the groups that decay; None: as it is.

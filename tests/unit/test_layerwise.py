@@ -77,6 +77,8 @@ def test_groups_are_told_apart_by_what_is_held() -> None:
     assert (held["held"], held["decays"]) == (7, True)
     assert sum(len(group["params"]) for group in groups) == len([*model.parameters()])
     assert all(group["decays"] == (group["weight_decay"] > 0) for group in groups)
+    with pytest.raises(ValueError, match=r"no parameter text\.last_layer$"):
+        parameter_groups(model, config.Optim(), held={"text.last_layer": 7})
     optimizer = make_optimizer(model, config.Optim(name="lars", beta1=0.7), cpu_offload=False)
     assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
 
