@@ -256,7 +256,8 @@ def test_configuration_needs_no_torch():
 
 def test_the_project_has_its_recipes():
     flickr8k = {f"flickr8k_{name}" for name in ("rn50", "rn10", "vit_tiny", "pretrained", "finetune_openai")}
-    assert flickr8k | {"tiny", "cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
+    images = {"simclr_rn50", "mocov2_rn50", "mocov3_vits16", "byol_rn50", "dino_vits16", "slip_vitb16"}
+    assert flickr8k | images | {"tiny", "cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
     assert ROOT / DEFAULT_RECIPE in RECIPES
 
 
@@ -270,7 +271,7 @@ def test_every_recipe_holds(path, monkeypatch):
     ranks = config.launch.nodes * config.launch.gpus
     assert config.train.global_batch % ranks == 0
     if not config.model.name.startswith("data/"):  # tools/prepare_pretrained.py makes it
-        assert resolve_spec(config.model).embed_dim > 0
+        assert resolve_spec(config.model, config.objectives.read_text).embed_dim > 0
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert "R@K" in " ".join(header)
 
