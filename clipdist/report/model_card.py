@@ -11,6 +11,8 @@ from clipdist.config import Config
 from clipdist.errors import UserError
 from clipdist.models.load import LoadedModel
 from clipdist.monitor.provenance import without_secrets
+from clipdist.objectives.describe import describe
+from clipdist.objectives.make import make_objectives
 from clipdist.report.history import Record, RunHistory, read_runs
 from clipdist.report.words import label_of, labelled_text
 
@@ -78,11 +80,15 @@ def _training(loaded: LoadedModel, config: Config | None) -> list[str]:
         else "what the model's description names, else weights as drawn"
     )
     batch = config.train.global_batch
-    seen = f", {loaded.step * batch:,} pairs seen" if loaded.step else ""
+    rows = "pairs" if config.objectives.read_text else "images"
+    seen = f", {loaded.step * batch:,} {rows} seen" if loaded.step else ""
+    objectives = make_objectives(config.objectives, loaded.model.spec.image_size)
+    told = (describe(objective).removeprefix("objectives.").partition(": ") for objective in objectives)
+    loss = f"{config.objectives.clip.loss}, " if config.objectives.clip else ""
     settings = [
         ("started from", start),
-        ("loss", config.objectives.clip.loss if config.objectives.clip else "-"),
-        ("steps", f"{loaded.step:,} of {batch:,} pairs{seen}"),
+        *((f"objective `{name}`", (loss if name == "clip" else "") + words) for name, _, words in told),
+        ("steps", f"{loaded.step:,} of {batch:,} {rows}{seen}"),
         ("peak learning rate", f"{config.optim.lr:g}"),
     ]
     return ["Training data, as the run's configuration names it:", "", *data, "", *_table(settings)]
