@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from clipdist.config import Config, to_dict
+from clipdist.config.checks import VIEWED
 from clipdist.storage import json_lines
 
 LAST = 20  # logged steps of a run that are used
@@ -16,6 +17,7 @@ LAST = 20  # logged steps of a run that are used
 SAME = (
     *("device", "model.name", "engine", "launch.nodes", "launch.gpus"),
     *("train.global_batch", "train.micro_batch", "train.precision", "train.stages"),
+    *("objectives.clip.weight", *(f"objectives.{name}" for name in VIEWED)),
 )
 
 

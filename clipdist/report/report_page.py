@@ -43,6 +43,7 @@ MOST_IMAGES = 12  # of a folder
 MOST_CLASSES = 50  # rows of a table in a tool's result; of more, the lowest and the highest
 
 SUMMARY = {
+    "objectives": "objectives",
     "step": "step",
     "samples": "samples seen",
     "seconds": "time",
@@ -104,11 +105,17 @@ def _own_heading(runs: Runs, run: RunHistory) -> list[Markup]:
 def _summary(runs: Runs) -> list[Markup]:
     figures = [run_figures(run) for run in runs]
     rows = [
-        (words, [duration_text(f[name]) if name == "seconds" else labelled_text(words, f[name]) for f in figures])
+        (words, [_figure_text(name, words, own[name]) for own in figures])
         for name, words in SUMMARY.items()
         if name not in RECALLS or any(run.reads_text for run in runs)
     ]
     return [_by_run(runs, rows) if len(runs) > 1 else parts.tiles([(words, row[0]) for words, row in rows])]
+
+
+def _figure_text(name: str, words: str, value: Any) -> str:
+    if name == "seconds":
+        return duration_text(value)
+    return ", ".join(value) or MISSING if name == "objectives" else labelled_text(words, value)
 
 
 def _how_to_read(runs: Runs) -> list[Markup]:

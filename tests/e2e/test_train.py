@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from dist.launch import train
 from pairs import draw_pair, write_pairs
 from PIL import Image
 
+from clipdist.report.history import read_runs
+from clipdist.report.report_page import report_page
 from tools import shard_images
 
 LOGGERS = Path(__file__).parents[1] / "loggers"
@@ -121,12 +124,24 @@ def test_a_folder_of_images_without_captions_is_trained_on(tmp_path):
     assert shard_images.main([str(tmp_path / "holidays"), "--out", str(tmp_path / "set"), "--processes", "1"]) == 0
     words = [f"data.train={tmp_path / 'set'}", f"run.root={tmp_path}", "data.val=", "train.steps=4"]
     words += ["objectives.clip=null", "objectives.simclr={head: [32, 16], temperature: 0.5}"]
+    words += ["objectives.moco={head: [32, 16], queue: 64, momentum: 0.9}"]
     ended = run("python", *words, "run.name=alone")
     assert ended.returncode == 0, ended.stderr
+    taught = "teacher that follows the weights, momentum 0.9, sees 1 view of 32 pixels; state queue 64 x 16"
+    told = ["objectives.simclr: 2 views of 32 pixels", f"objectives.moco: 1 view of 32 pixels; {taught}"]
+    assert "\n".join(told) in ended.stdout
+    assert "logit_scale" not in ended.stdout
     assert "data.train: 16 samples looked at: images are .png\n" in ended.stdout
     assert "4 steps of 16 images on" in ended.stdout
     steps = records(tmp_path / "alone", "train")
     assert [(record["valid"], record["loss"] > 0) for record in steps] == [(16, True)] * 4
+    for record in steps:
+        assert record["loss"] == pytest.approx(record["loss/simclr"] + record["loss/moco"], rel=1e-5)
+        assert record["teacher_momentum"] == 0.9
+    page = report_page(read_runs([tmp_path / "alone"]), datetime.now())
+    for words in [*told, "Terms of the loss", "Momentum of the teacher", "simclr, moco"]:
+        assert words in page
+    assert "Not recorded" not in page
 
 
 def test_bad_samples_are_masked_counted_and_named(tmp_path):
