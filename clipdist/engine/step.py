@@ -256,7 +256,7 @@ class Engine:
         with torch.no_grad(), statistics_frozen(self._statistics.norms):
             for micro, piece in enumerate(pieces if self._coupled else ()):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
-                cached.append(self._forward(piece, step))
+                cached.append(_select(self._forward(piece, step), self._features))
         outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
         outputs |= {name: master.clone().requires_grad_() for name, master in self.scalars.items()}
         del cached
@@ -469,6 +469,11 @@ def _not_finite(names: tuple[str, ...]) -> str:
     """Return the reason for skipping a step whose gradients of these parameters are not finite."""
     more = f" and of {len(names) - 4} more parameters" if len(names) > 4 else ""
     return f"the gradient is not finite: that of {', '.join(names[:4])}{more}"
+
+
+def _select(outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return these outputs alone, so that others, such as logits over prototypes, are freed."""
+    return {name: outputs[name] for name in names}
 
 
 def _sum(before: Term | None, term: Term) -> Term:
