@@ -170,7 +170,8 @@ class Trainer:
         if train.stages:
             allow_stages(model, self.plan.stages)
         prepare_model(model, self.objectives)
-        model.check_rows(train.micro_batch or train.global_batch // self.dist_env.world_size, smallest)
+        rows = train.micro_batch or train.global_batch // self.dist_env.world_size
+        model.check_rows(config.model.batchnorm_group or rows, smallest)
         if resume:
             load_trained(model, resume.folder, resume.manifest, config.data.retry_s)
         return model.to(self.dist_env.device)

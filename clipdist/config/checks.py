@@ -54,7 +54,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_run(config.run)
     _check_data(config.data, config.model, config.train)
-    _check_model(config.model)
+    _check_model(config.model, config.train)
     _check_objectives(config.objectives, config.data, config.model)
     _check_self_supervised(config.objectives, config.data, config.train)
     _check_train(config.train)
@@ -143,8 +143,13 @@ def check_augment(key: str, augment: Augment) -> None:
     _need(augment.size == 0 or augment.size >= 2, f"{key}.size", augment.size, "be 0 (the model's), or pixels a side")
 
 
-def _check_model(model: Model) -> None:
-    """Raise UserError for settings that would have no effect."""
+def _check_model(model: Model, train: Train) -> None:
+    """Raise UserError for settings that would have no effect, and for groups of BatchNorm that are no whole ones."""
+    group = model.batchnorm_group
+    _need(group == 0 or group >= 2, "model.batchnorm_group", group, "be 0, or at least 2 rows")
+    for key in ("global_batch", "micro_batch"):
+        rows = getattr(train, key)
+        _need(not group or rows % group == 0, "model.batchnorm_group", group, f"divide train.{key}={rows}")
     locked = model.lock_image or not model.image_unlocked_groups
     _need(locked, "model.image_unlocked_groups", model.image_unlocked_groups, "come with model.lock_image=true")
     locked = model.lock_text or not model.text_unlocked_layers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from clipdist.data.batch import Batch
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.engine.ema import Ema
 from clipdist.engine.zero import GATHERED, Zero
+from clipdist.models.grouped_norms import GroupedBatchNorm, interleaved, inverse
 from clipdist.models.norms import running_norms, statistics_of_views
 from clipdist.objectives.objective import TEACHER, Moment, TeacherSpec
 
@@ -29,15 +31,22 @@ class MovingTeacher:
     Args:
         module: a copy of the model for stages 0 to 2: see `copy_for_teacher`; None at stage 3.
         rows: of one forward pass.
+        group: model.batchnorm_group.
     """
 
-    def __init__(self, spec: TeacherSpec, zero: Zero, ema: Ema, module: nn.Module | None, rows: int) -> None:
+    def __init__(
+        self, spec: TeacherSpec, zero: Zero, ema: Ema, module: nn.Module | None, rows: int, group: int = 0
+    ) -> None:
         self.spec = spec
         self._zero, self._ema, self._rows = zero, ema, rows
+        self._group = group if spec.shuffled else 0
         self._module = module
         of = zero.module if module is None else module
         self._norms = [norm for norm in running_norms(of) if norm.training]  # not those of a locked tower
+        trained = {name: norm for name, norm in of.named_modules() if norm in self._norms}
+        self._grouped = {name: norm for name, norm in trained.items() if isinstance(norm, GroupedBatchNorm)}
         self._statistics: dict[str, Tensor] = {}  # running statistics after the last pass
+        self._moments: dict[str, Tensor] = {}  # of the groups of the last pass, by layer
         self.refresh()
 
     @torch.no_grad()
@@ -46,12 +55,26 @@ class MovingTeacher:
         found = []
         with self._running() as (module, forward):
             buffers, norms = dict(module.named_buffers()), self._norms if self.spec.training else []
-            with statistics_of_views(module, norms) if norms else nullcontext():
+            with statistics_of_views(module, norms) if norms else nullcontext(), self._summing_moments():
                 for piece in batch.split(self._rows):
-                    found.append(forward(teaching=True, **{view: piece.images[view] for view in self.spec.views}))
-            if norms:
+                    order = interleaved(len(piece), self._group) if self._group else torch.arange(len(piece))
+                    images = {view: piece.images[view][order] for view in self.spec.views}
+                    outputs = forward(teaching=True, **images)
+                    found.append({view: outputs[view][inverse(order)] for view in self.spec.views})
+            if norms and not self._grouped:
                 self._statistics = {name: buffers[name].float().clone() for name in self._ema.buffers}
         return {TEACHER + view: torch.cat([one[view] for one in found]) for view in self.spec.views}
+
+    @contextmanager
+    def _summing_moments(self) -> Iterator[None]:
+        """Let BatchNorm over groups sum its moments here, not where the student's are."""
+        norms: dict[str, Any] = self._grouped if self.spec.training else {}
+        own = {name: norm.moments for name, norm in norms.items()}
+        for norm in norms.values():
+            norm.moments = torch.zeros(3, norm.num_features, device=norm.running_mean.device)
+        yield
+        for name, norm in norms.items():
+            self._moments[name], norm.moments = norm.moments, own[name]
 
     @contextmanager
     def _running(self) -> Iterator[tuple[nn.Module, Forward]]:
@@ -84,16 +107,29 @@ class MovingTeacher:
     @torch.no_grad()
     def update(self, at: Moment) -> None:
         """Follow the weights after a step that the optimiser has taken. Collective."""
+        self._move_statistics()
+        self._ema.update(self.spec.momentum(at))
+        self.refresh()
+
+    def _move_statistics(self) -> None:
+        """Move running statistics of the teacher's own to those of the last pass. Collective."""
         world = rank_and_world()[1]
-        if self.spec.training and self._statistics:
+        if self._statistics:
             flat = torch.cat([value.view(-1) for value in self._statistics.values()])
             mean = all_reduce_sum(flat) / world if world > 1 else flat
             for (name, value), part in zip(
                 self._statistics.items(), mean.split([value.numel() for value in self._statistics.values()])
             ):
                 self._ema.buffers[name].copy_(part.view_as(value))
-        self._ema.update(self.spec.momentum(at))
-        self.refresh()
+        if self._moments:
+            totals = all_reduce_sum(torch.cat([table.flatten() for table in self._moments.values()]))
+            sizes = [table.numel() for table in self._moments.values()]
+            for (name, norm), total in zip(self._grouped.items(), totals.split(sizes)):
+                mean, var, groups = total.view(3, -1)
+                for moment, new in (("running_mean", mean), ("running_var", var)):
+                    running = self._ema.buffers[f"{name}.{moment}"]
+                    moved = running.lerp(new / groups, norm.momentum or 0.1)
+                    running.copy_(torch.where(groups > 0, moved, running))  # a predictor is not the teacher's
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -30,6 +30,7 @@ from clipdist.losses.global_batch import NonFiniteFeatures
 from clipdist.models.compiled import uncompiled
 from clipdist.models.dual_encoder import HIDDEN
 from clipdist.models.norms import RunningStatistics, statistics_frozen, statistics_of_views
+from clipdist.models.towers import group_batchnorm
 from clipdist.objectives.objective import Given, Moment, Objective, Term
 from clipdist.objectives.teacher import Teacher
 
@@ -135,6 +136,9 @@ class Engine:
         self.skip_nonfinite = config.guard.nonfinite == "skip"
         self.optim = config.optim
         self.micro_batch = config.train.micro_batch or config.train.global_batch // dist_env.world_size
+        group = config.model.batchnorm_group
+        if group:
+            group_batchnorm(model, group)
         spec = next((objective.teacher for objective in objectives if objective.teacher), None)
         copied = None
         if spec and config.engine.zero_stage < 3:
@@ -157,7 +161,7 @@ class Engine:
         self.ema = Ema(self.zero, not (spec and spec.training)) if self._momentum or spec else None
         self.moving_teacher: MovingTeacher | None = None
         if spec and self.ema:
-            self.moving_teacher = MovingTeacher(spec, self.zero, self.ema, copied, self.micro_batch)
+            self.moving_teacher = MovingTeacher(spec, self.zero, self.ema, copied, self.micro_batch, group)
 
     def train_step(
         self,

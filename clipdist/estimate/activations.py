@@ -226,7 +226,9 @@ def measure(config: Config, model: DualEncoder, batch: int, precision: str) -> A
         UserError: BatchNorm cannot be trained with so few rows.
     """
     stages = stages_of(config, model.spec)
-    model.check_rows(batch, min(stage.image_size for stage in stages))
+    group = config.model.batchnorm_group
+    model.check_rows(group or batch, min(stage.image_size for stage in stages))
+    batch = max(batch, 2) if group else batch  # of a group that spans ranks one pair may be here
     whole = next(iter(plan_stages([], 1, model.spec.image_size, model.spec.context_length)))
     shapes = {replace(stage, first=0) for stage in stages}
     found = [

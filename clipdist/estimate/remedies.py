@@ -38,7 +38,7 @@ def micro_batches(config: Config, world: int) -> list[Remedy]:
     return [
         (replace(config, train=replace(config.train, micro_batch=size)), [f"train.micro_batch={size}"])
         for size in range(now - 1, 0, -1)
-        if share % size == 0
+        if share % size == 0 and size % (config.model.batchnorm_group or 1) == 0
     ]
 
 
@@ -78,8 +78,11 @@ def nodes(config: Config, world: int) -> list[Remedy]:
     batch, micro = config.train.global_batch, config.train.micro_batch
     while count <= MOST_NODES and batch % (per_node * count) == 0:
         words, train = [f"launch.nodes={count}"], config.train
-        if micro and batch // (per_node * count) % micro:
+        share, group = batch // (per_node * count), config.model.batchnorm_group or 1
+        if micro and share % micro:
             words, train = [*words, "train.micro_batch=0"], replace(train, micro_batch=0)
+        if share % group and group % share:
+            break
         found.append((replace(config, launch=replace(config.launch, nodes=count), train=train), words))
         count *= 2
     return found

@@ -80,7 +80,7 @@ class Audit:
         model = build_model(cfg.model, cfg.objectives.clip, with_text=cfg.objectives.read_text)
         objectives = make_objectives(cfg.objectives, model.spec.image_size)
         prepare_model(model, objectives)
-        model.check_rows(self.micro)
+        model.check_rows(cfg.model.batchnorm_group or self.micro)
         self.spec = model.spec
         if cfg.train.stages:
             stages = plan_stages(cfg.train.stages, 1 << 40, self.spec.image_size, self.spec.context_length)
@@ -198,7 +198,12 @@ class Audit:
         if world == 1:
             notes.append("one rank: nothing is distributed; --ranks N audits more")
         norms = [module for module in self.reference.model.modules() if isinstance(module, _BatchNorm)]
-        if any(module.training for module in norms) and m < batch:
+        if group := self.cfg.model.batchnorm_group:
+            notes.append(
+                f"BatchNorm normalises over groups of {group} rows of the global batch, whatever the ranks and"
+                " micro-batches; the reference runs the image tower on each by itself"
+            )
+        elif any(module.training for module in norms) and m < batch:
             notes.append(
                 f"BatchNorm normalises over a rank's micro-batch (m={m} of {batch} batch), and so does the reference;"
                 " its running statistics are averaged over ranks"

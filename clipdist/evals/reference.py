@@ -1,9 +1,10 @@
 """Compute the reference loss and gradients of the audit: one process on the whole global batch.
 
 It runs every rank's micro-batches from the same weights, with their random state and BatchNorm grouping, concatenates
-the outputs, and applies the dense formulas of clipdist.evals.reference_losses in float64. The towers run in the
+the outputs, and applies the dense formulas of clipdist.evals.reference_losses in float64. With model.batchnorm_group it
+runs the image tower on each group by itself, which depends on neither ranks nor micro-batches. The towers run in the
 precision of the training: the audit measures errors of the distribution and the loss, not the rounding inside a tower.
-It shares no code with clipdist/losses.
+It shares no code with clipdist/losses, nor with clipdist/models/grouped_norms.py.
 
 Shapes: B rows of the global batch, b = B / W rows of a rank, m rows of a micro-batch, D features.
 """
@@ -26,6 +27,7 @@ from clipdist.config import Config
 from clipdist.data.batch import IMAGE, Batch
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
+from clipdist.errors import UserError
 from clipdist.evals.reference_losses import FORMULAS, STATES
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.objectives.objective import Moment, Objective, TeacherSpec
@@ -73,14 +75,18 @@ class Reference:
         moving: TeacherSpec | None = None,
     ) -> None:
         self.seed, self.world, self.device, self.dtype = cfg.train.seed, dist_env.world_size, dist_env.device, dtype
-        self.objectives, self.teacher = cfg.objectives, teacher
+        self.objectives, self.teacher, self.group = cfg.objectives, teacher, cfg.model.batchnorm_group
         self.scalars = {
             name: parameter.detach().to(self.device).clone()
             for name, parameter in model.named_parameters()
             if name in model.scalars
         }
         self.model = model.to(self.device).to(dtype).train()
-        self.moving = _Moving(self.model, moving) if moving else None
+        for norm in self.model.modules():
+            if self.group and isinstance(norm, nn.BatchNorm2d):  # torch's CPU kernel for channels_last sums inexactly
+                norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+                norm.register_forward_hook(lambda _, __, out: out.contiguous(memory_format=torch.channels_last))
+        self.moving = _Moving(self.model, moving, self.group) if moving else None
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.state_after: dict[str, torch.Tensor] = {}
         self.drawn_by: list[Objective] = []
@@ -110,13 +116,14 @@ class Reference:
             step: from 0; determines dropout.
             micro: m, rows of one forward pass.
             scale: the loss scale of feature gradients in the towers (fp16).
-            clip: the only objective; None: those that are configured.
+            clip: the only objective, of code without groups of BatchNorm; None: those that are configured.
 
         Returns:
             the reference, and the result of the dense formula in fp32 if the loss is below LOW_LOSS.
 
         Raises:
             RuntimeError: the model draws random numbers outside torch's generators.
+            UserError: BatchNorm has groups, and the image tower draws random numbers, those of a micro-batch at once.
         """
         cfg = config.Objectives(clip=clip) if clip else self.objectives
         constants, at = self._constants(batch, micro), Moment(step, STEPS)
@@ -125,18 +132,20 @@ class Reference:
             if (section := getattr(cfg, name)) is not None:
                 cast = {key: value.double() if value.is_floating_point() else value for key, value in constants.items()}
                 self.state_after |= {f"{name}/{key}": value for key, value in formula(section, cast, batch).items()}
+        passes = [*self._passes(batch, micro, 0 if clip else self.group)]
         with torch.no_grad(), _statistics_updated_once(self.model):
-            cached = [self._outputs(batch, step, where) for where in self._micro_batches(batch, micro)]
+            cached = [self._outputs(batch, step, one) for one in passes]
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        outputs = {name: torch.cat([one[name] for one in cached]) for name in cached[0]}
+        names = dict.fromkeys(name for one in cached for name in one)
+        outputs = {name: torch.cat([one[name] for one in cached if name in one]) for name in names}
         terms = [self._terms(cfg, outputs, constants, batch, at, torch.float64)]
         if self.dtype == torch.float32 and terms[0].loss <= LOW_LOSS:
             terms.append(self._terms(cfg, outputs, constants, batch, at, torch.float32))
-        for where, before in zip(self._micro_batches(batch, micro), cached):
-            again = self._outputs(batch, step, where)
+        for one, before in zip(passes, cached):
+            again = self._outputs(batch, step, one)
             _check_replay(again, before)
             for each in terms:
-                self._through_model(each, again, where[2], scale)
+                self._through_model(each, again, one.rows, scale)
         self.load_buffers(buffers)  # the second pass has updated the running statistics again
         measured = [LossAndGradients(each.loss, each.gradients) for each in terms]
         return measured[0], (measured[1] if len(measured) > 1 else None)
@@ -146,8 +155,7 @@ class Reference:
         """Return what the teachers give for the global batch, and the objectives' state by OBJECTIVE/NAME."""
         taught = self.teacher(batch.to(self.device)) if self.teacher else {}
         if self.moving:
-            pieces = [batch.rows(rows.start, rows.stop) for _, _, rows in self._micro_batches(batch, micro)]
-            taught |= self.moving([piece.to(self.device) for piece in pieces])
+            taught |= self.moving(batch.to(self.device), self.group or micro)
         state = {f"{objective}/{name}": value for objective, own in self.state.items() for name, value in own.items()}
         return taught | state
 
@@ -163,23 +171,37 @@ class Reference:
         self.model.train()
         return concatenate_normalised(found)
 
-    def _micro_batches(self, batch: Batch, micro: int) -> Iterator[tuple[int, int, slice]]:
-        """Iterate over (rank, number of the micro-batch, rows) of all forward passes, in the order of the batch."""
+    def _passes(self, batch: Batch, micro: int, group: int) -> Iterator[_Pass]:
+        """Iterate over all forward passes in the order of the batch: micro-batches; groups, of images alone."""
         share = len(batch) // self.world
         for rank in range(self.world):
             for k in range(share // micro):
                 start = rank * share + k * micro
-                yield rank, k, slice(start, start + micro)
+                yield _Pass(slice(start, start + micro), IMAGE if group else "", rank, k)
+        for start in range(0, len(batch) if group else 0, group or 1):
+            yield _Pass(slice(start, start + group), "tokens")
 
-    def _outputs(self, batch: Batch, step: int, where: tuple[int, int, slice]) -> dict[str, torch.Tensor]:
-        """Return the model's outputs [m, ...] of one of _micro_batches, with that rank's random state."""
-        rank, k, rows = where
-        seed_step(self.seed, step, rank, k)
+    def _outputs(self, batch: Batch, step: int, one: _Pass) -> dict[str, torch.Tensor]:
+        """Return the model's outputs [m, ...] of one of _passes, with that rank's random state."""
+        seed_step(self.seed, step, one.rank, one.micro)
         before = _random_state(self.device)
-        own = batch.rows(rows.start, rows.stop).to(self.device)
+        own = batch.rows(one.rows.start, one.rows.stop).to(self.device)
+        inputs: dict[str, Any] = own.inputs(self.taught_alone)
+        if one.without == "tokens":
+            inputs.pop("tokens", None)
+        elif one.without:
+            inputs = {"tokens": inputs["tokens"]} if "tokens" in inputs else {}
+        if not inputs:
+            return {}
         noise = {name: drawn for each in self.drawn_by for name, drawn in each.noise(own, Moment(step, STEPS)).items()}
-        outputs = self.model(**own.inputs(self.taught_alone), noise=noise)
-        self.draws_random_numbers = self.draws_random_numbers or not torch.equal(before, _random_state(self.device))
+        outputs = self.model(**inputs, noise=noise)
+        drawn = not torch.equal(before, _random_state(self.device))
+        if drawn and one.without == "tokens":
+            raise UserError(
+                f"model.batchnorm_group={self.group}: the image tower draws random numbers (dropout, drop path), for a"
+                " micro-batch at once: the audit cannot draw them for a group; set them to 0 in the model JSON"
+            )
+        self.draws_random_numbers = self.draws_random_numbers or drawn
         return {name: output for name, output in outputs.items() if name not in self.scalars}
 
     def _terms(
@@ -235,23 +257,35 @@ class _Moving:
 
     Args:
         model: of the student, whose weights it starts from.
+        group: model.batchnorm_group.
     """
 
-    def __init__(self, model: DualEncoder, spec: TeacherSpec) -> None:
-        self.spec = spec
+    def __init__(self, model: DualEncoder, spec: TeacherSpec, group: int) -> None:
+        self.spec, self.group = spec, group
         norms = [name for name, norm in model.named_modules() if isinstance(norm, _NormBase) and norm.training]
         self.model = copy.deepcopy(model).eval()
         for name in norms if spec.training else ():
             self.model.get_submodule(name).train()
         self.weights = {name: p.detach().double().view(-1).clone() for name, p in model.named_parameters()}
 
-    def __call__(self, pieces: list[Batch]) -> dict[str, torch.Tensor]:
-        """Return its outputs for the micro-batches of the global batch."""
+    def __call__(self, batch: Batch, rows: int) -> dict[str, torch.Tensor]:
+        """Return its outputs for the global batch, so many rows at once."""
+        order = torch.arange(len(batch))
+        if self.spec.shuffled and self.group:  # in each block of two groups: even places, then odd ones
+            blocks = order.view(-1, 2 * self.group)
+            order = torch.cat([torch.cat([block[::2], block[1::2]]) for block in blocks])
+        images = {view: batch.images[view][order] for view in self.spec.views}
         with _statistics_updated_once(self.model):
             found = [
-                self.model(teaching=True, **{view: piece.images[view] for view in self.spec.views}) for piece in pieces
+                self.model(teaching=True, **{view: image[start : start + rows] for view, image in images.items()})
+                for start in range(0, len(batch), rows)
             ]
-        return {f"teacher/{view}": torch.cat([one[view] for one in found]) for view in self.spec.views}
+        taught = {}
+        for view in self.spec.views:
+            outputs = torch.cat([one[view] for one in found])
+            taught[f"teacher/{view}"] = torch.empty_like(outputs)
+            taught[f"teacher/{view}"][order] = outputs
+        return taught
 
     @torch.no_grad()
     def update(self, weights: dict[str, torch.Tensor], at: Moment) -> dict[str, torch.Tensor]:
@@ -326,6 +360,16 @@ class _Terms:
     loss: float
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass: rows of the global batch, the input that is left out, and whose random state it has."""
+
+    rows: slice
+    without: str
+    rank: int = 0
+    micro: int = 0
 
 
 def _check_replay(outputs: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:

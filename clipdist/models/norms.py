@@ -1,7 +1,8 @@
 """Control when BatchNorm's running statistics are updated.
 
 Activation checkpointing and micro-batches run a forward pass twice: only one of them may update the statistics. With
-micro-batches, or several views of an image, they are updated once per step, by the mean over all of these.
+micro-batches, or several views of an image, they are updated once per step, by the mean over all of these; with groups
+of BatchNorm (clipdist.models.grouped_norms) by the mean over all groups of the global batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.models.grouped_norms import GroupedBatchNorm
 
 
 def running_norms(module: nn.Module) -> list[_NormBase]:
@@ -34,17 +36,24 @@ class RunningStatistics:
 
     def __init__(self, module: nn.Module) -> None:
         self.norms = running_norms(module)
-        moments = [(norm.running_mean, norm.running_var) for norm in self.norms]
+        self._grouped: list[Any] = [norm for norm in self.norms if isinstance(norm, GroupedBatchNorm)]
+        others = [norm for norm in self.norms if not isinstance(norm, GroupedBatchNorm)]
+        moments = [(norm.running_mean, norm.running_var) for norm in others]
         self._moments = [buffer for pair in moments for buffer in pair if buffer is not None]
-        counts = [norm.num_batches_tracked for norm in self.norms if norm.num_batches_tracked is not None]
+        counts = [norm.num_batches_tracked for norm in others if norm.num_batches_tracked is not None]
         self._buffers = [*self._moments, *counts]
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
     @torch.no_grad()
     def save(self) -> None:
-        """Save the statistics before the forward pass, which updates them even if the step is skipped later."""
+        """Save the statistics before the forward pass, which updates them even if the step is skipped later.
+
+        Those over groups are not updated there: their sums begin anew.
+        """
         if self._buffers:
             torch._foreach_copy_(self._before, self._buffers)
+        for norm in self._grouped:
+            norm.moments = torch.zeros(3, norm.num_features, device=norm.running_mean.device)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -54,13 +63,31 @@ class RunningStatistics:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Average the statistics over ranks, each of which normalises over its own rows. Collective."""
+        """Average the statistics over ranks, each of which normalises over its own rows. Collective.
+
+        Those over groups move by the mean over all groups of the step, the same for any number of ranks.
+        """
+        self._move_grouped()
         world = rank_and_world()[1]
-        if not self.norms or world == 1:
+        if not self._moments or world == 1:
             return
         mean = all_reduce_sum(torch.cat([buffer.float().view(-1) for buffer in self._moments])) / world
         for buffer, part in zip(self._moments, mean.split([buffer.numel() for buffer in self._moments])):
             buffer.copy_(part.view_as(buffer))
+
+    def _move_grouped(self) -> None:
+        """Move the statistics of grouped layers once; those of a layer that the step did not use stay."""
+        if not self._grouped:
+            return
+        tables = [norm.moments.flatten() for norm in self._grouped]
+        totals = all_reduce_sum(torch.cat(tables)).split([len(table) for table in tables])
+        for norm, total in zip(self._grouped, totals):
+            mean, var, groups = total.view(3, -1)
+            used = groups > 0
+            norm.num_batches_tracked += used[0]
+            share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            for running, new in ((norm.running_mean, mean), (norm.running_var, var)):
+                running.copy_(torch.where(used, running.lerp(new / groups, share), running))
 
 
 @contextmanager
@@ -83,7 +110,8 @@ def statistics_updated_once(norms: list[_NormBase]) -> Iterator[Callable[[Collec
     Yields:
         a function to call after each pass, with the layers that it has run.
     """
-    active = [norm for norm in norms if norm.training]  # not those of a locked tower
+    # Not those of a locked tower, nor grouped ones, which sum their moments by themselves.
+    active = [norm for norm in norms if norm.training and not isinstance(norm, GroupedBatchNorm)]
     moments = {norm: [m for m in (norm.running_mean, norm.running_var) if m is not None] for norm in active}
     before = {norm: [moment.clone() for moment in own] for norm, own in moments.items()}
     sums = {norm: [torch.zeros_like(moment) for moment in own] for norm, own in moments.items()}

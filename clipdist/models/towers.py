@@ -1,4 +1,4 @@
-"""Change a whole tower in place: freeze it (LiT), checkpoint its activations, keep BatchNorm's statistics in fp32."""
+"""Change a whole tower in place: freeze it (LiT), checkpoint its activations, BatchNorm in fp32 and over groups."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clipdist.errors import UserError
+from clipdist.models.grouped_norms import GroupedBatchNorm, Groups
 from clipdist.models.norms import running_norms, statistics_frozen
 
 
@@ -186,7 +187,7 @@ def keep_statistics_fp32(tower: nn.Module) -> None:
     In bf16 a running mean is no longer updated once a batch is within 2 % of it. In fp32 results are bit-identical.
     """
     for module in tower.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, Fp32Statistics):
             mix_in(Fp32Statistics, module)
 
 
@@ -212,6 +213,29 @@ class Fp32Statistics(nn.Module):
         with buffers_keep_dtype([(self, "running_mean"), (self, "running_var")]):
             super()._apply(fn, recurse)
         return self
+
+
+def group_batchnorm(model: nn.Module, size: int) -> None:
+    """Let BatchNorm in training normalise over groups of `size` consecutive rows of the global batch, in place.
+
+    Running statistics then move where RunningStatistics of the model is asked to average them, and nowhere else.
+
+    Args:
+        model: takes its inputs by name, each with one row for a pair of this rank.
+        size: model.batchnorm_group; it fits ranks and micro-batches, see clipdist.config.batches.check_ranks.
+
+    Raises:
+        UserError: no BatchNorm trains.
+    """
+    groups = Groups(size)
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not any(layer.training for layer in layers):
+        raise UserError(f"model.batchnorm_group={size}: the model trains no BatchNorm; set it to 0")
+    keep_statistics_fp32(model)  # of heads, too
+    for layer in layers:
+        mix_in(GroupedBatchNorm, layer)
+        layer.groups = groups  # type: ignore[assignment]
+    model.register_forward_pre_hook(groups.begin, with_kwargs=True)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class MocoObjective(Objective):
         self.additive = bool(cfg.queue)
         self.taught_alone = self.names[1:] if cfg.queue else ()
         self.features = () if cfg.queue else self.names
-        self.teacher = TeacherSpec(self.names[1:] if cfg.queue else self.names, self.momentum, training=True)
+        taught = self.names[1:] if cfg.queue else self.names
+        self.teacher = TeacherSpec(taught, self.momentum, training=True, shuffled=bool(cfg.queue))
 
     def momentum(self, at: Moment) -> float:
         """Return the constant of MoCo v1 and v2, or v3's, which rises to 1."""

@@ -73,11 +73,14 @@ class TeacherSpec:
         momentum: m of a step; the teacher becomes m teacher + (1 - m) weights.
         training: BatchNorm normalises by the batch and has running statistics of its own; False: it normalises by
             running statistics, which are averaged as the weights are. All else is in evaluation mode.
+        shuffled: with model.batchnorm_group a row's group is another than the model's; see
+            clipdist.models.grouped_norms.interleaved.
     """
 
     views: tuple[str, ...]
     momentum: Callable[[Moment], float]
     training: bool = False
+    shuffled: bool = False
 
 
 class Objective:

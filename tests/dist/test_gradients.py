@@ -58,6 +58,7 @@ def cell(
     part: dict[str, Any] | None = None,
     compiled: str = "",
     beside: dict[str, Any] | None = None,
+    group: int = 0,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it.
 
@@ -67,11 +68,12 @@ def cell(
         part: a stage of train.stages, without its share: smaller images, shorter texts, fewer patches.
         beside: further sections of objectives, by name.
         compiled: the backend of torch.compile; "": engine.compile=false.
+        group: model.batchnorm_group.
     """
     stages = [{"share": 1, **part}] if part else []
     clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
     config = {
-        "model": {"name": model, **({"lora": {"rank": 2}} if lora else {})},
+        "model": {"name": model, "batchnorm_group": group, **({"lora": {"rank": 2}} if lora else {})},
         "objectives": {
             **({} if alone else {"clip": {**clip, **({"weight": 0.5} if distill else {})}}),
             **({"distill": {"target": distill, "weight": 2.0}} if distill else {}),
@@ -89,7 +91,7 @@ def cell(
     }
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
     taught += f" {'+'.join(beside)}{' alone' if alone else ''}" if beside else ""
-    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled}"
+    more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled} G={group}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     taught_by = teacher if distill else ""
     return {
@@ -123,6 +125,9 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
             rows = micro if number % 2 else half - micro
             cells += [cell(stage=stage, micro=rows, alone=number > 0, beside=beside, steps=2)]
         cells += [cell(stage=stage, micro=half - micro, model=RESNET, beside=BYOL, steps=2)]
+    cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
+    if world < 4:  # keys are shuffled between pairs of groups
+        cells += [cell(stage=stage, model=RESNET, beside=MOCO, steps=2, alone=True, group=4) for stage in (1, 3)]
     return cells
 
 
@@ -144,7 +149,7 @@ def exact_cells(world: int) -> list[dict[str, Any]]:
     cells += [cell(model=LSTM, stage=stage, micro=micro) for stage, micro in in_turn(world, share // 4)]
     cells += [cell(stage=stage, micro=micro, part=FEWER) for stage, micro in ((1, 0), (2, share // 2), (3, share // 4))]
     cells += [cell(model=NAFLEX, stage=stage, micro=micro) for stage, micro in ((1, 0), (3, share // 2))]
-    cells += distill_cells(world)
+    cells += distill_cells(world) + group_cells(world)
     cells += self_supervised_cells(world)
     if world == 2:
         # Two steps of LoRA: in the first the half of an adapter has no gradient, for the other half is 0.
@@ -172,6 +177,24 @@ def compiled_cells() -> list[dict[str, Any]]:
     cells += [traced(stage=0), traced(stage=1, micro=2, steps=2, lora=True), traced(precision="fp16", micro=2)]
     cells += [traced(stage=1, micro=4, steps=2, alone=True, beside=DINO)]
     return [*cells, traced(model=RESNET, micro=4, steps=2), traced(model=LSTM, micro=2)]
+
+
+def group_cells(world: int) -> list[dict[str, Any]]:
+    """BatchNorm over groups: parts of a forward pass, whole ones, and those of several ranks; two steps."""
+    grouped, half = partial(cell, model=RESNET, steps=2), BATCH // world // 2
+    cells = [grouped(stage=1, group=4), grouped(stage=3, group=16)]
+    if world < 4 or ALL:  # of two values a channel, in the last layer, little but rounding is left
+        cells += [grouped(micro=half, group=min(4, half))]
+    if world == 2:
+        cells += [grouped(compiled="aot_eager", group=16)]  # recomputed activations add to no statistics
+    if world == 4:  # two ranks a group; a rank without a valid row
+        cells += [grouped(group=8), grouped(group=16) | {"only_valid": [0, 5, 11], "label": "few valid rows fp32 G=16"}]
+    if ALL:
+        cells += [grouped(stage=0, precision="bf16", group=16)]
+        cells += [grouped(model=TIMM, micro=half, group=2, precision="bf16")]
+        cells += [grouped(model=TIMM, stage=0, group=16), grouped(model=TIMM, micro=half, group=half)]
+        cells += [grouped(compiled="aot_eager", micro=half, group=2), grouped(precision="fp16", group=4)]
+    return cells
 
 
 def in_turn(world: int, micro: int) -> list[tuple[int, int]]:
