@@ -183,17 +183,16 @@ def group_cells(world: int) -> list[dict[str, Any]]:
     """BatchNorm over groups: parts of a forward pass, whole ones, and those of several ranks; two steps."""
     grouped, half = partial(cell, model=RESNET, steps=2), BATCH // world // 2
     cells = [grouped(stage=1, group=4), grouped(stage=3, group=16)]
-    if world < 4 or ALL:  # of two values a channel, in the last layer, little but rounding is left
+    if world < 4:  # of two values a channel, in the last layer, little but rounding is left
         cells += [grouped(micro=half, group=min(4, half))]
     if world == 2:
         cells += [grouped(compiled="aot_eager", group=16)]  # recomputed activations add to no statistics
+        cells += [grouped(model=TIMM, micro=half, group=2, precision="bf16")]
     if world == 4:  # two ranks a group; a rank without a valid row
         cells += [grouped(group=8), grouped(group=16) | {"only_valid": [0, 5, 11], "label": "few valid rows fp32 G=16"}]
-    if ALL:
-        cells += [grouped(stage=0, precision="bf16", group=16)]
-        cells += [grouped(model=TIMM, micro=half, group=2, precision="bf16")]
-        cells += [grouped(model=TIMM, stage=0, group=16), grouped(model=TIMM, micro=half, group=half)]
-        cells += [grouped(compiled="aot_eager", micro=half, group=2), grouped(precision="fp16", group=4)]
+    if ALL and world == 2:
+        cells += [grouped(model=TIMM, micro=half, group=half), grouped(precision="fp16", group=4)]
+        cells += [grouped(compiled="aot_eager", micro=half, group=2)]
     return cells
 
 
