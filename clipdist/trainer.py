@@ -23,11 +23,12 @@ from clipdist.config import Config, to_dict
 from clipdist.config.stages import PlannedStage, stage_number
 from clipdist.data.augment import View
 from clipdist.data.batch import Batch
-from clipdist.data.loader import Interrupted, image_view, open_loader
+from clipdist.data.loader import Interrupted, open_loader
 from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.order import next_position
 from clipdist.data.stages import BatchStage
 from clipdist.data.tokens import make_tokenizer
+from clipdist.data.views import image_view
 from clipdist.distributed.consensus import Consensus, Flags
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate, weight_decay

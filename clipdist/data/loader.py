@@ -23,7 +23,6 @@ from clipdist import config
 from clipdist.data.augment import (
     UNIFORMS,
     VIEW_UNIFORMS,
-    Augmentation,
     View,
     apply_colour,
     colour_parameters,
@@ -31,18 +30,16 @@ from clipdist.data.augment import (
     filter_uniforms,
 )
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.batch import CAPTION, IMAGE, MODALITIES, Batch
+from clipdist.data.batch import CAPTION, MODALITIES, Batch
 from clipdist.data.catalog import Catalog
 from clipdist.data.fetch import safe_name
 from clipdist.data.locked_features import LockedFeatures
-from clipdist.data.native_view import NativeView
 from clipdist.data.order import Draws, Order, OrderKey, mix, next_position, sample_uniforms
 from clipdist.data.prefetch import Prefetcher, check_cache, shards_at_once
 from clipdist.data.reader import Reader, StoredSample, open_reader
 from clipdist.data.stages import BatchStage, kept_patches
 from clipdist.data.texts import SeveralTexts, Text, Texts
 from clipdist.data.tokens import Tokenizer
-from clipdist.data.transform import EvalTransform, NativeAspect
 from clipdist.data.workers import Workers
 from clipdist.distributed.node import cores_of_rank
 from clipdist.errors import Fault
@@ -417,49 +414,6 @@ def _references(arrays: list[np.ndarray]) -> list[int]:
 _UNUSED = _references([np.empty(0)])[
     0
 ]  # the count of an array that only a list references; depends on Python's version
-
-
-def image_view(cfg: config.Data, size: int, transform: EvalTransform | None = None) -> View:
-    """Return the view that CLIP trains on, `size` pixels a side.
-
-    Args:
-        transform: the model's in evaluation. Of one that squashes whole images, crops keep their aspect ratio; of
-            NativeAspect they are shown at it, whatever `size`.
-    """
-    brightness, contrast, saturation, hue = cfg.jitter or (0.0, 0.0, 0.0, 0.0)
-    augmentation = Augmentation(
-        crop_scale_min=cfg.crop_scale_min,
-        dct_scaling=cfg.dct_scaling,
-        flip=cfg.flip,
-        jitter=(brightness, contrast, saturation, hue),
-        jitter_probability=cfg.jitter_probability,
-        grayscale=cfg.grayscale,
-    )
-    if isinstance(transform, NativeAspect):
-        return NativeView(IMAGE, size, augmentation, own_aspect=True, transform=transform)
-    squashed = transform is not None and transform.resize_mode == "squash"
-    return View(IMAGE, size, augmentation, own_aspect=squashed)
-
-
-def view_of(name: str, augment: config.Augment, model_size: int) -> View:
-    """Return a view as a recipe describes it.
-
-    Args:
-        model_size: pixels a side where the description has none.
-    """
-    brightness, contrast, saturation, hue = augment.jitter or (0.0, 0.0, 0.0, 0.0)
-    crop_scale_min, crop_scale_max = augment.crop_scale
-    augmentation = Augmentation(
-        crop_scale_min=crop_scale_min,
-        crop_scale_max=crop_scale_max,
-        flip=augment.flip,
-        jitter=(brightness, contrast, saturation, hue),
-        jitter_probability=augment.jitter_probability,
-        grayscale=augment.grayscale,
-        blur=augment.blur,
-        solarise=augment.solarise,
-    )
-    return View(name, augment.size or model_size, augmentation)
 
 
 def default_threads() -> int:

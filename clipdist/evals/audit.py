@@ -355,9 +355,10 @@ class ShardBatches:
     """Training batches, read by the loader: every rank reads its rows, then they are gathered."""
 
     def __init__(self, cfg: Config, spec: ModelSpec, dist_env: DistEnv, catalog: Catalog) -> None:
-        from clipdist.data.loader import image_view, open_loader
+        from clipdist.data.loader import open_loader
         from clipdist.data.order import first_order
         from clipdist.data.tokens import make_tokenizer
+        from clipdist.data.views import image_view
 
         self.note = f"training batches of {', '.join(cfg.data.train)}"
         self.device = dist_env.device

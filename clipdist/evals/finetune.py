@@ -22,8 +22,8 @@ from tqdm import tqdm
 from clipdist.config import Data
 from clipdist.data.augment import UNIFORMS, random_crop
 from clipdist.data.decode import resize
-from clipdist.data.loader import image_view
 from clipdist.data.transform import EvalTransform, NativeAspect
+from clipdist.data.views import image_view
 from clipdist.datasets.labelled import LabelledSet, Split
 from clipdist.errors import Fault, UserError
 from clipdist.evals.decode_ahead import decode_ahead

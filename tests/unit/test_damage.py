@@ -30,10 +30,11 @@ from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.decode import decode_pixels
 from clipdist.data.index import index_from_bytes, index_path, load_index
-from clipdist.data.loader import Batch, Loader, image_view, open_loader
+from clipdist.data.loader import Batch, Loader, open_loader
 from clipdist.data.order import OrderKey, sample_uniforms
 from clipdist.data.reader import Reader
 from clipdist.data.tokens import BPETokenizer, token_kind
+from clipdist.data.views import image_view
 from clipdist.datasets.shard_writer import Sample, write_shard
 from clipdist.errors import UserError
 

@@ -20,10 +20,11 @@ from clipdist.config import Data
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import decode_pixels, eval_image, eval_pixels
-from clipdist.data.loader import image_view, open_loader
+from clipdist.data.loader import open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 from clipdist.data.transform import EvalTransform
+from clipdist.data.views import image_view
 from clipdist.datasets.cifar import CIFAR_100, LabelledImages, read_cifar
 from clipdist.datasets.labelled import LabelledSet, open_labelled
 from clipdist.datasets.shard_writer import Sample, write_shard

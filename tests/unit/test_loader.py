@@ -15,11 +15,12 @@ from clipdist.data.augment import Augmentation, View
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.batch import CAPTION, EMPTY, NEGATIVE
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import HASH_MODULUS, Loader, ids_hash, image_view, open_loader, view_of
+from clipdist.data.loader import HASH_MODULUS, Loader, ids_hash, open_loader
 from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader, StoredSample
 from clipdist.data.texts import group_id
+from clipdist.data.views import image_view, view_of
 
 
 def loader(

@@ -17,11 +17,12 @@ from PIL import Image
 
 from clipdist.config import Data, load_config
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import image_view, open_loader
+from clipdist.data.loader import open_loader
 from clipdist.data.members import members_of
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
 from clipdist.data.transform import EvalTransform
+from clipdist.data.views import image_view
 from clipdist.datasets.describe import describe_samples, open_shards
 from clipdist.datasets.examine import read_samples
 from clipdist.datasets.shard_writer import Sample, write_shard

@@ -22,10 +22,11 @@ from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, co
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import ELONGATED, decode_pixels, eval_pixels, resize
-from clipdist.data.loader import image_view, open_loader
+from clipdist.data.loader import open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.patches import full_images, grids, write_patches
 from clipdist.data.transform import EvalTransform, NativeAspect, patch_grid
+from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.estimate.activations import one_pass
 from clipdist.evals.audit import random_images

@@ -19,9 +19,10 @@ from clipdist.data import reader as reader_module
 from clipdist.data.catalog import Catalog
 from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.index import load_index
-from clipdist.data.loader import Batch, Interrupted, Loader, image_view, open_loader
+from clipdist.data.loader import Batch, Interrupted, Loader, open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.reader import Reader
+from clipdist.data.views import image_view
 from clipdist.errors import Fault
 
 

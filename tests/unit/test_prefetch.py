@@ -21,10 +21,11 @@ from clipdist.data.catalog import Catalog, Shard
 from clipdist.data.consolidated import make_part, write_parts
 from clipdist.data.fetch import Fetcher
 from clipdist.data.index import scan_shard
-from clipdist.data.loader import image_view, open_loader
+from clipdist.data.loader import open_loader
 from clipdist.data.order import Order, OrderKey
 from clipdist.data.prefetch import Prefetcher, shards_at_once
 from clipdist.data.reader import open_reader
+from clipdist.data.views import image_view
 from clipdist.errors import UserError
 
 

@@ -16,10 +16,11 @@ from clipdist import config
 from clipdist.config import Stage, load_config
 from clipdist.config.stages import PlannedStage, plan_stages, stage_number
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import image_view, open_loader
+from clipdist.data.loader import open_loader
 from clipdist.data.order import OrderKey
 from clipdist.data.stages import BatchStage, kept_patches
 from clipdist.data.tokens import BPETokenizer
+from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.fault_tolerance.guard import Guard
 from clipdist.models.dual_encoder import DualEncoder, build_model

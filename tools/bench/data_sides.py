@@ -17,11 +17,12 @@ from clipdist.config import Data
 from clipdist.data import augment
 from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.catalog import Catalog
-from clipdist.data.loader import Loader, image_view, open_loader
+from clipdist.data.loader import Loader, open_loader
 from clipdist.data.order import OrderKey, choose_streams, sample_uniforms
 from clipdist.data.reader import Reader
 from clipdist.data.texts import group_id
 from clipdist.data.tokens import BPETokenizer, token_kind
+from clipdist.data.views import image_view
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from tools.bench.harness import timed

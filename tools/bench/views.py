@@ -39,8 +39,8 @@ from clipdist.data.augment import (
 from clipdist.data.bad_sample import MAX_PIXELS, BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import decode_pixels
-from clipdist.data.loader import image_view, view_of
 from clipdist.data.reader import Reader
+from clipdist.data.views import image_view, view_of
 from clipdist.errors import UserError, run_main
 from tools.bench import harness
 from tools.bench.images import PhotographLike

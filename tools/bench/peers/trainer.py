@@ -261,8 +261,9 @@ class _FedBatches:
     """
 
     def __init__(self, config: Config) -> None:
-        from clipdist.data.loader import image_view, open_loader
+        from clipdist.data.loader import open_loader
         from clipdist.data.tokens import make_tokenizer
+        from clipdist.data.views import image_view
         from clipdist.models.spec import resolve_spec
         from clipdist.resume import plan_start
 
