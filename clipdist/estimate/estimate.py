@@ -146,6 +146,7 @@ class Estimate:
             memory.FEATURES: self._feature_bytes(),
             memory.TILES: self._tile_bytes(),
             memory.BATCH: self._batch_bytes(),
+            memory.OVERHEAD: memory.TOKENIZER if self.layout.cpu and self.config.objectives.read_text else 0,
         }
         taught = self.model.taught_peak(self.config, self.layout.micro, self.precision)
         if teacher:

@@ -213,7 +213,7 @@ def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
     [
         ("tiny.yaml", "; did you mean --config configs/tiny.yaml?"),
         ("configs/tiny.yml", "; did you mean --config configs/tiny.yaml?"),
-        ("absent.yaml", "; configs holds cc3m_vitb16.yaml, demo.yaml, "),
+        ("absent.yaml", "; configs holds byol_rn50.yaml, cc3m_vitb16.yaml, "),
         ("DIR/absent.yaml", "; DIR holds recipe.yaml"),
         ("DIR/recip.yaml", "; did you mean --config DIR/recipe.yaml?"),
     ],
