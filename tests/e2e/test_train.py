@@ -102,7 +102,7 @@ def test_tensorboard_has_the_numbers_the_settings_and_a_picture(runs):
     assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"train", "val"}  # no card of one point before them
     layout = Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
-    assert [any(re.match(pattern, tag) for tag in tags["scalars"]) for pattern in patterns] == [True] * 5
+    assert [any(re.match(pattern, tag) for tag in tags["scalars"]) for pattern in patterns] == [True] * 6
     content = board.PluginTagToContent("hparams")[EXPERIMENT_TAG]
     columns = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
     assert {"train/loss", "val/t2i_r1"} <= columns <= set(tags["scalars"])
