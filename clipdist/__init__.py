@@ -23,9 +23,9 @@ def load(
 ) -> tuple[DualEncoder, Preprocess, Tokenizer]:
     """Return a model in evaluation mode, fp32, with what prepares images and texts for it.
 
-    `model.encode_image` takes a stack of what `preprocess` gives, uint8 [b, 3, S, S], and `model.encode_text` what
-    `tokenizer` gives, int64 [b, L]. Both return features [b, D] that are not scaled to unit length.
-    A model without a text tower has `model.text` None, and its tokenizer gives no ids, int64 [b, 0].
+    `model.encode_image` takes a stack of what `preprocess` gives, uint8 [b, 3, S, S] or patches, and
+    `model.encode_text` what `tokenizer` gives, int64 [b, L]. Both return features [b, D] that are not scaled to unit
+    length. A model without a text tower has `model.text` None, and its tokenizer gives no ids, int64 [b, 0].
 
     Args:
         source: a run, a checkpoint, a Hugging Face CLIP folder, an open_clip name or a model JSON.

@@ -90,7 +90,8 @@ def _patches(pixels: np.ndarray, transform: NativeAspect) -> torch.Tensor:
     if not transform.shows(height, width):
         raise BadSample(ELONGATED)
     out = torch.empty(transform.shape, dtype=torch.uint8)
-    image = resize(pixels, *transform.resized(height, width), interpolation=transform.interpolation)
+    target = transform.resized(height, width)
+    image = resize(pixels, *target, channels_last(*target), transform.interpolation)
     write_patches(image, out, transform.patch)
     return out
 
@@ -158,6 +159,11 @@ def resize(
     kernel: Any = kernels[interpolation == "bilinear"]
     resized = kernel(view, (height, width), False, None, None, out=into)
     return resized[0] if out is None else out
+
+
+def channels_last(height: int, width: int) -> torch.Tensor:
+    """Return uninitialised memory for an image that is cut into patches, uint8 [3, height, width], fastest so."""
+    return torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
 
 
 def _decode_by_pillow(data: bytes, max_pixels: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipdist.data.augment import FLIP, Box, View, apply_colour, colour_parameters
 from clipdist.data.bad_sample import BadSample
-from clipdist.data.decode import ELONGATED, resize
+from clipdist.data.decode import ELONGATED, channels_last, resize
 from clipdist.data.patches import write_patches
 from clipdist.data.transform import NativeAspect
 
@@ -50,7 +50,7 @@ class NativeView(View):
 
     def write(self, image: np.ndarray, target: tuple[int, int], numbers: list[float], out: Tensor) -> None:
         """See View.write; out: a row of a buffer, [1, 1 + n, 3 * P * P]."""
-        resized = resize(image, *target)
+        resized = resize(image, *target, channels_last(*target))
         if numbers[FLIP] < self.augmentation.flip:
             resized = resized.flip(-1)
         colour = colour_parameters(np.array([numbers]), self.augmentation)

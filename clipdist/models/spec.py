@@ -84,7 +84,7 @@ class ModelSpec:
             self.image_floor_crop,
         )
         if self.patch_budget:
-            return NativeAspect(*common, patch=_patch_side(self.model["vision_cfg"]) or 0, budget=self.patch_budget)
+            return NativeAspect(*common, patch=self.model["vision_cfg"]["patch_size"], budget=self.patch_budget)
         return EvalTransform(*common)
 
     @property
@@ -364,19 +364,25 @@ def _with_budget(cfg: config.Model, vision: dict[str, Any]) -> dict[str, Any]:
     key = "model.patch_budget" if cfg.patch_budget else f"model.name={cfg.name}: vision_cfg.image_seq_len"
     if not isinstance(budget, int) or not BUDGET_MIN <= budget <= BUDGET_MAX:
         raise UserError(f"{key}={budget}: must be a number of patches in {BUDGET_MIN} .. {BUDGET_MAX}")
-    flexible = (vision.get("timm_model_args") or {}).get("use_naflex")
-    if not (str(vision.get("timm_model_name")).startswith("naflexvit") or flexible) or not _patch_side(vision):
+    side = _naflex_patch(vision)
+    if side is None:
         raise UserError(
             f"{key}={budget}: the image tower of {cfg.name} takes square images alone; take one with timm's naflexvit"
             " (vision_cfg.timm_model_name), such as configs/models/naflex_vit_tiny.json"
         )
-    return {**vision, "image_seq_len": budget}
+    return {**vision, "image_seq_len": budget, "patch_size": side}  # timm's towers are not built by the latter
 
 
-def _patch_side(vision: dict[str, Any]) -> int | None:
-    """Return the side of the patches of a timm ViT in pixels; None where its description does not say."""
-    named = re.search(r"patch(\d+)", str(vision.get("timm_model_name")))
-    said = (vision.get("timm_model_args") or {}).get("patch_size", int(named[1]) if named else None)
+def _naflex_patch(vision: dict[str, Any]) -> int | None:
+    """Return the side of the patches of a NaFlexVit in pixels; None for other towers."""
+    name, args = str(vision.get("timm_model_name")), vision.get("timm_model_args") or {}
+    if name.startswith(LOCAL_TIMM):
+        found = read_json(Path(name.removeprefix(LOCAL_TIMM)) / "config.json")
+        name, args = str(found.get("architecture")), {**(found.get("model_args") or {}), **args}
+    if "naflexvit" not in name and not args.get("use_naflex"):
+        return None
+    named = re.search(r"patch(\d+)", name)
+    said = args.get("patch_size", int(named[1]) if named else None)
     sides = set(said) if isinstance(said, (list, tuple)) else {said}
     side = sides.pop()
     return side if isinstance(side, int) and not sides else None

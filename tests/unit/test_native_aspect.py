@@ -14,6 +14,7 @@ import torch
 from pairs import Lengths, write_pairs
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data import create_transform
 from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
 
 from clipdist import config
@@ -31,10 +32,12 @@ from clipdist.errors import UserError
 from clipdist.estimate.activations import one_pass
 from clipdist.evals.audit import random_images
 from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.export import kept_aspect, sample_inputs
 from clipdist.models.layers import hidden_matrices
-from clipdist.models.program_export import export_programs
+from clipdist.models.program_export import _ImageTower
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
 from clipdist.objectives.teacher import check_teacher
+from tools.bench.images import PhotographLike
 
 TINY = "tests/dist/naflex.json"  # at most 16 patches of 8 pixels
 VIT = "configs/models/tiny_vit.json"
@@ -136,6 +139,22 @@ def test_an_image_in_evaluation_keeps_its_aspect_ratio():
         eval_pixels(np.zeros((2, 33, 3), dtype=np.uint8), SHAPE)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pixels_are_those_of_timms_transform(interpolation):
+    image, _ = PhotographLike().draw(np.random.default_rng(3))
+    theirs = create_transform(
+        (3, 224, 224), naflex=True, patchify=True, max_seq_len=196, mean=(0, 0, 0), std=(1, 1, 1),
+        interpolation=interpolation,
+    )  # fmt: skip
+    ours = NativeAspect(224, interpolation=interpolation, patch=16, budget=196)
+    for size in ((500, 333), (300, 400)):
+        resized = image.resize(size)
+        row, wanted = eval_pixels(np.array(resized), ours), theirs(resized)["patches"]
+        (grid,) = grids(row[None])
+        assert len(wanted) == grid[0] * grid[1]
+        assert (wanted * 255 - row[1 : 1 + len(wanted)].float()).abs().max() < 2  # grey levels
+
+
 # The tower
 
 
@@ -172,10 +191,11 @@ def test_squares_are_taken_as_before():
     assert torch.allclose(model.encode_image(buffer), model.encode_image(image), atol=1e-6)
 
 
-def test_an_exported_program_takes_squares_and_says_so(tmp_path):
-    exported = export_programs(built(TINY).eval(), tmp_path / "out")
-    assert exported.error.difference < 1e-5
-    assert exported.left_out == "vision_cfg.image_seq_len=16"
+def test_what_is_exported_takes_squares_and_says_so():
+    model = built(TINY).eval()
+    image, _ = sample_inputs(model)
+    assert torch.equal(_ImageTower(model)(image), model.encode_image(image))
+    assert kept_aspect(model.spec) == "vision_cfg.image_seq_len=16"
 
 
 def test_only_the_patches_of_images_are_computed():
@@ -220,7 +240,7 @@ def shards(tmp_path_factory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("shapes"), 16, bad=images)
 
 
-def loaded(shards: Path, rank: int = 0, world: int = 1, pin: bool = False, **settings: Any) -> Any:
+def loaded(shards: Path, rank: int = 0, world: int = 1, **settings: Any) -> Any:
     cfg = dataclasses.replace(Data(threads=2), **settings)
     view = image_view(cfg, 32, SHAPE)
     source = open_loader(
@@ -299,6 +319,23 @@ def test_open_clips_form_is_read_and_kept(tmp_path):
     file.write_text(json.dumps({"embed_dim": 512, "custom_text": True, "vision_cfg": vision, "text_cfg": {}}))
     assert resolve_spec(config.Model(name=str(file))).transform == EvalTransform(224)
     assert resolve_spec(config.Model(name=str(file), patch_budget=196)).transform.shape == (197, 768)
+
+
+def test_a_tower_in_a_folder_of_timm_is_known(tmp_path):
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    args = {"patch_size": [4, 4], "embed_dim": 32, "depth": 1, "num_heads": 2}
+    facts = {"input_size": [3, 32, 32], "fixed_input_size": False}
+    content = {"architecture": "naflexvit_base_patch16_gap", "pretrained_cfg": facts, "model_args": args}
+    (folder / "config.json").write_text(json.dumps(content))
+    description = json.loads(Path(TINY).read_text())
+    description["vision_cfg"] |= {"timm_model_name": "local-dir:tower"}
+    del description["vision_cfg"]["timm_model_kwargs"]
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    model = built(str(tmp_path / "model.json"))
+    assert model.spec.transform.shape == (17, 48)
+    images = some_images(model)
+    assert torch.allclose(model.encode_image(images), by_timm(model, images), atol=1e-5)
 
 
 @pytest.mark.parametrize(
