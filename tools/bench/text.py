@@ -87,16 +87,17 @@ def measure(config: Config, args: argparse.Namespace) -> TextTimes:
         source = ShardBatches(config, model.spec, dist_env, catalog)
         batch = source.batch(0).rows(0, config.train.micro_batch or config.train.global_batch)
         source.close()
-        lengths = text_lengths(model.text, batch.tokens)
+        tokens = batch.tokens.flatten(0, -2)  # of several captions of an image, too
+        lengths = text_lengths(model.text, tokens)
         shapes: list[tuple[int, ...]] = []
         hook = model.text.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
         with torch.no_grad():
-            features = encode(model.text, model.text_kind, batch.tokens, dist_env.device)
+            features = encode(model.text, model.text_kind, tokens, dist_env.device)
         hook.remove()
         gradient = torch.randn_like(features)
 
         def tower() -> None:
-            model.encode_text(batch.tokens).backward(gradient)
+            model.encode_text(tokens).backward(gradient)
 
         seconds = {"text tower": in_turn(model, tower, args.rounds)}
         model.zero_grad()
