@@ -119,7 +119,9 @@ def row_of(args: argparse.Namespace, name: str, config: Config) -> dict[str, Any
 def text_parameters(config: Config) -> int:
     from clipdist.estimate.activations import meta_model
 
-    return sum(parameter.numel() for parameter in meta_model(config)[0].text.parameters())
+    text = meta_model(config)[0].text
+    assert text is not None
+    return sum(parameter.numel() for parameter in text.parameters())
 
 
 def report(args: argparse.Namespace, configs: dict[str, Config], rows: list[dict[str, Any]]) -> list[str]:
