@@ -8,6 +8,7 @@ extrapolated linearly.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,10 +26,12 @@ from clipdist.data.batch import IMAGE
 from clipdist.data.patches import full_images
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
+from clipdist.models import grouped_norms
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.packed_images import Packing
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
+from clipdist.models.towers import group_batchnorm
 from clipdist.objectives.make import make_objectives, prepare_model, reads_image
 from clipdist.objectives.objective import Objective
 
@@ -103,6 +106,17 @@ def fused_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = real
+
+
+@contextmanager
+def alone_in_group() -> Iterator[None]:
+    """Run BatchNorm over groups of several ranks with nothing sent: the moments are this rank's."""
+    real = grouped_norms.mean_over_ranks
+    grouped_norms.mean_over_ranks = lambda values, ranks: values
+    try:
+        yield
+    finally:
+        grouped_norms.mean_over_ranks = real
 
 
 def _fused_attention(
@@ -242,9 +256,13 @@ def _measure_stage(config: Config, model: DualEncoder, batch: int, precision: st
     objectives = make_objectives(config.objectives, model.spec.image_size)
     alone = {name for objective in objectives for name in objective.taught_alone}
     sides = {name: side for name, side in sides_of(objectives, stage.image_size).items() if name not in alone}
-    texts = config.data.planned_texts
+    texts, group = config.data.planned_texts, config.model.batchnorm_group
+    if group:  # in a copy, as the layers then want to know the rows of every pass
+        model = copy.deepcopy(model.train())
+        group_batchnorm(model, group)
     try:
-        return one_pass(model.to(DTYPES[precision]), batch, texts, stage, sides)
+        with alone_in_group():
+            return one_pass(model.to(DTYPES[precision]), batch, texts, stage, sides)
     except (RuntimeError, NotImplementedError):  # torch's, for reading the values of a meta tensor
         real = _real_model(config, model.spec).to(DTYPES[precision])
         two, three = (one_pass(real, rows, texts, stage, sides) for rows in (2, 3))  # of one BatchNorm learns nothing

@@ -30,8 +30,9 @@ from clipdist.estimate.memory import ModelSizes, RankMemory, StepLayout, by_stag
 from clipdist.estimate.rate import expected_rate
 from clipdist.estimate.remedies import remedies
 from clipdist.estimate.traffic import wire_bytes
-from clipdist.estimate.views import taught_sides, viewed_objectives
+from clipdist.estimate.views import normalised_channels, taught_sides, viewed_objectives
 from clipdist.losses.tiles import Tile, choose_tile
+from clipdist.losses.wire import reduced_bytes
 from clipdist.models.dual_encoder import HEADS, DualEncoder
 from clipdist.models.layers import hidden_matrices, layers_behind
 from clipdist.objectives.make import make_objectives
@@ -182,6 +183,10 @@ class Estimate:
             f"{viewed.objective.name}: outputs, sums": viewed.wire_bytes(self.world, self.layout.share, self.precision)
             for viewed in self.model.viewed
         }
+        group = self.config.model.batchnorm_group
+        if group > self.layout.share:  # float64 sums of every group, forward and backward
+            sums = self.config.train.global_batch // group * 2 * 8 * self.model.normalised
+            views["BatchNorm over groups: all-reduce of moments"] = reduced_bytes(self.world, sums)
         return wire_bytes(
             self.sizes, self.layout, clip.loss if clip else "", self.precision, self._narrower, texts, taught, views
         )
@@ -334,6 +339,7 @@ class MeasuredModel:
     Attributes:
         teacher: the frozen one of the configuration, if it has one.
         objectives: of the configuration.  viewed: those on views of an image.
+        normalised: channels of BatchNorm in training, of all views, passes forward and backward and a teacher's.
     """
 
     def __init__(self, config: Config) -> None:
@@ -362,6 +368,7 @@ class MeasuredModel:
             taught_trained=sum(followed),
             gathered=max([0, *(sum(followed[at : at + GATHERED]) for at in range(0, len(followed), GATHERED))]),
         )
+        self.normalised = normalised_channels(self.objectives, model)
         self.counts = {
             "image": sum(n for name, n, _ in numbers if name.startswith("visual.")),
             "text": sum(n for name, n, _ in numbers if name.startswith("text.")),

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from clipdist.data.batch import IMAGE
 from clipdist.losses.tiles import Tile
 from clipdist.losses.wire import BYTES, contrast_bytes, koleo_bytes, nt_xent_bytes, reduced_bytes
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.towers import run_on_shapes
 from clipdist.objectives.dino import DinoObjective, KoLeoObjective
+from clipdist.objectives.make import reads_image
 from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
 from clipdist.objectives.simclr import SimClrObjective
@@ -119,3 +122,22 @@ def viewed_objectives(objectives: Sequence[Objective], model: DualEncoder) -> tu
 def taught_sides(objectives: Sequence[Objective], sides: Mapping[str, int]) -> dict[str, int]:
     """Return the sides of the views that a teacher which follows the weights sees, by name; empty: there is none."""
     return {view: sides[view] for each in objectives if each.teacher for view in each.teacher.views}
+
+
+def normalised_channels(objectives: Sequence[Objective], model: DualEncoder) -> int:
+    """Return the channels of BatchNorm in training that a step normalises, forward and backward, in all views.
+
+    A teacher whose BatchNorm normalises by the batch adds those of its passes.
+    """
+
+    def channels(view: str) -> int:
+        norms = (module for module in model.modules_of(view) if isinstance(module, _BatchNorm))
+        return sum(norm.num_features for norm in norms if norm.training)
+
+    total = 2 * channels(IMAGE) if reads_image(objectives) else 0
+    for objective in objectives:
+        seen = [view.name for view in objective.views if view.name not in objective.taught_alone]
+        total += 2 * sum(map(channels, seen))
+        if objective.teacher and objective.teacher.training:
+            total += sum(map(channels, objective.teacher.views))
+    return total

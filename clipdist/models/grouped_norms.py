@@ -97,7 +97,7 @@ class GroupedBatchNorm(nn.Module):
             # Sums in float64: in fp32 the difference of squares would cancel.
             values = x.float()
             sums = [part.sum(dims, dtype=torch.float64) for part in (values, values.square())]
-            mean, square = _mean_over_ranks(torch.stack(sums) * (ranks / count), ranks)
+            mean, square = mean_over_ranks(torch.stack(sums) * (ranks / count), ranks)
             var = (square - mean.square()).clamp(min=0)
             if self.num_batches_tracked is not None:
                 self._count(mean, var * (count / (count - 1)), 1 / ranks)
@@ -140,7 +140,7 @@ class _ThroughMoments(torch.autograd.Function):
         dims, shape = _all_but_channels(x), [1, -1, *[1] * (x.dim() - 2)]
         normal = (x.float() - mean.view(shape)) * scale.view(shape)
         means = torch.stack([grad.mean(dims), (grad * normal).mean(dims)]).double()
-        first, second = _mean_over_ranks(means, ctx.ranks).float()
+        first, second = mean_over_ranks(means, ctx.ranks).float()
         return (grad - first.view(shape) - normal * second.view(shape)).to(x.dtype), None, None, None
 
 
@@ -148,7 +148,7 @@ def _all_but_channels(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def _mean_over_ranks(values: Tensor, ranks: int) -> Tensor:
+def mean_over_ranks(values: Tensor, ranks: int) -> Tensor:
     """Return the mean of tensors of one shape over this rank's group of `ranks` consecutive ranks. Collective.
 
     One all-reduce over all ranks, of a table with a row for each group, instead of a process group for each.

@@ -31,6 +31,7 @@ from clipdist.estimate.traffic import wire_bytes
 from clipdist.evals.audit import RandomBatches
 from clipdist.losses.wire import clipdist_bytes
 from clipdist.models.dual_encoder import build_model
+from clipdist.models.norms import running_norms
 from clipdist.objectives.describe import describe
 from clipdist.objectives.make import make_objectives, prepare_model
 
@@ -206,6 +207,20 @@ def test_traffic_of_objectives_on_views_by_hand() -> None:
     third = sent("byol", "engine.zero_stage=3", "train.micro_batch=2")
     assert third["weights: all-gather for the teacher's pass"] == 2 * 3 / 4 * 4 * found.sizes.all
     assert "teacher: all-reduce of fp32 weights" not in third
+
+
+def test_batchnorm_over_ranks_keeps_fp32_inputs_and_sends_moments() -> None:
+    words = [f"objectives={VIEWS['byol']}", "launch.gpus=2", "train.precision=bf16"]
+    alone = make_estimate(configured(*words, base=RESNET))
+    grouped = make_estimate(configured(*words, "model.batchnorm_group=16", base=RESNET))
+    assert 1.5 * alone.activations.saved < grouped.activations.saved < 3 * alone.activations.saved
+    model = build_model(grouped.config.model, with_text=False)
+    prepare_model(model, grouped.model.objectives)
+    tower = sum(norm.num_features for norm in running_norms(model.visual))
+    head = sum(norm.num_features for norm in running_norms(model.heads))
+    moments = 2 * 8 * (2 * 2 + 2) * (tower + head)  # two views, forward and backward, and the teacher's forward
+    assert grouped.wire["BatchNorm over groups: all-reduce of moments"] == moments
+    assert grouped.wire.keys() - alone.wire.keys() == {"BatchNorm over groups: all-reduce of moments"}
 
 
 def test_a_step_at_which_a_queue_moves_may_be_the_fullest() -> None:

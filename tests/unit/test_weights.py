@@ -519,7 +519,7 @@ def test_a_folder_for_the_hub(
     assert "- flickr8k/train\n- https://host/x.tar\n" in card
     assert "Measured by the run at step 5 on data/val" in card
     assert "| text to image R@1, % | 50.00 |" in card
-    assert "| objective `clip` | sigmoid, reads image, text |" in card
+    assert "| objective `clip` | infonce, reads image, text |" in card
     assert str(tmp_path) not in card
     assert "secret" not in card
     assert {path.name for path in (tmp_path / "hub").iterdir()} >= {"open_clip_config.json", "tokenizer.json"}
