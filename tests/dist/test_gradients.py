@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,18 @@ DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True, "ko
 
 
 def self_supervised_cells(world: int) -> list[dict[str, Any]]:
-    """Objectives on views of an image, alone and beside CLIP; their teachers and state after the step."""
+    """Objectives on views of an image, alone and beside CLIP; their teachers and state after the step.
+
+    Each objective at two stages for every W, whole and in micro-batches; with ALL at all of them, both ways.
+    """
     half = BATCH // world // 2
     cells = []
+    for stage, (number, beside) in product(STAGES, enumerate((SIMCLR, MOCO, MOCO_3, BYOL, DINO, DINO_2, VAE))):
+        turn = [half if (number + stage // 2) % 2 else 0] if (number + stage + world // 2) % 2 else []
+        for micro in (0, half) if ALL else turn:
+            cells += [cell(stage=stage, micro=micro, alone=number > 0, beside=beside, steps=2)]
     for stage, micro in in_turn(world, half):
-        for number, beside in enumerate((SIMCLR, MOCO, MOCO_3, BYOL, DINO, DINO_2, VAE)):
-            rows = micro if number % 2 else half - micro
-            cells += [cell(stage=stage, micro=rows, alone=number > 0, beside=beside, steps=2)]
-        cells += [cell(stage=stage, micro=half - micro, model=RESNET, beside=BYOL, steps=2)]
+        cells += [cell(stage=stage, micro=micro, model=RESNET, beside=BYOL, steps=2)]
     cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
     if world < 4:  # keys are shuffled between pairs of groups
         cells += [cell(stage=stage, model=RESNET, beside=MOCO, steps=2, alone=True, group=4) for stage in (1, 3)]
