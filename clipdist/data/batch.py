@@ -30,7 +30,7 @@ class Batch:
         tokens: int64 [b, L], on the CPU; [b, K, L] with several texts of an image, where K may differ between ranks;
             [b, 0] where no text is read.
         valid: bool [b] by modality: whether a row has a usable image, or a usable caption.
-        sample_id: int64 [b].
+        sample_id: int64 [b], on the CPU.
         group_id: int64 [b]; pairs with equal captions form a group. [b, K] with several texts.
         roles: uint8 [b, K], what the K places of an image hold: EMPTY, CAPTION or NEGATIVE; None: one text an image.
         patches: int64 [b, n], the patches of every image that the tower sees in training; None: all.
@@ -88,13 +88,14 @@ class Batch:
         """Return the batch on a device, with the colour changes applied there.
 
         Tokens stay, and patches in buffers: the model reads lengths and grids on the CPU, and moves what they hold.
+        Sample ids stay, of which random numbers are made there.
         """
 
         def moving(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         images = {view: pixels if is_buffer(pixels) else moving(pixels) for view, pixels in self.images.items()}
-        moved = self.each(moving, colour={}, tokens=self.tokens, images=images)
+        moved = self.each(moving, colour={}, tokens=self.tokens, sample_id=self.sample_id, images=images)
         coloured = {view: apply_colour(moved.images[view], parameters) for view, parameters in self.colour.items()}
         return replace(moved, images=moved.images | coloured)
 

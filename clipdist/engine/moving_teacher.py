@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipdist.data.batch import Batch
 from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
+from clipdist.distributed.rank import moved
 from clipdist.engine.ema import Ema
 from clipdist.engine.zero import GATHERED, Zero
 from clipdist.models.grouped_norms import GroupedBatchNorm, interleaved, inverse
@@ -57,10 +58,14 @@ class MovingTeacher:
             buffers, norms = dict(module.named_buffers()), self._norms if self.spec.training else []
             with statistics_of_views(module, norms) if norms else nullcontext(), self._summing_moments():
                 for piece in batch.split(self._rows):
-                    order = interleaved(len(piece), self._group) if self._group else torch.arange(len(piece))
-                    images = {view: piece.images[view][order] for view in self.spec.views}
+                    images = {view: piece.images[view] for view in self.spec.views}
+                    order = None
+                    if self._group:
+                        order = moved(interleaved(len(piece), self._group), piece.images[self.spec.views[0]].device)
+                        images = {view: pixels[order] for view, pixels in images.items()}
                     outputs = forward(teaching=True, **images)
-                    found.append({view: outputs[view][inverse(order)] for view in self.spec.views})
+                    back = slice(None) if order is None else inverse(order)
+                    found.append({view: outputs[view][back] for view in self.spec.views})
             if norms and not self._grouped:
                 self._statistics = {name: buffers[name].float().clone() for name in self._ema.buffers}
         return {TEACHER + view: torch.cat([one[view] for one in found]) for view in self.spec.views}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from clipdist.models.spec import ModelSpec
 from clipdist.objectives import teacher
 from clipdist.objectives.clip import ClipObjective
 from clipdist.objectives.make import reads_image
+from clipdist.objectives.objective import Objective
 
 BATCH = 16
 FIRST_STEP = 7
@@ -133,18 +135,18 @@ def compile_by(backend: str) -> None:
         torch.compile = COMPILE
 
 
-def with_views(batch: Batch, audited: Audit) -> Batch:
+def with_views(batch: Batch, objectives: Sequence[Objective], has_text: bool) -> Batch:
     """The batch with the views of its objectives, drawn, too; without CLIP's where nothing reads it."""
     draw = torch.Generator().manual_seed(6)
-    views = [view for objective in audited.engine.objectives for view in objective.views]
+    views = [view for objective in objectives for view in objective.views]
     drawn = {
         view.name: torch.randint(0, 256, (BATCH, 3, view.size, view.size), dtype=torch.uint8, generator=draw)
         for view in views
     }
     for image in drawn.values():
         image[~batch.valid["image"]] = 0
-    own = batch.images if reads_image(audited.engine.objectives) else {}
-    tokens = batch.tokens if audited.spec.has_text else batch.tokens[:, :0]
+    own = batch.images if reads_image(objectives) else {}
+    tokens = batch.tokens if has_text else batch.tokens[:, :0]
     return replace(batch, images={**own, **drawn}, tokens=tokens)
 
 
@@ -170,7 +172,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     clip = cfg.objectives.clip
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
     batch = make_batch(audited.spec, cell["texts"], next(iter(cfg.train.stages), None))
-    batch = with_views(batch, audited)
+    batch = with_views(batch, audited.engine.objectives, audited.spec.has_text)
     fill_queue(audited)
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 from deepspeed import comm as deepspeed_comm
-from gradients import BATCH, allow_fp16, make_batch
+from gradients import BATCH, allow_fp16, make_batch, with_views
 from waits import DEVICE, Waits
 
 from clipdist.config import load_config
-from clipdist.data.batch import IMAGE, Batch
+from clipdist.data.batch import Batch
 from clipdist.distributed.rank import DistEnv, joined_ranks, upload
 from clipdist.engine.step import Engine
 from clipdist.fault_tolerance.guard import Guard
 from clipdist.models.dual_encoder import build_model
-from clipdist.objectives.make import make_objectives
+from clipdist.objectives.make import make_objectives, prepare_model
+
+STEPS = 10  # of the run, of which few are taken
 
 
 def known(waits: Waits) -> None:
@@ -48,24 +50,24 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> Counter[tuple[str, str]
         None,
         [
             f"model.name=configs/models/{cell['model']}.json",
-            f"objectives.clip.loss={cell['loss']}",
-            "objectives.clip.logit_scale_init=4.6",
+            f"objectives={cell['objectives']}",
             f"train.global_batch={BATCH}",
             f"train.micro_batch={cell['micro']}",
             f"train.precision={cell['precision']}",
             f"engine.zero_stage={cell['stage']}",
-            "train.ema=0.9",
-            f"optim={cell['optim']}",
+            f"train.ema={0 if 'null' in cell['objectives'] else 0.9}",
+            *cell["more"],
         ],
     )
     torch.manual_seed(0)
-    model = build_model(config.model, config.objectives.clip)
+    model = build_model(config.model, config.objectives.clip, with_text=config.objectives.read_text)
+    objectives = make_objectives(config.objectives, model.spec.image_size)
+    prepare_model(model, objectives)
     share = BATCH // dist_env.world_size
-    rows = make_batch(model.spec).rows(dist_env.rank * share, (dist_env.rank + 1) * share)
-    rows = replace(rows, colour={IMAGE: colours(share)})
-    engine = Engine(
-        model, make_objectives(config.objectives, model.spec.image_size), config, replace(dist_env, device=DEVICE)
-    )
+    rows = with_views(make_batch(model.spec), objectives, model.spec.has_text)
+    rows = rows.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
+    rows = replace(rows, colour=dict.fromkeys(rows.images, colours(share)))
+    engine = Engine(model, objectives, config, replace(dist_env, device=DEVICE), steps=STEPS)
     guard = Guard(config.guard) if cell["guarded"] else None
     applied = 0
     while applied < 3:  # the first has no moments yet, stage 3 learns its order; in fp16 the scale finds its level
@@ -78,9 +80,9 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> Counter[tuple[str, str]
 
 
 def colours(rows: int) -> torch.Tensor:
-    """Changes of brightness and hue in every row, and one image made grey."""
-    parameters = torch.tensor([1.2, 1.0, 1.0, 0.1, 3.0, 0.0, 1.0, 2.0, 0.0]).repeat(rows, 1)
-    parameters[1, -1] = 1
+    """Changes of brightness and hue in every row; one image made grey, one blurred, one solarised."""
+    parameters = torch.tensor([1.2, 1.0, 1.0, 0.1, 3.0, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0]).repeat(rows, 1)
+    parameters[1:4, 8:] = torch.eye(3)
     return parameters
 
 
