@@ -24,6 +24,15 @@ from clipdist.fault_tolerance.rollback import skipped_ranges
 if TYPE_CHECKING:
     from clipdist.checkpoint.reader import CheckpointReader
 
+# Settings that give the heads and the state of objectives their shapes.
+SHAPED = {
+    "simclr": ("head",),
+    "moco": ("head", "predictor", "queue"),
+    "byol": ("head",),
+    "dino": ("head", "prototypes", "free_norm"),
+    "vae": ("latent", "size", "width"),
+}
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -187,7 +196,7 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
 
 
 def _check_objectives(config: Config, reader: CheckpointReader) -> None:
-    """Raise UserError for objectives with a head or a state that the checkpoint lacks."""
+    """Raise UserError for objectives with a head or a state that the checkpoint lacks, or has in other shapes."""
     saved = reader.manifest.config.get("objectives") or {}
     lacking = [name for name in VIEWED if getattr(config.objectives, name) is not None and not saved.get(name)]
     if lacking and config.train.resume_objectives == "same":
@@ -195,6 +204,15 @@ def _check_objectives(config: Config, reader: CheckpointReader) -> None:
             f"{reader.folder}: made without {', '.join(f'objectives.{name}' for name in lacking)}: heads, teacher and"
             " state are missing; set train.resume_objectives=reset to start these anew, or choose another run.name"
         )
+    for name, keys in SHAPED.items():
+        section, before = getattr(config.objectives, name), saved.get(name)
+        for key in keys if section is not None and before else ():
+            ours, theirs = getattr(section, key), before.get(key, getattr(type(section)(), key))
+            if ours != theirs:
+                raise UserError(
+                    f"{reader.folder}: made with objectives.{name}.{key}={theirs}, here {ours}: head or state would not"
+                    " fit; set it back or choose another run.name"
+                )
 
 
 def _check_model(config: Config, reader: CheckpointReader) -> None:

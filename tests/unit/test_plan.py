@@ -96,6 +96,22 @@ def test_a_run_folder_that_cannot_be_written(shards, tmp_path, no_model):
         train(configured(shards, tmp_path / "file"))
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("moco: {queue: 64}", "moco: {queue: 96}", r"made with objectives\.moco\.queue=64, here 96"),
+        ("moco: {queue: 64}", "moco: {queue: 0, predictor: [64, 128]}", r"moco\.predictor=\[\], here \[64, 128\]"),
+        ("dino: {}", "dino: {prototypes: 100}", r"made with objectives\.dino\.prototypes=65536, here 100"),
+    ],
+)
+def test_an_objective_whose_head_or_state_has_another_shape(shards, tmp_path, no_model, before, after, told):
+    fake_checkpoint(configured(shards, tmp_path, f"objectives={{{before}, clip: {{}}}}"))
+    for more in ("same", "reset"):
+        words = (f"objectives={{{after}, clip: {{}}}}", f"train.resume_objectives={more}")
+        with pytest.raises(UserError, match=f"{told}: head or state would not fit; set it back"):
+            plan_start(configured(shards, tmp_path, *words), 1)
+
+
 def test_the_first_start_chooses_the_streams_and_the_checkpoint_keeps_them(shards, tmp_path):
     config = configured(shards, tmp_path)
     first = plan_start(config, world=2)
