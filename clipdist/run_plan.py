@@ -205,8 +205,8 @@ def _check_objectives(config: Config, reader: CheckpointReader) -> None:
             " state are missing; set train.resume_objectives=reset to start these anew, or choose another run.name"
         )
     for name, keys in SHAPED.items():
-        section, before = getattr(config.objectives, name), saved.get(name)
-        for key in keys if section is not None and before else ():
+        section, before = getattr(config.objectives, name), saved.get(name) or {}
+        for key in keys if section is not None and saved.get(name) else ():
             ours, theirs = getattr(section, key), before.get(key, getattr(type(section)(), key))
             if ours != theirs:
                 raise UserError(
