@@ -28,7 +28,6 @@ from clipdist.data.locked_features import LockedFeatures
 from clipdist.data.order import next_position
 from clipdist.data.stages import BatchStage
 from clipdist.data.tokens import make_tokenizer
-from clipdist.data.views import image_view
 from clipdist.distributed.consensus import Consensus, Flags
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import learning_rate, weight_decay
@@ -48,7 +47,7 @@ from clipdist.models.dual_encoder import DualEncoder, build_model
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_objectives, prepare_model, reads_image
+from clipdist.objectives.make import make_objectives, prepare_model, views_of_run
 from clipdist.objectives.teacher import Teacher, open_teacher
 from clipdist.run_plan import RunPlan
 
@@ -179,10 +178,7 @@ class Trainer:
 
     def _views(self, image_size: int) -> list[View]:
         """Return the views of an image that the objectives need."""
-        own = [image_view(self.config.data, image_size, self.spec.transform)] if reads_image(self.objectives) else []
-        further = [view for objective in self.objectives for view in objective.views]
-        scaling = self.config.data.dct_scaling  # of an image, so of all its views
-        return own + [replace(v, augmentation=replace(v.augmentation, dct_scaling=scaling)) for v in further]
+        return views_of_run(self.objectives, self.config.data, image_size, self.spec.transform)
 
     def _batch_stage(self, stage: PlannedStage, model: DualEncoder) -> BatchStage:
         """Return what the loader makes of a stage."""

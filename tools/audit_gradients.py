@@ -88,18 +88,22 @@ def print_head(audit: Audit, data: str) -> None:
 
 def losses(cfg: Config) -> str:
     """Return the losses of the objectives in words."""
-    clip, distill = cfg.objectives.clip, cfg.objectives.distill
-    return " and ".join([*([clip.loss] if clip else []), *([f"distilled {distill.target}"] if distill else [])])
+    named = {name: name for name, section in vars(cfg.objectives).items() if section is not None}
+    if cfg.objectives.clip:
+        named["clip"] = cfg.objectives.clip.loss
+    if cfg.objectives.distill:
+        named["distill"] = f"distilled {cfg.objectives.distill.target}"
+    return " and ".join(named.values())
 
 
 def print_step(rows: list[AuditRow], steps: int) -> None:
     """One step of the engine beside one process on the whole batch."""
     loss = next(row for row in rows if row.part == "loss")
     print(f"\nstep {loss.step} of {steps}, loss {loss.reference_norm:.6g}")
-    print(f"{'part':13}{'norm ratio':>12}{'cosine':>11}{'largest diff.':>15}{'error':>10}{'limit':>10}")
+    print(f"{'part':19}{'norm ratio':>12}{'cosine':>11}{'largest diff.':>15}{'error':>10}{'limit':>10}")
     for row in rows:
         numbers = f"{row.norm_ratio:12.6f}{row.cosine:11.6f}{row.max_diff:15.1e}{row.error:10.1e}{row.limit:10.0e}"
-        print(f"{row.part:13}{numbers}   {_verdict(row)}")
+        print(f"{row.part:19}{numbers}   {_verdict(row)}")
     sys.stdout.flush()
 
 

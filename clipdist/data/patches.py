@@ -16,8 +16,6 @@ from torch import Tensor
 
 from clipdist.data.transform import EvalTransform, NativeAspect
 
-BUDGET_MAX = (1 << 16) - 1  # so that a side of the grid fits into two bytes
-
 
 def write_patches(image: Tensor, out: Tensor, patch: int) -> None:
     """Write an image to a row of a buffer.

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = ("bicubic", "bilinear")
+# Patches of an image at its own aspect ratio: with fewer, ordinary aspect ratios would not fit; with more, a side of
+# the grid would not fit into the two bytes that data/patches.py has for it.
+BUDGET_MIN, BUDGET_MAX = 4, (1 << 16) - 1
 
 
 @dataclass(frozen=True)

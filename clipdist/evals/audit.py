@@ -28,7 +28,7 @@ from clipdist.evals.reference import STEPS, LossAndGradients, Reference, concate
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
-from clipdist.objectives.make import make_objectives, prepare_model, reads_image
+from clipdist.objectives.make import make_objectives, prepare_model, reads_image, views_of_run
 from clipdist.objectives.objective import Moment, Objective
 from clipdist.objectives.teacher import open_teacher
 
@@ -358,16 +358,17 @@ class ShardBatches:
         from clipdist.data.loader import open_loader
         from clipdist.data.order import first_order
         from clipdist.data.tokens import make_tokenizer
-        from clipdist.data.views import image_view
 
+        objectives = make_objectives(cfg.objectives, spec.image_size)
         self.note = f"training batches of {', '.join(cfg.data.train)}"
         self.device = dist_env.device
         self.loader = open_loader(
             catalog,
             first_order(cfg, catalog, dist_env.world_size),
-            make_tokenizer(spec),
+            make_tokenizer(spec) if spec.has_text else None,
             cfg.data,
-            views=[image_view(cfg.data, spec.image_size, spec.transform)],
+            views=views_of_run(objectives, cfg.data, spec.image_size, spec.transform),
+            images_only=not spec.has_text,
             rank=dist_env.rank,
             world=dist_env.world_size,
         )

@@ -24,15 +24,13 @@ from typing import Any
 from clipdist import config
 from clipdist.config import REPOSITORY, SNAPSHOT
 from clipdist.config.stages import check_stages
-from clipdist.data.patches import BUDGET_MAX
-from clipdist.data.transform import EvalTransform, NativeAspect
+from clipdist.data.transform import BUDGET_MAX, BUDGET_MIN, EvalTransform, NativeAspect
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from clipdist.models.open_clip_files import LOCAL_TIMM, config_fields, model_config, model_names, read_json
 from clipdist.models.weight_facts import PIXEL_FACTS, pixel_facts, weights_facts
 
 DEFAULT_CONTEXT = 77
-BUDGET_MIN = 4  # patches: with fewer, images of ordinary aspect ratios would not fit
 OWN_TEXT = {  # the project's own text towers: what text_cfg says of each
     "cbow": {"width", "vocab_size", "context_length"},
     "lstm": {"width", "layers", "bidirectional", "vocab_size", "context_length"},

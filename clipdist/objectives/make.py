@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from clipdist import config
+from clipdist.data.augment import View
 from clipdist.data.batch import IMAGE
+from clipdist.data.transform import EvalTransform
+from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_sizes
@@ -69,3 +73,18 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
 def reads_image(objectives: Sequence[Objective]) -> bool:
     """Whether an objective reads the features of CLIP's own view, behind the image tower's projection."""
     return any(IMAGE in objective.features for objective in objectives)
+
+
+def views_of_run(
+    objectives: Sequence[Objective], data: config.Data, image_size: int, transform: EvalTransform
+) -> list[View]:
+    """Return the views of an image that the objectives need, CLIP's own first.
+
+    Args:
+        image_size: of CLIP's own.
+        transform: the model's in evaluation.
+    """
+    own = [image_view(data, image_size, transform)] if reads_image(objectives) else []
+    further = [view for objective in objectives for view in objective.views]
+    scaling = data.dct_scaling  # of an image, so of all its views
+    return own + [replace(view, augmentation=replace(view.augmentation, dct_scaling=scaling)) for view in further]
