@@ -24,6 +24,7 @@ from clipdist.models.hugging_face import is_hugging_face, to_ours, weight_files
 from clipdist.models.open_clip_files import LOCAL_TIMM, models_of
 from clipdist.models.spec import ModelSpec
 from clipdist.models.state_dicts import plain_names, read_torch_file, without_heads
+from clipdist.models.towers import find_projection
 from clipdist.models.weight_facts import OPENAI_FACTS, is_torchscript, trained_spec
 
 # Of descriptions: positions are interpolated; the towers' own weights do not matter where all weights follow.
@@ -191,7 +192,11 @@ def _to_dual_encoder(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict
         if not any(name.startswith("visual.") for name in tensors):  # an image tower's own state dict
             prefix = "visual.trunk." if hasattr(model.visual, "trunk") else "visual."
             tensors = {prefix + name: value for name, value in tensors.items()}
-        tensors = {name: value for name, value in tensors.items() if name in own} or tensors
+        found = find_projection(model.visual)
+        same = set(getattr(found.owner, found.name).parameters()) if found else set()
+        held = {name: own[name] for name, parameter in model.named_parameters() if parameter in same}  # an identity
+        tensors = {name: value for name, value in tensors.items() if name in own.keys() - held.keys()} or tensors
+        tensors |= held
     bias = model.logit_bias
     if isinstance(bias, torch.Tensor):  # weights trained with InfoNCE have none: it starts as configured
         tensors["logit_bias"] = tensors.get("logit_bias", bias.detach()).reshape(1)

@@ -156,6 +156,15 @@ def test_weights_of_a_whole_model_and_of_an_image_tower(tmp_path: Path) -> None:
     small = json.loads(Path(TINY).read_text())
     small["vision_cfg"]["width"] = 16
     (tmp_path / "small.json").write_text(json.dumps(small))
+    resnet = drawn(
+        str(ROOT / "configs/models/tiny_rn.json"), with_text=True
+    )  # an identity is in its projection's place
+    export_model(resnet, tmp_path / "resnet.safetensors")
+    for weights in (tmp_path / "resnet.safetensors", tmp_path / "resnet-run"):
+        model = build_model(Model(name=resnet.spec.name, weights=str(weights)), with_text=False).eval()
+        assert torch.equal(model.encode_image(images()), resnet.encode_hidden(images()))
+        if weights.suffix:
+            save_run(tmp_path / "resnet-run", model, {})
     with pytest.raises(UserError, match=r"does not fit .*visual\.class_embedding is \[32\], the model wants \[16\]"):
         build_model(
             Model(name=str(tmp_path / "small.json"), weights=str(tmp_path / "tower.safetensors")), with_text=False
