@@ -149,15 +149,18 @@ def dino(cfg: config.Dino, outputs: Outputs, constants: Outputs, batch: Batch, a
         for view in range(2 + cfg.local_views)
         if view != other
     ]
-    spread = [_koleo(outputs[f"hidden/dino/{view}"][valid]) for view in (0, 1) if cfg.koleo]
+    spread = [_koleo(outputs[f"hidden/dino/{view}"], valid, cfg.koleo_group) for view in (0, 1) if cfg.koleo]
     return torch.stack(values).mean() + cfg.koleo * sum(spread, torch.zeros_like(values[0]))
 
 
-def _koleo(features: Tensor) -> Tensor:
-    """Return -1/N sum_i log of the distance to the nearest other feature, of the whole batch."""
-    unit = _unit(features)
-    nearest = (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)
-    return -(unit - unit[nearest]).norm(dim=1).log().mean()
+def _koleo(features: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Return -1/N sum_i log of the distance to the nearest other valid feature of a group, or of the whole batch."""
+    group = torch.arange(len(features), device=features.device)[valid] // (size or len(features))
+    unit = _unit(features[valid])
+    apart = group[:, None] != group
+    largest, nearest = (unit @ unit.T).masked_fill(apart, -torch.inf).fill_diagonal_(-torch.inf).max(1)
+    found = largest > -torch.inf
+    return -(unit - unit[nearest])[found].norm(dim=1).log().mean()
 
 
 def dino_state(cfg: config.Dino, constants: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -174,8 +177,8 @@ def vae(cfg: config.Vae, outputs: Outputs, constants: Outputs, batch: Batch, at:
     parts, valid = outputs["vae/0"], batch.valid["image"]
     code = normal(parts[:, : cfg.latent], (parts[:, cfg.latent : 2 * cfg.latent] / 2).exp())
     divergence = torch.distributions.kl_divergence(code, normal(torch.zeros_like(code.mean), 1.0)).sum(1)
-    pixels = batch.images["vae/0"].to(parts.dtype) / 255
-    target = F.avg_pool2d(pixels, pixels.shape[-1] // cfg.size).flatten(1)
+    pixels = batch.images["vae/0"].to(parts) / 255
+    target = F.interpolate(pixels, (cfg.size, cfg.size), mode="area").flatten(1)
     missed = ((parts[:, 2 * cfg.latent :] - target) / cfg.deviation).square().sum(1) / 2
     return ((missed + cfg.beta * divergence)[valid] / target.shape[1]).mean()
 
