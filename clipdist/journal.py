@@ -240,7 +240,7 @@ class Journal:
             shown += f"  (%, {images} images, {captions} captions; i2t counts any of an image's captions)"
         if "effective_rank" in findings.values:
             shown += f"  effective rank {findings.values['effective_rank']:.1f}"
-        self.log(f"validation at step {step}: {shown}")
+        self.log(f"validation at step {step}: {shown.lstrip()}")
         try:
             self._show_sheet(step, findings, validation)
         except (OSError, BadSample, UserError) as error:  # temporarily unavailable storage must not end the run

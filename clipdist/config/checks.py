@@ -60,8 +60,7 @@ def check(config: Config) -> None:
     _check_train(config.train)
     _check_stages(config.train, config.data)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
-    measured = bool(not config.train.keep_best or config.data.val or config.eval.labelled)
-    _need(measured, "train.keep_best", config.train.keep_best, "come with data.val or eval.labelled, which measure it")
+    _check_best(config)
     _check_launch(config.launch)
     compiles = config.engine.compile and config.engine.zero_stage == 3
     must = "be 0, 1 or 2 with engine.compile: stage 3 gathers weights inside of the blocks"
@@ -253,6 +252,7 @@ def _check_dino(dino: Dino) -> None:
     _need(dino.prototypes >= 2, f"{key}prototypes", dino.prototypes, "be at least 2")
     for name in ("local_views", "frozen_steps", "teacher_warmup_steps", "koleo", "koleo_group"):
         _need(getattr(dino, name) >= 0, f"{key}{name}", getattr(dino, name), "not be negative")
+    _need(dino.koleo_group != 1, f"{key}koleo_group", 1, "be 0, or 2 and more: one image has no neighbour")
     _need(dino.temperature > 0, f"{key}temperature", dino.temperature, "be above 0")
     warm = dino.teacher_temperature
     _need(len(warm) == 2 and min(warm) > 0, f"{key}teacher_temperature", warm, "be two temperatures, first and last")
@@ -326,8 +326,23 @@ def _check_optim(optim: Optim, model: Model, engine: Engine) -> None:
 def _check_train(train: Train) -> None:
     alone = not (train.steps and train.samples)
     _need(alone, "train.samples", train.samples, f"not come with train.steps={train.steps}")
-    measured = train.ema > 0 or not train.keep_best.startswith("ema/")
-    _need(measured, "train.keep_best", train.keep_best, "come with train.ema, the momentum of that average")
+
+
+def _check_best(config: Config) -> None:
+    """Raise UserError for a metric to keep the best by that nothing measures."""
+    best, objectives = config.train.keep_best, config.objectives
+    if not best:
+        return
+    averaged = config.train.ema > 0 or any(getattr(objectives, name) is not None for name in TAUGHT)
+    of_average = best.startswith("ema/")
+    _need(averaged or not of_average, "train.keep_best", best, "come with train.ema, the momentum of that average")
+    measured = bool(config.data.val or config.eval.labelled)
+    _need(measured, "train.keep_best", best, "come with data.val or eval.labelled, which measure it")
+    if not objectives.read_text:
+        sources = {"effective_rank": config.data.val, "knn_": config.eval.knn, "probe/": config.eval.probe}
+        known = tuple(name for name, source in sources.items() if source)
+        must = "be effective_rank (data.val), knn_20 or knn_200 (eval.knn), or probe/accuracy (eval.probe): no captions"
+        _need(best.removeprefix("ema/").startswith(known), "train.keep_best", best, f"{must} are read")
 
 
 def _check_stages(train: Train, data: Data) -> None:

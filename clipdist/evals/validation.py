@@ -102,6 +102,11 @@ class Validation:
         for name, wanted in (("probe", cfg.probe), ("knn", cfg.knn)):
             if wanted and (self._labelled is None or self._labelled.train is None):
                 raise UserError(f"eval.{name}: needs eval.labelled with training pictures")
+        if self._labelled and not (has_text or cfg.knn or cfg.probe):
+            raise UserError(
+                f"eval.labelled={cfg.labelled}: measures nothing, for there is no text tower to name classes; set"
+                " eval.knn=true or eval.probe=true"
+            )
 
     def run(self, model: Encoder) -> Findings:
         """Validate the model. Collective."""

@@ -109,6 +109,7 @@ def test_a_head_has_no_activation_behind_its_last_layer():
         (["simclr={weight: 0}"], "objectives.simclr.weight=0.0: must be above 0"),
         (["dino={teacher_temperature: [0.04]}"], "objectives.dino.teacher_temperature=[0.04]: must be two"),
         (["dino={local: {crop_scale: [0.5, 0.1]}}"], "objectives.dino.local.crop_scale=[0.5, 0.1]: must be a range"),
+        (["dino={koleo_group: 1}"], "objectives.dino.koleo_group=1: must be 0, or 2 and more"),
         (["vae={size: 24}"], "objectives.vae.size=24: must be 4, 8, 16"),
         (["byol={}", "dino={}"], "objectives.byol and objectives.dino: have a teacher each"),
     ],
@@ -131,6 +132,21 @@ def test_other_settings_that_do_not_go_with_a_teacher(word, told):
     with pytest.raises(UserError) as refused:
         load_config(None, ["objectives={clip: null, byol: {}}", word])
     assert told in str(refused.value)
+
+
+def test_the_best_by_the_teacher_can_be_kept():
+    words = ["eval.labelled=x", "eval.knn=true", "train.keep_best=ema/knn_20"]
+    assert load_config(None, ["objectives={clip: null, byol: {}}", *words]).train.ema == 0
+    with pytest.raises(UserError, match=r"train\.keep_best=ema/knn_20: must come with train\.ema"):
+        load_config(None, ["objectives={clip: null, simclr: {}}", *words])
+
+
+@pytest.mark.parametrize("best", ["t2i_r1", "ema/zero_shot/top1", "probe/accuracy"])
+def test_the_best_by_what_is_not_measured_without_captions(best):
+    words = ["objectives={clip: null, byol: {}}", "data.val=x", "eval.labelled=x", "eval.knn=true"]
+    assert load_config(None, [*words, "train.keep_best=effective_rank"])
+    with pytest.raises(UserError, match=f"train.keep_best={best}: must be effective_rank .*: no captions are read"):
+        load_config(None, [*words, f"train.keep_best={best}"])
 
 
 def test_a_tower_that_does_not_take_a_views_size_is_named():

@@ -601,6 +601,9 @@ def test_validation_decodes_in_the_threads_of_the_data_and_its_probe_shows_signs
     assert {name.partition("/")[0] for name in no_text.values} == {"knn_20", "knn_200", "probe"}
     with pytest.raises(UserError, match=r"^eval\.knn: needs eval\.labelled with training pictures$"):
         Validation(config.Eval(knn=True), config.Data(), None, NoTokenizer(), EvalTransform(8), alone)
+    cfg = config.Eval(labelled=cfg.labelled)
+    with pytest.raises(UserError, match=r"^eval\.labelled=.*: measures nothing, .* set eval\.knn=true or"):
+        Validation(cfg, config.Data(), None, NoTokenizer(), EvalTransform(8), alone, has_text=False)
 
 
 def probe_on(rank: int, port: int, folder: str) -> None:
