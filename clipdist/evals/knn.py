@@ -51,6 +51,7 @@ def knn_of(
     """
     features = embed_set(encode, data, transform, share)
     train, test = features.train, features.test
+    _check_finite(train.image, test.image)  # of all test images: every rank raises, or none
     mine, _ = share.of(len(test.labels))
     own = slice(mine.start, mine.stop)
     settings = list(zip(NEIGHBOURS, TEMPERATURES))
@@ -80,8 +81,7 @@ def knn_classify(
     Raises:
         UserError: features that are not finite.
     """
-    if not torch.isfinite(train).all() or not torch.isfinite(test).all():
-        raise UserError("the image features are not finite: the weights have diverged")
+    _check_finite(train, test)
     unit = F.normalize(train.float(), dim=1)
     found: dict[Setting, list[Tensor]] = {setting: [torch.zeros(0, dtype=torch.int64)] for setting in settings}
     for queries in test.split(CHUNK) if len(test) else ():
@@ -93,3 +93,8 @@ def knn_classify(
             sums = torch.zeros(len(queries), classes, dtype=torch.float64)
             found[k, temperature].append(sums.scatter_add_(1, of_neighbours[:, :k], votes).argmax(1))
     return {setting: torch.cat(parts) for setting, parts in found.items()}
+
+
+def _check_finite(*features: Tensor) -> None:
+    if not all(torch.isfinite(part).all() for part in features):
+        raise UserError("the image features are not finite: the weights have diverged")
