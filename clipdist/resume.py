@@ -14,6 +14,7 @@ from clipdist.checkpoint.format import EMA, MANIFEST, list_checkpoints, newest_c
 from clipdist.checkpoint.retention import set_aside
 from clipdist.config import Config, flat, saved_config
 from clipdist.config.batches import total_steps
+from clipdist.config.checks import TAUGHT
 from clipdist.errors import Fault, UserError
 from clipdist.fault_tolerance.rollback import record_rollback, rollbacks
 from clipdist.fault_tolerance.slurm import restarts
@@ -56,8 +57,10 @@ def changes(config: Config, plan: RunPlan) -> list[str]:
         return []
     words = ", ".join(f"{name} {theirs.get(name)} -> {ours.get(name)}" for name in told)
     lines = [f"other settings than those of {plan.resume.folder.name}: {words}", *_schedule_change(config, saved, plan)]
-    if config.train.ema and not any(name.startswith(EMA) for name in plan.resume.manifest.tensors):
-        lines.append(f"train.ema: {plan.resume.folder.name} holds no average; it begins with the weights")
+    teachers = [f"objectives.{name}'s teacher" for name in TAUGHT if getattr(config.objectives, name) is not None]
+    averages = ["train.ema"] if config.train.ema else teachers
+    if averages and not any(name.startswith(EMA) for name in plan.resume.manifest.tensors):
+        lines.append(f"{averages[0]}: {plan.resume.folder.name} holds no average; it begins with the weights")
     return lines
 
 

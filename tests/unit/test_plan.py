@@ -112,6 +112,13 @@ def test_an_objective_whose_head_or_state_has_another_shape(shards, tmp_path, no
             plan_start(configured(shards, tmp_path, *words), 1)
 
 
+def test_a_teacher_that_begins_with_the_weights_is_told_of(shards, tmp_path):
+    words = ("objectives={clip: {}, byol: {}}", "train.resume_objectives=reset")
+    folder = fake_checkpoint(configured(shards, tmp_path))
+    notes = plan_start(configured(shards, tmp_path, *words), 1).notes
+    assert notes[-1] == f"objectives.byol's teacher: {folder.name} holds no average; it begins with the weights"
+
+
 def test_the_first_start_chooses_the_streams_and_the_checkpoint_keeps_them(shards, tmp_path):
     config = configured(shards, tmp_path)
     first = plan_start(config, world=2)
