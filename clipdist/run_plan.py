@@ -129,7 +129,7 @@ def make_plan(
         UserError: a checkpoint of another model, other data or another order; an unknown model or teacher; stages
             that do not fit the model or the length.
     """
-    from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
+    from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_run_spec
 
     catalog, val = catalogs
     if config.objectives.distill is not None:
@@ -141,7 +141,7 @@ def make_plan(
         key = _order_of(config, fingerprint, resume)
         spec = ModelSpec.from_dict(resume.manifest.state["model"])
     else:
-        spec = resolve_spec(config.model, config.objectives.read_text)
+        spec = resolve_run_spec(config)
         key = first_order(config, catalog, world)
     check_stages_fit(config.train.stages, spec)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
@@ -217,7 +217,7 @@ def _check_objectives(config: Config, reader: CheckpointReader) -> None:
 
 def _check_model(config: Config, reader: CheckpointReader) -> None:
     """Raise UserError if the checkpoint is of another model."""
-    from clipdist.models.spec import resolve_spec
+    from clipdist.models.spec import resolve_run_spec
 
     theirs, ours = reader.manifest.config["model"]["name"], config.model.name
     if theirs != ours:
@@ -226,7 +226,7 @@ def _check_model(config: Config, reader: CheckpointReader) -> None:
             " choose another run.name"
         )
     try:
-        described = resolve_spec(config.model, config.objectives.read_text).model
+        described = resolve_run_spec(config).model
     except UserError:
         return  # the model JSON or weights file is gone: the checkpoint suffices
     if described != reader.manifest.state["model"]["model"]:

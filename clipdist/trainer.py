@@ -43,7 +43,7 @@ from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
 from clipdist.models.compiled import CompileClock, cache_folder, why_not
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.dual_encoder import DualEncoder, built_for
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec
@@ -108,7 +108,7 @@ class Trainer:
         self.loader = open_loader(
             plan.catalog,
             plan.order,
-            self.tokenizer if self.spec.has_text else None,
+            self.tokenizer if self.spec.reads_text else None,
             config.data,
             views=self._views(largest),
             stages=stages,
@@ -163,8 +163,7 @@ class Trainer:
         whole = resume is not None and not config.model.lora
         restored = ModelSpec.from_dict(resume.manifest.state["model"]) if resume and whole else None
         with NothingDrawn() if whole else nullcontext():
-            objectives = config.objectives
-            model = build_model(config.model, objectives.clip, restored=restored, with_text=objectives.read_text)
+            model = built_for(config, restored)
         train = config.train
         smallest = min(stage.image_size for stage in self.plan.stages)
         if train.stages:
@@ -182,7 +181,7 @@ class Trainer:
 
     def _batch_stage(self, stage: PlannedStage, model: DualEncoder) -> BatchStage:
         """Return what the loader makes of a stage."""
-        tokenizer = self.tokenizer if self.spec.has_text else None
+        tokenizer = self.tokenizer if self.spec.reads_text else None
         if tokenizer and stage.tokens < self.spec.context_length:
             tokenizer = make_tokenizer(replace(self.spec, context_length=stage.tokens))
         views, patches = self._views(stage.image_size), patches_of(model.visual, stage.image_size)

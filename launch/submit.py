@@ -19,7 +19,7 @@ from contextlib import suppress
 from clipdist.config import Config, to_yaml
 from clipdist.config.batches import check_ranks, launched_ranks
 from clipdist.errors import EXIT_INTERRUPTED, UserError, run_main
-from clipdist.models.spec import resolve_spec
+from clipdist.models.spec import resolve_run_spec
 from clipdist.process import LOCK_WAIT_S
 from clipdist.run_plan import check_data, check_launch
 from clipdist.storage import lock
@@ -52,7 +52,7 @@ def check(config: Config) -> None:
     if launch.cluster == "local" and launch.nodes != 1:
         raise UserError(f"launch.nodes={launch.nodes}: --cluster local has one node, this machine")
     check_ranks(config, launched_ranks(config.launch))
-    resolve_spec(config.model, config.objectives.read_text)
+    resolve_run_spec(config)
 
 
 def check_all(request: LaunchRequest) -> None:

@@ -7,6 +7,7 @@ import re
 
 from clipdist.config.schema import (
     Augment,
+    Caption,
     Clip,
     Config,
     Data,
@@ -57,6 +58,8 @@ def check(config: Config) -> None:
     _check_model(config.model, config.train)
     _check_objectives(config.objectives, config.data, config.model)
     _check_self_supervised(config.objectives, config.data, config.train)
+    if config.objectives.caption is not None:
+        _check_caption(config.objectives.caption, config.objectives, config.data)
     _check_train(config.train)
     _check_stages(config.train, config.data)
     _need(config.guard.window >= 10, "guard.window", config.guard.window, "be at least 10")
@@ -269,6 +272,25 @@ def _check_vae(vae: Vae) -> None:
     _need(vae.width >= least, f"{key}width", vae.width, f"be at least {least}, so that each doubling leaves a channel")
     _need(vae.beta >= 0, f"{key}beta", vae.beta, "not be negative")
     _need(vae.deviation > 0, f"{key}deviation", vae.deviation, "be above 0")
+
+
+def _check_caption(caption: Caption, objectives: Objectives, data: Data) -> None:
+    key = "objectives.caption."
+    must = "be above 0; objectives.caption=null takes it out"
+    _need(0 < caption.weight < math.inf, f"{key}weight", caption.weight, must)
+    _need(0 <= caption.label_smoothing < 1, f"{key}label_smoothing", caption.label_smoothing, "lie in [0, 1)")
+    _need(0 <= caption.parallel <= 1, f"{key}parallel", caption.parallel, "lie in [0, 1]")
+    for name in ("width", "layers", "heads"):
+        _need(getattr(caption, name) >= 0, f"{key}{name}", getattr(caption, name), "be at least 1, or 0: see there")
+    divides = not (caption.width and caption.heads) or caption.width % caption.heads == 0
+    _need(divides, f"{key}heads", caption.heads, f"divide {key}width={caption.width}")
+    paired = caption.kind != "coca" or objectives.clip is not None
+    _need(paired, f"{key}kind", caption.kind, "come with objectives.clip, whose text tower it decodes from")
+    several = f"data.caption={data.caption}, data.negatives={data.negatives}"
+    must = f"be null with {several}: it takes one caption of an image"
+    _need(not data.several_texts, "objectives.caption", caption.kind, must)
+    must = "be false with objectives.caption, which reads the image's tokens"
+    _need(not data.cache_features, "data.cache_features", True, must)
 
 
 def _check_views(key: str, views: list[Augment], number: int) -> None:

@@ -248,6 +248,19 @@ class Vae:
 
 
 @dataclass(frozen=True)
+class Caption:
+    """Predict the caption by a decoder behind the image tower."""
+
+    kind: Literal["cappa", "simvlm", "coca"] = "cappa"  # coca: behind the text tower, too, beside objectives.clip
+    weight: float = 1.0  # of this objective in the loss
+    label_smoothing: float = 0.0  # share of the target that is spread over the vocabulary
+    width: int = 0  # of the decoder; 0: the image tower's, of coca the text tower's
+    layers: int = 0  # 0: six; of coca with multimodal_cfg in the model's description those of it, as width and heads
+    heads: int = 0  # of attention; 0: eight
+    parallel: float = 0.75  # of cappa, share of captions that are predicted without seeing any of their tokens
+
+
+@dataclass(frozen=True)
 class Objectives:
     """The objectives to train, those whose sections are set. A recipe without this section trains CLIP."""
 
@@ -258,16 +271,23 @@ class Objectives:
     byol: Byol | None = None
     dino: Dino | None = None
     vae: Vae | None = None
+    caption: Caption | None = None
 
     @property
     def read_text(self) -> bool:
-        """Whether one reads captions; else the run has no text tower."""
+        """Whether one reads captions."""
         return bool(self.text_read_by)
+
+    @property
+    def text_tower(self) -> bool:
+        """Whether one needs a text tower; a decoder of captions reads their tokens alone."""
+        return self.clip is not None or self.distill is not None
 
     @property
     def text_read_by(self) -> str:
         """The first objective that reads captions, such as objectives.clip; "": none does."""
-        return next((f"objectives.{name}" for name in ("clip", "distill") if getattr(self, name) is not None), "")
+        names = ("clip", "distill", "caption")
+        return next((f"objectives.{name}" for name in names if getattr(self, name) is not None), "")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import open_clip.tokenizer
 import torch
 from tokenizers.models import BPE
 
+from clipdist.data.caption_targets import Marks
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 
@@ -44,6 +45,13 @@ class Tokenizer(Protocol):
 
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         """int64 [len(texts), L] ([1, L] of one text); longer texts are cut, shorter ones padded."""
+
+    def marks(self) -> Marks:
+        """The ids at the start and the end of a text and behind it.
+
+        Raises:
+            UserError: a text has no end, or there is no padding.
+        """
 
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the same text might get other ids."""
@@ -108,6 +116,9 @@ class NoTokenizer:
     def __call__(self, texts: str | list[str]) -> torch.Tensor:
         return torch.zeros(1 if isinstance(texts, str) else len(texts), 0, dtype=torch.int64)
 
+    def marks(self) -> Marks:
+        raise UserError("the model has no tokenizer")
+
     def fingerprint(self) -> str:
         return _digest("none", 0, 0, [])
 
@@ -144,6 +155,10 @@ class BPETokenizer:
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens[np.arange(self.context_length) < lengths[:, None]] = list(itertools.chain.from_iterable(rows))
         return torch.from_numpy(tokens)
+
+    def marks(self) -> Marks:
+        """See Tokenizer.marks. Padding is 0, which is "!", too."""
+        return Marks(self._bpe.sot_token_id, self._bpe.eot_token_id, 0)
 
     def fingerprint(self) -> str:
         return _digest("bpe", self.vocab_size, self.context_length, self(_PROBE).tolist())
@@ -242,6 +257,17 @@ class HFTokenizer:
             raise UserError(
                 f"tokenizer {self.name}: ends a text with id {own}, the text tower is read at id {eos_id}: {belongs}"
             )
+
+    def marks(self) -> Marks:
+        """See Tokenizer.marks. The start is the id that every text begins with."""
+        theirs = self._hf.tokenizer
+        one, two = (row.tolist() for row in self(["a dog", "the red cars"]))
+        ends = [mark for mark in (theirs.eos_token_id, theirs.sep_token_id) if mark in one and mark in two]
+        if not ends or theirs.pad_token_id is None:
+            lacks = "no padding" if ends else "no end mark behind a text"
+            raise UserError(f"tokenizer {self.name}: has {lacks}, and a caption needs it; take another model")
+        starts = (theirs.bos_token_id, theirs.cls_token_id)
+        return Marks(one[0] if one[0] == two[0] and one[0] in starts else None, ends[0], theirs.pad_token_id)
 
     def fingerprint(self) -> str:
         vocabulary = sorted(self._hf.tokenizer.get_vocab().items())

@@ -30,7 +30,7 @@ from clipdist.models import grouped_norms
 from clipdist.models.dual_encoder import DualEncoder, assemble
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.packed_images import Packing
-from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_spec
+from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_run_spec
 from clipdist.models.towers import group_batchnorm
 from clipdist.objectives.make import make_objectives, prepare_model, reads_image
 from clipdist.objectives.objective import Objective
@@ -144,7 +144,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     Raises:
         UserError: as clipdist.models.dual_encoder.build_model, and clipdist.objectives.make.prepare_model.
     """
-    spec = resolve_spec(config.model, config.objectives.read_text)
+    spec = resolve_run_spec(config)
     check_stages_fit(config.train.stages, spec)
     try:
         with torch.device("meta"):
@@ -219,7 +219,7 @@ def _inputs(
     inputs = {
         name: full_images(batch, replace(model.spec.transform, size=side), device) for name, side in sides.items()
     }
-    if texts and model.text is not None:
+    if texts and (model.text is not None or model.decoder is not None):
         inputs["tokens"] = torch.zeros(batch, texts, length, dtype=torch.int64, device=device)
         inputs["tokens"][..., -1:] = 1
     return inputs

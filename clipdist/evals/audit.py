@@ -25,7 +25,7 @@ from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.errors import UserError
 from clipdist.evals.reference import STEPS, LossAndGradients, Reference, concatenate_normalised
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.dual_encoder import built_for
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives, prepare_model, reads_image, views_of_run
@@ -77,7 +77,7 @@ class Audit:
         self.micro = cfg.train.micro_batch or cfg.train.global_batch // dist_env.world_size
         torch.manual_seed(cfg.train.seed)
         teacher = open_teacher(cfg, dist_env)
-        model = build_model(cfg.model, cfg.objectives.clip, with_text=cfg.objectives.read_text)
+        model = built_for(cfg)
         objectives = make_objectives(cfg.objectives, model.spec.image_size)
         prepare_model(model, objectives)
         model.check_rows(cfg.model.batchnorm_group or self.micro)

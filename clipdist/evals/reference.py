@@ -86,6 +86,8 @@ class Reference:
             if self.group and isinstance(norm, nn.BatchNorm2d):  # torch's CPU kernel for channels_last sums inexactly
                 norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
                 norm.register_forward_hook(lambda _, __, out: out.contiguous(memory_format=torch.channels_last))
+        if self.model.decoder is not None:
+            self.model.decoder.whole_logits = True
         self.moving = _Moving(self.model, moving, self.group) if moving else None
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.state_after: dict[str, torch.Tensor] = {}
@@ -126,7 +128,7 @@ class Reference:
             UserError: BatchNorm has groups, and the image tower draws random numbers, those of a micro-batch at once.
         """
         cfg = config.Objectives(clip=clip) if clip else self.objectives
-        constants, at = self._constants(batch, micro), Moment(step, STEPS)
+        constants, at = self._constants(batch, micro, step), Moment(step, STEPS)
         self.state_after = {}
         for name, formula in STATES.items():
             if (section := getattr(cfg, name)) is not None:
@@ -151,13 +153,18 @@ class Reference:
         return measured[0], (measured[1] if len(measured) > 1 else None)
 
     @torch.no_grad()
-    def _constants(self, batch: Batch, micro: int) -> dict[str, torch.Tensor]:
-        """Return what the teachers give for the global batch, and the objectives' state by OBJECTIVE/NAME."""
+    def _constants(self, batch: Batch, micro: int, step: int) -> dict[str, torch.Tensor]:
+        """Return what is constant in the formulas: of the teachers, the objectives' state, and what they draw."""
         taught = self.teacher(batch.to(self.device)) if self.teacher else {}
         if self.moving:
             taught |= self.moving(batch.to(self.device), self.group or micro)
         state = {f"{objective}/{name}": value for objective, own in self.state.items() for name, value in own.items()}
-        return taught | state
+        return taught | state | self._drawn(batch, step)
+
+    def _drawn(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        """Return what heads take beside features, for the rows of `batch`."""
+        at = Moment(step, STEPS)
+        return {name: drawn for each in self.drawn_by for name, drawn in each.noise(batch, at).items()}
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro: int) -> torch.Tensor:
@@ -193,8 +200,7 @@ class Reference:
             inputs = {"tokens": inputs["tokens"]} if "tokens" in inputs else {}
         if not inputs:
             return {}
-        noise = {name: drawn for each in self.drawn_by for name, drawn in each.noise(own, Moment(step, STEPS)).items()}
-        outputs = self.model(**inputs, noise=noise)
+        outputs = self.model(**inputs, noise=self._drawn(own, step))
         drawn = not torch.equal(before, _random_state(self.device))
         if drawn and one.without == "tokens":
             raise UserError(

@@ -183,6 +183,22 @@ def vae(cfg: config.Vae, outputs: Outputs, constants: Outputs, batch: Batch, at:
     return ((missed + cfg.beta * divergence)[valid] / target.shape[1]).mean()
 
 
+def caption(cfg: config.Caption, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
+    """Compute the mean over all words of all captions from the whole logits [B, T, V]. CLIP's byte pairs alone.
+
+    The end of a text is its highest id. SimVLM's prefixes are drawn as the objective draws them.
+    """
+    logits, valid = outputs["caption"], batch.valid_in(MODALITIES).cpu()
+    missed: list[Tensor] = []
+    prefixes = constants.get("caption/prefix")
+    for row in valid.nonzero()[:, 0].tolist():
+        words = batch.tokens[row, 1 : int(batch.tokens[row].argmax()) + 1].to(logits.device)
+        first = int(prefixes[row]) - 1 if prefixes is not None else 0
+        own = logits[row, first : len(words)]
+        missed.append(F.cross_entropy(own, words[first:], reduction="none", label_smoothing=cfg.label_smoothing))
+    return torch.cat(missed).mean()
+
+
 def _sinkhorn_knopp(logits: Tensor, tau: float, iterations: int = 3) -> Tensor:
     """Return assignments [N, P] whose columns are alike in sum (arXiv:2006.09882, listing 1)."""
     q = ((logits - logits.max()) / tau).exp().T
@@ -206,6 +222,7 @@ FORMULAS: dict[str, Callable[[Any, Outputs, Outputs, Batch, Moment], Tensor]] = 
     "byol": byol,
     "dino": dino,
     "vae": vae,
+    "caption": caption,
 }
 # What a step makes of the state of an objective, by name.
 STATES: dict[str, Callable[[Any, Outputs, Batch], dict[str, Tensor]]] = {"moco": moco_state, "dino": dino_state}

@@ -60,11 +60,9 @@ def facts(
     Raises:
         UserError: no tokenizer; see make_tokenizer.
     """
-    from clipdist.models.spec import resolve_spec
+    from clipdist.models.spec import resolve_run_spec
 
-    spec = (
-        resume.manifest.state["model"] if resume else resolve_spec(config.model, config.objectives.read_text).to_dict()
-    )
+    spec = resume.manifest.state["model"] if resume else resolve_run_spec(config).to_dict()
     order = {name: value for name, value in order_record.items() if name != "fingerprint"}
     return {
         **{f"package {name}": _version(name) for name in PACKAGES},

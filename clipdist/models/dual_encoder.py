@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from clipdist import config
+from clipdist.data.batch import IMAGE
 from clipdist.data.patches import is_buffer
 from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import moved
 from clipdist.errors import UserError, brief
+from clipdist.models.caption_decoder import CAPTION, CaptionDecoder
 from clipdist.models.cbow import CBOW
 from clipdist.models.compiled import compile_blocks
 from clipdist.models.fewer_patches import patches_chosen
+from clipdist.models.image_tokens import gives_tokens, image_tokens
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.lstm import LSTM
 from clipdist.models.norms import running_norms, statistics_frozen
@@ -131,7 +134,7 @@ class DualEncoder(nn.Module):
             patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
                 clipdist.models.fewer_patches.allow_stages.
             teaching: whether heads give what a teacher gives.
-            noise: random numbers for heads, by view.
+            noise: what heads take beside features, by view; of a decoder of captions by caption/ARGUMENT.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. Of the view
                 "hidden" the features are those of `encode_hidden`; the view NAME/... goes through the head NAME.
 
@@ -140,19 +143,45 @@ class DualEncoder(nn.Module):
         Returns:
             features [b, D] or a head's output under the name of each view; of those with a head also what the head was
             given, [b, w], under "hidden/" and the view's name; "text": [b, D] or [b, K, D];
-            "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any.
+            "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any;
+            "caption": the loss that a decoder of captions gives in training for tokens and the view "image".
         """
+        decoder = self.decoder if self.training and tokens is not None and IMAGE in images else None
+        memory = text = None
         chosen = patches_chosen(self.visual, patches) if patches is not None and self.training else nullcontext()
         outputs: dict[str, torch.Tensor] = {}
         with chosen:
             for view, pixels in images.items():
-                outputs |= self._encode_view(view, pixels, teaching, noise or {})
+                if decoder is not None and view == IMAGE:
+                    outputs[view], memory = image_tokens(self.visual, self._normalise(pixels))
+                else:
+                    outputs |= self._encode_view(view, pixels, teaching, noise or {})
                 self.after_view(view)
-        if tokens is not None:
-            texts = self.encode_text(tokens.flatten(0, -2))
+        if tokens is not None and (self.text is not None or decoder is None):
+            if decoder is not None and decoder.reads_text_tower:
+                texts, text = self._encode_text_tokens(tokens.flatten(0, -2))
+            else:
+                texts = self.encode_text(tokens.flatten(0, -2))
             outputs["text"] = texts.unflatten(0, tokens.shape[:-1])
+        if decoder is not None and tokens is not None:
+            own = {name.removeprefix(f"{CAPTION}/"): x for name, x in (noise or {}).items() if name.startswith(CAPTION)}
+            own |= {} if text is None else {"text": text}
+            outputs[CAPTION] = decoder(memory, tokens.flatten(0, -2), **own)
         # Copies: ZeRO stage 3 releases the parameters when the forward pass ends.
         return outputs | {name: getattr(self, name).clone() for name in self.scalars}
+
+    @property
+    def decoder(self) -> CaptionDecoder | None:
+        """The decoder of captions among the heads, if there is one."""
+        found = dict(self.heads.items()).get(CAPTION)
+        assert found is None or isinstance(found, CaptionDecoder)
+        return found
+
+    def _encode_text_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features [b, D] of texts and the outputs of the text tower's layers, [b, L, w]."""
+        assert self.text is not None
+        with gives_tokens(self.text):
+            return self.text(moved(tokens, self.image_mean.device))
 
     def after_view(self, view: str) -> None:
         """Called when the forward pass has run a view; the engine puts a function in its place."""
@@ -385,7 +414,7 @@ class DualEncoder(nn.Module):
         try:
             if rows == 1:
                 run_on_shapes(self.visual, (1, 3, side, side), next(self.visual.parameters()).dtype)
-                for head in self.heads.values():
+                for head in (head for head in self.heads.values() if not isinstance(head, CaptionDecoder)):
                     run_on_shapes(head, (1, self.hidden_width()), next(head.parameters()).dtype)
         except ValueError as error:
             if "more than 1 value per channel" in str(error):
@@ -457,6 +486,7 @@ def build_model(
     *,
     restored: ModelSpec | None = None,
     with_text: bool | None = True,
+    with_tokens: bool | None = None,
 ) -> DualEncoder:
     """Build the configured model, load its weights and word vectors, and lock its towers.
 
@@ -466,12 +496,12 @@ def build_model(
         clip: initial values of the scalars; None: the defaults.
         restored: the description of the model in a checkpoint, whose weights the caller loads: no weights are read
             here, and the model JSON and weights file may be gone. (Not with LoRA, whose checkpoints lack the base.)
-        with_text: see resolve_spec; where a model is restored, its description alone counts.
+        with_text, with_tokens: see resolve_spec; where a model is restored, its description alone counts.
 
     Raises:
         UserError: the description is inconsistent, weights cannot be read, or towers cannot be locked as configured.
     """
-    spec = restored or resolve_spec(cfg, with_text)
+    spec = restored or resolve_spec(cfg, with_text, with_tokens)
     model = assemble(spec, clip, tower_weights=not cfg.weights and not restored)
     if not restored:
         model.check_sizes()
@@ -487,6 +517,14 @@ def build_model(
         model.base = base_of(model, cfg)
     model.lock_towers(cfg)
     return model
+
+
+def built_for(cfg: config.Config, restored: ModelSpec | None = None) -> DualEncoder:
+    """Build the model of a run, with the text tower and the tokenizer that its objectives need; see build_model."""
+    wanted = cfg.objectives
+    return build_model(
+        cfg.model, wanted.clip, restored=restored, with_text=wanted.text_tower, with_tokens=wanted.read_text
+    )
 
 
 def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bool = True) -> DualEncoder:
@@ -508,9 +546,10 @@ def assemble(spec: ModelSpec, clip: config.Clip | None = None, tower_weights: bo
         logging.set_verbosity_error()  # its report of layers that a tower does not use, and its bar
         logging.disable_progress_bar()
     described = {**spec.model, "vision_cfg": dict(spec.model["vision_cfg"]), "text_cfg": dict(spec.model["text_cfg"])}
-    described.pop("custom_text", None)
+    for key in ("custom_text", "multimodal_cfg"):
+        described.pop(key, None)
     for section in ("vision_cfg", "text_cfg"):
-        described[section]["output_tokens"] = False  # only a caption decoder needs them
+        described[section]["output_tokens"] = False  # a decoder of captions asks for them
     described["vision_cfg"].pop("image_seq_len", None)  # open_clip 3 does not know it
     if not tower_weights:
         described["vision_cfg"]["timm_model_pretrained"] = False

@@ -296,8 +296,9 @@ def adapted_model(folder: Path, base: str = "", ema: bool = False) -> tuple[Dual
         torch.manual_seed(saved.train.seed)  # as training did, for parts of the base that are drawn
         try:
             named = replace(saved.model, weights=base or saved.model.weights)
-            with_text = ModelSpec.from_dict(manifest.state["model"]).has_text
-            model = build_model(named, saved.objectives.clip, with_text=with_text)
+            spec = ModelSpec.from_dict(manifest.state["model"])
+            has, reads = spec.has_text, spec.reads_text
+            model = build_model(named, saved.objectives.clip, with_text=has, with_tokens=reads)
         except UserError as error:
             told = "holds adapters alone, and their base cannot be built (--weights says where its weights are)"
             raise UserError(f"{folder}: {told}: {error}") from None

@@ -50,7 +50,7 @@ class ModelSpec:
         image_resize_mode ... image_floor_crop: see EvalTransform.
         tokenizer: {"kind": "bpe", "vocab_size", "options"} or {"kind": "hf", "name", "mode", "options", "ids",
             "eos_id"}: the ids that the text tower embeds, and the one at which it is read, where they are known;
-            {"kind": "none"}: the model has no text tower.
+            {"kind": "none"}: the model reads no texts.
         model: open_clip's model description {"embed_dim", "vision_cfg", "text_cfg", ...}, quick_gelu not included.
         quick_gelu: x * sigmoid(1.702 x) instead of GELU in open_clip's transformers: OpenAI's weights need it.
     """
@@ -69,6 +69,7 @@ class ModelSpec:
     image_fill_color: tuple[int, int, int] = (0, 0, 0)
     image_resize_size: int = 0
     image_floor_crop: bool = False
+    text_tower: bool = True
 
     @property
     def transform(self) -> EvalTransform:
@@ -96,6 +97,11 @@ class ModelSpec:
 
         The image tower has no projection then, and `embed_dim` no meaning.
         """
+        return self.tokenizer["kind"] != "none" and self.text_tower
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model has a tokenizer: for its text tower, or for a decoder of captions alone."""
         return self.tokenizer["kind"] != "none"
 
     def require_text(self, where: str, what: str) -> None:
@@ -131,11 +137,17 @@ class ModelSpec:
         return cls(**known)
 
 
-def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
+def resolve_run_spec(cfg: config.Config) -> ModelSpec:
+    """Return the description of a run's model; see resolve_spec."""
+    return resolve_spec(cfg.model, cfg.objectives.text_tower, cfg.objectives.read_text)
+
+
+def resolve_spec(cfg: config.Model, with_text: bool | None = True, with_tokens: bool | None = None) -> ModelSpec:
     """Find and check the model description that the configuration names. Builds nothing, downloads nothing.
 
     Args:
         with_text: False: the model is to have no text tower, whatever is described; None: as it is described.
+        with_tokens: whether it is to have a tokenizer; None: if it has a text tower.
 
     Raises:
         UserError: an unknown name (with near ones), a JSON that is missing or not in open_clip's form, a size that
@@ -153,7 +165,7 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
         description = _open_clip_config(cfg.name)
     _check_description(cfg.name, description)
     described = description.get("text_cfg") is not None
-    if with_text and not described:
+    if (with_text or with_tokens) and not described:
         raise UserError(f"model.name={cfg.name}: has no text_cfg, and a text tower is needed; describe one")
     text = description["text_cfg"] = description.get("text_cfg") or {}
     description["vision_cfg"] = _with_budget(cfg, description["vision_cfg"])
@@ -165,7 +177,8 @@ def resolve_spec(cfg: config.Model, with_text: bool | None = True) -> ModelSpec:
         embed_dim=description["embed_dim"],
         image_size=size,
         context_length=section.get("context_length", DEFAULT_CONTEXT),
-        tokenizer=_tokenizer_description(text) if has_text else {"kind": "none"},
+        tokenizer=_tokenizer_description(text) if has_text or with_tokens else {"kind": "none"},
+        text_tower=has_text,
         model={key: value for key, value in description.items() if key not in _NOT_OPEN_CLIPS},
         quick_gelu=bool(description.get("quick_gelu") or weights.get("quick_gelu")),
         **pixel_facts(cfg, description, weights, size),
@@ -321,9 +334,7 @@ def _check_description(name: str, description: Any) -> None:
     ):
         if not isinstance(value, kind):
             raise UserError(f"{where}: {key!r} is missing or of the wrong type (a {kind.__name__} is wanted)")
-    if "multimodal_cfg" in description:
-        raise UserError(f"{where}: CoCa has a caption decoder, which is not supported; take a model without one")
-    tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", *_NOT_OPEN_CLIPS}
+    tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", "multimodal_cfg", *_NOT_OPEN_CLIPS}
     fields = {
         "": (description, tops),
         "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | _MORE_OF_VISION),

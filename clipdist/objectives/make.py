@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from clipdist import config
 from clipdist.data.augment import View
 from clipdist.data.batch import IMAGE
@@ -13,7 +15,9 @@ from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_sizes
+from clipdist.models.image_tokens import tokens_shape
 from clipdist.objectives.byol import ByolObjective
+from clipdist.objectives.caption import CaptionObjective
 from clipdist.objectives.clip import ClipObjective
 from clipdist.objectives.dino import DinoObjective, KoLeoObjective
 from clipdist.objectives.distill import DistillObjective
@@ -46,6 +50,8 @@ def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective,
             found.append(KoLeoObjective(cfg.dino))
     if cfg.vae is not None:
         found.append(VaeObjective(cfg.vae, image_size))
+    if cfg.caption is not None:
+        found.append(CaptionObjective(cfg.caption))
     return tuple(found)
 
 
@@ -55,24 +61,31 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
     Weights are drawn from torch's global generator.
 
     Raises:
-        UserError: the tower does not take a size.
+        UserError: the tower does not take a size, or what an objective needs of the model is missing.
     """
+    for objective in objectives:
+        objective.fit(model.spec)
     if model.spec.patch_budget and any(objective.views for objective in objectives):
         raise UserError(f"model.name={model.spec.name}: images keep their aspect ratio, and views of them are squares")
     sizes = {f"objectives.{view.name} size": view.size for objective in objectives for view in objective.views}
     if others := {where: size for where, size in sizes.items() if size != model.spec.image_size}:
         allow_sizes(model, others)
-    if any(objective.views for objective in objectives):
-        width = model.hidden_width()
-        heads = {objective.name: objective.head(width) for objective in objectives}
-        model.add_heads(
-            {name: head for name, head in heads.items() if head is not None}, projects=reads_image(objectives)
-        )
+    viewing = any(objective.views for objective in objectives)
+    width = model.hidden_width() if viewing else 0
+    heads: dict[str, nn.Module | None] = {}
+    for objective in objectives:
+        if objective.reads_image_tokens:
+            heads[objective.name] = objective.head(tokens_shape(model.visual, model.spec.image_size)[1])
+        elif viewing:
+            heads[objective.name] = objective.head(width)
+    projects = any(IMAGE in objective.features for objective in objectives)
+    if heads:
+        model.add_heads({name: head for name, head in heads.items() if head is not None}, projects=projects)
 
 
 def reads_image(objectives: Sequence[Objective]) -> bool:
-    """Whether an objective reads the features of CLIP's own view, behind the image tower's projection."""
-    return any(IMAGE in objective.features for objective in objectives)
+    """Whether an objective reads CLIP's own view of an image: its features, or its tokens."""
+    return any(IMAGE in objective.features or objective.reads_image_tokens for objective in objectives)
 
 
 def views_of_run(

@@ -18,6 +18,7 @@ from clipdist.data.augment import View
 from clipdist.data.batch import Batch
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.losses.global_batch import global_statistics
+from clipdist.models.spec import ModelSpec
 
 TEACHER = "teacher/"  # of the names of a teacher's outputs
 
@@ -96,6 +97,8 @@ class Objective:
         views: of an image, beside clipdist.data.batch.IMAGE, which CLIP reads. The model runs each through the image
             tower and this objective's head: that is the output of the view's name.
         taught_alone: names of the views that the teacher sees and the model does not.
+        reads_image_tokens: whether its head is a decoder of captions, which reads the image tower's tokens for CLIP's
+            view: see clipdist.models.caption_decoder.
         teacher: of the objective, if it follows the weights.
         held: by parameter name, how many optimiser steps leave it as it is; see clipdist.engine.zero.Zero.
     """
@@ -107,14 +110,18 @@ class Objective:
     upper_bounds: Mapping[str, float] = {}
     views: tuple[View, ...] = ()
     taught_alone: tuple[str, ...] = ()
+    reads_image_tokens: bool = False
     teacher: TeacherSpec | None = None
     held: Mapping[str, int] = {}
+
+    def fit(self, spec: ModelSpec) -> None:
+        """Learn the description of the model, once, before `head` is called."""
 
     def head(self, width: int) -> nn.Module | None:
         """Return the head, with random weights, or None. It is trained beside the towers and dropped on export.
 
         Its forward pass takes features [b, width] of the image tower before its projection, and `teaching`, whether it
-        is the teacher's.
+        is the teacher's. With `reads_image_tokens` width is that of the tokens.
         """
         return None
 
@@ -123,7 +130,9 @@ class Objective:
         return {}
 
     def noise(self, batch: Batch, at: Moment) -> Mapping[str, Tensor]:
-        """Return random numbers for the head, [b, ...] by view: a function of the step and of each row's sample alone.
+        """Return what the head takes beside features, [b, ...] by view, or NAME/ARGUMENT of a decoder of captions.
+
+        Random numbers are a function of the step and of each row's sample alone.
 
         Args:
             batch: rows of this rank, or of a micro-batch.

@@ -172,7 +172,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> list[dict[str, Any]]:
     clip = cfg.objectives.clip
     audited = Audit(cfg, dist_env, make_wrong(cell.get("loss", ""), clip) if clip else None)
     batch = make_batch(audited.spec, cell["texts"], next(iter(cfg.train.stages), None))
-    batch = with_views(batch, audited.engine.objectives, audited.spec.has_text)
+    batch = with_views(batch, audited.engine.objectives, audited.spec.reads_text)
     fill_queue(audited)
     if few := cell.get("only_valid"):
         valid = torch.tensor([row in few for row in range(BATCH)])

@@ -64,7 +64,7 @@ def run_cell(cell: dict[str, Any], dist_env: DistEnv) -> Counter[tuple[str, str]
     objectives = make_objectives(config.objectives, model.spec.image_size)
     prepare_model(model, objectives)
     share = BATCH // dist_env.world_size
-    rows = with_views(make_batch(model.spec), objectives, model.spec.has_text)
+    rows = with_views(make_batch(model.spec), objectives, model.spec.reads_text)
     rows = rows.rows(dist_env.rank * share, (dist_env.rank + 1) * share)
     rows = replace(rows, colour=dict.fromkeys(rows.images, colours(share)))
     engine = Engine(model, objectives, config, replace(dist_env, device=DEVICE), steps=STEPS)

@@ -39,6 +39,7 @@ PARTS = {  # further ones, of cells with these objectives
     "dino": {*TAUGHT, "state"},
     "dino2": {*TAUGHT},
     "vae": {"heads"},
+    "caption": {"heads"},
 }
 Rows = dict[str, list[dict[str, Any]]]  # by the label of a cell
 LIMITS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -94,6 +95,7 @@ def cell(
     }
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
     taught += f" {'+'.join(map(_version, beside, beside.values()))}{' alone' if alone else ''}" if beside else ""
+    taught += f" {beside['caption']['kind']}" if beside and "caption" in beside else ""
     more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled} G={group}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     taught_by = teacher if distill else ""
@@ -121,6 +123,10 @@ BYOL = {"byol": {"weight": 0.7, "momentum": 0.5, "head": [24, 12]}}
 VAE = {"vae": {"weight": 0.7, "latent": 6, "size": 8, "width": 8}}
 LOCAL = {"local_views": 2, "local": {"size": 16}}
 DINO = {"dino": {"weight": 0.7, "momentum": 0.5, "head": [24, 24, 12], "prototypes": 20, **LOCAL}}
+CAPTION = {"width": 24, "layers": 2, "heads": 2, "weight": 0.7, "label_smoothing": 0.1}
+CAPPA = {"caption": {**CAPTION, "kind": "cappa", "parallel": 0.5}}
+SIMVLM = {"caption": {**CAPTION, "kind": "simvlm"}}
+COCA = {"caption": {**CAPTION, "kind": "coca", "width": 0}}
 DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True, "koleo": 0.1}}
 
 
@@ -137,6 +143,9 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
             cells += [cell(stage=stage, micro=micro, alone=number > 0, beside=beside, steps=2)]
     for stage, micro in in_turn(world, half):
         cells += [cell(stage=stage, micro=micro, model=RESNET, beside=BYOL, steps=2)]
+        cells += [cell(stage=stage, micro=micro, beside=COCA)]
+        cells += [cell(stage=stage, micro=micro, alone=True, beside=SIMVLM)]
+        cells += [cell(stage=stage, micro=half - micro, alone=True, beside=CAPPA)]
     cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
     if world < 4:  # keys are shuffled between pairs of groups
         cells += [cell(stage=stage, model=RESNET, beside=MOCO, steps=2, alone=True, group=4) for stage in (1, 3)]

@@ -14,7 +14,7 @@ from clipdist.config import Config
 from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.evals.audit import RandomBatches
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.dual_encoder import built_for
 from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.teacher import open_teacher
 from tools.bench.harness import timed
@@ -26,7 +26,7 @@ def training_steps(config: Config, device: str) -> Iterator[Callable[[int], Any]
     """Build a model and its engine on cpu or cuda. Yield what takes a step on this rank's rows of one drawn batch."""
     with joined_ranks(device) as dist_env:
         torch.manual_seed(config.train.seed)
-        model = build_model(config.model, config.objectives.clip, with_text=config.objectives.read_text)
+        model = built_for(config)
         objectives = make_objectives(config.objectives, model.spec.image_size)
         prepare_model(model, objectives)
         model.text_kind = "whole"  # the most memory that texts need, as in the plan
