@@ -5,6 +5,7 @@ Shapes: b images, n tokens of each, L tokens of a caption, T inputs of the decod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,12 @@ from open_clip.transformer import MultimodalTransformer, Transformer
 from torch import Tensor, nn
 
 from clipdist.data.caption_targets import NO_TARGET, Marks
+from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.distributed.rank import moved
 from clipdist.losses.captions import caption_loss
+from clipdist.models.spec import ModelSpec
 
+DECODER, OPEN_CLIPS = "heads.caption.", "text_decoder."  # of the names of CoCa's parameters: ours, and open_clip's
 CAPTION = "caption"  # of the head, and of its output
 MULTIPLE = 8  # of T: few shapes
 
@@ -216,6 +220,20 @@ class TokenEmbedding(nn.Module):
         if instead is not None and where is not None:
             x = torch.where(where, instead, x)
         return x + self.positional_embedding[first : first + tokens.shape[1]]
+
+
+def open_clip_sizes(described: Mapping[str, Any]) -> dict[str, int]:
+    """Return width, layers and heads of a multimodal_cfg, with open_clip's defaults."""
+    return {name: described.get(name, default) for name, default in (("width", 512), ("layers", 12), ("heads", 8))}
+
+
+def open_clip_decoder(spec: ModelSpec, image_width: int, marks: Marks) -> CoCaDecoder:
+    """Return the decoder that a description with multimodal_cfg has, with random weights."""
+    assert spec.decoder is not None
+    words, length = spec.model["text_cfg"].get("vocab_size", BPE_VOCABULARY), spec.context_length
+    return CoCaDecoder(
+        DecoderSizes(**open_clip_sizes(spec.decoder), vocabulary=words, length=length, image_width=image_width), marks
+    )
 
 
 def prefix_mask(prefix: Tensor, length: int) -> Tensor:

@@ -75,6 +75,7 @@ class DualEncoder(nn.Module):
             projection; see add_heads.
         text_kind: how texts are run without their padding, see clipdist.models.text_length; "whole": with it.
         base: what adapters were put on; None: the model has none.
+        decoder_weights: of CoCa's decoder, as open_clip names them in it, where loaded weights had one.
     """
 
     image_mean: torch.Tensor
@@ -90,6 +91,7 @@ class DualEncoder(nn.Module):
         self.logit_bias = nn.Parameter(bias) if clip.loss == "sigmoid" and text is not None else None
         self.heads = nn.ModuleDict()
         self.base: Base | None = None
+        self.decoder_weights: dict[str, torch.Tensor] = {}
         self.text_kind = "whole" if text is None else allow_packing(text)
         transform = spec.transform
         self._prefix_tokens = 0

@@ -22,6 +22,7 @@ from clipdist.data.tokens import make_tokenizer, truncated_merges
 from clipdist.data.vocabulary import BPE_VOCABULARY
 from clipdist.errors import UserError
 from clipdist.models import clip_model, hugging_face
+from clipdist.models.caption_decoder import DECODER, OPEN_CLIPS
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.spec import LOCAL_TIMM, ModelSpec
 from clipdist.storage import replacing
@@ -99,7 +100,8 @@ def export_model(
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder")
     biased = model.logit_bias is not None
-    name = _name_in_open_clip(spec, biased)
+    decodes = model.decoder is not None or spec.decoder is None
+    name = _name_in_open_clip(spec, biased) if decodes else None
     description = None if name else out.with_suffix(".json")
     merges, local = None, list[str]()
     try:
@@ -189,8 +191,15 @@ def _described(model: DualEncoder) -> dict[str, Any]:
     """Return the model's description in open_clip's form."""
     bias = {} if model.logit_bias is None else {"init_logit_bias": -10.0}  # makes open_clip build the parameter
     described = {**model.spec.model, "quick_gelu": model.spec.quick_gelu, **bias}
-    vision = {key: value for key, value in described["vision_cfg"].items() if key != "image_seq_len"}
-    return {**described, "vision_cfg": vision}
+    described["vision_cfg"] = {key: value for key, value in described["vision_cfg"].items() if key != "image_seq_len"}
+    if model.decoder is None:  # a dual encoder alone
+        described.pop("multimodal_cfg", None)
+        return described | {
+            section: {**described[section], "output_tokens": False}
+            for section in ("vision_cfg", "text_cfg")
+            if "output_tokens" in described[section]
+        }
+    return described
 
 
 def _portable(described: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -251,6 +260,7 @@ def _write_weights(model: DualEncoder, out: Path, facts: dict[str, str | int | N
     """Write open_clip's names and shapes: no prefix on the text tower of its CLIP class, a 0-D log scale."""
     prefix = "text." if model.spec.clip_class else ""
     tensors = {name.removeprefix(prefix): value for name, value in tensors_of(model, half).items()}
+    tensors = {name.replace(DECODER, OPEN_CLIPS): value for name, value in tensors.items()}
     for name in ("logit_scale", "logit_bias"):
         if name in tensors:
             tensors[name] = tensors[name].reshape([])

@@ -22,8 +22,10 @@ from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
+from clipdist.models.caption_decoder import CAPTION, DECODER, open_clip_decoder
 from clipdist.models.dual_encoder import HEADS, DualEncoder, assemble, build_model
 from clipdist.models.hugging_face import is_hugging_face, read_config
+from clipdist.models.image_tokens import tokens_shape
 from clipdist.models.lora import Base, merge_adapters
 from clipdist.models.open_clip_files import model_config
 from clipdist.models.spec import ModelSpec, resolve_spec
@@ -245,11 +247,13 @@ def _load_checkpoint(
     if base and "base" not in manifest.state:
         raise UserError(f"{folder}: a run {_OWN_WEIGHTS.format(base)}")
     weights = _merged_weights(folder, base, ema) if "base" in manifest.state else load_full_weights(folder, ema=ema)
-    weights = without_heads(weights)
+    described = {name: tensor for name, tensor in weights.items() if spec.decoder and name.startswith(DECODER)}
+    weights = without_heads(weights) | described
     clip = config.Clip(loss="sigmoid" if "logit_bias" in weights else "infonce")
     with NothingDrawn():  # all weights come from the checkpoint
         model = assemble(spec, clip, tower_weights=False)
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(HEADS)}
+        if described:
+            add_open_clip_decoder(model)
     strangers = model.state_dict().keys() ^ weights.keys()
     if strangers:
         raise UserError(f"{folder}: does not hold the model that it describes: {sorted(strangers)[0]}")
@@ -265,6 +269,13 @@ def _load_checkpoint(
     label = f"{run_dir.name if run_dir else folder.name}, step {manifest.step}{', moving average' if ema else ''}"
     model, where = model.to(device).eval(), None if ema else run_dir
     return LoadedModel(model, make_tokenizer(spec), label, where, manifest.step, digest, kept, widths)
+
+
+def add_open_clip_decoder(model: DualEncoder) -> None:
+    """Put the decoder that the description has, multimodal_cfg, behind the towers."""
+    width = tokens_shape(model.visual, model.spec.image_size)[1]
+    decoder = open_clip_decoder(model.spec, width, make_tokenizer(model.spec).marks())
+    model.add_heads({CAPTION: decoder}, projects=True)
 
 
 def _merged_weights(folder: Path, base: str, ema: bool) -> dict[str, torch.Tensor]:

@@ -125,6 +125,11 @@ class ModelSpec:
         """Whether open_clip builds this model as its CLIP class (text parameters without the prefix "text.")."""
         return not (self.model.get("custom_text") or self.hf_text or self.own_text)
 
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """The sizes of CoCa's decoder, open_clip's multimodal_cfg, where the description has one and a text tower."""
+        return self.model.get("multimodal_cfg") if self.has_text else None
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -269,6 +274,9 @@ _CHOICES = {
 }
 
 
+_MULTIMODAL = {"mlp_ratio", "dim_head", "heads", "n_queries", "attn_pooler_heads"}  # of open_clip's MultimodalCfg
+
+
 def _open_clip_config(name: str) -> dict[str, Any]:
     if ":" in name:
         raise UserError(
@@ -335,10 +343,13 @@ def _check_description(name: str, description: Any) -> None:
         if not isinstance(value, kind):
             raise UserError(f"{where}: {key!r} is missing or of the wrong type (a {kind.__name__} is wanted)")
     tops = {"embed_dim", "vision_cfg", "text_cfg", "custom_text", "multimodal_cfg", *_NOT_OPEN_CLIPS}
+    if not isinstance(description.get("multimodal_cfg", {}), dict):
+        raise UserError(f"{where}: multimodal_cfg is of the wrong type (a dict is wanted)")
     fields = {
         "": (description, tops),
         "vision_cfg.": (description["vision_cfg"], config_fields("CLIPVisionCfg") | _MORE_OF_VISION),
         "text_cfg.": (text, config_fields("CLIPTextCfg") | OWN_TEXT.keys()),
+        "multimodal_cfg.": (description.get("multimodal_cfg", {}), config_fields("CLIPTextCfg") | _MULTIMODAL),
     }
     for prefix, (section, known) in fields.items():
         for key in section:

@@ -19,6 +19,7 @@ from torch import nn
 from clipdist.checkpoint.format import checkpoint_of
 from clipdist.checkpoint.reader import load_full_weights
 from clipdist.errors import UserError, brief
+from clipdist.models.caption_decoder import OPEN_CLIPS
 from clipdist.models.clip_model import check_same_architecture
 from clipdist.models.hugging_face import is_hugging_face, to_ours, weight_files
 from clipdist.models.open_clip_files import LOCAL_TIMM, models_of
@@ -70,6 +71,9 @@ def load_weights(model: nn.Module, weights: str, trust: bool = False) -> None:
                 " the tensors do not"
             )
     tensors = _to_dual_encoder(found, model)
+    # An objective's decoder is put behind the towers later: see clipdist.objectives.make.
+    decoder = {name.removeprefix(OPEN_CLIPS): tensors.pop(name) for name in [*tensors] if name.startswith(OPEN_CLIPS)}
+    model.decoder_weights = decoder  # type: ignore[assignment]
     _check_fit(model, spec.name, tensors, path)
     model.load_state_dict(tensors)
 

@@ -16,7 +16,7 @@ from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.errors import UserError
 from clipdist.losses.global_batch import global_statistics
-from clipdist.models.caption_decoder import CAPTION, DECODERS, DecoderSizes
+from clipdist.models.caption_decoder import CAPTION, DECODERS, DecoderSizes, open_clip_sizes
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.objective import Given, Moment, Objective, Term
 
@@ -52,11 +52,11 @@ class CaptionObjective(Objective):
 
     def head(self, width: int) -> nn.Module:
         """Return the decoder. See Objective.head; `width` is that of the image's tokens."""
-        cfg, described = self.cfg, self.spec.model.get("multimodal_cfg") if self.cfg.kind == "coca" else None
+        cfg, described = self.cfg, self.spec.decoder if self.cfg.kind == "coca" else None
         own = self.spec.model["text_cfg"].get("width", 512) if cfg.kind == "coca" else width
         sizes = {"width": cfg.width or own, "layers": cfg.layers or 6, "heads": cfg.heads or 8}
         if described is not None:
-            sizes |= {name: described.get(name, default) for name, default in _OPEN_CLIPS.items()}
+            sizes |= open_clip_sizes(described)
             if cfg.width or cfg.layers or cfg.heads:
                 raise UserError(
                     "objectives.caption: width, layers and heads are those of multimodal_cfg in"
@@ -127,5 +127,4 @@ def _check_text_tower(spec: ModelSpec, start: int | None) -> None:
         raise UserError(f"{where} gets texts without a start mark; take another tokenizer, or kind=cappa")
 
 
-_OPEN_CLIPS = {"width": 512, "layers": 12, "heads": 8}  # defaults of its multimodal_cfg
 _KEY = 0xCAB  # of the random numbers, beside the seeds of data orders

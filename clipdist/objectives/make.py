@@ -13,6 +13,7 @@ from clipdist.data.batch import IMAGE
 from clipdist.data.transform import EvalTransform
 from clipdist.data.views import image_view
 from clipdist.errors import UserError
+from clipdist.models.caption_decoder import CAPTION, CoCaDecoder
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_sizes
 from clipdist.models.image_tokens import tokens_shape
@@ -79,6 +80,9 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
         elif viewing:
             heads[objective.name] = objective.head(width)
     projects = any(IMAGE in objective.features for objective in objectives)
+    if model.decoder_weights and isinstance(decoder := heads.get(CAPTION), CoCaDecoder) and model.spec.decoder:
+        decoder.load_state_dict(model.decoder_weights)
+    model.decoder_weights = {}
     if heads:
         model.add_heads({name: head for name, head in heads.items() if head is not None}, projects=projects)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from clipdist.config import load_config
 from clipdist.data.batch import pair_batch
@@ -18,7 +20,9 @@ from clipdist.losses import captions
 from clipdist.losses.captions import caption_loss
 from clipdist.models.caption_decoder import CAPTION, prefix_mask
 from clipdist.models.dual_encoder import built_for
+from clipdist.models.export import export_model
 from clipdist.models.image_tokens import image_tokens, tokens_shape
+from clipdist.models.load import load_model
 from clipdist.objectives.caption import CaptionObjective
 from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.objective import Moment
@@ -204,6 +208,90 @@ def test_text_towers_that_see_what_they_are_to_predict_are_refused(tmp_path):
         build("coca", "configs/models/tiny_cbow.json")
     with pytest.raises(UserError, match=r"objectives.caption.heads=5: must divide the decoder's width, 32"):
         build("cappa", VIT, "objectives.caption.width=0", "objectives.caption.heads=5")
+
+
+@pytest.fixture(scope="module")
+def coca(tmp_path_factory):
+    """A small CoCa of open_clip, its JSON, and its weights in a file."""
+    folder = tmp_path_factory.mktemp("coca")
+    described = json.loads(Path(VIT).read_text())
+    described["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 5}
+    described["vision_cfg"]["output_tokens"] = True
+    described["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+    described["multimodal_cfg"] = {"context_length": 16, "vocab_size": 2048, "width": 32, "heads": 2, "layers": 2}
+    described["custom_text"] = True
+    (folder / "tiny_coca.json").write_text(json.dumps(described))
+    torch.manual_seed(3)
+    theirs = open_clip.CoCa(**{name: part for name, part in described.items() if name != "custom_text"})
+    torch.nn.init.normal_(theirs.text_decoder.text_projection, std=0.2)  # open_clip leaves it as memory had it
+    save_file(theirs.state_dict(), folder / "coca.safetensors")
+    return theirs.eval(), folder / "tiny_coca.json", folder / "coca.safetensors"
+
+
+def trained_coca(coca, *words: str):
+    _, file, weights = coca
+    both = ["objectives.clip.weight=1", "objectives.caption={kind: coca, weight: 2}"]
+    config = load_config(None, [f"model.name={file}", f"model.weights={weights}", *both, *words])
+    encoder = built_for(config)
+    objectives = make_objectives(config.objectives, 32)
+    prepare_model(encoder, objectives)
+    return encoder.train(), objectives[1]
+
+
+def test_logits_and_loss_are_open_clips(coca):
+    theirs = coca[0]
+    encoder, objective = trained_coca(coca)
+    batch = some_batch()
+    batch.tokens.copy_(BPETokenizer(2048, 16)([text.replace("!", "") for text in TEXTS]))  # "!" is no padding
+    pixels = encoder._normalise(batch.images["image"])
+    with torch.no_grad():
+        expected = theirs(pixels, batch.tokens)
+        loss = open_clip.loss.CoCaLoss(2.0, 1.0)
+        mine = outputs(encoder, objective, batch)
+        encoder.decoder.whole_logits = True
+        logits = outputs(encoder, objective, batch)[CAPTION]
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(F.normalize(mine["image"], dim=1), expected["image_features"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(F.normalize(mine["text"], dim=1), expected["text_features"], rtol=1e-5, atol=1e-6)
+    features = expected["image_features"], expected["text_features"]
+    captioned = loss(*features, expected["logits"], expected["labels"], expected["logit_scale"])[1]
+    words = (objective.noise(batch, Moment(0, 1))["caption/targets"] != NO_TARGET).sum()
+    torch.testing.assert_close(2 * mine[CAPTION] / words, captioned, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mask_of_a_class_token_is_open_clips(coca):
+    """It hides the class token behind a text from itself, and shows it one place of padding: weights are made so.
+
+    No description sets open_clip's correct_cls_mask. A text tower that is read at the end of the text has no such mask.
+    """
+    marks, tokens = BPETokenizer(2048, 16).marks(), BPETokenizer(2048, 16)("two dogs")
+    length = int(caption_lengths(tokens, marks))
+    encoder, _ = trained_coca(coca)
+    seen = encoder.text._build_additive_mask(tokens, 17, torch.float32)[0, -1] == 0
+    assert seen.nonzero().flatten().tolist() == [*range(length + 1)]
+    encoder.text.correct_cls_mask = True
+    seen = encoder.text._build_additive_mask(tokens, 17, torch.float32)[0, -1] == 0
+    assert seen.nonzero().flatten().tolist() == [*range(length), 16]
+    plain, _ = build("coca")
+    assert plain.text._embeds(tokens)[1].shape == (16, 16)  # causal alone
+
+
+def test_weights_go_back_to_open_clip(coca, tmp_path):
+    theirs = coca[0]
+    encoder, _ = trained_coca(coca)
+    exported = export_model(encoder.eval(), tmp_path / "mine.safetensors")
+    again = open_clip.create_model(exported.name, pretrained=str(exported.file)).eval()
+    assert isinstance(again, open_clip.CoCa)
+    pixels, tokens = torch.randn(2, 3, 32, 32), BPETokenizer(2048, 16)(TEXTS[:2])
+    assert again(pixels, tokens)["logits"].equal(theirs(pixels, tokens)["logits"])
+
+
+def test_the_towers_of_a_coca_alone_are_a_dual_encoder(coca, tmp_path):
+    theirs, file, weights = coca
+    loaded = load_model(str(file), str(weights)).model
+    tokens = BPETokenizer(2048, 16)(TEXTS)
+    torch.testing.assert_close(loaded.encode_text(tokens), theirs.encode_text(tokens, normalize=False))
+    assert export_model(loaded, tmp_path / "towers.safetensors").error.difference < 1e-5
 
 
 def test_a_run_without_clip_has_a_tokenizer_and_no_text_tower():
