@@ -141,7 +141,7 @@ def interpreted() -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     environment = repository_environment() | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120)
+    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=400)
     if "only 0-dimensional arrays" in child.stderr:
         pytest.skip("this Triton's interpreter does not run with numpy 2.4 or newer")
     assert child.returncode == 0, child.stderr
