@@ -368,7 +368,7 @@ class ShardBatches:
             make_tokenizer(spec) if spec.has_text else None,
             cfg.data,
             views=views_of_run(objectives, cfg.data, spec.image_size, spec.transform),
-            images_only=not spec.has_text,
+            images_only=any("text" not in objective.modalities for objective in objectives),
             rank=dist_env.rank,
             world=dist_env.world_size,
         )

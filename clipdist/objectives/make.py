@@ -68,7 +68,7 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
         objective.fit(model.spec)
     if model.spec.patch_budget and any(objective.views for objective in objectives):
         raise UserError(f"model.name={model.spec.name}: images keep their aspect ratio, and views of them are squares")
-    sizes = {f"objectives.{view.name} size": view.size for objective in objectives for view in objective.views}
+    sizes = {_setting_of(view.name): view.size for objective in objectives for view in objective.views}
     if others := {where: size for where, size in sizes.items() if size != model.spec.image_size}:
         allow_sizes(model, others)
     viewing = any(objective.views for objective in objectives)
@@ -105,3 +105,10 @@ def views_of_run(
     further = [view for objective in objectives for view in objective.views]
     scaling = data.dct_scaling  # of an image, so of all its views
     return own + [replace(view, augmentation=replace(view.augmentation, dct_scaling=scaling)) for view in further]
+
+
+def _setting_of(view: str) -> str:
+    """Return the setting of a view's size: view NAME/0 is objectives.NAME.views[0]."""
+    name, _, number = view.partition("/")
+    own = "local" if name == DinoObjective.name and int(number) > 1 else f"views[{number}]"
+    return f"objectives.{name}.{own}.size"

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from clipdist.config import load_config
+from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
+from clipdist.evals.audit import open_batches
 from clipdist.models.dual_encoder import build_model
 from clipdist.models.heads import PrototypeHead, mlp
+from clipdist.models.spec import resolve_spec
 from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.objective import Moment, Objective
 
@@ -152,7 +155,7 @@ def test_the_best_by_what_is_not_measured_without_captions(best):
 def test_a_tower_that_does_not_take_a_views_size_is_named():
     config = load_config(None, [f"model.name={VIT}", "objectives={clip: null, dino: {local: {size: 20}}}"])
     model = build_model(config.model, with_text=False)
-    with pytest.raises(UserError, match=r"objectives\.dino.*=20: "):
+    with pytest.raises(UserError, match=r"objectives\.dino\.local\.size=20: "):
         prepare_model(model, make_objectives(config.objectives, model.spec.image_size))
 
 
@@ -161,3 +164,14 @@ def test_every_small_recipe_is_one_of_an_objective_on_views():
     assert len(recipes) >= 6
     for recipe in recipes:
         assert load_config(recipe, []).objectives.clip is None or "caption" in recipe.read_text()
+
+
+def test_the_audit_reads_the_views_of_shards(shards):
+    words = [f"data.train={shards / 'train'}", "objectives={clip: null, byol: {}}"]
+    config = load_config("configs/tiny.yaml", words)
+    source = open_batches(config, resolve_spec(config.model, False), DistEnv(0, 1, 0, torch.device("cpu")))
+    batch = source.batch(0)
+    source.close()
+    assert {name: len(images) for name, images in batch.images.items()} == {"byol/0": 16, "byol/1": 16}
+    assert batch.tokens.shape == (16, 0)
+    assert batch.images["byol/0"].any()
