@@ -274,7 +274,7 @@ class Journal:
 
     def _batch_hash(self, batch: Batch) -> str:
         """Return a hash of the sample ids and rows of the global batch, for any number of ranks. Collective."""
-        own = ids_hash(batch.sample_id.cpu(), self.dist_env.rank * len(batch.sample_id))
+        own = ids_hash(batch.sample_id, self.dist_env.rank * len(batch.sample_id))
         total = all_reduce_sum(own.reshape(1).to(self.dist_env.device))
         return f"{int(total) % HASH_MODULUS:012x}"
 

@@ -14,6 +14,7 @@ from clipdist.config.schema import (
     Dino,
     Distill,
     Engine,
+    Ibot,
     Launch,
     Moco,
     Model,
@@ -261,6 +262,20 @@ def _check_dino(dino: Dino) -> None:
     _need(len(warm) == 2 and min(warm) > 0, f"{key}teacher_temperature", warm, "be two temperatures, first and last")
     _need(0 <= dino.centre_momentum <= 1, f"{key}centre_momentum", dino.centre_momentum, "lie in [0, 1]")
     check_augment(f"{key}local", dino.local)
+    if dino.ibot is not None:
+        _check_ibot(dino.ibot)
+
+
+def _check_ibot(ibot: Ibot) -> None:
+    key = "objectives.dino.ibot."
+    must = "be above 0; objectives.dino.ibot=null takes it out"
+    _need(0 < ibot.weight < math.inf, f"{key}weight", ibot.weight, must)
+    _need(ibot.prototypes >= 2, f"{key}prototypes", ibot.prototypes, "be at least 2")
+    _need(bool(ibot.head) and min(ibot.head) >= 1, f"{key}head", ibot.head, "be widths of layers, one or more")
+    _need(0 < ibot.masked_images <= 1, f"{key}masked_images", ibot.masked_images, "lie in (0, 1]")
+    ratio = ibot.mask_ratio
+    fits = len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < 1
+    _need(fits, f"{key}mask_ratio", ratio, "be a range within (0, 1), least and most")
 
 
 def _check_vae(vae: Vae) -> None:

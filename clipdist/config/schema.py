@@ -207,6 +207,17 @@ class Byol:
 
 
 @dataclass(frozen=True)
+class Ibot:
+    """iBOT: agree with DINO's teacher on soft classes of masked patches, by a head of its own."""
+
+    weight: float = 1.0  # of this part, times objectives.dino.weight
+    prototypes: int = 65536  # soft classes of patches
+    head: list[int] = field(default_factory=lambda: [2048, 2048, 256])  # widths of the layers before the prototypes
+    masked_images: float = 0.5  # share of the global views with masked patches
+    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # share of their patches, least and most
+
+
+@dataclass(frozen=True)
 class Dino:
     """DINO: agree with a teacher, the moving average of the weights, on soft classes of an image's views."""
 
@@ -223,6 +234,7 @@ class Dino:
     centre_momentum: float = 0.9
     koleo: float = 0.0  # weight of the KoLeo regulariser (DINOv2: 0.1)
     koleo_group: int = 0  # images among which it looks for neighbours; 0: the global batch
+    ibot: Ibot | None = None  # masked patches of the two views (DINOv2: ibot: {}); the head's other settings are DINO's
     views: list[Augment] = field(
         default_factory=_unlike(crop_scale=[0.4, 1.0], jitter=[0.4, 0.4, 0.2, 0.1], grayscale=0.2)
     )  # two, of the model and the teacher

@@ -7,7 +7,7 @@ step. At stage 3 the model itself computes with its shards of the average, so th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,9 +19,10 @@ from clipdist.distributed.collectives import all_reduce_sum, rank_and_world
 from clipdist.distributed.rank import moved
 from clipdist.engine.ema import Ema
 from clipdist.engine.zero import GATHERED, Zero
+from clipdist.models.dual_encoder import PATCHES
 from clipdist.models.grouped_norms import GroupedBatchNorm, interleaved, inverse
 from clipdist.models.norms import running_norms, statistics_of_views
-from clipdist.objectives.objective import TEACHER, Moment, TeacherSpec
+from clipdist.objectives.objective import COUNTS, TEACHER, Moment, TeacherSpec
 
 Forward = Callable[..., dict[str, Tensor]]
 
@@ -51,24 +52,33 @@ class MovingTeacher:
         self.refresh()
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Return its outputs [b, ...] for its views of all rows, by TEACHER and the view's name. Collective."""
-        found = []
+    def __call__(self, batch: Batch, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return its outputs [b, ...] for its views of all rows, by TEACHER and the view's name. Collective.
+
+        Args:
+            noise: masks of views, bool [b, n]: of those it also returns what it gives for the masked patches, and their
+                number in each row. See Objective.given.
+        """
+        found: list[dict[str, Tensor]] = []
+        masks = {view: noise[view] for view in self.spec.views if view in noise}
         with self._running() as (module, forward):
             buffers, norms = dict(module.named_buffers()), self._norms if self.spec.training else []
             with statistics_of_views(module, norms) if norms else nullcontext(), self._summing_moments():
-                for piece in batch.split(self._rows):
+                for number, piece in enumerate(batch.split(self._rows)):
                     images = {view: piece.images[view] for view in self.spec.views}
                     order = None
                     if self._group:
                         order = moved(interleaved(len(piece), self._group), piece.images[self.spec.views[0]].device)
                         images = {view: pixels[order] for view, pixels in images.items()}
-                    outputs = forward(teaching=True, **images)
+                    own = {view: mask.split(self._rows)[number] for view, mask in masks.items()}
+                    outputs = forward(teaching=True, noise=own, **images)
                     back = slice(None) if order is None else inverse(order)
                     found.append({view: outputs[view][back] for view in self.spec.views})
+                    found[-1] |= {f"{PATCHES}/{view}": outputs[f"{PATCHES}/{view}"] for view in masks}
             if norms and not self._grouped:
                 self._statistics = {name: buffers[name].float().clone() for name in self._ema.buffers}
-        return {TEACHER + view: torch.cat([one[view] for one in found]) for view in self.spec.views}
+        counts = {f"{TEACHER}{PATCHES}/{view}{COUNTS}": mask.sum(1) for view, mask in masks.items()}
+        return counts | {TEACHER + name: torch.cat([one[name] for one in found]) for name in found[0]}
 
     @contextmanager
     def _summing_moments(self) -> Iterator[None]:

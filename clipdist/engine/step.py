@@ -225,14 +225,12 @@ class Engine:
         """Return what the teachers give for these rows, and what the objectives make constant of it in this step."""
         taught = self.teacher(batch) if self.teacher else {}
         if self.moving_teacher:
-            taught |= self.moving_teacher(batch)
-        rows: dict[str, Tensor] = {}
-        shared: dict[str, Tensor] = {}
+            taught |= self.moving_teacher(batch, self._noise(batch, step))
+        given = Given()
         for objective in self.objectives:
             own = objective.given(taught, batch, self.state[objective.name], Moment(step, self.steps))
-            rows |= own.rows
-            shared |= own.shared
-        return taught, Given(rows, shared)
+            given = Given({**given.rows, **own.rows}, {**given.shared, **own.shared}, {**given.ragged, **own.ragged})
+        return taught, given
 
     def _forward_whole(self, batch: Batch, step: int, taught: dict[str, Tensor], given: Given) -> _Forward:
         """Run the forward pass over all rows of this rank at once.
@@ -244,7 +242,7 @@ class Engine:
         seed_step(self.seed, step, self.dist_env.rank)
         with self._statistics_of_views() if len(batch.images) > 1 else nullcontext():
             outputs = self._forward(batch, step)
-        terms = self._terms(self.objectives, {**outputs, **given.rows, **given.shared}, batch)
+        terms = self._terms(self.objectives, outputs | given.split(len(batch), len(batch))[0], batch)
         value = self._weighted(terms) + self._nothing(outputs)
         return _Forward(value, terms, outputs, partial(self.zero.backward, value), batch, taught)
 
@@ -264,7 +262,7 @@ class Engine:
         outputs = {name: torch.cat([one[name] for one in cached]).requires_grad_() for name in self._features}
         outputs |= {name: master.clone().requires_grad_() for name, master in self.scalars.items()}
         del cached
-        terms = self._terms(self._coupled, {**outputs, **given.rows, **given.shared}, batch)
+        terms = self._terms(self._coupled, outputs | given.split(len(batch), len(batch))[0], batch)
         forward = _Forward(self._weighted(terms) + self._nothing(outputs), terms, outputs, lambda: None, batch, taught)
         forward.backward = partial(self._backward_cached, pieces, step, forward, given)
         return forward
@@ -276,7 +274,7 @@ class Engine:
         found = torch.autograd.grad(forward.value * scale, list(outputs.values())) if outputs else ()
         gradients = {name: gradient.float() / scale for name, gradient in zip(outputs, found)}
         shares = {name: gradients[name].split(self.micro_batch) for name in self._features}
-        constants = {name: rows.split(self.micro_batch) for name, rows in given.rows.items()}
+        constants = given.split(self.micro_batch, len(forward.batch))
         with self._statistics_of_views():
             for micro, piece in enumerate(pieces):
                 seed_step(self.seed, step, self.dist_env.rank, micro)
@@ -284,8 +282,7 @@ class Engine:
                 parts = [(again[name].float() * shares[name][micro]).sum() for name in self._features]
                 # Divide a scalar's gradient among all micro-batches: a reduction may wait for all parameters.
                 parts += [(again[name] * gradients[name] / len(pieces)).sum() for name in self.scalars]
-                own = {name: rows[micro] for name, rows in constants.items()}
-                terms = self._terms(self._additive, {**again, **own, **given.shared}, piece)
+                terms = self._terms(self._additive, again | constants[micro], piece)
                 added = self._weighted(terms)
                 self.zero.accumulate(torch.stack([*parts, added]).sum(), last=micro == len(pieces) - 1)
                 forward.value = forward.value.detach() + added.detach()
@@ -296,14 +293,17 @@ class Engine:
 
     def _forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return the model's outputs, the scalars with the values of their fp32 masters."""
-        at = Moment(step, self.steps)
-        noise = {name: own for each in self.objectives for name, own in each.noise(batch, at).items()}
+        noise = self._noise(batch, step)
         more = {"noise": noise} if noise else {}
         outputs = self.zero.forward(**batch.inputs(without=self._taught_alone), **more)
         for name, master in self.scalars.items():
             scalar = outputs[name]
             outputs[name] = scalar.float() + (master - scalar.detach().float())
         return outputs
+
+    def _noise(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        at = Moment(step, self.steps)
+        return {name: own for each in self.objectives for name, own in each.noise(batch, at).items()}
 
     def _terms(self, objectives: Sequence[Objective], outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Term]:
         return {objective.name: objective.loss(outputs, batch) for objective in objectives}

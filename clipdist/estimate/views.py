@@ -17,6 +17,7 @@ from clipdist.losses.wire import BYTES, contrast_bytes, koleo_bytes, nt_xent_byt
 from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.towers import run_on_shapes
 from clipdist.objectives.dino import DinoObjective, KoLeoObjective
+from clipdist.objectives.ibot import IbotObjective
 from clipdist.objectives.make import reads_image
 from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
@@ -57,6 +58,9 @@ class Viewed:
                 return gradients + cached + 2 * gathered
             case MocoObjective() | KoLeoObjective() if coupled:
                 return taught + gradients + cached + gathered
+            case IbotObjective():  # of masked patches: the teacher's, its softmax, and the model's with its gradient
+                masked = self.objective.masked_patches * width
+                return round(masked * (share * (itemsize + 4) + 2 * micro * itemsize))
             case DinoObjective():  # and the softmax of the teacher's
                 return taught + self.taught_views * share * width * 4
             case _:  # one view with another: unit vectors and their difference, of both ways, or of a query and its key
@@ -75,7 +79,7 @@ class Viewed:
                 return 4 * (rows * columns + (rows + columns) * width)
             case KoLeoObjective():
                 return 4 * min(rows, share) * min(columns, world * share)
-            case DinoObjective():  # chunks of rows, of which there are logits, exponentials and targets
+            case DinoObjective() | IbotObjective():  # chunks of rows: logits, exponentials and targets
                 return 3 * 4 * min(micro, max(1, rows * columns // width)) * width
             case _:
                 return 0
@@ -95,10 +99,11 @@ class Viewed:
                 return count + keys if self.objective.additive else 2 * contrast_bytes(world, share, self.width, dtype)
             case KoLeoObjective():
                 return 2 * koleo_bytes(world, share, self.width, dtype, self.objective.cfg.koleo_group)
-            case DinoObjective() if self.objective.cfg.balance == "centre":
+            case DinoObjective() | IbotObjective() if self.objective.cfg.balance == "centre":
                 return count + reduced_bytes(world, 8 * (self.width + 1))
-            case DinoObjective():  # Sinkhorn-Knopp: the largest and the sums, in float64, in three iterations
-                return count + self.taught_views * (3 * 2 * reduced_bytes(world, 8 * self.width) + 8 * (world - 1))
+            case DinoObjective() | IbotObjective():  # Sinkhorn-Knopp: the largest and the sums, float64, thrice
+                parts = max(1, self.taught_views)
+                return count + parts * (3 * 2 * reduced_bytes(world, 8 * self.width) + 8 * (world - 1))
             case _:
                 return count
 
@@ -109,6 +114,9 @@ def viewed_objectives(objectives: Sequence[Objective], model: DualEncoder) -> tu
     for objective in objectives:
         if isinstance(objective, KoLeoObjective):
             found.append(Viewed(objective, model.hidden_width(), 0))
+        elif isinstance(objective, IbotObjective):
+            width = objective.ibot.prototypes
+            found.append(Viewed(objective, width, 4 * width * (objective.cfg.balance == "centre")))
         elif objective.views:
             head = model.heads[objective.name]
             dtype = next(head.parameters()).dtype

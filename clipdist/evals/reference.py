@@ -133,7 +133,7 @@ class Reference:
         for name, formula in STATES.items():
             if (section := getattr(cfg, name)) is not None:
                 cast = {key: value.double() if value.is_floating_point() else value for key, value in constants.items()}
-                self.state_after |= {f"{name}/{key}": value for key, value in formula(section, cast, batch).items()}
+                self.state_after |= formula(section, cast, batch)
         passes = [*self._passes(batch, micro, 0 if clip else self.group)]
         with torch.no_grad(), _statistics_updated_once(self.model):
             cached = [self._outputs(batch, step, one) for one in passes]
@@ -143,25 +143,32 @@ class Reference:
         terms = [self._terms(cfg, outputs, constants, batch, at, torch.float64)]
         if self.dtype == torch.float32 and terms[0].loss <= LOW_LOSS:
             terms.append(self._terms(cfg, outputs, constants, batch, at, torch.float32))
+        seen = dict.fromkeys(names, 0)
         for one, before in zip(passes, cached):
             again = self._outputs(batch, step, one)
             _check_replay(again, before)
+            rows = {name: slice(seen[name], seen[name] + len(output)) for name, output in again.items()}
+            seen |= {name: own.stop for name, own in rows.items()}
             for each in terms:
-                self._through_model(each, again, one.rows, scale)
+                self._through_model(each, again, rows, scale)
         self.load_buffers(buffers)  # the second pass has updated the running statistics again
         measured = [LossAndGradients(each.loss, each.gradients) for each in terms]
         return measured[0], (measured[1] if len(measured) > 1 else None)
 
     @torch.no_grad()
     def _constants(self, batch: Batch, micro: int, step: int) -> dict[str, torch.Tensor]:
-        """Return what is constant in the formulas: of the teachers, the objectives' state, and what they draw."""
+        """Return what is constant in the formulas: of the teachers, the objectives' state, and what they draw.
+
+        What they draw stands under its name, and under noise/NAME.
+        """
+        noise = self._noise(batch, step)
         taught = self.teacher(batch.to(self.device)) if self.teacher else {}
         if self.moving:
-            taught |= self.moving(batch.to(self.device), self.group or micro)
+            taught |= self.moving(batch.to(self.device), noise, self.group or micro)
         state = {f"{objective}/{name}": value for objective, own in self.state.items() for name, value in own.items()}
-        return taught | state | self._drawn(batch, step)
+        return taught | state | noise | {f"noise/{view}": own.to(self.device) for view, own in noise.items()}
 
-    def _drawn(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+    def _noise(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """Return what heads take beside features, for the rows of `batch`."""
         at = Moment(step, STEPS)
         return {name: drawn for each in self.drawn_by for name, drawn in each.noise(batch, at).items()}
@@ -200,7 +207,7 @@ class Reference:
             inputs = {"tokens": inputs["tokens"]} if "tokens" in inputs else {}
         if not inputs:
             return {}
-        outputs = self.model(**inputs, noise=self._drawn(own, step))
+        outputs = self.model(**inputs, noise=self._noise(own, step))
         drawn = not torch.equal(before, _random_state(self.device))
         if drawn and one.without == "tokens":
             raise UserError(
@@ -239,12 +246,18 @@ class Reference:
                 gradients[name] += grads[name].double()
         return _Terms(float(value.detach()), {name: grads[name] for name in outputs}, gradients)
 
-    def _through_model(self, terms: _Terms, outputs: dict[str, torch.Tensor], rows: slice, scale: float) -> None:
-        """Propagate the outputs' gradients of one micro-batch; add up the parameters' gradients."""
+    def _through_model(
+        self, terms: _Terms, outputs: dict[str, torch.Tensor], rows: dict[str, slice], scale: float
+    ) -> None:
+        """Propagate the outputs' gradients of one micro-batch; add up the parameters' gradients.
+
+        Args:
+            rows: of the micro-batch, by output.
+        """
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.scalars}
         sides = [
-            (output, gradient[rows])
-            for output, gradient in ((outputs[name], terms.outputs[name]) for name in outputs)
+            (output, gradient[rows[name]])
+            for name, output, gradient in ((name, output, terms.outputs[name]) for name, output in outputs.items())
             if output.requires_grad and gradient is not None
         ]
         if not sides:
@@ -274,19 +287,22 @@ class _Moving:
             self.model.get_submodule(name).train()
         self.weights = {name: p.detach().double().view(-1).clone() for name, p in model.named_parameters()}
 
-    def __call__(self, batch: Batch, rows: int) -> dict[str, torch.Tensor]:
-        """Return its outputs for the global batch, so many rows at once."""
+    def __call__(self, batch: Batch, noise: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+        """Return its outputs for the global batch, so many rows at once, and those for masked patches."""
         order = torch.arange(len(batch))
         if self.spec.shuffled and self.group:  # in each block of two groups: even places, then odd ones
             blocks = order.view(-1, 2 * self.group)
             order = torch.cat([torch.cat([block[::2], block[1::2]]) for block in blocks])
         images = {view: batch.images[view][order] for view in self.spec.views}
         with _statistics_updated_once(self.model):
-            found = [
-                self.model(teaching=True, **{view: image[start : start + rows] for view, image in images.items()})
-                for start in range(0, len(batch), rows)
-            ]
-        taught = {}
+            found = []
+            for start in range(0, len(batch), rows):
+                own, drawn = (
+                    {view: values[start : start + rows] for view, values in each.items() if view in images}
+                    for each in (images, noise)
+                )
+                found.append(self.model(teaching=True, noise=drawn, **own))
+        taught = {f"teacher/{name}": torch.cat([one[name] for one in found]) for name in found[0] if "patches/" in name}
         for view in self.spec.views:
             outputs = torch.cat([one[view] for one in found])
             taught[f"teacher/{view}"] = torch.empty_like(outputs)

@@ -119,7 +119,7 @@ def moco_state(cfg: config.Moco, constants: Outputs, batch: Batch) -> dict[str, 
     for key in _unit(constants["teacher/moco/1"][batch.valid["image"]]):
         queue[int(pointer)] = key
         pointer, fill = (pointer + 1) % cfg.queue, (fill + 1).clamp(max=cfg.queue)
-    return {"queue": queue, "pointer": pointer, "fill": fill}
+    return {"moco/queue": queue, "moco/pointer": pointer, "moco/fill": fill}
 
 
 def byol(cfg: config.Byol, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
@@ -150,7 +150,34 @@ def dino(cfg: config.Dino, outputs: Outputs, constants: Outputs, batch: Batch, a
         if view != other
     ]
     spread = [_koleo(outputs[f"hidden/dino/{view}"], valid, cfg.koleo_group) for view in (0, 1) if cfg.koleo]
-    return torch.stack(values).mean() + cfg.koleo * sum(spread, torch.zeros_like(values[0]))
+    masked = cfg.ibot.weight * _ibot(cfg, outputs, constants, valid, tau) if cfg.ibot else 0.0
+    return torch.stack(values).mean() + cfg.koleo * sum(spread, torch.zeros_like(values[0])) + masked
+
+
+def _ibot(cfg: config.Dino, outputs: Outputs, constants: Outputs, valid: Tensor, tau: float) -> Tensor:
+    """Compute the mean over all valid global views of the mean over a view's masked patches, 0 where it has none."""
+    student = _of_images("patches/dino", outputs, constants, valid)
+    teacher = _of_images("teacher/patches/dino", constants, constants, valid)
+    logits = torch.cat(teacher)
+    if cfg.balance == "centre":
+        targets = ((logits - constants["ibot/centre"]) / tau).softmax(1)
+    else:
+        targets = _sinkhorn_knopp(logits, tau)
+    values = [
+        -(target * (own / cfg.temperature).log_softmax(1)).sum(1).mean()
+        for own, target in zip(student, targets.split([len(own) for own in teacher]))
+        if len(own)
+    ]
+    return torch.stack(values).sum() / len(student)
+
+
+def _of_images(name: str, outputs: Outputs, constants: Outputs, valid: Tensor) -> list[Tensor]:
+    """Return the logits of masked patches [n, P] of every valid image, of both views."""
+    found = []
+    for view in (0, 1):
+        counts = constants[f"noise/dino/{view}"].sum(1).tolist()
+        found += [own for own, there in zip(outputs[f"{name}/{view}"].split(counts), valid.tolist()) if there]
+    return found
 
 
 def _koleo(features: Tensor, valid: Tensor, size: int) -> Tensor:
@@ -164,11 +191,14 @@ def _koleo(features: Tensor, valid: Tensor, size: int) -> Tensor:
 
 
 def dino_state(cfg: config.Dino, constants: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """Return the centre moved towards the mean of both views' logits."""
+    """Return the centres moved towards the means of both views' logits: of images, and of their masked patches."""
     if cfg.balance != "centre":
         return {}
-    logits = torch.cat([constants[f"teacher/dino/{view}"][batch.valid["image"]] for view in (0, 1)])
-    return {"centre": cfg.centre_momentum * constants["dino/centre"] + (1 - cfg.centre_momentum) * logits.mean(0)}
+    valid, m = batch.valid["image"], cfg.centre_momentum
+    logits = {"dino/centre": torch.cat([constants[f"teacher/dino/{view}"][valid] for view in (0, 1)])}
+    if cfg.ibot:
+        logits["ibot/centre"] = torch.cat(_of_images("teacher/patches/dino", constants, constants, valid))
+    return {name: m * constants[name] + (1 - m) * rows.mean(0) for name, rows in logits.items()}
 
 
 def vae(cfg: config.Vae, outputs: Outputs, constants: Outputs, batch: Batch, at: Moment) -> Tensor:
@@ -224,5 +254,5 @@ FORMULAS: dict[str, Callable[[Any, Outputs, Outputs, Batch, Moment], Tensor]] = 
     "vae": vae,
     "caption": caption,
 }
-# What a step makes of the state of an objective, by name.
+# What a step makes of the state of objectives, by OBJECTIVE/NAME.
 STATES: dict[str, Callable[[Any, Outputs, Batch], dict[str, Tensor]]] = {"moco": moco_state, "dino": dino_state}

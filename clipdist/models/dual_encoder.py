@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.image_tokens import gives_tokens, image_tokens
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
 from clipdist.models.lstm import LSTM
+from clipdist.models.masked_patches import patch_tokens
 from clipdist.models.norms import running_norms, statistics_frozen
 from clipdist.models.open_clip_files import LOCAL_TIMM
 from clipdist.models.packed_images import allow_packed_images, pack, packed_input
@@ -54,6 +56,7 @@ HEADS = "heads."  # of the names of the heads' parameters
 OWN_TOWERS = {"cbow": CBOW, "lstm": LSTM}
 PARTS = {"visual": "image", "text": "text", "heads": "heads", "logit_scale": "temperature", "logit_bias": "bias"}
 HIDDEN = "hidden"  # the view whose features are taken before the projection
+PATCHES = "patches"  # of the names of outputs of masked patches
 
 
 class DualEncoder(nn.Module):
@@ -136,7 +139,8 @@ class DualEncoder(nn.Module):
             patches: int64 [b, n], those of every image that the tower sees in training; None: all. Only after
                 clipdist.models.fewer_patches.allow_stages.
             teaching: whether heads give what a teacher gives.
-            noise: what heads take beside features, by view; of a decoder of captions by caption/ARGUMENT.
+            noise: what heads take beside features, by view, on the CPU; of a decoder of captions by caption/ARGUMENT. A
+                mask, bool [b, n], is of patches in whose place the tower has the head's mask token, unless it teaches.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. Of the view
                 "hidden" the features are those of `encode_hidden`; the view NAME/... goes through the head NAME.
 
@@ -144,7 +148,8 @@ class DualEncoder(nn.Module):
 
         Returns:
             features [b, D] or a head's output under the name of each view; of those with a head also what the head was
-            given, [b, w], under "hidden/" and the view's name; "text": [b, D] or [b, K, D];
+            given, [b, w], under "hidden/" and the view's name; what the head for patches gives for the masked ones,
+            [masked patches of all rows, P], under "patches/" and the view's name; "text": [b, D] or [b, K, D];
             "logit_scale": the log scale t [1], which the objective bounds, and "logit_bias": [1], if there are any;
             "caption": the loss that a decoder of captions gives in training for tokens and the view "image".
         """
@@ -201,9 +206,24 @@ class DualEncoder(nn.Module):
         head, is_headed, _ = view.partition("/")
         if not is_headed:
             return {view: self.encode_hidden(pixels) if view == HIDDEN else self.encode_image(pixels)}
+        own = noise.get(view)
+        if own is not None and own.dtype == torch.bool:
+            return self._encode_masked(view, pixels, teaching, own)
         hidden = self.encode_hidden(pixels)
-        more = {"noise": noise[view]} if view in noise else {}
+        more = {} if own is None else {"noise": moved(own, hidden.device)}
         return {view: self.heads[head](hidden, teaching=teaching, **more), f"{HIDDEN}/{view}": hidden}
+
+    def _encode_masked(
+        self, view: str, pixels: torch.Tensor, teaching: bool, mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Run a view with masked patches. Their number is read on the CPU, where the mask is."""
+        head: Any = self.heads[view.partition("/")[0]]
+        places = moved(mask.flatten().nonzero().squeeze(1), pixels.device)
+        masked = partial(head.patches.mask_token, mask=moved(mask, pixels.device))
+        with patch_tokens(self.visual, None if teaching else masked) as tokens:
+            hidden = self.encode_hidden(pixels)
+        patches = head.patches(tokens[0].flatten(0, 1).index_select(0, places))
+        return {view: head(hidden, teaching=teaching), f"{PATCHES}/{view}": patches, f"{HIDDEN}/{view}": hidden}
 
     @torch.no_grad()
     def hidden_width(self) -> int:

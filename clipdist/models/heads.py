@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipdist.models.masked_patches import MaskToken
+
 
 def mlp(widths: Sequence[int], *, norm: bool = True, last_norm: bool = False) -> nn.Sequential:
     """Return linear layers with ReLU between them.
@@ -71,6 +73,14 @@ class PrototypeHead(nn.Module):
     def forward(self, hidden: Tensor, teaching: bool = False) -> Tensor:
         """Return logits [b, P] of features [b, w]."""
         return self.last_layer(F.normalize(self.projector(hidden).float(), dim=1).to(hidden.dtype))
+
+
+class PatchHead(PrototypeHead):
+    """A head of patches' tokens, and the token that stands for masked patches (iBOT, Zhou et al., arXiv:2111.07832)."""
+
+    def __init__(self, widths: Sequence[int], prototypes: int, free_norm: bool) -> None:
+        super().__init__(widths, prototypes, free_norm)
+        self.mask_token = MaskToken(widths[0])
 
 
 class Prototypes(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from clipdist.data.augment import View
 from clipdist.objectives.objective import Moment, Objective
 
-PLACES = {"koleo": "dino.koleo"}  # of objectives without a section of their own
+PLACES = {"koleo": "dino.koleo", "ibot": "dino.ibot"}  # of objectives without a section of their own
 
 
 def describe(objective: Objective) -> str:

@@ -20,8 +20,9 @@ from clipdist.losses.prototypes import (
     sum_rows,
     update_centre,
 )
-from clipdist.models.dual_encoder import HEADS, HIDDEN
-from clipdist.models.heads import PrototypeHead
+from clipdist.models.dual_encoder import HIDDEN
+from clipdist.models.heads import PatchHead, PrototypeHead
+from clipdist.objectives.ibot import held_prototypes
 from clipdist.objectives.objective import TEACHER, Given, Moment, Objective, TeacherSpec, Term
 
 
@@ -36,13 +37,16 @@ class DinoObjective(Objective):
         self.views = views_of(self.name, [*cfg.views, *[cfg.local] * cfg.local_views], image_size)
         self.names = tuple(view.name for view in self.views)
         self.globals = self.names[:2]
-        prototypes = [f"{HEADS}dino.last_layer.{name}" for name in ("weight", *(["norm"] if cfg.free_norm else []))]
-        self.held = dict.fromkeys(prototypes, cfg.frozen_steps) if cfg.frozen_steps else {}
+        self.held = held_prototypes(cfg, "dino")
         self.teacher = TeacherSpec(self.globals, lambda at: at.cosine(cfg.momentum, 1.0))
 
     def head(self, width: int) -> nn.Module:
-        """Return linear layers with GELU between them, and the prototypes."""
-        return PrototypeHead([width, *self.cfg.head], self.cfg.prototypes, self.cfg.free_norm)
+        """Return linear layers with GELU between them, and the prototypes; with iBOT the same for patches."""
+        cfg = self.cfg
+        head = PrototypeHead([width, *cfg.head], cfg.prototypes, cfg.free_norm)
+        if cfg.ibot:
+            head.patches = PatchHead([width, *cfg.ibot.head], cfg.ibot.prototypes, cfg.free_norm)
+        return head
 
     def state(self) -> dict[str, Tensor]:
         """Return the centre, one number for each prototype. See Objective.state."""

@@ -22,6 +22,7 @@ from clipdist.objectives.caption import CaptionObjective
 from clipdist.objectives.clip import ClipObjective
 from clipdist.objectives.dino import DinoObjective, KoLeoObjective
 from clipdist.objectives.distill import DistillObjective
+from clipdist.objectives.ibot import IbotObjective
 from clipdist.objectives.moco import MocoObjective
 from clipdist.objectives.objective import Objective
 from clipdist.objectives.simclr import SimClrObjective
@@ -49,6 +50,8 @@ def make_objectives(cfg: config.Objectives, image_size: int) -> tuple[Objective,
         found.append(DinoObjective(cfg.dino, image_size))
         if cfg.dino.koleo:
             found.append(KoLeoObjective(cfg.dino))
+        if cfg.dino.ibot:
+            found.append(IbotObjective(cfg.dino, cfg.dino.ibot, image_size))
     if cfg.vae is not None:
         found.append(VaeObjective(cfg.vae, image_size))
     if cfg.caption is not None:
@@ -71,6 +74,8 @@ def prepare_model(model: DualEncoder, objectives: Sequence[Objective]) -> None:
     sizes = {_setting_of(view.name): view.size for objective in objectives for view in objective.views}
     if others := {where: size for where, size in sizes.items() if size != model.spec.image_size}:
         allow_sizes(model, others)
+    for objective in objectives:
+        objective.adapt(model)
     viewing = any(objective.views for objective in objectives)
     width = model.hidden_width() if viewing else 0
     heads: dict[str, nn.Module | None] = {}

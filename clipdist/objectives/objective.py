@@ -18,9 +18,11 @@ from clipdist.data.augment import View
 from clipdist.data.batch import Batch
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.losses.global_batch import global_statistics
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.spec import ModelSpec
 
 TEACHER = "teacher/"  # of the names of a teacher's outputs
+COUNTS = "/counts"  # behind the name of what a row has several entries of, or none: how many, int64 [b], on the CPU
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,27 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Given:
-    """What is constant within a step, by name: `rows` go with the rows of a batch, [b, ...]; `shared` with all."""
+    """What is constant within a step, by name.
+
+    Attributes:
+        rows: go with the rows of a batch, [b, ...].
+        shared: go with all.
+        ragged: of which each row has a number of entries: those of row 0 first, [n, ...], and the numbers, int64 [b],
+            on the CPU.
+    """
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    ragged: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def split(self, rows: int, total: int) -> list[dict[str, Tensor]]:
+        """Return what goes with each so many rows of a total, by name; numbers of entries by the name and COUNTS."""
+        parts = {name: values.split(rows) for name, values in self.rows.items()}
+        for name, (values, counts) in self.ragged.items():
+            parts[name + COUNTS] = counts.split(rows)
+            parts[name] = values.split([int(own.sum()) for own in parts[name + COUNTS]])
+        places = range(-(-total // rows))
+        return [{**self.shared, **{name: part[place] for name, part in parts.items()}} for place in places]
 
 
 @dataclass(frozen=True)
@@ -125,14 +144,22 @@ class Objective:
         """
         return None
 
+    def adapt(self, model: DualEncoder) -> None:
+        """Let a model give what the objective needs, in place, before its heads are made.
+
+        Raises:
+            UserError: it cannot.
+        """
+
     def state(self) -> dict[str, Tensor]:
         """Return the initial tensors, by name, that the engine keeps between steps: the same on all ranks."""
         return {}
 
     def noise(self, batch: Batch, at: Moment) -> Mapping[str, Tensor]:
-        """Return what the head takes beside features, [b, ...] by view, or NAME/ARGUMENT of a decoder of captions.
+        """Return what the head takes beside features, on the CPU, by view, or NAME/ARGUMENT of a decoder of captions.
 
-        Random numbers are a function of the step and of each row's sample alone.
+        For the head, [b, ...]; or the patches to mask, bool [b, n]: see DualEncoder.forward. Random numbers are a
+        function of the step and of each row's sample alone.
 
         Args:
             batch: rows of this rank, or of a micro-batch.
@@ -146,7 +173,8 @@ class Objective:
         number of valid rows of the global batch, fp32 [].
 
         Args:
-            taught: the teacher's outputs for all rows of this rank, by TEACHER and the name.
+            taught: the teacher's outputs for all rows of this rank, by TEACHER and the name; of masked patches also
+                their number in each row, by that and COUNTS.
             batch: this rank's rows.
             state: the objective's own.
             at: this step.

@@ -13,7 +13,6 @@ from clipdist import config
 from clipdist.data.batch import Batch
 from clipdist.data.order import sample_uniforms
 from clipdist.data.views import views_of
-from clipdist.distributed.rank import moved
 from clipdist.models.heads import VariationalHead
 from clipdist.objectives.objective import Moment, Objective, Term
 
@@ -34,11 +33,10 @@ class VaeObjective(Objective):
 
     def noise(self, batch: Batch, at: Moment) -> Mapping[str, Tensor]:
         """Return standard normal numbers [b, latent] of each sample in this step (Box and Muller)."""
-        name, ids = self.views[0].name, batch.sample_id.numpy()
+        ids = batch.sample_id.numpy()
         uniforms = sample_uniforms(_KEY, np.full(len(ids), at.step), ids, 2 * self.cfg.latent)
         radius = np.sqrt(-2 * np.log1p(-uniforms[:, ::2]))
-        drawn = torch.from_numpy(radius * np.cos(2 * np.pi * uniforms[:, 1::2])).float()
-        return {name: moved(drawn, batch.images[name].device)}
+        return {self.views[0].name: torch.from_numpy(radius * np.cos(2 * np.pi * uniforms[:, 1::2])).float()}
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
         """Return the sum over valid rows, in nats for each decoded value. See Objective.loss.

@@ -20,6 +20,7 @@ CBOW = "configs/models/tiny_cbow.json"
 LSTM = "configs/models/tiny_lstm.json"
 RESNET = "configs/models/tiny_rn.json"  # BatchNorm: normalises over a micro-batch
 TIMM = "tests/dist/timm_lcnet.json"  # BatchNormAct2d
+TIMM_VIT = "tests/dist/timm_vit.json"  # without a text tower
 WIDER = "tests/dist/vit_wider.json"  # a teacher with 48 features and images of 40 pixels
 DROPOUT = "tests/dist/vit_patch_dropout.json"
 NAFLEX = "tests/dist/naflex.json"  # images at their own aspect ratio
@@ -96,6 +97,7 @@ def cell(
     taught = f" distill {distill} of {Path(teacher).stem}{' alone' if alone else ''}" if distill else ""
     taught += f" {'+'.join(map(_version, beside, beside.values()))}{' alone' if alone else ''}" if beside else ""
     taught += f" {beside['caption']['kind']}" if beside and "caption" in beside else ""
+    taught += " masked" if beside and any("ibot" in section for section in beside.values()) else ""
     more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled} G={group}"
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     taught_by = teacher if distill else ""
@@ -128,6 +130,8 @@ CAPPA = {"caption": {**CAPTION, "kind": "cappa", "parallel": 0.5}}
 SIMVLM = {"caption": {**CAPTION, "kind": "simvlm"}}
 COCA = {"caption": {**CAPTION, "kind": "coca", "width": 0}}
 DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True, "koleo": 0.1}}
+IBOT = {"ibot": {"weight": 0.8, "head": [24, 12], "prototypes": 20}}
+MASKED = [{"dino": {**one["dino"], **IBOT}} for one in (DINO, DINO_2)]
 
 
 def self_supervised_cells(world: int) -> list[dict[str, Any]]:
@@ -147,8 +151,19 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, micro=micro, alone=True, beside=SIMVLM)]
         cells += [cell(stage=stage, micro=half - micro, alone=True, beside=CAPPA)]
     cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
+    cells += masked_cells(world) if world < 4 else []
     if world < 4:  # keys are shuffled between pairs of groups
         cells += [cell(stage=stage, model=RESNET, beside=MOCO, steps=2, alone=True, group=4) for stage in (1, 3)]
+    return cells
+
+
+def masked_cells(world: int) -> list[dict[str, Any]]:
+    """iBOT, in micro-batches of 2 rows too, of which some have no masked patch."""
+    cells = []
+    for number, (stage, micro) in enumerate(in_turn(world, 2)):
+        model, other = (VIT, TIMM_VIT) if number % 2 else (TIMM_VIT, VIT)
+        cells += [cell(model=model, stage=stage, micro=micro, beside=MASKED[0], alone=True, steps=2)]
+        cells += [cell(model=other, stage=stage, micro=2 - micro, beside=MASKED[1], alone=True)]
     return cells
 
 

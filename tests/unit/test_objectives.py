@@ -66,12 +66,13 @@ def test_what_a_model_sees_and_what_its_teacher_alone():
 
 def test_only_the_prototypes_are_held():
     """Those of the model's own head: a frozen layer that is another one would not show in the loss."""
-    config = load_config(None, [f"model.name={VIT}", "objectives={clip: null, dino: {frozen_steps: 5, prototypes: 8}}"])
+    dino = "{frozen_steps: 5, prototypes: 8, ibot: {prototypes: 9}}"
+    config = load_config(None, [f"model.name={VIT}", f"objectives={{clip: null, dino: {dino}}}"])
     model = build_model(config.model, with_text=False)
     objectives = make_objectives(config.objectives, model.spec.image_size)
     prepare_model(model, objectives)
-    held = objectives[0].held
-    assert held == {"heads.dino.last_layer.weight": 5}
+    held = {**objectives[0].held, **objectives[1].held}
+    assert held == {"heads.dino.last_layer.weight": 5, "heads.dino.patches.last_layer.weight": 5}
     assert dict(model.named_parameters()).keys() >= held.keys()
     assert model.heads["dino"].last_layer.weight.shape == (8, 256)
 
@@ -113,6 +114,9 @@ def test_a_head_has_no_activation_behind_its_last_layer():
         (["dino={teacher_temperature: [0.04]}"], "objectives.dino.teacher_temperature=[0.04]: must be two"),
         (["dino={local: {crop_scale: [0.5, 0.1]}}"], "objectives.dino.local.crop_scale=[0.5, 0.1]: must be a range"),
         (["dino={koleo_group: 1}"], "objectives.dino.koleo_group=1: must be 0, or 2 and more"),
+        (["dino={ibot: {mask_ratio: [0.5, 0.1]}}"], "objectives.dino.ibot.mask_ratio=[0.5, 0.1]: must be a range"),
+        (["dino={ibot: {masked_images: 0}}"], "objectives.dino.ibot.masked_images=0.0: must lie in (0, 1]"),
+        (["dino={ibot: {weight: 0}}"], "objectives.dino.ibot.weight=0.0: must be above 0; objectives.dino.ibot=null"),
         (["vae={size: 24}"], "objectives.vae.size=24: must be 4, 8, 16"),
         (["byol={}", "dino={}"], "objectives.byol and objectives.dino: have a teacher each"),
     ],
