@@ -98,7 +98,7 @@ class CaptionObjective(Objective):
 
     def given(self, taught: Mapping[str, Tensor], batch: Batch, state: Mapping[str, Tensor], at: Moment) -> Given:
         """Return the number of targets in the global batch. See Objective.given."""
-        own = self._targets(batch, at)[0].ne(NO_TARGET).sum().float().to(batch.sample_id.device)
+        own = self._targets(batch, at)[0].ne(NO_TARGET).sum().float().to(batch.valid["text"].device)
         return Given(shared={f"{CAPTION}/count": all_reduce_sum(own).clamp_(min=1)})
 
     def loss(self, outputs: Mapping[str, Tensor], batch: Batch) -> Term:
