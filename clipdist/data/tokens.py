@@ -53,6 +53,9 @@ class Tokenizer(Protocol):
             UserError: a text has no end, or there is no padding.
         """
 
+    def text_of(self, ids: list[int]) -> str:
+        """The text of ids, without marks."""
+
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the same text might get other ids."""
 
@@ -119,6 +122,9 @@ class NoTokenizer:
     def marks(self) -> Marks:
         raise UserError("the model has no tokenizer")
 
+    def text_of(self, ids: list[int]) -> str:
+        return ""
+
     def fingerprint(self) -> str:
         return _digest("none", 0, 0, [])
 
@@ -159,6 +165,10 @@ class BPETokenizer:
     def marks(self) -> Marks:
         """See Tokenizer.marks. Padding is 0, which is "!", too."""
         return Marks(self._bpe.sot_token_id, self._bpe.eot_token_id, 0)
+
+    def text_of(self, ids: list[int]) -> str:
+        """See Tokenizer.text_of. Lower case, with spaces between words."""
+        return self._bpe.decode([each for each in ids if each not in self.marks()[:2]]).strip()
 
     def fingerprint(self) -> str:
         return _digest("bpe", self.vocab_size, self.context_length, self(_PROBE).tolist())
@@ -268,6 +278,10 @@ class HFTokenizer:
             raise UserError(f"tokenizer {self.name}: has {lacks}, and a caption needs it; take another model")
         starts = (theirs.bos_token_id, theirs.cls_token_id)
         return Marks(one[0] if one[0] == two[0] and one[0] in starts else None, ends[0], theirs.pad_token_id)
+
+    def text_of(self, ids: list[int]) -> str:
+        """See Tokenizer.text_of."""
+        return str(self._hf.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def fingerprint(self) -> str:
         vocabulary = sorted(self._hf.tokenizer.get_vocab().items())

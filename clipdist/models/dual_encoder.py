@@ -160,7 +160,7 @@ class DualEncoder(nn.Module):
         with chosen:
             for view, pixels in images.items():
                 if decoder is not None and view == IMAGE:
-                    outputs[view], memory = image_tokens(self.visual, self._normalise(pixels))
+                    outputs[view], memory = image_tokens(self.visual, self.pixels(pixels))
                 else:
                     outputs |= self._encode_view(view, pixels, teaching, noise or {})
                 self.after_view(view)
@@ -273,7 +273,7 @@ class DualEncoder(nn.Module):
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the features [b, D] of pixels in 0..255, any dtype [b, 3, H, W]: perturbed images have fractions."""
-        return self.visual(self._normalise(pixels))
+        return self.visual(self.pixels(pixels))
 
     def _encode_patches(self, buffer: torch.Tensor) -> torch.Tensor:
         patches, packing = pack(buffer, self._prefix_tokens)
@@ -478,7 +478,8 @@ class DualEncoder(nn.Module):
         if self.text is not None and any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
 
-    def _normalise(self, image: torch.Tensor) -> torch.Tensor:
+    def pixels(self, image: torch.Tensor) -> torch.Tensor:
+        """Return normalised pixels, as the image tower takes them, of images uint8 [b, 3, H, W]."""
         pixels = (image.to(torch.float32) / 255 - self.image_mean) / self.image_std
         layout = torch.channels_last if self._convolutional else torch.contiguous_format
         return pixels.to(next(self.visual.parameters()).dtype, memory_format=layout)

@@ -21,6 +21,7 @@ from clipdist.losses.captions import caption_loss
 from clipdist.models.caption_decoder import CAPTION, prefix_mask
 from clipdist.models.dual_encoder import built_for
 from clipdist.models.export import export_model
+from clipdist.models.generate import generate
 from clipdist.models.image_tokens import image_tokens, tokens_shape
 from clipdist.models.load import load_model
 from clipdist.objectives.caption import CaptionObjective
@@ -243,7 +244,7 @@ def test_logits_and_loss_are_open_clips(coca):
     encoder, objective = trained_coca(coca)
     batch = some_batch()
     batch.tokens.copy_(BPETokenizer(2048, 16)([text.replace("!", "") for text in TEXTS]))  # "!" is no padding
-    pixels = encoder._normalise(batch.images["image"])
+    pixels = encoder.pixels(batch.images["image"])
     with torch.no_grad():
         expected = theirs(pixels, batch.tokens)
         loss = open_clip.loss.CoCaLoss(2.0, 1.0)
@@ -292,6 +293,56 @@ def test_the_towers_of_a_coca_alone_are_a_dual_encoder(coca, tmp_path):
     tokens = BPETokenizer(2048, 16)(TEXTS)
     torch.testing.assert_close(loaded.encode_text(tokens), theirs.encode_text(tokens, normalize=False))
     assert export_model(loaded, tmp_path / "towers.safetensors").error.difference < 1e-5
+
+
+def uncached(encoder, images):
+    """Greedy decoding by the training's forward pass over the whole text, for every token anew: ids and ln p."""
+    marks, length = encoder.decoder.marks, encoder.spec.context_length
+    tokens = torch.full((len(images), length), marks.pad)
+    tokens[:, 0] = marks.start
+    total, done = torch.zeros(len(images)), torch.zeros(len(images), dtype=torch.bool)
+    encoder.train()
+    encoder.decoder.whole_logits = True
+    for place in range(length - 1):
+        logits = encoder(image=images, tokens=tokens)[CAPTION][:, place].log_softmax(1)
+        best, following = logits.max(1)
+        total += torch.where(done, 0.0, best)
+        tokens[:, place + 1] = torch.where(done, marks.pad, following)
+        done |= tokens[:, place + 1] == marks.end
+    encoder.decoder.whole_logits = False
+    encoder.eval()
+    return tokens[:, 1:], total
+
+
+@pytest.mark.parametrize("kind", ["cappa", "simvlm", "coca", "open_clip"])
+def test_captions_are_those_of_the_whole_computation(kind, request):
+    encoder = trained_coca(request.getfixturevalue("coca"))[0] if kind == "open_clip" else build(kind)[0]
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # words that differ, and an end that is likely after some of them
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))) / 4)
+        encoder.decoder.text_projection[:, 20:2047] = 0
+        images = some_batch().images["image"]
+        expected, total = uncached(encoder, images)
+        found = generate(encoder.eval(), images)
+    assert found.tokens.equal(expected[:, : found.tokens.shape[1]])
+    assert not expected[:, found.tokens.shape[1] :].any()  # padding
+    torch.testing.assert_close(found.log_probability, total, rtol=1e-4, atol=1e-4)
+    assert len(expected.unique()) > 1
+
+
+def test_a_caption_ends_at_its_end_mark():
+    encoder, _ = build("cappa")
+    with torch.no_grad():
+        encoder.decoder.text_projection[:] = 0
+        encoder.decoder.text_projection[:, encoder.decoder.marks.end] = encoder.decoder.ln_final.bias + 1
+        encoder.decoder.ln_final.weight[:], encoder.decoder.ln_final.bias[:] = 0, 1
+        found = generate(encoder.eval(), some_batch().images["image"])
+    assert found.tokens.tolist() == [[encoder.decoder.marks.end]] * 6
+    tokenizer = BPETokenizer(2048, 16)
+    assert tokenizer.text_of(found.tokens[0].tolist()) == ""
+    assert tokenizer.text_of(tokenizer("A dog runs!")[0][:6].tolist()) == "a dog runs !"
+    with pytest.raises(UserError, match=r"has no decoder of captions"):
+        generate(built_for(load_config(None, [f"model.name={VIT}"])), some_batch().images["image"])
 
 
 def test_a_run_without_clip_has_a_tokenizer_and_no_text_tower():

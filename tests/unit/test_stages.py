@@ -84,7 +84,7 @@ def test_a_smaller_image_sees_positions_as_open_clip_resizes_them():
     small = type("Small", (), {"visual": build_small(smaller)})
     resize_pos_embed(weights, small)
     small.visual.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in weights.items()})
-    pixels = model._normalise(images(16))
+    pixels = model.pixels(images(16))
     assert torch.allclose(model.visual(pixels), small.visual.eval()(pixels), atol=1e-6)
     with pytest.raises(RuntimeError):
         built(pixels)
@@ -160,7 +160,7 @@ def test_the_choice_is_that_of_open_clips_dropout(monkeypatch):
     """The same patches by open_clip's own module give the same features."""
     model = staged(VIT, PlannedStage(0, 32, 16, 0.5)).train()
     chosen = torch.tensor([[0, 3, 5, 6, 9, 10, 12, 15], [1, 2, 4, 7, 8, 11, 13, 14]])
-    pixels = model._normalise(images(32))
+    pixels = model.pixels(images(32))
     with patches_chosen(model.visual, chosen):
         ours = model.visual(pixels)
     model.visual.patch_dropout = PatchDropout(0.5)
