@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 from clipdist.config import load_config
@@ -343,6 +347,48 @@ def test_a_caption_ends_at_its_end_mark():
     assert tokenizer.text_of(tokenizer("A dog runs!")[0][:6].tolist()) == "a dog runs !"
     with pytest.raises(UserError, match=r"has no decoder of captions"):
         generate(built_for(load_config(None, [f"model.name={VIT}"])), some_batch().images["image"])
+
+
+def test_the_tool_writes_a_line_for_every_image(coca, tmp_path, monkeypatch, capsys):
+    _, file, weights = coca
+    for name in ("one.png", "two.png"):
+        Image.fromarray(np.random.default_rng(len(name)).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
+            tmp_path / name
+        )
+    pictures, out = [str(tmp_path / name) for name in ("one.png", "two.png")], tmp_path / "captions.jsonl"
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["caption_images.py", *words, "--device", "cpu"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("tools/caption_images.py", run_name="__main__")
+        return end.value.code or 0, capsys.readouterr().err
+
+    assert run(str(file), *pictures, "--weights", str(weights), "--out", str(out))[0] == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["one.png", "two.png"]
+    assert all(isinstance(line["caption"], str) and line["log_probability"] < 0 for line in lines)
+    plain = tmp_path / "plain.safetensors"
+    save_file(built_for(load_config(None, [f"model.name={VIT}"])).state_dict(), plain)
+    for words, message in (
+        ((VIT, *pictures, "--weights", str(plain)), "has no decoder of captions"),
+        ((str(file), str(tmp_path / "three.png"), "--weights", str(weights)), "three.png: no such file"),
+        ((str(file), pictures[0], "shards", "--weights", str(weights)), "name image files or shards, not both"),
+    ):
+        code, said = run(*words, "--out", str(tmp_path / "none.jsonl"))
+        assert code == 2
+        assert message in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_misspelt_size_of_the_decoder_is_found(coca, tmp_path):
+    described = json.loads(coca[1].read_text())
+    described["multimodal_cfg"]["layer"] = 3
+    (tmp_path / "wrong.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"unknown key multimodal_cfg.layer; did you mean multimodal_cfg.layers\?"):
+        trained_coca((None, tmp_path / "wrong.json", coca[2]))
+    with pytest.raises(UserError, match=r"width, layers and heads are those of multimodal_cfg"):
+        trained_coca(coca, "objectives.caption.layers=3")
 
 
 def test_a_run_without_clip_has_a_tokenizer_and_no_text_tower():

@@ -507,7 +507,6 @@ def test_hub_form_of_the_json_is_read(tmp_path: Path) -> None:
         ("RN5O", "did you mean RN50"),
         ("rn50", "did you mean RN50"),
         ("configs/models/tiny_vti.json", r"no such file; did you mean configs/models/tiny_vit\.json"),
-        ("coca_ViT-B-32", "CoCa has a caption decoder"),
         ("hf-hub:laion/x", "open_clip_config.json"),
     ],
 )
