@@ -131,7 +131,7 @@ SIMVLM = {"caption": {**CAPTION, "kind": "simvlm"}}
 COCA = {"caption": {**CAPTION, "kind": "coca", "width": 0}}
 DINO_2 = {"dino": {**DINO["dino"], "balance": "sinkhorn", "free_norm": True, "koleo": 0.1}}
 IBOT = {"ibot": {"weight": 0.8, "head": [24, 12], "prototypes": 20}}
-MASKED = [{"dino": {**one["dino"], **IBOT}} for one in (DINO, DINO_2)]
+MASKED = [{"dino": {**one["dino"], **IBOT, "koleo_group": 8}} for one in (DINO, DINO_2)]
 
 
 def self_supervised_cells(world: int) -> list[dict[str, Any]]:
