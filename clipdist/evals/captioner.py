@@ -112,7 +112,7 @@ def caption_catalog(
         def load(sample_id: int) -> Tensor:
             return eval_image(reader.sample(sample_id).image(), transform, data.max_pixels)
 
-        decoded = decode_ahead(load, wanted, transform.size, share.batch, calls, share.threads, bad)
+        decoded = decode_ahead(load, wanted, transform.shape, share.batch, calls, share.threads, bad)
         for pixels, own in share.bar(decoded, "pictures", calls):
             keys = [reader.key(sample_id) for sample_id in own]
             captions = caption_pixels(loaded, keys, pixels[: len(own)].to(device))

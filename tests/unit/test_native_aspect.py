@@ -19,7 +19,15 @@ from timm.data.naflex_transforms import get_image_size_for_seq, patchify_image
 
 from clipdist import config
 from clipdist.config import Data, Stage
-from clipdist.data.augment import UNIFORMS, Augmentation, View, apply_colour, colour_parameters, fill_views
+from clipdist.data.augment import (
+    UNIFORMS,
+    VIEW_UNIFORMS,
+    Augmentation,
+    View,
+    apply_colour,
+    colour_parameters,
+    fill_views,
+)
 from clipdist.data.bad_sample import BadSample
 from clipdist.data.catalog import Catalog
 from clipdist.data.decode import ELONGATED, decode_pixels, eval_pixels, resize
@@ -270,7 +278,7 @@ def test_crops_flips_and_colours_come_before_the_patches():
     Image.fromarray(pixels).save(file, "PNG")
     cfg = Data(crop_scale_min=0.3, flip=1.0, jitter=[0.4, 0.4, 0.4, 0.1], jitter_probability=1.0)
     view = image_view(cfg, 32, SHAPE)
-    uniforms = np.random.default_rng(1).random((1, 1, UNIFORMS))
+    uniforms = np.random.default_rng(1).random((1, 1, VIEW_UNIFORMS))
     out = torch.empty(1, *view.shape, dtype=torch.uint8)
     assert fill_views([file.getvalue()], [view], uniforms, [out], 10**6) == {}
     numbers = uniforms[0, 0].tolist()
