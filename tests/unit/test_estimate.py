@@ -94,7 +94,7 @@ def test_an_lstm_is_measured_as_it_runs(precision: str) -> None:
     found = activations.measure(config, meta_model(config)[0], 8, precision)
     assert found.measured_on == "cpu"
     saved = saved_bytes(config, 8, DTYPES[precision])
-    assert found.saved == pytest.approx(saved, rel=0.15)  # from two and three pairs, which it runs otherwise than eight
+    assert found.saved == pytest.approx(saved, rel=0.2)  # from two and three pairs, which it runs otherwise than eight
     real = build_model(config.model, config.objectives.clip).to(DTYPES[precision])
     assert one_pass(real, 8).saved == pytest.approx(saved, rel=0.02)
 
