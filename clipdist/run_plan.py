@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from clipdist.config import Config
 from clipdist.config.batches import check_ranks, total_steps
 from clipdist.config.checks import VIEWED
+from clipdist.config.load import flat, flatten
 from clipdist.config.stages import PlannedStage, plan_stages
 from clipdist.data.catalog import Catalog, fetcher_of
 from clipdist.data.first_look import look_at
@@ -29,8 +30,9 @@ SHAPED = {
     "simclr": ("head",),
     "moco": ("head", "predictor", "queue"),
     "byol": ("head",),
-    "dino": ("head", "prototypes", "free_norm"),
+    "dino": ("head", "prototypes", "free_norm", "ibot.head", "ibot.prototypes"),
     "vae": ("latent", "size", "width"),
+    "caption": ("kind", "width", "layers", "heads"),
 }
 
 
@@ -198,16 +200,17 @@ def _order_of(config: Config, fingerprint: str, reader: CheckpointReader) -> Ord
 def _check_objectives(config: Config, reader: CheckpointReader) -> None:
     """Raise UserError for objectives with a head or a state that the checkpoint lacks, or has in other shapes."""
     saved = reader.manifest.config.get("objectives") or {}
-    lacking = [name for name in VIEWED if getattr(config.objectives, name) is not None and not saved.get(name)]
+    headed = (*VIEWED, "caption")
+    lacking = [name for name in headed if getattr(config.objectives, name) is not None and not saved.get(name)]
     if lacking and config.train.resume_objectives == "same":
         raise UserError(
             f"{reader.folder}: made without {', '.join(f'objectives.{name}' for name in lacking)}: heads, teacher and"
             " state are missing; set train.resume_objectives=reset to start these anew, or choose another run.name"
         )
+    ours_of, theirs_of = flat(config), flatten(saved)
     for name, keys in SHAPED.items():
-        section, before = getattr(config.objectives, name), saved.get(name) or {}
-        for key in keys if section is not None and saved.get(name) else ():
-            ours, theirs = getattr(section, key), before.get(key, getattr(type(section)(), key))
+        for key in keys if getattr(config.objectives, name) is not None and saved.get(name) else ():
+            ours, theirs = ours_of.get(f"objectives.{name}.{key}"), theirs_of.get(f"{name}.{key}")
             if ours != theirs:
                 raise UserError(
                     f"{reader.folder}: made with objectives.{name}.{key}={theirs}, here {ours}: head or state would not"

@@ -133,14 +133,15 @@ def saved_config(tree: dict[str, Any]) -> Config | None:
 
 def flat(config: Config) -> dict[str, Any]:
     """Return the configuration as {"section.key": value}."""
-    return _flatten(to_dict(config))
+    return flatten(to_dict(config))
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of tables as {"section.key": value}."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            leaves |= _flatten(value, f"{prefix}{key}.")
+            leaves |= flatten(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves

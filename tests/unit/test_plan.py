@@ -101,6 +101,12 @@ def test_a_run_folder_that_cannot_be_written(shards, tmp_path, no_model):
     [
         ("moco: {queue: 64}", "moco: {queue: 96}", r"made with objectives\.moco\.queue=64, here 96"),
         ("moco: {queue: 64}", "moco: {queue: 0, predictor: [64, 128]}", r"moco\.predictor=\[\], here \[64, 128\]"),
+        (
+            "dino: {}",
+            "dino: {ibot: {prototypes: 100}}",
+            r"made with objectives\.dino\.ibot\.head=None, here \[2048, 2048, 256\]",
+        ),
+        ("caption: {width: 64}", "caption: {width: 32}", r"made with objectives\.caption\.width=64, here 32"),
         ("dino: {}", "dino: {prototypes: 100}", r"made with objectives\.dino\.prototypes=65536, here 100"),
     ],
 )
