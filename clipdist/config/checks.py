@@ -67,6 +67,8 @@ def check(config: Config) -> None:
     _check_best(config)
     _check_launch(config.launch)
     compiles = config.engine.compile and config.engine.zero_stage == 3
+    must = "be 0 with engine.compile: every step would have shapes of its own"
+    _need(not (config.engine.compile and config.model.drop_path), "model.drop_path", config.model.drop_path, must)
     must = "be 0, 1 or 2 with engine.compile: stage 3 gathers weights inside of the blocks"
     _need(not compiles, "engine.zero_stage", 3, must)
     _check_deepspeed(config.engine)
@@ -153,6 +155,9 @@ def _check_model(model: Model, train: Train) -> None:
     for key in ("global_batch", "micro_batch"):
         rows = getattr(train, key)
         _need(not group or rows % group == 0, "model.batchnorm_group", group, f"divide train.{key}={rows}")
+    _need(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "lie in [0, 1)")
+    must = "be 0 with model.lock_image"
+    _need(not (model.drop_path and model.lock_image), "model.drop_path", model.drop_path, must)
     locked = model.lock_image or not model.image_unlocked_groups
     _need(locked, "model.image_unlocked_groups", model.image_unlocked_groups, "come with model.lock_image=true")
     locked = model.lock_text or not model.text_unlocked_layers

@@ -122,6 +122,7 @@ class Model:
     image_unlocked_groups: int = 0  # number of last groups of a locked image tower to train
     text_unlocked_layers: int = 0
     batchnorm_group: int = 0  # rows of the global batch that BatchNorm normalises over; 0: a rank's micro-batch
+    drop_path: float = 0.0  # share of a batch that leaves out a residual branch of an image tower's ViT, in each block
     biases_only: bool = False  # of a tower that is not locked, train the biases alone (BitFit)
     lora: Lora | None = None  # train adapters alone (lora: {} with their defaults)
 

@@ -105,8 +105,8 @@ class Engine:
     """Trains one model by its objectives on all ranks.
 
     Args:
-        model: takes the inputs of a batch by name, returns outputs by name, and has `scalars` and `part_of`: see
-            clipdist.models.dual_encoder.DualEncoder.
+        model: takes the inputs of a batch by name, returns outputs by name, and has `scalars`, `part_of` and
+            `draw_kept`: see clipdist.models.dual_encoder.DualEncoder.
         objectives: whose weighted sum is the loss.
         teacher: a frozen one, which gives each step further outputs for the objectives.
         steps: of the run, for the momentum of a teacher that follows the weights.
@@ -293,8 +293,9 @@ class Engine:
 
     def _forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return the model's outputs, the scalars with the values of their fp32 masters."""
-        noise = self._noise(batch, step)
-        more = {"noise": noise} if noise else {}
+        views = [view for view in batch.images if view not in self._taught_alone]
+        more = {"noise": self._noise(batch, step), "kept": self.zero.module.draw_kept(self.seed, step, batch, views)}
+        more = {name: drawn for name, drawn in more.items() if drawn}
         outputs = self.zero.forward(**batch.inputs(without=self._taught_alone), **more)
         for name, master in self.scalars.items():
             scalar = outputs[name]

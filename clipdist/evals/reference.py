@@ -29,7 +29,9 @@ from clipdist.distributed.rank import DistEnv
 from clipdist.engine.step import seed_step
 from clipdist.errors import UserError
 from clipdist.evals.reference_losses import FORMULAS, STATES
+from clipdist.models.drop_path import drop_path_blocks
 from clipdist.models.dual_encoder import DualEncoder
+from clipdist.models.towers import mix_in
 from clipdist.objectives.objective import Moment, Objective, TeacherSpec
 from clipdist.objectives.teacher import Teacher
 
@@ -88,6 +90,8 @@ class Reference:
                 norm.register_forward_hook(lambda _, __, out: out.contiguous(memory_format=torch.channels_last))
         if self.model.decoder is not None:
             self.model.decoder.whole_logits = True
+        for block in drop_path_blocks(self.model):
+            mix_in(_WholeBranches, block)
         self.moving = _Moving(self.model, moving, self.group) if moving else None
         self.state: dict[str, dict[str, torch.Tensor]] = {}
         self.state_after: dict[str, torch.Tensor] = {}
@@ -207,7 +211,8 @@ class Reference:
             inputs = {"tokens": inputs["tokens"]} if "tokens" in inputs else {}
         if not inputs:
             return {}
-        outputs = self.model(**inputs, noise=self._noise(own, step))
+        kept = self.model.draw_kept(self.seed, step, own, [view for view in own.images if view in inputs])
+        outputs = self.model(**inputs, noise=self._noise(own, step), kept=kept)
         drawn = not torch.equal(before, _random_state(self.device))
         if drawn and one.without == "tokens":
             raise UserError(
@@ -269,6 +274,17 @@ class Reference:
         for name, grad in zip(trained, grads):
             if grad is not None:
                 terms.gradients[name] += grad.double().reshape(-1) / scale  # perhaps channels_last: view() rejects it
+
+
+class _WholeBranches(nn.Module):
+    """Mixin of a block with drop path: computes branches for all rows, and multiplies those that drop them by 0."""
+
+    def _run(self: Any, x: torch.Tensor, kept: list[tuple[torch.Tensor, float]]) -> torch.Tensor:
+        for branch, (rows, factor) in zip(self.branches(), kept):
+            scale = torch.zeros(len(x), 1, 1, dtype=x.dtype, device=x.device)
+            scale[rows] = factor
+            x = x + scale * branch(x)
+        return x
 
 
 class _Moving:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from clipdist import config
-from clipdist.data.batch import IMAGE
+from clipdist.data.batch import IMAGE, Batch
 from clipdist.data.patches import is_buffer
 from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import moved
@@ -22,6 +22,7 @@ from clipdist.errors import UserError, brief
 from clipdist.models.caption_decoder import CAPTION, CaptionDecoder
 from clipdist.models.cbow import CBOW
 from clipdist.models.compiled import compile_blocks
+from clipdist.models.drop_path import allow_drop_path, branches_kept, draw_kept, drop_path_blocks, recompute_blocks
 from clipdist.models.fewer_patches import patches_chosen
 from clipdist.models.image_tokens import gives_tokens, image_tokens
 from clipdist.models.lora import TOWERS, Base, add_adapters, base_of
@@ -79,6 +80,7 @@ class DualEncoder(nn.Module):
         text_kind: how texts are run without their padding, see clipdist.models.text_length; "whole": with it.
         base: what adapters were put on; None: the model has none.
         decoder_weights: of CoCa's decoder, as open_clip names them in it, where loaded weights had one.
+        drop_path: share of a batch that leaves out a residual branch of the image tower in training.
     """
 
     image_mean: torch.Tensor
@@ -95,6 +97,7 @@ class DualEncoder(nn.Module):
         self.heads = nn.ModuleDict()
         self.base: Base | None = None
         self.decoder_weights: dict[str, torch.Tensor] = {}
+        self.drop_path = 0.0
         self.text_kind = "whole" if text is None else allow_packing(text)
         transform = spec.transform
         self._prefix_tokens = 0
@@ -129,6 +132,7 @@ class DualEncoder(nn.Module):
         patches: torch.Tensor | None = None,
         teaching: bool = False,
         noise: Mapping[str, torch.Tensor] | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
         **images: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Return features, not normalised, and the scalars.
@@ -141,6 +145,8 @@ class DualEncoder(nn.Module):
             teaching: whether heads give what a teacher gives.
             noise: what heads take beside features, by view, on the CPU; of a decoder of captions by caption/ARGUMENT. A
                 mask, bool [b, n], is of patches in whose place the tower has the head's mask token, unless it teaches.
+            kept: branches of the image tower's blocks that each row keeps, by view: see
+                clipdist.models.drop_path.branches_kept; None: all.
             images: uint8 [b, 3, H, W], by the names of the views; none: do not run the image tower. Of the view
                 "hidden" the features are those of `encode_hidden`; the view NAME/... goes through the head NAME.
 
@@ -159,10 +165,11 @@ class DualEncoder(nn.Module):
         outputs: dict[str, torch.Tensor] = {}
         with chosen:
             for view, pixels in images.items():
-                if decoder is not None and view == IMAGE:
-                    outputs[view], memory = image_tokens(self.visual, self.pixels(pixels))
-                else:
-                    outputs |= self._encode_view(view, pixels, teaching, noise or {})
+                with branches_kept(self.visual, kept[view], self.drop_path) if kept else nullcontext():
+                    if decoder is not None and view == IMAGE:
+                        outputs[view], memory = image_tokens(self.visual, self.pixels(pixels))
+                    else:
+                        outputs |= self._encode_view(view, pixels, teaching, noise or {})
                 self.after_view(view)
         if tokens is not None and (self.text is not None or decoder is None):
             if decoder is not None and decoder.reads_text_tower:
@@ -189,6 +196,13 @@ class DualEncoder(nn.Module):
         assert self.text is not None
         with gives_tokens(self.text):
             return self.text(moved(tokens, self.image_mean.device))
+
+    def draw_kept(self, seed: int, step: int, batch: Batch, views: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return `kept` of the forward pass of a batch in a step: empty without drop path."""
+        if not self.drop_path:
+            return {}
+        blocks = len(drop_path_blocks(self.visual))
+        return draw_kept(blocks, self.drop_path, seed, step, batch.sample_id, views)
 
     def after_view(self, view: str) -> None:
         """Called when the forward pass has run a view; the engine puts a function in its place."""
@@ -474,7 +488,8 @@ class DualEncoder(nn.Module):
         Raises:
             UserError: the image tower is of a kind for which this is not known to be exact.
         """
-        checkpoint_image_tower(self.visual)
+        if not recompute_blocks(self.visual):
+            checkpoint_image_tower(self.visual)
         if self.text is not None and any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
 
@@ -538,6 +553,9 @@ def build_model(
         load_weights(model, cfg.weights, trust=cfg.trust_weights)
     if cfg.lora:
         model.base = base_of(model, cfg)
+    if cfg.drop_path:
+        allow_drop_path(model.visual, cfg.drop_path)
+        model.drop_path = cfg.drop_path
     model.lock_towers(cfg)
     return model
 

@@ -64,6 +64,7 @@ def cell(
     compiled: str = "",
     beside: dict[str, Any] | None = None,
     group: int = 0,
+    drop_path: float = 0.0,
 ) -> dict[str, Any]:
     """One setting. Label smoothing comes with the stages that shard gradients: cells with and without it.
 
@@ -74,11 +75,17 @@ def cell(
         beside: further sections of objectives, by name.
         compiled: the backend of torch.compile; "": engine.compile=false.
         group: model.batchnorm_group.
+        drop_path: model.drop_path; at stage 2 with activation checkpointing.
     """
     stages = [{"share": 1, **part}] if part else []
     clip = {"loss": loss, "label_smoothing": 0.1 if stage >= 2 else 0.0, "widths": list(widths)}
     config = {
-        "model": {"name": model, "batchnorm_group": group, **({"lora": {"rank": 2}} if lora else {})},
+        "model": {
+            "name": model,
+            "batchnorm_group": group,
+            "drop_path": drop_path,
+            **({"lora": {"rank": 2}} if lora else {}),
+        },
         "objectives": {
             **({} if alone else {"clip": {**clip, **({"weight": 0.5} if distill else {})}}),
             **({"distill": {"target": distill, "weight": 2.0}} if distill else {}),
@@ -90,7 +97,7 @@ def cell(
         "engine": {
             "zero_stage": stage,
             "compile": bool(compiled),
-            "activation_checkpointing": bool(compiled) and stage == 2,
+            "activation_checkpointing": bool(compiled or drop_path) and stage == 2,
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
     }
@@ -99,6 +106,7 @@ def cell(
     taught += f" {beside['caption']['kind']}" if beside and "caption" in beside else ""
     taught += " masked" if beside and any("ibot" in section for section in beside.values()) else ""
     more = f"{list(widths) or ''}{' lora' if lora else ''} texts={texts}{taught} {part or ''} {compiled} G={group}"
+    more += f" drop {drop_path}" if drop_path else ""
     label = f"{Path(model).stem} stage={stage} {loss} {precision} micro={micro} {more}"
     taught_by = teacher if distill else ""
     return {
@@ -151,7 +159,7 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
         cells += [cell(stage=stage, micro=micro, alone=True, beside=SIMVLM)]
         cells += [cell(stage=stage, micro=half - micro, alone=True, beside=CAPPA)]
     cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
-    cells += masked_cells(world) if world < 4 else []
+    cells += masked_cells(world) + drop_path_cells(world) if world < 4 else []
     if world < 4:  # keys are shuffled between pairs of groups
         cells += [cell(stage=stage, model=RESNET, beside=MOCO, steps=2, alone=True, group=4) for stage in (1, 3)]
     return cells
@@ -164,6 +172,16 @@ def masked_cells(world: int) -> list[dict[str, Any]]:
         model, other = (VIT, TIMM_VIT) if number % 2 else (TIMM_VIT, VIT)
         cells += [cell(model=model, stage=stage, micro=micro, beside=MASKED[0], alone=True, steps=2)]
         cells += [cell(model=other, stage=stage, micro=2 - micro, beside=MASKED[1], alone=True)]
+    return cells
+
+
+def drop_path_cells(world: int) -> list[dict[str, Any]]:
+    """Branches that few rows keep, so that some micro-batches have none that does; two views of an image."""
+    cells = []
+    for stage, micro in in_turn(world, 2):
+        cells += [cell(stage=stage, micro=micro, drop_path=0.6)]
+    for stage in (2, 3):
+        cells += [cell(model=TIMM_VIT, stage=stage, micro=2, beside=MASKED[0], alone=True, drop_path=0.6)]
     return cells
 
 
