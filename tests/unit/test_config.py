@@ -256,7 +256,7 @@ def test_configuration_needs_no_torch():
 
 def test_the_project_has_its_recipes():
     flickr8k = {f"flickr8k_{name}" for name in ("rn50", "rn10", "vit_tiny", "pretrained", "finetune_openai")}
-    images = {"simclr_rn50", "mocov2_rn50", "mocov3_vits16", "byol_rn50", "dino_vits16", "slip_vitb16"}
+    images = {"simclr_rn50", "mocov2_rn50", "mocov3_vits16", "byol_rn50", "dino_vits16", "slip_vitb16", "dinov2_vitl14"}
     assert flickr8k | images | {"tiny", "cc3m_vitb16", "web_vitl14"} <= {path.stem for path in RECIPES}
     assert ROOT / DEFAULT_RECIPE in RECIPES
 
