@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from open_clip.transformer import MultimodalTransformer, Transformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clipdist.data.caption_targets import NO_TARGET, Marks
 from clipdist.data.vocabulary import BPE_VOCABULARY
@@ -97,6 +98,10 @@ class CaptionDecoder(nn.Module):
             hidden, targets = hidden[moved(places, hidden.device)], targets[places]
         return caption_loss(hidden, self.text_projection, moved(targets, hidden.device), self.smoothing)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks for the backward pass."""
+        raise NotImplementedError
+
     def inputs(self, tokens: Tensor) -> Tensor:
         """Return the inputs of texts [b, L], of which the last has no target: [b, T]. See caption_targets."""
         if self.marks.start is not None:
@@ -145,9 +150,16 @@ class CoCaDecoder(CaptionDecoder, MultimodalTransformer):
         """Run the layers on x [b, T, w]; `mask` is added to the logits of attention within the text."""
         mask = mask[..., : x.shape[1], : x.shape[1]]
         for block, cross in zip(self.resblocks, self.cross_attn):
-            x = block(x, attn_mask=mask)
-            x = cross(x, k_x=image, v_x=image)
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, None, None, mask, use_reentrant=False)
+                x = checkpoint(cross, x, image, image, None, use_reentrant=False)
+            else:
+                x = cross(block(x, attn_mask=mask), k_x=image, v_x=image)
         return self.ln_final(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See CaptionDecoder.set_grad_checkpointing."""
+        self.grad_checkpointing = enable
 
 
 class CapPaDecoder(CoCaDecoder):
@@ -200,6 +212,10 @@ class SimVLMDecoder(CaptionDecoder):
         mask = prefix_mask(places + prefix, x.shape[1]).to(x.dtype)
         x = self.transformer(x, attn_mask=mask.repeat_interleave(self.sizes.heads, 0))
         return self.ln_final(x[:, places:])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See CaptionDecoder.set_grad_checkpointing."""
+        self.transformer.grad_checkpointing = enable
 
 
 class TokenEmbedding(nn.Module):

@@ -492,6 +492,8 @@ class DualEncoder(nn.Module):
             checkpoint_image_tower(self.visual)
         if self.text is not None and any(parameter.requires_grad for parameter in self.text.parameters()):
             self.text.set_grad_checkpointing(True)  # type: ignore[operator]
+        if self.decoder is not None:
+            self.decoder.set_grad_checkpointing()
 
     def pixels(self, image: torch.Tensor) -> torch.Tensor:
         """Return normalised pixels, as the image tower takes them, of images uint8 [b, 3, H, W]."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # its own folder has files that others are named like
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import argparse
 import resource
 import subprocess
-import sys
 import time
 
 import torch
+
+from clipdist.errors import run_main
 
 EXAMPLES = "example: python tools/bench/captions.py --rows 32 --tokens 76 --width 512 --words 49408"
 
@@ -75,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
