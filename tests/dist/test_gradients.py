@@ -155,9 +155,12 @@ def self_supervised_cells(world: int) -> list[dict[str, Any]]:
             cells += [cell(stage=stage, micro=micro, alone=number > 0, beside=beside, steps=2)]
     for stage, micro in in_turn(world, half):
         cells += [cell(stage=stage, micro=micro, model=RESNET, beside=BYOL, steps=2)]
-        cells += [cell(stage=stage, micro=micro, beside=COCA)]
-        cells += [cell(stage=stage, micro=micro, alone=True, beside=SIMVLM)]
-        cells += [cell(stage=stage, micro=half - micro, alone=True, beside=CAPPA)]
+        captions = [
+            cell(stage=stage, micro=micro, beside=COCA),
+            cell(stage=stage, micro=micro, alone=True, beside=SIMVLM),
+        ]
+        captions += [cell(stage=stage, micro=half - micro, alone=True, beside=CAPPA)]
+        cells += captions if ALL else [captions[(stage + world) % 3]]
     cells += [cell(stage=stage, model=RESNET, beside=BYOL, steps=2, alone=True, group=8) for stage in (2, 3)]
     cells += masked_cells(world) + drop_path_cells(world) if world < 4 else []
     if world < 4:  # keys are shuffled between pairs of groups
@@ -170,8 +173,9 @@ def masked_cells(world: int) -> list[dict[str, Any]]:
     cells = []
     for number, (stage, micro) in enumerate(in_turn(world, 2)):
         model, other = (VIT, TIMM_VIT) if number % 2 else (TIMM_VIT, VIT)
-        cells += [cell(model=model, stage=stage, micro=micro, beside=MASKED[0], alone=True, steps=2)]
-        cells += [cell(model=other, stage=stage, micro=2 - micro, beside=MASKED[1], alone=True)]
+        both = [cell(model=model, stage=stage, micro=micro, beside=MASKED[0], alone=True, steps=2)]
+        both += [cell(model=other, stage=stage, micro=2 - micro, beside=MASKED[1], alone=True)]
+        cells += both if ALL else [both[(stage // 2 + world) % 2]]
     return cells
 
 
