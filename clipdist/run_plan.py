@@ -146,6 +146,10 @@ def make_plan(
         spec = resolve_run_spec(config)
         key = first_order(config, catalog, world)
     check_stages_fit(config.train.stages, spec)
+    if config.objectives.caption is not None:
+        from clipdist.objectives.caption import check_caption
+
+        check_caption(config.objectives.caption, spec)
     record = {"version": ORDER_VERSION, "fingerprint": fingerprint, **asdict(key)}
     steps_per_epoch = len(catalog) // key.global_batch
     skipped = [*(resume.manifest.skipped if resume else []), *skipped_ranges(config.run.dir)]

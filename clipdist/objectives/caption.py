@@ -44,11 +44,15 @@ class CaptionObjective(Objective):
         Raises:
             UserError: the tokenizer marks no end or has no padding, or CoCa's text tower is not causal.
         """
+        check_caption(self.cfg, spec)
         tokenizer = make_tokenizer(spec)
         self.spec, self.marks = spec, tokenizer.marks()
         self.vocabulary = _vocabulary(self.cfg, spec, tokenizer)
-        if self.cfg.kind == "coca":
-            _check_text_tower(spec, self.marks.start)
+        if self.cfg.kind == "coca" and self.marks.start is None:
+            raise UserError(
+                f"objectives.caption.kind=coca: texts of {spec.name} have no start mark; take another tokenizer, or"
+                " kind=cappa"
+            )
 
     def head(self, width: int) -> nn.Module:
         """Return the decoder. See Objective.head; `width` is that of the image's tokens."""
@@ -57,11 +61,6 @@ class CaptionObjective(Objective):
         sizes = {"width": cfg.width or own, "layers": cfg.layers or 6, "heads": cfg.heads or 8}
         if described is not None:
             sizes |= open_clip_sizes(described)
-            if cfg.width or cfg.layers or cfg.heads:
-                raise UserError(
-                    "objectives.caption: width, layers and heads are those of multimodal_cfg in"
-                    f" {self.spec.name}; leave them out"
-                )
         where = "objectives.caption" if described is None else f"{self.spec.name}: multimodal_cfg"
         if cfg.kind == "coca" and sizes["width"] != own:
             raise UserError(f"{where}.width={sizes['width']}: must be that of the text tower, {own}")
@@ -117,14 +116,19 @@ def _vocabulary(cfg: config.Caption, spec: ModelSpec, tokenizer: Tokenizer) -> i
     return max(embedded, tokenizer.vocab_size)
 
 
-def _check_text_tower(spec: ModelSpec, start: int | None) -> None:
-    """Raise UserError unless CoCa can decode from the outputs of the text tower."""
-    text = spec.model["text_cfg"]
-    where = f"objectives.caption.kind=coca: the text tower of {spec.name}"
-    if spec.hf_text or spec.own_text or text.get("no_causal_mask"):
-        raise UserError(f"{where} sees what it is to predict; take one with a causal mask, or kind=cappa")
-    if start is None:
-        raise UserError(f"{where} gets texts without a start mark; take another tokenizer, or kind=cappa")
+def check_caption(cfg: config.Caption, spec: ModelSpec) -> None:
+    """Raise UserError for a model whose description does not go with a decoder of captions."""
+    if cfg.kind != "coca":
+        return
+    if spec.hf_text or spec.own_text or spec.model["text_cfg"].get("no_causal_mask"):
+        raise UserError(
+            f"objectives.caption.kind=coca: the text tower of {spec.name} sees what it is to predict; take one with a"
+            " causal mask, or kind=cappa"
+        )
+    if spec.decoder is not None and (cfg.width or cfg.layers or cfg.heads):
+        raise UserError(
+            f"objectives.caption: width, layers and heads are those of multimodal_cfg in {spec.name}; leave them out"
+        )
 
 
 _KEY = 0xCAB  # of the random numbers, beside the seeds of data orders
