@@ -42,8 +42,9 @@ from clipdist.fault_tolerance.signals import StopFlag
 from clipdist.fault_tolerance.slurm import requeue
 from clipdist.fault_tolerance.watchdog import Watchdog
 from clipdist.journal import Journal, StepTimer
+from clipdist.models.build import built_for
 from clipdist.models.compiled import CompileClock, cache_folder, why_not
-from clipdist.models.dual_encoder import DualEncoder, built_for
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.load import NothingDrawn, load_trained
 from clipdist.models.spec import ModelSpec

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipdist import config
 from clipdist.datasets.shard_writer import Sample, write_shard
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.interpolate import save_run
 
 ROOT = Path(__file__).parents[1]

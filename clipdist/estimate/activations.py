@@ -27,7 +27,8 @@ from clipdist.data.patches import full_images
 from clipdist.distributed.rank import DTYPES
 from clipdist.errors import UserError
 from clipdist.models import grouped_norms
-from clipdist.models.dual_encoder import DualEncoder, assemble
+from clipdist.models.build import assemble
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
 from clipdist.models.packed_images import Packing
 from clipdist.models.spec import ModelSpec, check_stages_fit, resolve_run_spec
@@ -142,7 +143,7 @@ def meta_model(config: Config) -> tuple[DualEncoder, ModelSpec]:
     """Build the configured model, heads, locks and checkpointing included, on the meta device: no weights are drawn.
 
     Raises:
-        UserError: as clipdist.models.dual_encoder.build_model, and clipdist.objectives.make.prepare_model.
+        UserError: as clipdist.models.build.build_model, and clipdist.objectives.make.prepare_model.
     """
     spec = resolve_run_spec(config)
     check_stages_fit(config.train.stages, spec)

@@ -25,7 +25,7 @@ from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.engine.step import Engine
 from clipdist.errors import UserError
 from clipdist.evals.reference import STEPS, LossAndGradients, Reference, concatenate_normalised
-from clipdist.models.dual_encoder import built_for
+from clipdist.models.build import built_for
 from clipdist.models.fewer_patches import allow_stages
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives.make import make_objectives, prepare_model, reads_image, views_of_run

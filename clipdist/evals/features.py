@@ -23,7 +23,8 @@ from clipdist.errors import UserError
 from clipdist.evals.decode_ahead import decode_ahead
 from clipdist.evals.embed import ALONE, Encode, WorkShare, encode_images
 from clipdist.evals.store import read_kept
-from clipdist.models.dual_encoder import DualEncoder, assemble
+from clipdist.models.build import assemble
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.towers import find_projection
 from clipdist.models.weights import weights_checksum
 

@@ -22,8 +22,9 @@ from clipdist.data.decode import eval_image, eval_pixels
 from clipdist.data.tokens import Tokenizer, make_tokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
+from clipdist.models.build import assemble, build_model
 from clipdist.models.caption_decoder import CAPTION, DECODER, open_clip_decoder
-from clipdist.models.dual_encoder import HEADS, DualEncoder, assemble, build_model
+from clipdist.models.dual_encoder import HEADS, DualEncoder
 from clipdist.models.hugging_face import is_hugging_face, read_config
 from clipdist.models.image_tokens import tokens_shape
 from clipdist.models.lora import Base, merge_adapters

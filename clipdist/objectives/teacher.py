@@ -14,7 +14,7 @@ from clipdist.data.tokens import make_tokenizer
 from clipdist.data.transform import NativeAspect
 from clipdist.distributed.rank import DTYPES, DistEnv, resolve_precision
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.load import LoadedModel, describe_named, load_named
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.objectives.objective import TEACHER

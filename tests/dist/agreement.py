@@ -16,7 +16,7 @@ from clipdist.engine.step import Engine
 from clipdist.errors import Fault, UserError
 from clipdist.fault_tolerance.consistency import compare
 from clipdist.fault_tolerance.replicas import compare_replicas
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.make import make_objectives
 
 STRANGE = 1  # the rank that is made to differ

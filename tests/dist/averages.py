@@ -17,7 +17,8 @@ from clipdist.config import load_config
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.ema import warmed_up
 from clipdist.engine.step import Engine
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.objectives.make import make_objectives
 
 BATCH, STEPS, MOMENTUM = 16, 6, 0.4  # (1 + n) / (10 + n) is below the momentum up to the fifth step

@@ -10,7 +10,7 @@ from clipdist.config import load_config
 from clipdist.data.batch import pair_batch
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.clip import ClipObjective
 
 

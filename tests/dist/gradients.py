@@ -30,7 +30,7 @@ from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import setup
 from clipdist.evals import audit
 from clipdist.evals.audit import Audit
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.fewer_patches import kept_of
 from clipdist.models.spec import ModelSpec
 from clipdist.objectives import teacher

@@ -19,7 +19,7 @@ from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.errors import Fault
 from clipdist.fault_tolerance.guard import Guard
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.clip import ClipObjective, LossFunction
 from clipdist.objectives.make import make_objectives, prepare_model
 

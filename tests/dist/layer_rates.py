@@ -15,7 +15,7 @@ from guarded import data
 from clipdist.config import load_config
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.make import make_objectives
 
 LR = 1e-3

@@ -18,7 +18,7 @@ from clipdist.config import load_config
 from clipdist.distributed.rank import DistEnv
 from clipdist.engine.optim import parameter_groups
 from clipdist.engine.step import Engine
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.make import make_objectives
 
 LR, DECAY, STEPS, BATCH = 1e-2, 0.3, 2, 16

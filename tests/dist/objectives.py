@@ -12,7 +12,7 @@ from clipdist.data.batch import Batch, pair_batch
 from clipdist.distributed.collectives import all_reduce_sum
 from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine.step import Engine, StepResult
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.clip import ClipObjective
 from clipdist.objectives.make import prepare_model
 

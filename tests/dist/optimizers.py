@@ -32,7 +32,7 @@ from clipdist.distributed.rank import DistEnv, joined_ranks
 from clipdist.engine import muon
 from clipdist.engine.optim import NO_DECAY, weight_decay
 from clipdist.engine.step import Engine
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.load import load_trained
 from clipdist.objectives.make import make_objectives
 

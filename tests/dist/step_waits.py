@@ -22,7 +22,7 @@ from clipdist.data.batch import Batch
 from clipdist.distributed.rank import DistEnv, joined_ranks, upload
 from clipdist.engine.step import Engine
 from clipdist.fault_tolerance.guard import Guard
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.make import make_objectives, prepare_model
 
 STEPS = 10  # of the run, of which few are taken

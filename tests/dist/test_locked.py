@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from clipdist import config
 from clipdist.errors import exit_code
 from clipdist.evals.locked import LockedTowers
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from tools import eval_retrieval
 
 TOWERS = {

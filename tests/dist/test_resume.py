@@ -18,7 +18,7 @@ from clipdist.checkpoint.format import newest_checkpoint, read_manifest
 from clipdist.checkpoint.reader import CheckpointReader
 from clipdist.config import load_config
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.load import load_model, load_trained
 from tools import export
 

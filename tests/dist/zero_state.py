@@ -16,7 +16,7 @@ from clipdist.engine.step import Engine
 from clipdist.engine.zero import Zero
 from clipdist.evals.audit import RandomBatches
 from clipdist.losses.wire import written_bytes
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.make import make_objectives, prepare_model
 
 CELLS = [(stage, form, "adamw") for stage, form in ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"))]

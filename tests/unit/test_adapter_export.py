@@ -22,7 +22,8 @@ from unit.test_hugging_face import clip_folder, model_json
 from clipdist.checkpoint.format import checkpoint_of, read_manifest
 from clipdist.config import Clip, Config, Lora, Model, Objectives
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.interpolate import save_checkpoint
 from clipdist.models.load import load_model
 

@@ -17,7 +17,8 @@ from wds_sets import ROOT, write_run
 from clipdist.config import Model
 from clipdist.errors import UserError
 from clipdist.evals.attention import attention_maps
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 
 
 def model_of(tmp_path: Path, name: str) -> DualEncoder:

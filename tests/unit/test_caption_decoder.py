@@ -22,8 +22,8 @@ from clipdist.data.tokens import BPETokenizer
 from clipdist.errors import UserError
 from clipdist.losses import captions
 from clipdist.losses.captions import caption_loss
+from clipdist.models.build import built_for
 from clipdist.models.caption_decoder import CAPTION, prefix_mask
-from clipdist.models.dual_encoder import built_for
 from clipdist.models.export import export_model
 from clipdist.models.generate import generate
 from clipdist.models.image_tokens import image_tokens, tokens_shape

@@ -178,7 +178,7 @@ def test_the_nearest_training_caption_is_that_of_the_model(
     """A model that gives the n-th image and the n-th caption of --train the n-th axis."""
     from clipdist import config
     from clipdist.evals import embed, front
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
     from clipdist.models.load import LoadedModel
 
     model = build_model(config.Model(name="configs/models/tiny_vit.json"))

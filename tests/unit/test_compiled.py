@@ -10,8 +10,8 @@ from torch._inductor import cpp_builder
 
 from clipdist import config
 from clipdist.errors import UserError
+from clipdist.models.build import build_model
 from clipdist.models.compiled import compile_blocks, why_not
-from clipdist.models.dual_encoder import build_model
 
 
 @pytest.mark.parametrize(("name", "image", "text"), [("vit", 2, 2), ("rn", 4, 2), ("cbow", 2, 0), ("lstm", 2, 0)])

@@ -21,7 +21,7 @@ from clipdist.errors import UserError
 from clipdist.estimate import full_table, make_estimate
 from clipdist.losses.distillation import distill_logits
 from clipdist.losses.tiles import Tile
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.objectives.distill import DistillObjective
 from clipdist.objectives.teacher import Teacher, check_teacher, open_teacher
 

@@ -7,8 +7,9 @@ import torch
 
 from clipdist.config import load_config
 from clipdist.errors import UserError
+from clipdist.models.build import build_model
 from clipdist.models.drop_path import branches_kept, draw_kept, drop_path_blocks
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.dual_encoder import DualEncoder
 
 TOWERS = ("configs/models/tiny_vit.json", "tests/dist/timm_vit.json")
 RATE = 0.5

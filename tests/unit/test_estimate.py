@@ -30,7 +30,7 @@ from clipdist.estimate.memory import (
 from clipdist.estimate.traffic import wire_bytes
 from clipdist.evals.audit import RandomBatches
 from clipdist.losses.wire import clipdist_bytes
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.norms import running_norms
 from clipdist.objectives.describe import describe
 from clipdist.objectives.make import make_objectives, prepare_model

@@ -25,7 +25,8 @@ from clipdist.data.tokens import make_tokenizer
 from clipdist.data.transform import EvalTransform
 from clipdist.errors import UserError
 from clipdist.models import onnx_export
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.export import Exported, export_hugging_face, export_model
 from clipdist.models.load import load_model
 from clipdist.models.program_export import export_programs

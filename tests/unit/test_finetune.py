@@ -18,7 +18,8 @@ from clipdist.evals.embed import encode_images
 from clipdist.evals.features import Kind, frozen_encoder
 from clipdist.evals.finetune import FinetuneSchedule, finetune, simclr_schedule
 from clipdist.evals.probe import Probe
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.weights import weights_checksum
 
 VIT = {"image_size": 16, "layers": 1, "width": 24, "head_width": 8, "patch_size": 8}

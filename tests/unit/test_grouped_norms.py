@@ -13,7 +13,7 @@ from clipdist.config import load_config
 from clipdist.config.batches import check_interleaved, check_ranks
 from clipdist.errors import UserError
 from clipdist.estimate.estimate import make_estimate
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.grouped_norms import interleaved, inverse
 from clipdist.models.norms import RunningStatistics
 from clipdist.models.towers import group_batchnorm

@@ -15,7 +15,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from clipdist.config import Model
 from clipdist.errors import UserError
 from clipdist.models import clip_model, hugging_face
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.load import load_model
 from clipdist.models.spec import ModelSpec, resolve_spec
 

@@ -11,7 +11,8 @@ import torch
 from clipdist.config import load_config
 from clipdist.data.batch import Batch, pair_batch
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.objectives.ibot import _DRAWN, IbotObjective, block_masks
 from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.objective import COUNTS, TEACHER, Moment

@@ -13,7 +13,7 @@ from torch import nn
 from clipdist import config
 from clipdist.engine.optim import parameter_groups
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.layers import layers_behind
 
 TOWERS: dict[str, dict[str, int]] = {

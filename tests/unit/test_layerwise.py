@@ -14,7 +14,7 @@ from clipdist.engine.fragment import Fragment
 from clipdist.engine.layerwise import Lamb, Sgd
 from clipdist.engine.optim import make_optimizer, parameter_groups, weight_decay
 from clipdist.engine.tensor_norms import TensorNorms
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 
 
 def attached(optimizer: Sgd | Lamb, weights: dict[str, nn.Parameter]) -> Sgd | Lamb:

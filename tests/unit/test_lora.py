@@ -12,7 +12,8 @@ import torch
 from clipdist.config import Config, Lora, Model
 from clipdist.errors import UserError
 from clipdist.estimate.activations import meta_model
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.lora import merge_adapters
 
 TEXT = {"context_length": 8, "vocab_size": 600, "width": 16, "heads": 2, "layers": 1}

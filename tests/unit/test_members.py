@@ -173,7 +173,7 @@ NO_IMAGE = r"none has an image \(jpg, jpeg, png, webp, gif, bmp looked for\); th
 def test_what_training_could_not_use_is_refused_before_a_model_is_built(
     tmp_path, monkeypatch, form, words, text
 ) -> None:
-    monkeypatch.setattr("clipdist.models.dual_encoder.assemble", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("clipdist.models.build.assemble", lambda *_, **__: pytest.fail("a model was built"))
     folder = made(tmp_path / "set", "cap" if form in ("remote", "dotted") else form)
     if form == "dotted":
         with tarfile.open(folder / "0.tar", "w") as archive:

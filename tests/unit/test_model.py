@@ -19,8 +19,9 @@ from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.estimate import make_estimate
 from clipdist.estimate.activations import meta_model
+from clipdist.models.build import build_model
 from clipdist.models.cbow import CBOW
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.lstm import LSTM
 from clipdist.models.spec import ModelSpec, resolve_spec
 from clipdist.trainer import Trainer

@@ -15,7 +15,7 @@ from clipdist.engine.muon import Matrix, Muon, _Round, newton_schulz, split_matr
 from clipdist.engine.optim import make_optimizer
 from clipdist.errors import UserError
 from clipdist.estimate.activations import meta_model
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.layers import hidden_matrices
 
 VIT = r"visual\.(conv1\.weight|positional_embedding|proj)|"

@@ -39,7 +39,8 @@ from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.estimate.activations import one_pass
 from clipdist.evals.audit import random_images
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.export import kept_aspect, sample_inputs
 from clipdist.models.layers import hidden_matrices
 from clipdist.models.program_export import _ImageTower

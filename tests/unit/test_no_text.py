@@ -19,7 +19,8 @@ from clipdist.config import Distill, Engine, Lora, Model, Optim
 from clipdist.data.tokens import make_tokenizer
 from clipdist.engine.optim import parameter_groups
 from clipdist.errors import UserError
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.export import export_model
 from clipdist.models.image_export import export_image_tower
 from clipdist.models.interpolate import save_run

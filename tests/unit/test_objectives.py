@@ -11,7 +11,7 @@ from clipdist.config import load_config
 from clipdist.distributed.rank import DistEnv
 from clipdist.errors import UserError
 from clipdist.evals.audit import open_batches
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.heads import PrototypeHead, mlp
 from clipdist.models.spec import resolve_spec
 from clipdist.objectives.make import make_objectives, prepare_model

@@ -268,7 +268,7 @@ def test_bad_input() -> None:
 
 
 def test_the_dual_encoder_is_frozen_and_takes_pixels_from_0_to_255() -> None:
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))
@@ -330,7 +330,7 @@ def test_tool(
 ) -> None:
     from clipdist.data.tokens import make_tokenizer
     from clipdist.models import load
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json"))).eval()

@@ -51,7 +51,7 @@ def fake_checkpoint(config, step=4, world=1, **sections):
 @pytest.fixture
 def no_model(monkeypatch):
     """Building a model is an error here."""
-    monkeypatch.setattr("clipdist.models.dual_encoder.assemble", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr("clipdist.models.build.assemble", lambda *_, **__: pytest.fail("a model was built"))
 
 
 @pytest.mark.parametrize(

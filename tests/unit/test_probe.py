@@ -49,7 +49,8 @@ from clipdist.evals.probe import (
 )
 from clipdist.evals.validation import Validation
 from clipdist.models import load
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.weights import weights_checksum
 
 REPOSITORY = Path(__file__).resolve().parents[2]

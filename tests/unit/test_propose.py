@@ -13,7 +13,7 @@ from clipdist.errors import UserError
 from clipdist.estimate import propose as rules
 from clipdist.estimate.activations import meta_model
 from clipdist.estimate.propose import Setting, TuningData, config_of, propose, recipe_text
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.interpolate import save_run
 from clipdist.models.load import starting_point
 

@@ -35,7 +35,8 @@ from clipdist.evals.search import (
     write_cache,
 )
 from clipdist.models import load
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.load import LoadedModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]

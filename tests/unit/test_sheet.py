@@ -127,7 +127,7 @@ def run_search(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *arguments: str) 
     """The tool's main, in this process, on a tiny model with random weights as if it came from a run."""
     from clipdist.data.tokens import make_tokenizer
     from clipdist.models import load
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     torch.manual_seed(0)
     model = build_model(config.Model(name=str(REPOSITORY / "configs/models/tiny_vit.json")))

@@ -23,7 +23,8 @@ from clipdist.data.tokens import BPETokenizer
 from clipdist.data.views import image_view
 from clipdist.errors import UserError
 from clipdist.fault_tolerance.guard import Guard
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.fewer_patches import allow_stages, kept_of, patches_chosen, patches_of
 from clipdist.models.spec import check_stages_fit, resolve_spec
 

@@ -37,7 +37,7 @@ from clipdist.data.transform import RESIZE_MODES
 from clipdist.errors import UserError
 from clipdist.evals.features import features_path
 from clipdist.evals.locked import LockedTowers
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.export import export_hugging_face, export_model
 from clipdist.models.hugging_face import read_description
 from clipdist.models.load import load_model

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from clipdist.config import Lora, Model
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.text_length import MULTIPLE, ROW, pack, text_kind, text_lengths
 
 VIT = {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16}

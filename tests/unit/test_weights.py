@@ -26,7 +26,8 @@ from clipdist.data.tokens import make_tokenizer
 from clipdist.errors import UserError
 from clipdist.models import spec as spec_module
 from clipdist.models import weights as weights_module
-from clipdist.models.dual_encoder import DualEncoder, build_model
+from clipdist.models.build import build_model
+from clipdist.models.dual_encoder import DualEncoder
 from clipdist.models.export import export_model
 from clipdist.models.load import load_model
 from clipdist.models.spec import resolve_spec

@@ -16,7 +16,7 @@ from pairs import COLOURS, PLACES, write_pairs
 
 from clipdist.config import Model
 from clipdist.data.tokens import BPETokenizer
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/train_word_vectors.py"

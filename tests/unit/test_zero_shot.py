@@ -264,7 +264,7 @@ def test_ranks_share_the_work_with_equal_calls_and_agree_with_one_process(tmp_pa
 def test_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from clipdist.data.tokens import make_tokenizer
     from clipdist.models import load
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     folder = write_cifar10(tmp_path, coloured(10, 0), coloured(40, 1), COLOURS, batches=1)
     torch.manual_seed(0)

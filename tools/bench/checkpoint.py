@@ -130,7 +130,7 @@ def start(config: Config, dist_env: Any, folder: Path | None) -> tuple[Any, Any,
 
     from clipdist.checkpoint.reader import CheckpointReader, load_full_weights
     from clipdist.engine.step import Engine
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
     from clipdist.models.spec import ModelSpec
     from clipdist.objectives.make import make_objectives
 

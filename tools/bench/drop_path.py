@@ -50,7 +50,7 @@ def timed(rate: float, overrides: list[str], images: int) -> Callable[[], float]
     import torch
 
     from clipdist.data.batch import IMAGE, Batch
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     torch.set_num_threads(1)
     config = load_config(None, ["model.name=ViT-S-16", f"model.drop_path={rate}", *overrides])

@@ -86,7 +86,7 @@ def make_ways(config: Config, aspects: list[tuple[int, int]], images: int) -> di
     from clipdist.data.patches import grids
     from clipdist.data.transform import EvalTransform, NativeAspect
     from clipdist.datasets import scenes
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
 
     torch.set_num_threads(1)
     torch.manual_seed(config.train.seed)

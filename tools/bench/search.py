@@ -33,7 +33,7 @@ from clipdist.distributed.rank import resolve_device
 from clipdist.errors import Fault, run_main
 from clipdist.evals.embed import Embeddings
 from clipdist.evals.search import cache_file, unit, write_cache
-from clipdist.models.dual_encoder import build_model
+from clipdist.models.build import build_model
 from clipdist.models.load import load_model
 from tools.bench import harness
 from tools.bench.images import write_drawn_shards

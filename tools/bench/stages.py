@@ -70,7 +70,7 @@ def measure(config: Config, args: argparse.Namespace) -> dict[str, list[float]]:
     """Return the processor seconds by round: of whole images first, then of every stage that differs."""
     import torch
 
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
     from clipdist.models.fewer_patches import allow_stages, kept_of, patches_of
     from clipdist.models.spec import check_stages_fit, resolve_spec
 

@@ -14,7 +14,7 @@ from clipdist.config import Config
 from clipdist.distributed.rank import joined_ranks
 from clipdist.engine.step import Engine
 from clipdist.evals.audit import RandomBatches
-from clipdist.models.dual_encoder import built_for
+from clipdist.models.build import built_for
 from clipdist.objectives.make import make_objectives, prepare_model
 from clipdist.objectives.teacher import open_teacher
 from tools.bench.harness import timed

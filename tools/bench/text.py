@@ -72,7 +72,7 @@ def measure(config: Config, args: argparse.Namespace) -> TextTimes:
     from clipdist.distributed.rank import joined_ranks
     from clipdist.engine.step import Engine
     from clipdist.evals.audit import ShardBatches
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
     from clipdist.models.text_length import encode, text_lengths
     from clipdist.objectives.make import make_objectives
 

@@ -103,7 +103,7 @@ def make_start(config: Config, folder: Path) -> StartWeights:
     """
     import torch
 
-    from clipdist.models.dual_encoder import build_model
+    from clipdist.models.build import build_model
     from clipdist.models.export import export_model
 
     torch.manual_seed(config.train.seed)
