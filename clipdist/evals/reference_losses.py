@@ -68,8 +68,8 @@ def distill(cfg: config.Distill, outputs: Outputs, constants: Outputs, batch: Ba
     t = outputs["logit_scale"]
     valid = batch.valid_in(MODALITIES).to(t.device)
     own, theirs = (
-        [side / side.norm(dim=-1, keepdim=True) for side in (x[valid].to(t.dtype), y[valid].to(t.dtype))]
-        for x, y in ((outputs[name], constants[f"teacher/{name}"]) for name in (IMAGE, "text"))
+        [_unit(side[f"{of}{name}"][valid].to(t.dtype)) for name in (IMAGE, "text")]
+        for side, of in ((outputs, ""), (constants, "teacher/"))
     )
     if cfg.target == "features":
         apart = [1 - (x * y).sum(-1) for x, y in zip(own, theirs)]
