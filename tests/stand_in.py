@@ -57,7 +57,7 @@ def make_repository(folder: Path, version: str = "one") -> Path:
     for name in ("clipdist", "launch", "configs", "slurm"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
     write_trainer(folder, version)
-    (folder / "clipdist/models/spec.py").write_text("def resolve_spec(cfg):\n    return None\n")
+    (folder / "clipdist/models/spec.py").write_text("def resolve_run_spec(cfg):\n    return None\n")
     (folder / "clipdist/estimate/__init__.py").write_text(ESTIMATE)
     return folder
 

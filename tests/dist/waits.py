@@ -39,7 +39,8 @@ def site() -> tuple[str, str]:
     frame = sys._getframe(1)
     while frame:
         path = Path(frame.f_code.co_filename)
-        package = next((part for part in reversed(path.parts[:-1]) if part in PACKAGES), "")
+        installed = path.parts.index("site-packages") + 1 if "site-packages" in path.parts else 0
+        package = next((part for part in reversed(path.parts[installed:-1]) if part in PACKAGES), "")
         if package and "tests" not in path.parts:
             return package, f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
