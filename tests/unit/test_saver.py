@@ -28,7 +28,7 @@ def engine():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     made = Zero.__new__(Zero)
     made.stage, made._deepspeed = 0, SimpleNamespace(module=model, optimizer=optimizer)
-    made._rules = SimpleNamespace(steps=0)
+    made._rules, made._held = SimpleNamespace(steps=0), {}
     step(made)
     yield made
     dist.destroy_process_group()
