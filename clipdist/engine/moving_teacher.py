@@ -143,8 +143,8 @@ class MovingTeacher:
                 mean, var, groups = total.view(3, -1)
                 for moment, new in (("running_mean", mean), ("running_var", var)):
                     running = self._ema.buffers[f"{name}.{moment}"]
-                    moved = running.lerp(new / groups, norm.momentum or 0.1)
-                    running.copy_(torch.where(groups > 0, moved, running))  # a predictor is not the teacher's
+                    newer = running.lerp(new / groups, norm.momentum or 0.1)
+                    running.copy_(torch.where(groups > 0, newer, running))  # a predictor is not the teacher's
 
     @torch.no_grad()
     def refresh(self) -> None:
